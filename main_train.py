@@ -1,0 +1,56 @@
+"""Fine-tunes a language model: the whole way from arguments to a saved model, room by room.
+
+    python main_train.py
+    python main_train.py --model_name_or_path Qwen/Qwen1.5-7B --train_data_path my_rows.jsonl
+"""
+
+from utils.args import parse_args
+from utils.errors import run_command
+from utils.log import setup_logging
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # ------------------------------------------------------------------ arguments
+    setup_logging()
+    args, train_args = parse_args(argv)
+
+    from transformers import set_seed
+
+    from utils.adapter import build_adapter
+    from utils.model import load_model
+    from utils.save import finish_run, open_run, prepare_trainer, print_summary
+    from utils.tasks import get_task
+    from utils.template import get_template
+    from utils.tokenizer import load_tokenizer
+
+    set_seed(train_args.seed)
+    task = get_task(args.task_type)
+
+    # ------------------------------------------------------------------ template and tokenizer
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    template = get_template(args.template_name, tokenizer)
+
+    # ------------------------------------------------------------------ datasets and collator
+    data = task.load_datasets(args, train_args, template, tokenizer)
+    collator = task.build_collator(args, train_args, tokenizer)
+
+    # ------------------------------------------------------------------ model
+    model = load_model(args, train_args)
+    adapter = build_adapter(args, model, tokenizer, template)
+
+    # ------------------------------------------------------------------ trainer
+    open_run(train_args, args)
+    trainer = task.build_trainer(args, train_args, model, adapter, data, collator, tokenizer)
+    prepare_trainer(trainer, tokenizer, template, args)
+
+    # ------------------------------------------------------------------ train
+    trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
+
+    # ------------------------------------------------------------------ save
+    summary = finish_run(trainer, args, train_args, data, tokenizer, template)
+    print_summary(summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,71 @@
+"""Tiny random models of each real architecture, with tokenizers trained on the spot."""
+
+import functools
+from pathlib import Path
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is.",
+    "You are a helpful assistant. Be brief. Answer in verse, please! 1 + 2 = 3; 10 - 4 = 6.",
+    "你好，请介绍一下你自己。我是一个人工智能助手，很高兴认识你！再见。",
+    "system user assistant System: User: Assistant: \n\n\t [INST] [/INST] <<SYS>> <</SYS>>",
+] * 4
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
+ARCHITECTURES = ("qwen2", "llama", "gemma", "phi3", "mistral")
+
+
+@functools.cache
+def byte_level_tokenizer():
+    """A byte-level BPE as Qwen's, without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", *CHAT_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def config_for(architecture: str, vocab_size: int, **changes):
+    """The architecture's own configuration class, at a size that runs in milliseconds."""
+    from transformers import AutoConfig
+
+    size = {
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **changes,
+    }
+    if architecture == "mistral":
+        size.setdefault("sliding_window", None)
+    return AutoConfig.for_model(architecture, **size)
+
+
+def save_tiny_model(folder: Path, architecture: str = "qwen2", tokenizer=None, seed: int = 0, **changes) -> str:
+    """Saves a random model with its tokenizer; returns the folder as text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tokenizer or byte_level_tokenizer()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_for(architecture, len(tokenizer), **changes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+ROWS = [
+    {"instruction": "What is the capital of France?", "output": "Paris."},
+    {"instruction": "Say hello to the fox.", "output": "Hello, quick brown fox! " * 6},
+    {"instruction": "你是谁？", "output": "我是一个人工智能助手。"},
+    {"instruction": "1 + 2 =", "output": "3"},
+    {"instruction": "Count.", "input": "to ten, please", "output": "1 2 3 4 5 6 7 8 9 10"},
+    {"instruction": "Be brief.", "system": "You are lazy.", "history": [["Hi", "Hello"]], "output": "Yes."},
+    {"instruction": "The dog?", "output": "The lazy dog."},
+    {"instruction": "Goodbye.", "output": "再见！祝您生活愉快。"},
+]

@@ -1,0 +1,291 @@
+"""The arguments: one dataclass for every recipe, parsed together with the recipe's own."""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from utils.errors import UserError, nearest, raise_if_any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arg(default, help: str):
+    """A dataclass field with a default and its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CommonArgs:
+    """What every recipe needs. Edit a default here, or give the flag of the same name."""
+
+    _argument_group_name = "common arguments (utils/args.py)"
+
+    train_args_path: str = arg("train_args/sft/base.py", "The recipe: a file with a dataclass TrainArgument.")
+    model_name_or_path: str = arg(
+        "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
+    )
+    train_data_path: str | None = arg(
+        None, "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
+        "Default: the task's own sample in data/."
+    )
+    eval_data_path: str | None = arg(None, "The validation rows, given as for --train_data_path.")
+    val_size: float = arg(
+        0.0, "Without --eval_data_path: how much of the training rows to hold back for validation, "
+        "a share below 1 or a number of rows."
+    )
+    task_type: Literal["pretrain", "sft", "dpo_multi", "dpo_single"] | None = arg(
+        None, "The task. Default: the recipe's own; another one is refused by a recipe that cannot do it."
+    )
+    train_mode: Literal["full", "lora", "qlora"] = arg(
+        "lora", "What is trained: every weight, low-rank adapters, or adapters on a base quantised to 4 bits (NF4)."
+    )
+    template_name: str = arg("qwen", "The chat format; it must be the one the base model knows.")
+    max_len: int = arg(1024, "The longest row in tokens. Longer ones lose their oldest turns, or are dropped.")
+    max_prompt_length: int = arg(512, "The longest prompt of a preference pair in tokens (dpo).")
+    on_bad_row: Literal["auto", "error", "drop"] = arg(
+        "auto", "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
+        "error: both stop it. drop: both are dropped and named."
+    )
+    cache_dir: str | None = arg(None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache.")
+    overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
+        "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."
+    )
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = arg(
+        "auto", "The attention code. auto: what transformers chooses for the model, SDPA in nearly all cases."
+    )
+    trust_remote_code: bool = arg(False, "Run Python code that comes with the model. Off: such code is never run.")
+
+    use_dora: bool = arg(False, "DoRA: also train the magnitude of each adapted weight (arXiv 2402.09353).")
+    lora_rank: int = arg(16, "The rank r of the adapters.")
+    lora_alpha: float = arg(32, "The adapters' scale: their output counts alpha / r times.")
+    lora_dropout: float = arg(0.0, "Dropout on the adapters' input.")
+    lora_target_modules: str | None = arg(
+        None, "The modules that get an adapter, names separated by commas. "
+        "Default: every linear layer except the head and the routers of a mixture of experts."
+    )
+    use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    init_lora_weights: Literal["default", "pissa"] = arg(
+        "default", "How adapters start. pissa: from the base's main singular vectors (arXiv 2404.02948)."
+    )
+    loraplus_lr_ratio: float | None = arg(
+        None, "LoRA+: B learns this many times faster than A, 16 in the paper (arXiv 2402.12354)."
+    )
+    train_special_tokens: Literal["auto", "on", "off"] = arg(
+        "auto", "Whether LoRA also trains the embeddings of the template's special tokens. "
+        "auto: of those that the base never trained, told by their norms."
+    )
+
+
+# flags of the parent classes that another flag replaces here: given, they would do nothing
+REPLACED_FLAGS = {
+    "max_length": "max_len",
+    "chat_template_path": "template_name",
+    "eos_token": "template_name",
+    "pad_token": "template_name",
+    "truncation_mode": "max_len",
+    "completion_only_loss": "template_name (labels cover the answers and their stop tokens)",
+    "assistant_only_loss": "template_name (labels cover the answers and their stop tokens)",
+    "dataset_text_field": "train_data_path (the fields are listed in README.md)",
+    "dataset_kwargs": "train_data_path",
+    "model_init_kwargs": "precision, attn_implementation and trust_remote_code",
+}
+
+
+class _FlagError(Exception):
+    """argparse's `error`, caught so that every flag is looked at before anything is said."""
+
+
+def make_parser(dataclass_types: list[type], prog: str, description: str):
+    """An HfArgumentParser whose errors are raised rather than printed one at a time."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise _FlagError(message)
+
+    return Parser(
+        dataclass_types,
+        prog=prog,
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+        conflict_handler="resolve",
+    )
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description's lines as they are."""
+
+
+def _make_recipe_parser(recipe: type):
+    # CommonArgs comes last: it wins where TRL has a field of the same name
+    parser = make_parser(
+        [recipe, CommonArgs],
+        "main_train.py",
+        "Fine-tunes a language model by a recipe of train_args/. Every flag is also a default to edit.",
+    )
+    for action in parser._actions:
+        if action.dest in REPLACED_FLAGS:
+            action.help = argparse.SUPPRESS
+    common = next(group for group in parser._action_groups if group.title == CommonArgs._argument_group_name)
+    parser._action_groups.remove(common)
+    parser._action_groups.insert(0, common)
+    return parser
+
+
+def _split_flags(argv: list[str]) -> list[list[str]]:
+    """`["--a", "1", "2", "--b"]` → `[["--a", "1", "2"], ["--b"]]`"""
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return groups
+
+
+def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[str]]:
+    """Reads each flag by itself, so that one wrong flag does not hide the next.
+
+    Args:
+        parser: from `make_parser`.
+        argv: the flags; the command line's by default.
+
+    Returns:
+        every value by name, the names that were given, the problems.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    namespace, problems, given = argparse.Namespace(), [], set()
+    options = {option: action for action in parser._actions for option in action.option_strings}
+    known = [option for option in options if "_" in option or "-" not in option[2:]]
+    parser.parse_known_args([], namespace)
+    for group in _split_flags(argv):
+        name = group[0].split("=")[0]
+        try:
+            _, unknown = parser.parse_known_args(group, namespace)
+        except (_FlagError, argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
+            problems.append(f"{name}: {_flag_reason(error, options.get(name), group)}")
+            continue
+        if name not in options:
+            unknown_flag = name if name.startswith("--") else " ".join(group)
+            problems.append(f"{unknown_flag} is not a flag.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}"
+                            " See --help for all")
+        elif unknown:
+            problems.append(f"{name} does not take {' '.join(unknown)!r}")
+        else:
+            given.add(options[name].dest)
+    return vars(namespace), given, problems
+
+
+def _flag_reason(error: Exception, action, group: list[str]) -> str:
+    """argparse's words, with the value, and the nearest choice where there are choices."""
+    value = group[1] if len(group) > 1 else group[0].partition("=")[2]
+    if action is not None and action.choices:
+        return f"{value!r} is not allowed.{nearest(value, map(str, action.choices))} Allowed: " + ", ".join(
+            map(str, action.choices)
+        )
+    if action is not None and value and getattr(action.type, "__name__", "") in ("int", "float"):
+        return f"{value!r} is not a number ({action.type.__name__})"
+    return str(error).split(": ", 1)[-1]
+
+
+def project_path(path: str) -> str:
+    """A relative path as it stands, or below this project where only there it exists."""
+    if not Path(path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
+
+
+def load_recipe(path: str) -> type:
+    """Imports a recipe file and returns its `TrainArgument`.
+
+    Raises:
+        UserError: no such file, or no dataclass `TrainArgument` made for a task.
+    """
+    from transformers import TrainingArguments
+
+    file = Path(project_path(path))
+    if not file.is_file():
+        recipes = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "train_args").glob("*/*.py"))
+        raise UserError(
+            f"--train_args_path {path!r} is not a file.{nearest(path, recipes)} Recipes here: {', '.join(recipes)}"
+        )
+    # a name of its own, so that a checkpoint's pickled arguments find their class again
+    name = "recipe_" + "_".join(file.resolve().with_suffix("").parts[-3:]).replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
+        raise UserError(f"--train_args_path {path!r} is not a Python file (*.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"the recipe {path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    recipe = getattr(module, "TrainArgument", None)
+    if not (dataclasses.is_dataclass(recipe) and issubclass(recipe, TrainingArguments)):
+        raise UserError(
+            f"the recipe {path!r} has no dataclass TrainArgument that extends TrainingArguments (or TRL's SFTConfig, "
+            "DPOConfig); see train_args/sft/base.py"
+        )
+    if not getattr(recipe, "task_types", ()):
+        raise UserError(f"the recipe {path!r} names no task; give TrainArgument task_types = ('sft',), say")
+    return recipe
+
+
+def parse_args(argv: list[str] | None = None):
+    """Reads the recipe and the flags, and checks everything that needs no model.
+
+    Args:
+        argv: the flags; the command line's by default.
+
+    Returns:
+        (CommonArgs, TrainArgument)
+
+    Raises:
+        UserError: with every problem at once.
+    """
+    from utils.check_args import check_args, check_precision, resolve_defaults
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _make_recipe_parser(load_recipe(_recipe_path(argv)))
+    values, given, problems = read_flags(parser, argv)
+    recipe = parser.dataclass_types[0]
+    common = CommonArgs(**_values_of(CommonArgs, values))
+    problems += check_precision(common, values, given)
+    resolve_defaults(common, values, given, recipe)
+    problems += _replaced(recipe, values, given)
+    try:
+        train_args = recipe(**_values_of(recipe, values))
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+    raise_if_any(problems + check_args(common, train_args))
+    return common, train_args
+
+
+def _recipe_path(argv: list[str]) -> str:
+    """The recipe decides which flags there are, so its path is read before the others."""
+    path = CommonArgs.train_args_path
+    for group in _split_flags(argv):
+        name, _, value = group[0].partition("=")
+        if name in ("--train_args_path", "--train-args-path"):
+            path = value or (group[1] if len(group) > 1 else "")
+    return path
+
+
+def _values_of(dataclass_type: type, values: dict) -> dict:
+    return {f.name: values[f.name] for f in dataclasses.fields(dataclass_type) if f.init and f.name in values}
+
+
+def _replaced(recipe: type, values: dict, given: set[str]) -> list[str]:
+    problems = []
+    parent = {f.name: f.default for f in dataclasses.fields(recipe.__mro__[1])}
+    for old, new in REPLACED_FLAGS.items():
+        if old in given or (old in parent and values.get(old) != parent[old]):
+            problems.append(f"--{old} has no effect here; use --{new}")
+    return problems

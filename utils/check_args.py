@@ -1,0 +1,193 @@
+"""Every check of the arguments that needs no model, and the defaults that depend on others."""
+
+import math
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from utils.errors import nearest
+from utils.template import template_dict, unknown_template
+
+# task → the rows it is shown on; the sample of a task is made for the embedded tiny model
+SAMPLE_DATA = {
+    "pretrain": ("data/pretrain_data.jsonl", None),
+    "sft": ("data/sft_data.jsonl", "data/sft_eval_data.jsonl"),
+}
+FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
+
+
+def device_has_bf16() -> bool:
+    """Whether this machine computes in bf16 by itself, rather than emulating it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return True
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_precision(common, values: dict, given: set[str]) -> list[str]:
+    """Turns `--precision` into the trainer's `bf16` and `fp16`, unless those were given themselves."""
+    import torch
+
+    problems, asked = [], common.precision
+    direct = [name for name in ("bf16", "fp16") if name in given and values[name]]
+    if "precision" in given and direct and asked not in ("auto", direct[0]):
+        problems.append(f"--precision {asked} contradicts --{direct[0]} true; give one of them")
+    elif len(direct) == 2:
+        problems.append("--bf16 true contradicts --fp16 true; give one of them")
+    elif direct:
+        asked = direct[0]
+    elif asked == "auto" and values.get("bf16") is False and "bf16" in given:
+        asked = "fp32"
+    if asked == "auto":
+        asked = "bf16" if device_has_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
+    if asked == "bf16" and not device_has_bf16():
+        problems.append("bf16 was asked for, which this device does not have; use --precision auto, fp16 (CUDA) or fp32")
+        asked = "fp32"
+    if asked == "fp16" and not torch.cuda.is_available():
+        problems.append("fp16 was asked for, which trains on a CUDA device only; use --precision auto, bf16 or fp32")
+        asked = "fp32"
+    common.precision = asked
+    values["bf16"], values["fp16"] = asked == "bf16", asked == "fp16"
+    # without a GPU the trainer wants to be told so before it takes bf16
+    values["use_cpu"] = values.get("use_cpu") or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return problems
+
+
+def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> None:
+    """Fills in what depends on other values: task, sample data, run folder, evaluation."""
+    common.task_type = common.task_type or recipe.task_types[0]
+    sample, eval_sample = SAMPLE_DATA.get(common.task_type, (None, None))
+    if common.train_data_path is None and sample:
+        common.train_data_path = sample
+        if common.eval_data_path is None and not common.val_size:
+            common.eval_data_path = eval_sample
+    if not values.get("output_dir"):
+        values["output_dir"] = f"output/{common.task_type}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not (common.eval_data_path or common.val_size) and "eval_strategy" not in given:
+        values["eval_strategy"] = "no"
+    if values.get("resume_from_checkpoint") in ("true", "True"):
+        values["resume_from_checkpoint"] = True
+
+
+def check_args(common, train_args) -> list[str]:
+    """Checks the arguments against each other and against the disk.
+
+    Returns:
+        the problems, each with its value, what is allowed and the remedy.
+    """
+    problems = []
+    recipe_tasks = type(train_args).task_types
+    if common.task_type not in recipe_tasks:
+        problems.append(
+            f"--task_type {common.task_type} does not fit the recipe {common.train_args_path!r}, which is for "
+            f"{', '.join(recipe_tasks)}; choose another --train_args_path"
+        )
+    if common.template_name not in template_dict:
+        problems.append(unknown_template(common.template_name))
+    problems += _check_model_path(common.model_name_or_path)
+    problems += _check_numbers(common)
+    problems += _check_adapter(common, train_args)
+    problems += _check_evaluation(common, train_args)
+    problems += _check_output_dir(common, train_args)
+    return problems
+
+
+def _check_model_path(path: str) -> list[str]:
+    flag = f"--model_name_or_path {path!r}"
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return [f"{flag} is a file; give the folder it lies in"]
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = "an adapter, whose base model is to be given" if (folder / "adapter_config.json").is_file() else (
+                "no model saved by transformers"
+            )
+            return [f"{flag} has no config.json: it holds {hint}"]
+        if not list(folder.glob("*.safetensors")):
+            return [
+                f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
+                "loaded; convert them with save_pretrained(...) of transformers"
+            ]
+        return []
+    parent = folder.parent
+    looks_local = path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir()
+    if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        return [f"{flag} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like Qwen/Qwen1.5-7B"]
+    return []
+
+
+def _check_numbers(common) -> list[str]:
+    rules = [
+        ("max_len", common.max_len >= 2, "a whole number of at least 2"),
+        ("max_prompt_length", common.max_prompt_length >= 1, "a whole number of at least 1"),
+        ("lora_rank", common.lora_rank >= 1, "a whole number of at least 1"),
+        ("lora_alpha", common.lora_alpha > 0 and math.isfinite(common.lora_alpha), "a number above 0"),
+        ("lora_dropout", 0 <= common.lora_dropout < 1, "at least 0 and below 1"),
+        ("val_size", 0 <= common.val_size < 1 or common.val_size.is_integer(), "a share below 1 or a number of rows"),
+        ("loraplus_lr_ratio", common.loraplus_lr_ratio is None or common.loraplus_lr_ratio > 0, "a number above 0"),
+    ]
+    problems = [f"--{name} {getattr(common, name)} is not allowed; give {allowed}" for name, ok, allowed in rules if not ok]
+    if common.eval_data_path and common.val_size:
+        problems.append(f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one")
+    return problems
+
+
+def _check_adapter(common, train_args) -> list[str]:
+    problems = []
+    if common.train_mode == "full":
+        adapter_only = {
+            "use_dora": common.use_dora,
+            "use_rslora": common.use_rslora,
+            "init_lora_weights": common.init_lora_weights != "default",
+            "loraplus_lr_ratio": common.loraplus_lr_ratio is not None,
+            "lora_target_modules": common.lora_target_modules is not None,
+        }
+        problems += [
+            f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
+            "use --train_mode lora or qlora, or leave the flag out"
+            for name, is_set in adapter_only.items() if is_set
+        ]
+    if common.init_lora_weights == "pissa":
+        if common.train_mode == "qlora":
+            problems.append("--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
+                            "quantised; use --train_mode lora")
+        if common.use_dora:
+            problems.append("--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one")
+    if common.train_mode == "qlora" and common.precision == "fp16":
+        problems.append("--train_mode qlora trains its adapters in bf16 and cannot run in fp16; use --precision bf16 or fp32")
+    return problems
+
+
+def _check_evaluation(common, train_args) -> list[str]:
+    wanted = train_args.eval_strategy != "no" or train_args.load_best_model_at_end
+    if wanted and not (common.eval_data_path or common.val_size):
+        return ["evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
+                "give --eval_data_path or --val_size"]
+    return []
+
+
+def _check_output_dir(common, train_args) -> list[str]:
+    folder = Path(train_args.output_dir)
+    flag = f"--output_dir {train_args.output_dir!r}"
+    resume = train_args.resume_from_checkpoint
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        return [f"--resume_from_checkpoint {resume!r} is not a folder; give a checkpoint-N folder, or true"]
+    if folder.exists() and not folder.is_dir():
+        return [f"{flag} is a file; give a folder"]
+    if (folder / FINISHED).exists() and not (common.overwrite_output_dir or resume):
+        return [f"{flag} already holds a finished run; give another folder, --overwrite_output_dir true to replace it, "
+                "or --resume_from_checkpoint true to go on with it"]
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    try:
+        # only a real attempt tells: permissions, a read-only disk, a full one
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        return [f"{flag} cannot be written: {os.strerror(error.errno or 0)} ({existing}); give another folder"]
+    return []

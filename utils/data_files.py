@@ -1,0 +1,184 @@
+"""Paths → files → raw rows, each with the place it came from."""
+
+import csv
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.args import project_path
+from utils.errors import nearest
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_SUFFIXES = (*SUFFIXES, ".txt")
+
+
+class RawRow(NamedTuple):
+    """A row as it stands in its file; `problem` says why it could not be read."""
+
+    file: str
+    line: int
+    value: Any
+    problem: str | None = None
+
+
+def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str]]:
+    """Expands files, folders and globs, separated by commas.
+
+    `"a.jsonl,more/"` → `(["a.jsonl", "more/b.csv"], [])`
+
+    Args:
+        paths: as given to `flag`.
+        flag: the flag's name, for the messages.
+        suffixes: the kinds of file the task reads.
+
+    Returns:
+        the files in a fixed order, and the problems.
+    """
+    files: list[str] = []
+    problems: list[str] = []
+    for part in filter(None, (part.strip() for part in paths.split(","))):
+        found, problem = _expand(project_path(str(Path(part).expanduser())), suffixes)
+        if problem:
+            problems.append(f"{flag} {part!r} {problem}")
+        for file in found:
+            if Path(file).stat().st_size == 0:
+                problems.append(f"{flag} {file!r} is empty (0 bytes)")
+        files += [file for file in found if file not in files]
+    if not files and not problems:
+        problems.append(f"{flag} {paths!r} names no file")
+    return files, problems
+
+
+def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
+    allowed = ", ".join(suffixes)
+    if Path(path).is_dir():
+        found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+        return found, None if found else f"is a folder without any {allowed} file"
+    if glob.has_magic(path) and not Path(path).exists():
+        found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+        wrong = [p for p in found if Path(p).suffix.lower() not in suffixes]
+        if wrong:
+            return [], f"matches {wrong[0]!r}, which is not one of {allowed}"
+        return found, None if found else "matches no file"
+    if not Path(path).is_file():
+        parent = Path(path).parent
+        siblings = [str(p) for p in parent.iterdir()] if parent.is_dir() else []
+        return [], f"does not exist.{nearest(path, siblings)}"
+    if Path(path).suffix.lower() not in suffixes:
+        return [], f"is not one of the kinds of file this task reads: {allowed}"
+    return [path], None
+
+
+def read_rows(file: str) -> Iterator[RawRow]:
+    """Yields a file's rows; what cannot be read comes as a row with a `problem`."""
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        yield RawRow(file, _line_of_bad_byte(file), None, f"is not UTF-8 (byte 0x{bad:02x}); save the file as UTF-8")
+    except OSError as error:
+        yield RawRow(file, 0, None, f"cannot be read: {error.strerror}")
+
+
+def _line_of_bad_byte(file: str) -> int:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _parse(file: str, line: int, text: str) -> RawRow:
+    try:
+        return RawRow(file, line, json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        shown = text.strip()[:40]
+        return RawRow(file, line, None, f"is not JSON ({error}): {shown!r}; is the file written to its end?")
+
+
+def _read_jsonl(file: str) -> Iterator[RawRow]:
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _parse(file, number, line)
+
+
+def _read_json(file: str) -> Iterator[RawRow]:
+    with open(file, encoding="utf-8-sig") as opened:
+        text = opened.read()
+    if text.lstrip()[:1] != "[":
+        # many .json files in use hold one object a line
+        yield from _read_jsonl(file)
+        return
+    whole = _parse(file, 1, text)
+    if whole.problem:
+        yield whole
+        return
+    for number, value in enumerate(whole.value, 1):
+        yield RawRow(file, number, value)
+
+
+def _read_csv(file: str) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield RawRow(file, start, None, f"is not CSV ({error})")
+                return
+            if None in row or None in row.values():
+                yield RawRow(file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})")
+            else:
+                yield RawRow(file, start, {name: _cell(value) for name, value in row.items()})
+
+
+def _cell(value: str) -> Any:
+    """A cell with a JSON list is one: how `messages` and `history` stand in a CSV file."""
+    if value[:1] == "[" and value[-1:] == "]":
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _read_parquet(file: str) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
+            for value in batch.to_pylist():
+                number += 1
+                yield RawRow(file, number, value)
+    except pyarrow.ArrowException as error:
+        yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})")
+
+
+def _read_text(file: str) -> Iterator[RawRow]:
+    """A .txt file's texts stand between blank lines."""
+    paragraph: list[str] = []
+    start = 1
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                if not paragraph:
+                    start = number
+                paragraph.append(line)
+            elif paragraph:
+                yield RawRow(file, start, {"text": "".join(paragraph).rstrip("\n")})
+                paragraph = []
+    if paragraph:
+        yield RawRow(file, start, {"text": "".join(paragraph).rstrip("\n")})

@@ -1,0 +1,305 @@
+"""Files → checked rows → token ids and labels, made once and kept on disk.
+
+A prepared dataset lies in a folder named by a hash of everything it depends on: the files'
+content, the template, the tokenizer, the lengths. A second start finds it there.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from utils.data_files import find_files, read_rows
+from utils.data_rows import BadRow, EmptyRow
+from utils.errors import UserError
+
+_FORMAT_VERSION = 1  # raise it when a change here makes other ids or labels of the same row
+_SHOWN = 20  # so many bad rows are named one by one
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one set of files.
+
+    Attributes:
+        rows: how many rows the files hold.
+        kept: how many are trained on.
+        tokens: all their tokens; `trained_tokens` those with a label.
+        dropped: reason → how many rows.
+        places: the first dropped rows, `"file:line reason"`.
+        shortened: how many rows lost their oldest turns to fit.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    places: list[str] = field(default_factory=list)
+    shortened: int = 0
+
+    def drop(self, place: str, reason: str, kind: str) -> None:
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+        if len(self.places) < _SHOWN:
+            self.places.append(f"{place} {reason}")
+
+    def dropped_rows(self) -> int:
+        return sum(self.dropped.values())
+
+    def log(self, name: str) -> None:
+        """Says in the log what was kept and, by file and line, what was not."""
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        logger.info(
+            "{}: {:,} of {:,} rows, {:,} tokens, {:.0f} % of them trained", name, self.kept, self.rows, self.tokens, share
+        )
+        if self.shortened:
+            logger.warning("{}: {:,} rows were longer than --max_len and lost their oldest turns", name, self.shortened)
+        if self.dropped:
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
+            shown = "".join(f"\n  {place}" for place in self.places)
+            rest = self.dropped_rows() - len(self.places)
+            more = f"\n  … and {rest:,} more" if rest else ""
+            logger.warning("{}: {:,} rows are left out ({}):{}{}", name, self.dropped_rows(), counts, shown, more)
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """How a task reads and encodes its rows.
+
+    Attributes:
+        suffixes: the kinds of file it reads.
+        read: raw row → a value that JSON can hold; raises BadRow or EmptyRow.
+        encode: values → for each `{"input_ids", "labels", "shortened"}`, or a reason to drop it.
+        key: everything `encode` depends on, for the cache.
+        pack: what is done with the whole encoded dataset at the end, if anything.
+    """
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Any], Any]
+    encode: Callable[[list[Any]], list[dict | str]]
+    key: dict[str, Any]
+    pack: Callable[[Any], Any] | None = None
+
+
+def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
+    """Prepares the rows of `paths`, or reads them from the cache.
+
+    Args:
+        paths: files, folders, globs, separated by commas.
+        flag: the flag they came by.
+        kind: the task's way with rows.
+        on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
+        cache_dir: where prepared rows lie.
+        workers: processes that tokenise; None for a number that suits.
+
+    Returns:
+        (datasets.Dataset with input_ids and labels, DataReport)
+
+    Raises:
+        UserError: a missing file, rows that cannot be used, or none that can.
+    """
+    from datasets import load_from_disk
+
+    files, problems = find_files(paths, flag, kind.suffixes)
+    if problems:
+        raise UserError(*problems)
+    folder = _cache_root(cache_dir) / _cache_key(files, kind, on_bad_row)
+    name = flag.removeprefix("--").removesuffix("_data_path") + " data"
+    if (folder / "report.json").is_file():
+        dataset = load_from_disk(str(folder))
+        report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        logger.info("{}: prepared rows found in {}", name, folder)
+    else:
+        started = time.perf_counter()
+        dataset, report = _prepare(files, kind, on_bad_row, folder, workers)
+        logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
+    report.log(name)
+    return dataset, report
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    import datasets
+
+    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
+
+
+def _cache_key(files: list[str], kind: RowKind, on_bad_row: str) -> str:
+    parts = {"version": _FORMAT_VERSION, "on_bad_row": on_bad_row, **kind.key}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for file in files:
+        # the name stands in the report, so it is part of what is kept
+        digest.update(file.encode())
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_key(tokenizer) -> str:
+    """A hash that changes with anything in the tokenizer that changes ids."""
+    state = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
+    """Reads, checks and encodes the rows, and moves them into the cache when they are whole."""
+    from datasets import load_from_disk
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        checked, report = _checked_rows(files, kind, on_bad_row, scratch)
+        dataset = _encoded_rows(checked, files, kind, report, scratch, workers)
+        if kind.pack:
+            dataset = kind.pack(dataset)
+        dataset.save_to_disk(str(scratch / "rows"))
+        (scratch / "rows" / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        del dataset, checked
+        try:
+            os.rename(scratch / "rows", folder)
+        except OSError:
+            # another run prepared the same rows meanwhile; one of the two is enough
+            if not (folder / "report.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return load_from_disk(str(folder)), report
+
+
+def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Path):
+    """Writes the rows that can be read to disk, as JSON texts with their places.
+
+    Raises:
+        UserError: naming the rows that stop the run, the first 20 by file and line.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.utils.logging import disable_progress_bar
+
+    report, refused = DataReport(), []
+    rows = functools.partial(_readable_rows, files, kind, on_bad_row, report, refused)
+    disable_progress_bar()
+    try:
+        features = Features({"row": Value("string"), "file": Value("int32"), "line": Value("int64")})
+        dataset = Dataset.from_generator(
+            rows, features=features, cache_dir=str(scratch / "raw"), keep_in_memory=False, fingerprint=scratch.name
+        )
+    except Exception as error:
+        if not refused and report.rows > report.dropped_rows():
+            raise error
+        dataset = None  # datasets refuses to make a dataset of no rows
+    if refused:
+        shown = "".join(f"\n     {problem}" for problem in refused[:_SHOWN])
+        more = f"\n     … and {len(refused) - _SHOWN:,} more" if len(refused) > _SHOWN else ""
+        raise UserError(
+            f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
+            "   Mend them, or give --on_bad_row drop to train without them"
+        )
+    _refuse_nothing_left(report, report.rows - report.dropped_rows(), files)
+    return dataset, report
+
+
+def _readable_rows(
+    files: list[str], kind: RowKind, on_bad_row: str, report: DataReport, refused: list[str]
+) -> Iterator[dict]:
+    for number, file in enumerate(files):
+        for raw in read_rows(file):
+            report.rows += 1
+            place = f"{file}:{raw.line}"
+            try:
+                if raw.problem:
+                    raise BadRow(raw.problem)
+                value = kind.read(raw.value)
+            except EmptyRow as error:
+                if on_bad_row == "error":
+                    refused.append(f"{place} {error}")
+                report.drop(place, str(error), "with nothing to train")
+            except BadRow as error:
+                if on_bad_row != "drop":
+                    refused.append(f"{place} {error}")
+                report.drop(place, str(error), "malformed")
+            else:
+                yield {"row": json.dumps(value, ensure_ascii=False), "file": number, "line": raw.line}
+
+
+def _encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, scratch: Path, workers: int | None):
+    """Tokenises in batches, in several processes where there are rows enough."""
+    from datasets import Features, Sequence, Value
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    if workers is None:
+        workers = min(os.cpu_count() or 1, 16, len(checked) // 5000)
+    features = Features({
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "shortened": Value("bool"),
+        "dropped": Value("string"),
+        "file": Value("int32"),
+        "line": Value("int64"),
+    })
+    if len(checked) > 5000:
+        enable_progress_bar()
+    encoded = checked.map(
+        functools.partial(_encode_batch, kind.encode),
+        batched=True,
+        remove_columns=["row"],
+        features=features,
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=str(scratch / "encoded.arrow"),
+        new_fingerprint=scratch.name,
+        desc="tokenising",
+    )
+    disable_progress_bar()
+    return _without_dropped(encoded, files, report)
+
+
+def _encode_batch(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
+    results = encode([json.loads(row) for row in batch["row"]])
+    empty = {"input_ids": [], "labels": [], "shortened": False}
+    rows = [{**empty, "dropped": r} if isinstance(r, str) else {"dropped": None, **r} for r in results]
+    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "shortened", "dropped")}
+
+
+def _without_dropped(encoded, files: list[str], report: DataReport):
+    """Counts tokens and dropped rows column by column, and keeps the rest of the rows."""
+    import pyarrow.compute as pc
+
+    table = encoded.data
+    report.shortened = pc.sum(table["shortened"].cast("int32")).as_py() or 0
+    kept = []
+    for index, (reason, file, line) in enumerate(
+        zip(table["dropped"].to_pylist(), table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
+    ):
+        if reason is None:
+            kept.append(index)
+        else:
+            report.drop(f"{files[file]}:{line}", reason, "too long" if "long" in reason else "with nothing to train")
+    _refuse_nothing_left(report, len(kept), files)
+    report.kept = len(kept)
+    if len(kept) < len(encoded):
+        encoded = encoded.select(kept)
+    for batch in table["labels"].chunks:
+        labels = batch.flatten()
+        report.tokens += len(labels)
+        report.trained_tokens += pc.sum(pc.greater_equal(labels, 0).cast("int64")).as_py() or 0
+    return encoded.remove_columns(["shortened", "dropped", "file", "line"])
+
+
+def _refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:
+    if left:
+        return
+    if not report.rows:
+        raise UserError(f"{', '.join(files)} holds no row")
+    places = "".join(f"\n     {place}" for place in report.places)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in report.dropped.items())
+    raise UserError(
+        f"none of the {report.rows:,} rows keeps a trained token ({counts}):{places}\n"
+        "   Raise --max_len if they are too long, or mend the rows"
+    )

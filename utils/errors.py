@@ -1,0 +1,54 @@
+"""How bad input is told to a person: every problem in one message, exit code 2, no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used.
+
+    Each problem names the value, what is allowed and the remedy.
+
+    Args:
+        *problems: one text for each thing that is wrong.
+    """
+
+    def __init__(self, *problems: str):
+        self.problems = [problem for problem in problems if problem]
+        super().__init__("\n".join(self.problems))
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"error: {self.problems[0]}"
+        numbered = (f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} errors:\n" + "\n".join(numbered)
+
+
+def raise_if_any(problems: Iterable[str]) -> None:
+    """Raises one `UserError` with all the problems, if there are any."""
+    problems = list(problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`nearest("qwem", ["qwen", "yi"])` → `" Did you mean 'qwen'?"`, or an empty text."""
+    close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        # a rank that is not the first would only repeat the first one's message
+        from utils.log import is_main_process
+
+        if is_main_process():
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

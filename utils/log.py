@@ -1,0 +1,65 @@
+"""One log for the terminal and for `train.log`, written by the first process only."""
+
+import logging
+import os
+import sys
+import warnings
+
+from loguru import logger
+
+_FORMAT = "{time:YYYY-MM-DD HH:mm:ss} | {level: <7} | {message}"
+_early_lines: list[str] = []
+_early_sink: int | None = None
+
+
+def is_main_process() -> bool:
+    """True in a plain run and in the first rank of a launcher's run."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+class _ToLoguru(logging.Handler):
+    """Passes the libraries' own messages on, into the file rather than the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "WARNING" if record.levelno >= logging.ERROR else "DEBUG"
+        logger.log(level, "{}: {}", record.name, record.getMessage())
+
+
+def setup_logging() -> None:
+    """Logs to the terminal from INFO on, and keeps every line for the file that comes later.
+
+    The run's folder is made only once nothing more can be refused; `log_to_file` then
+    writes what was said before it existed.
+    """
+    global _early_sink
+    from tqdm import tqdm
+
+    logger.remove()
+    _early_lines.clear()
+    if not is_main_process():
+        return
+    # tqdm.write keeps the progress bar whole
+    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="INFO", format="{message}")
+    _early_sink = logger.add(_early_lines.append, level="DEBUG", format=_FORMAT)
+    route_library_logs()
+
+
+def route_library_logs() -> None:
+    """Takes the libraries' messages over; again after they are imported, since each sets up its own."""
+    warnings.simplefilter("default")
+    logging.captureWarnings(True)
+    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "DeepSpeed", "py.warnings", "torch"):
+        library = logging.getLogger(name)
+        library.handlers = [_ToLoguru()]
+        library.propagate = False
+
+
+def log_to_file(path: str) -> None:
+    """Opens `path` as the run's log and writes into it what was logged so far."""
+    if not is_main_process():
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(_early_lines)
+    logger.remove(_early_sink)
+    _early_lines.clear()
+    logger.add(path, level="DEBUG", format=_FORMAT, encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Weights: which type they are loaded in, which attention they use, how they are quantised."""
+
+import json
+from pathlib import Path
+
+from loguru import logger
+
+from utils.args import project_path
+from utils.errors import UserError
+from utils.tokenizer import load_failure
+
+CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
+
+
+def load_model(args, train_args):
+    """Loads the base model for training.
+
+    A model that is trained in full is loaded in float32, since an update is often too small
+    for the 8 bits of a bf16 mantissa to show; the arithmetic is still `--precision`'s. Under an
+    adapter the base never changes, so it is loaded in the precision of the arithmetic.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument; its `gradient_checkpointing` None is decided here.
+
+    Returns:
+        transformers.PreTrainedModel
+
+    Raises:
+        UserError: the weights cannot be loaded, or are not safetensors.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    options = {
+        "dtype": torch.float32 if args.train_mode == "full" else compute_dtype,
+        "trust_remote_code": args.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if args.attn_implementation != "auto":
+        options["attn_implementation"] = args.attn_implementation
+    if args.train_mode == "qlora":
+        options |= quantised(compute_dtype, train_args)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+    except Exception as error:  # the hub, the file system and the model code each raise their own
+        raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    _settle_checkpointing(model, train_args)
+    return model
+
+
+def quantised(compute_dtype, train_args) -> dict:
+    """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+    from transformers import BitsAndBytesConfig
+
+    options = {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            # ZeRO-3 and FSDP can only split storage of a floating type
+            bnb_4bit_quant_storage=compute_dtype,
+        )
+    }
+    if train_args.deepspeed_plugin is None:
+        # quantised weights cannot be moved later, so each process loads them where it trains
+        options["device_map"] = {"": train_args.device}
+    return options
+
+
+def load_for_inference(path: str, trust_remote_code: bool = False):
+    """Loads a run's folder or a base model for generation, on the GPU where there is one.
+
+    Args:
+        path: a folder with an adapter (its base is read from `adapter_config.json`) or with whole
+            weights, or a hub name.
+        trust_remote_code: whether Python code beside the model may run.
+
+    Raises:
+        UserError: there is no such model, or the adapter's base is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    adapter_file = Path(path) / "adapter_config.json"
+    if not adapter_file.is_file():
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
+        except Exception as error:
+            raise UserError(load_failure("model", "--model_path", path, error)) from error
+    from peft import PeftModel
+
+    base = project_path(json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    try:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), path)
+    except Exception as error:
+        raise UserError(load_failure("base or adapter", "--model_path", f"{path} (base {base})", error)) from error
+    # the run's own stop tokens, not the base's
+    model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.to(device).eval()
+
+
+def _settle_checkpointing(model, train_args) -> None:
+    if train_args.gradient_checkpointing is None:
+        size = model.num_parameters()
+        wanted = size >= CHECKPOINTING_FROM
+        # two names of one thing in transformers; the second is the newer
+        train_args.gradient_checkpointing = train_args.activation_checkpointing = wanted
+        logger.info("gradient checkpointing is {} for {:,} weights", "on" if wanted else "off", size)

@@ -1,0 +1,174 @@
+"""What a run leaves behind, and the summary it ends with."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+from loguru import logger
+
+from utils.check_args import FINISHED
+from utils.errors import UserError
+from utils.log import is_main_process, log_to_file, route_library_logs
+from utils.tokenizer import set_chat_template, stop_token_ids
+
+STATE = "trainer_state.json"
+_PISSA_START = "pissa_start"
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def open_run(train_args, args) -> Path:
+    """Makes the run's folder, once nothing more can be refused, and opens its log.
+
+    With `--overwrite_output_dir` the marks of the finished run go, so that a crash does not
+    leave the old run's figures beside the new one's checkpoints.
+    """
+    folder = Path(train_args.output_dir)
+    route_library_logs()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_main_process() and not train_args.resume_from_checkpoint:
+            _clear_finished(folder)
+        log_to_file(str(folder / "train.log"))
+    except OSError as error:
+        raise UserError(f"--output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
+    logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
+    return folder
+
+
+def _clear_finished(folder: Path) -> None:
+    import shutil
+
+    for name in (FINISHED, STATE, "train.log", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
+    for old in [*folder.glob("checkpoint-*"), *folder.glob("runs")]:
+        shutil.rmtree(old)
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+
+
+def effective_args(args, train_args) -> dict:
+    """Every value the run used, by dataclass; no token, nothing from the environment."""
+    trainer = {name: value for name, value in train_args.to_dict().items() if "token" not in name or "tokens" in name}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"common": dataclasses.asdict(args), "trainer": trainer, "versions": versions}
+
+
+def prepare_trainer(trainer, tokenizer, template, args) -> None:
+    """Makes every checkpoint, not only the last, speak and stop as trained."""
+    from utils.callbacks import MetricsToLog
+
+    trainer.add_callback(MetricsToLog())
+    set_chat_template(tokenizer, template)
+    model = trainer.model
+    # the base may hold sampling figures that its own loader refuses to save
+    with contextlib.suppress(AttributeError):
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer, template, model)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if args.init_lora_weights == "pissa" and is_main_process():
+        # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
+        model.peft_config["default"].init_lora_weights = args.init_lora_weights
+
+
+def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
+    """Writes the run's folder: weights, tokenizer, arguments, state, plot.
+
+    Returns:
+        the summary: folder, rows, losses, next command.
+    """
+    folder = Path(trainer.args.output_dir)
+    _save_weights(trainer, args, folder)
+    trainer.save_state()
+    if not is_main_process():
+        return {}
+    # pickled, and said again in readable form by train_args.json
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    # PEFT's model card is a form to fill in
+    (folder / "README.md").unlink(missing_ok=True)
+    if args.train_mode != "full":
+        trainer.model.generation_config.save_pretrained(folder)
+    plot_history(trainer.state.log_history, folder / "loss.png")
+    summary = summarise(trainer, args, data, folder)
+    text = json.dumps(effective_args(args, train_args) | {"summary": summary}, indent=2, ensure_ascii=False, default=str)
+    temporary = folder / (FINISHED + ".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, folder / FINISHED)
+    return summary
+
+
+def _save_weights(trainer, args, folder: Path) -> None:
+    start = folder / _PISSA_START
+    if args.init_lora_weights != "pissa":
+        trainer.save_model()
+        return
+    import shutil
+
+    trainer.save_model()
+    if is_main_process():
+        # PEFT, "converting the changed base and adapter into a LoRA on the unchanged base"
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        shutil.rmtree(start)
+
+
+def summarise(trainer, args, data, folder: Path) -> dict:
+    """The figures a run ends with."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return {
+        "folder": str(folder),
+        "rows_trained": data.report.kept if data.eval_report or data.eval is None else data.report.kept - len(data.eval),
+        "rows_dropped": data.report.dropped_rows(),
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "eval_loss": eval_losses[-1] if eval_losses else None,
+        "next": f"python -m utils.script.infer --model_path {folder}",
+    }
+
+
+def print_summary(summary: dict) -> None:
+    """Prints the summary, on the first process only."""
+    if not summary:
+        return
+
+    def figure(value):
+        return "not measured" if value is None else f"{value:.4f}"
+
+    logger.info(
+        "\nfinished: {folder}\n"
+        "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
+        "  steps            {steps:,}\n"
+        "  loss             {first} at first, {last} at last\n"
+        "  evaluation loss  {evaluation}\n"
+        "talk to it:\n  {next}",
+        first=figure(summary["first_loss"]),
+        last=figure(summary["last_loss"]),
+        evaluation=figure(summary["eval_loss"]),
+        **summary,
+    )
+
+
+def plot_history(history: list[dict], path: Path) -> None:
+    """Draws training and evaluation loss over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="Loss")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""Commands a user runs: `python -m utils.script.<name> --help`."""

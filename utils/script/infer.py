@@ -1,0 +1,141 @@
+"""Talks to a trained model, in the format it was trained on.
+
+    python -m utils.script.infer --model_path output/sft-20260101-120000
+    python -m utils.script.infer --model_path output/sft-20260101-120000 --prompt "Who are you?"
+"""
+
+import sys
+from dataclasses import dataclass
+
+from utils.args import arg, make_parser, read_flags
+from utils.errors import UserError, raise_if_any, run_command
+
+
+@dataclass
+class InferArgs:
+    """Flags of the chat; those of generation are named as in transformers' `generate`."""
+
+    model_path: str | None = arg(None, "A run's folder (adapter or full), or a base model.")
+    prompt: str | None = arg(None, "Answer this once and end, instead of chatting.")
+    system: str | None = arg(None, "The system message. Default: the format's own.")
+    template_name: str | None = arg(None, "The chat format of a base model. Default: the one saved with the model.")
+    max_new_tokens: int = arg(512, "The longest answer in tokens.")
+    do_sample: bool = arg(False, "Sample instead of taking the likeliest token each time.")
+    temperature: float = arg(0.7, "With --do_sample: below 1 sharper, above 1 flatter.")
+    top_p: float = arg(0.9, "With --do_sample: only the likeliest tokens with this share of the probability.")
+    repetition_penalty: float = arg(1.0, "Above 1: tokens that stand already become less likely.")
+    seed: int = arg(42, "With --do_sample: the same seed gives the same answers.")
+    trust_remote_code: bool = arg(False, "Run Python code that comes with the model.")
+
+
+def parse(argv: list[str] | None = None) -> InferArgs:
+    """Reads the flags.
+
+    Raises:
+        UserError: with every problem at once.
+    """
+    values, _, problems = read_flags(make_parser([InferArgs], "utils.script.infer", __doc__), argv)
+    args = InferArgs(**values)
+    if not args.model_path:
+        problems.append("--model_path is missing; give a run's folder, such as output/sft-…")
+    if args.max_new_tokens < 1:
+        problems.append(f"--max_new_tokens {args.max_new_tokens} is not allowed; give a whole number of at least 1")
+    if args.temperature <= 0:
+        problems.append(f"--temperature {args.temperature} is not allowed; give a number above 0, or --do_sample false")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p {args.top_p} is not allowed; give a number above 0, at most 1")
+    raise_if_any(problems)
+    return args
+
+
+class Chat:
+    """A model, its tokenizer and the conversation so far.
+
+    Args:
+        model: for generation.
+        tokenizer: with a chat template.
+        args: InferArgs.
+    """
+
+    def __init__(self, model, tokenizer, args: InferArgs):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.messages = [{"role": "system", "content": args.system}] if args.system else []
+
+    def answer(self, prompt: str, stream: bool = True) -> str:
+        """Generates the answer to `prompt` and keeps both turns.
+
+        Args:
+            prompt: what the user says.
+            stream: whether to print the answer as it comes.
+        """
+        import torch
+        from transformers import TextStreamer
+
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        options = {"max_new_tokens": self.args.max_new_tokens, "repetition_penalty": self.args.repetition_penalty}
+        if self.args.do_sample:
+            options |= {"do_sample": True, "temperature": self.args.temperature, "top_p": self.args.top_p}
+        else:
+            # a base may bring sampling figures, which greedy decoding would warn of
+            options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if stream:
+            options["streamer"] = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, **options)
+        text = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        return text
+
+
+def load_chat(args: InferArgs) -> Chat:
+    """Loads a run's folder, or a base model, for chatting."""
+    from transformers import set_seed
+
+    from utils.model import load_for_inference
+    from utils.template import get_template
+    from utils.tokenizer import load_tokenizer, set_chat_template, stop_token_ids
+
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code, flag="--model_path")
+    model = load_for_inference(args.model_path, args.trust_remote_code)
+    if args.template_name:
+        template = get_template(args.template_name, tokenizer)
+        set_chat_template(tokenizer, template)
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer, template, model)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    elif not tokenizer.chat_template:
+        raise UserError(
+            f"--model_path {args.model_path!r} has no chat format of its own; give one with --template_name, "
+            "or the folder of a run"
+        )
+    return Chat(model, tokenizer, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    chat = load_chat(args)
+    if args.prompt is not None:
+        chat.answer(args.prompt)
+        return
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives input() editing and a history)
+    print("Say something; Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not prompt:
+            continue
+        try:
+            chat.answer(prompt)
+        except KeyboardInterrupt:
+            print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

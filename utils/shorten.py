@@ -1,0 +1,74 @@
+"""Fitting a conversation into `max_len`: the oldest turns go first, an answer is never cut."""
+
+from utils.errors import UserError
+from utils.template import IGNORED, Message, Template
+
+
+def encode_within(conversations: list[list[Message]], template: Template, tokenizer, max_len: int) -> list[dict | str]:
+    """Encodes conversations so that none is longer than `max_len`.
+
+    Args:
+        conversations: messages each.
+        template: renders them.
+        tokenizer: a fast one.
+        max_len: tokens.
+
+    Returns:
+        for each `{"input_ids", "labels", "shortened"}`, or the reason why it cannot be trained.
+    """
+    results: list[dict | str | None] = []
+    for messages in conversations:
+        try:
+            template.check(messages)
+            results.append(None)
+        except UserError as error:
+            results.append(f"does not fit the template: {error.problems[0]}")
+    fitting = [messages for messages, result in zip(conversations, results, strict=True) if result is None]
+    encoded = iter(template.encode_batch(fitting, tokenizer) if fitting else [])
+    return [
+        _fit(messages, next(encoded), template, tokenizer, max_len) if result is None else result
+        for messages, result in zip(conversations, results, strict=True)
+    ]
+
+
+def _fit(messages: list[Message], encoded: dict, template: Template, tokenizer, max_len: int) -> dict | str:
+    shortened = False
+    length = len(encoded["input_ids"])
+    while len(encoded["input_ids"]) > max_len:
+        shorter = _without_oldest_turn(messages)
+        if shorter is None:
+            shorter = _with_shorter_question(messages, len(encoded["input_ids"]) - max_len, tokenizer)
+        if shorter is None:
+            return f"is too long: {length} tokens, --max_len {max_len}, and what is left cannot be cut"
+        messages, shortened = shorter, True
+        encoded = template.encode(messages, tokenizer)
+    if all(label == IGNORED for label in encoded["labels"]):
+        return "has nothing to train"
+    return {**encoded, "shortened": shortened}
+
+
+def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    count = 1 if messages[0]["role"] == "system" else 0
+    return messages[:count], messages[count:]
+
+
+def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
+    """Drops everything between the system message and the second question; None if there is no second."""
+    head, turns = _split_head(messages)
+    later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
+    return next(
+        (head + turns[i:] for i in later if any(m["role"] == "assistant" for m in turns[i:])), None
+    )
+
+
+def _with_shorter_question(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
+    """Cuts the beginning of the only question left by `surplus` tokens; None if nothing would be left of it."""
+    head, turns = _split_head(messages)
+    if turns[0]["role"] != "user":
+        return None
+    question = turns[0]["content"]
+    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(offsets) <= surplus:
+        return None
+    cut = question[max(1, offsets[surplus][0]) :]
+    return [*head, {"role": "user", "content": cut}, *turns[1:]] if cut.strip() else None

@@ -1,0 +1,20 @@
+"""The tasks: one module each, loaded only when it is run.
+
+A task module has
+
+- `load_datasets(args, train_args, template, tokenizer) -> Data`
+- `build_collator(args, train_args, tokenizer) -> collator`
+- `build_trainer(args, train_args, model, adapter, data, collator, tokenizer) -> Trainer`
+"""
+
+import importlib
+
+TASKS = {
+    "pretrain": "utils.tasks.pretrain",
+    "sft": "utils.tasks.sft",
+}
+
+
+def get_task(name: str):
+    """Imports the task's module."""
+    return importlib.import_module(TASKS[name])

@@ -1,0 +1,87 @@
+"""What the tasks share: splitting off a validation part, and a trainer with LoRA+."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+
+from utils.data_process import DataReport, RowKind, load_rows
+from utils.errors import UserError
+
+
+@dataclass
+class Data:
+    """The prepared rows of a run, with what became of the rest."""
+
+    train: Any
+    eval: Any
+    report: DataReport
+    eval_report: DataReport | None = None
+
+
+def load_both(args, train_args, kind: RowKind) -> Data:
+    """Prepares the training rows and the validation rows."""
+    options = (kind, args.on_bad_row, args.cache_dir, train_args.dataset_num_proc)
+    train, report = load_rows(args.train_data_path, "--train_data_path", *options)
+    if args.eval_data_path:
+        held_back, eval_report = load_rows(args.eval_data_path, "--eval_data_path", *options)
+        return Data(train, held_back, report, eval_report)
+    if not args.val_size:
+        return Data(train, None, report)
+    size = args.val_size if args.val_size < 1 else int(args.val_size)
+    held_rows = size if size >= 1 else max(1, round(size * len(train)))
+    if held_rows >= len(train):
+        raise UserError(
+            f"--val_size {args.val_size} leaves no row to train of {len(train)}; give a smaller one"
+        )
+    parts = train.train_test_split(test_size=held_rows, seed=train_args.seed)
+    logger.info("{:,} of {:,} rows are held back for validation", held_rows, len(train))
+    return Data(parts["train"], parts["test"], report)
+
+
+def use_padding_free(args, train_args) -> bool:
+    """Padding-free needs attention that heeds positions, which code from outside may not have."""
+    if train_args.padding_free and args.trust_remote_code:
+        logger.info("rows are padded: --trust_remote_code models may not keep rows apart without padding")
+        return False
+    return train_args.padding_free
+
+
+def for_trl(train_args):
+    """The recipe as TRL's trainer is to see it: rows are prepared, packed and collated already."""
+    if train_args.deepspeed_plugin is None:
+        _leave_deepspeed_out()
+    settled = copy.copy(train_args)
+    settled.packing = settled.padding_free = False
+    settled.max_length = None
+    settled.dataset_kwargs = {"skip_prepare_dataset": True}
+    return settled
+
+
+def _leave_deepspeed_out() -> None:
+    """Without its launcher DeepSpeed has no part in a run, yet accelerate would import it: seconds for nothing."""
+    import accelerate.utils.other
+
+    accelerate.utils.other.is_deepspeed_available = lambda: False
+
+
+class LoraPlus:
+    """A trainer mix-in: LoRA's B learns `loraplus_lr_ratio` times as fast as A (arXiv 2402.12354)."""
+
+    loraplus_lr_ratio: float | None = None
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+            from peft.optimizers import create_loraplus_optimizer
+
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = create_loraplus_optimizer(
+                model,
+                optimizer_class,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return super().create_optimizer(model)

@@ -1,0 +1,46 @@
+"""Pretraining: plain text, every token of which is trained, in packed rows."""
+
+from utils.data_files import TEXT_SUFFIXES
+from utils.data_process import RowKind, tokenizer_key
+from utils.data_rows import to_text
+from utils.tasks.common import Data, load_both
+from utils.tasks.sft import build_collator, build_trainer
+
+__all__ = ["build_collator", "build_trainer", "load_datasets"]
+
+
+def load_datasets(args, train_args, template, tokenizer) -> Data:
+    """Prepares texts: each ends with the tokenizer's eos token, all ids are labels.
+
+    Packed, they share rows of `max_len`; a longer text goes on in the next row, nothing is cut off.
+    """
+
+    def encode(texts):
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows = [ids + [tokenizer.eos_token_id] for ids in encoded]
+        if not train_args.packing:
+            return [
+                {"input_ids": ids, "labels": ids, "shortened": False} if len(ids) <= args.max_len
+                else f"is too long: {len(ids)} tokens, --max_len {args.max_len}; --packing true would split it"
+                for ids in rows
+            ]
+        return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
+
+    def pack(dataset):
+        from trl import pack_dataset
+
+        return pack_dataset(dataset, args.max_len, strategy="bfd_split")
+
+    kind = RowKind(
+        suffixes=TEXT_SUFFIXES,
+        read=to_text,
+        encode=encode,
+        key={
+            "task": "pretrain",
+            "tokenizer": tokenizer_key(tokenizer),
+            "max_len": args.max_len,
+            "packing": train_args.packing,
+        },
+        pack=pack if train_args.packing else None,
+    )
+    return load_both(args, train_args, kind)

@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
+
+from utils.data_collator import build_collator as _collator
+from utils.data_files import SUFFIXES
+from utils.data_process import RowKind, tokenizer_key
+from utils.data_rows import to_messages
+from utils.errors import UserError
+from utils.shorten import encode_within
+from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_free
+
+
+def load_datasets(args, train_args, template, tokenizer) -> Data:
+    """Prepares conversations: `input_ids` and `labels`, the answers and their stop tokens labelled."""
+
+    def encode(conversations):
+        return encode_within(conversations, template, tokenizer, args.max_len)
+
+    def pack(dataset):
+        from trl import pack_dataset
+
+        return pack_dataset(dataset, args.max_len, strategy="bfd")
+
+    kind = RowKind(
+        suffixes=SUFFIXES,
+        read=to_messages,
+        encode=encode,
+        key={
+            "task": "sft",
+            "template": repr(template),
+            "tokenizer": tokenizer_key(tokenizer),
+            "max_len": args.max_len,
+            "packing": train_args.packing,
+        },
+        pack=pack if train_args.packing else None,
+    )
+    return load_both(args, train_args, kind)
+
+
+def build_collator(args, train_args, tokenizer):
+    """Rows end to end by default, padded where that is asked for or needed."""
+    padding_free = use_padding_free(args, train_args)
+    if train_args.packing and not padding_free:
+        raise UserError("--packing true needs --padding_free true: only then is a row of several kept apart by positions")
+    return _collator(tokenizer.pad_token_id, padding_free)
+
+
+def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
+    """TRL's SFTTrainer on rows that are prepared already."""
+    from trl import SFTTrainer
+
+    class Trainer(LoraPlus, SFTTrainer):
+        loraplus_lr_ratio = args.loraplus_lr_ratio
+
+    return Trainer(
+        model=model,
+        args=for_trl(train_args),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=collator,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )

@@ -1,0 +1,66 @@
+"""Loading a tokenizer, and making sure that it can pad and that it knows where an answer stops."""
+
+import re
+
+from loguru import logger
+
+from utils.errors import UserError
+from utils.template import Template
+
+# a reserved token is better than eos: it never stands for anything else
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, flag: str = "--model_name_or_path"):
+    """Loads a fast tokenizer with a pad token.
+
+    Args:
+        model_name_or_path: a folder or a name on a hub.
+        trust_remote_code: whether Python code beside the model may run.
+        flag: the flag it came by, for the messages.
+
+    Raises:
+        UserError: there is no tokenizer, or only a slow one, which has no offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, the file system and the parsers each raise their own
+        raise UserError(load_failure("tokenizer", flag, model_name_or_path, error)) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {model_name_or_path!r} has no fast version, which is needed to find the trained text. "
+            "Save one with AutoTokenizer.from_pretrained(...).save_pretrained(...) of a recent transformers"
+        )
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next(
+            (token for token in _PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token or min(vocabulary)
+        )
+        logger.info("the tokenizer has no pad token; padding with {!r}", tokenizer.pad_token)
+    return tokenizer
+
+
+def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
+    """One line for a load that failed, without the address lists that hub errors carry."""
+    reason = re.sub(r"\s+", " ", str(error)).strip()
+    reason = re.sub(r"https?://\S+", "the hub", reason)
+    return (
+        f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
+        "Give a folder with a model saved by transformers, or a name the hub has"
+    )
+
+
+def set_chat_template(tokenizer, template: Template) -> None:
+    """Writes the trained format into the tokenizer, so that other programs speak it and stop with it."""
+    tokenizer.chat_template = template.to_jinja()
+    tokenizer.eos_token = template.stop
+
+
+def stop_token_ids(tokenizer, template: Template, model) -> list[int]:
+    """The ids that end generation: the template's stop token first, then those the model had."""
+    known = model.generation_config.eos_token_id
+    known = [known] if isinstance(known, int) else list(known or [])
+    stop = tokenizer.convert_tokens_to_ids(template.stop)
+    return list(dict.fromkeys([stop, *known]))
