@@ -131,6 +131,34 @@ def untrained_tokens(model) -> set[int]:
     return found
 
 
+def settle_trainable(model, sharded: bool) -> None:
+    """Undoes two things on the way into TRL's trainer that would cost exactness.
+
+    Args:
+        model: the trainer's, wrapped by PEFT or whole.
+        sharded: whether DeepSpeed or FSDP lays the weights out, which needs one type for all.
+    """
+    _show_head_bias(model)
+    if not sharded and getattr(model, "is_loaded_in_4bit", False):
+        # TRL rounds QLoRA's adapters to bf16, where an update below 1/256 of a weight is lost;
+        # in float32, as PEFT makes them, they learn as plain LoRA's do
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def _show_head_bias(model) -> None:
+    """Gives a head wrapped for trained token rows the `bias` that TRL's fused loss reads from it.
+
+    PEFT's wrapper passes `weight` through, with the trained rows in it, and no other attribute.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.register_parameter("bias", getattr(head.original_module, "bias", None))
+
+
 def _token_rows(model, tokens: list[int]) -> dict[str, list[int]]:
     """PEFT's `trainable_token_indices`: the rows of the embedding, and of the head unless they are one matrix."""
     layers = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}

@@ -191,9 +191,9 @@ def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Pat
         dataset = Dataset.from_generator(
             rows, features=features, cache_dir=str(scratch / "raw"), keep_in_memory=False, fingerprint=scratch.name
         )
-    except Exception as error:
+    except Exception:
         if not refused and report.rows > report.dropped_rows():
-            raise error
+            raise
         dataset = None  # datasets refuses to make a dataset of no rows
     if refused:
         shown = "".join(f"\n     {problem}" for problem in refused[:_SHOWN])

@@ -14,7 +14,7 @@ _early_sink: int | None = None
 
 def is_main_process() -> bool:
     """True in a plain run and in the first rank of a launcher's run."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 class _ToLoguru(logging.Handler):

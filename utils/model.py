@@ -46,6 +46,8 @@ def load_model(args, train_args):
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    if args.train_mode == "qlora":
+        _keep_quantised_weights(model)
     _settle_checkpointing(model, train_args)
     return model
 
@@ -54,20 +56,31 @@ def quantised(compute_dtype, train_args) -> dict:
     """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
     from transformers import BitsAndBytesConfig
 
-    options = {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            # ZeRO-3 and FSDP can only split storage of a floating type
-            bnb_4bit_quant_storage=compute_dtype,
-        )
-    }
-    if train_args.deepspeed_plugin is None:
-        # quantised weights cannot be moved later, so each process loads them where it trains
-        options["device_map"] = {"": train_args.device}
-    return options
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    if train_args.deepspeed_plugin is not None or train_args.fsdp:
+        # sharding splits storage of a floating type only, and places the weights by itself
+        config.bnb_4bit_quant_storage = compute_dtype
+        return {"quantization_config": config}
+    # quantised weights cannot be moved later, so each process loads them where it trains
+    return {"quantization_config": config, "device_map": {"": train_args.device}}
+
+
+def _keep_quantised_weights(model) -> None:
+    """Stops bitsandbytes from rewriting the weights at the first evaluation on a CPU.
+
+    Its fast path for inference packs them anew, in place and with coarser scales, so the
+    training that goes on after would be against another base.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_for_inference(path: str, trust_remote_code: bool = False):

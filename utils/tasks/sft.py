@@ -1,5 +1,6 @@
 """Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
 
+from utils.adapter import settle_trainable
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_process import RowKind, tokenizer_key
@@ -51,7 +52,7 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     class Trainer(LoraPlus, SFTTrainer):
         loraplus_lr_ratio = args.loraplus_lr_ratio
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=for_trl(train_args),
         train_dataset=data.train,
@@ -60,3 +61,5 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    settle_trainable(trainer.model, sharded=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    return trainer

@@ -1,0 +1,83 @@
+"""Every test runs offline, with caches of its own and one thread: the models are tiny."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dojo-hf-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE with the ChatML tokens."""
+    return tiny.byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """architecture → the folder of a tiny random model, made once."""
+    folders = {}
+
+    def folder_of(architecture="qwen2", **changes):
+        key = (architecture, tuple(sorted(changes.items())))
+        if key not in folders:
+            folders[key] = tiny.save_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **changes)
+        return folders[key]
+
+    return folder_of
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A jsonl file of SFT rows."""
+    return write_rows(tmp_path / "rows.jsonl", tiny.ROWS)
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def train(tiny_models, rows_file, tmp_path):
+    """Runs main_train.py in this process on a tiny model; returns the run's folder."""
+    import main_train
+
+    def run(*flags, model=None, data=None, output="run"):
+        folder = tmp_path / output
+        main_train.main([
+            "--model_name_or_path", model or tiny_models(), "--train_data_path", data or rows_file,
+            "--output_dir", str(folder), "--num_train_epochs", "2", "--per_device_train_batch_size", "4",
+            "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", *flags,
+        ])
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command's `main` that must refuse its input; returns what it said."""
+    from utils.errors import run_command
+
+    def run(main, *argv):
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: main(list(argv)))
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "Traceback" not in said
+        return said
+
+    return run

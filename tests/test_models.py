@@ -1,0 +1,170 @@
+"""Every architecture through every way of training: it learns, is saved, and is the same when loaded plainly."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+MODES = {
+    "full": ["--train_mode", "full"],
+    "lora": [],
+    "dora": ["--use_dora", "true"],
+    "qlora": ["--train_mode", "qlora"],
+    "qdora": ["--train_mode", "qlora", "--use_dora", "true"],
+    "rslora": ["--use_rslora", "true", "--learning_rate", "1e-3"],
+    "pissa": ["--init_lora_weights", "pissa"],
+}
+EXTRA = {("qwen2", "rslora"), ("qwen2", "pissa"), ("llama", "pissa"), ("qwen2", "qdora")}
+CASES = [
+    (architecture, mode)
+    for architecture in tiny.ARCHITECTURES
+    for mode in MODES
+    if mode in ("full", "lora", "dora", "qlora") or (architecture, mode) in EXTRA
+]
+IDS = torch.arange(5, 25)[None]
+
+
+def logits_of(model):
+    with torch.inference_mode():
+        return model.eval()(IDS).logits.float()
+
+
+def reload(folder, base_folder, mode):
+    """Loads a run as a user without this project would."""
+    options = {"dtype": torch.float32}
+    if mode == "full":
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    if mode in ("qlora", "qdora"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(base_folder, **options)
+    for module in base.modules():
+        # bitsandbytes' inference path on a CPU rounds its scales to bf16: near, but not the same
+        module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize(("architecture", "mode"), CASES)
+def test_trains_saves_and_reloads_the_same(architecture, mode, train, tiny_models, monkeypatch):
+    """The trained model in memory, the same loaded by plain transformers and PEFT, and the base, compared by logits."""
+    import utils.save
+
+    kept = {}
+    finish = utils.save.finish_run
+    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: (kept.update(trainer=trainer), finish(trainer, *rest))[1])
+    base_folder = tiny_models(architecture)
+    folder = train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[mode], model=base_folder)
+    trained = logits_of(kept["trainer"].model)
+    again = logits_of(reload(folder, base_folder, mode))
+    base = logits_of(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    # a QLoRA adapter is kept in bf16 in memory; the files hold what it is
+    tolerance = 1e-5 if mode != "pissa" else 1e-4
+    torch.testing.assert_close(again, trained, rtol=tolerance, atol=tolerance)
+    assert (trained - base).abs().max() > 1e-2
+    losses = [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mode", ["lora", "dora", "qlora", "pissa"])
+def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
+    """Base weights stay to the bit; every adapter weight that a gradient reaches moves."""
+    import utils.save
+
+    before, after = {}, {}
+
+    def snapshot(target):
+        def take(trainer, *rest):
+            target.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+            return original[target is after](trainer, *rest)
+        return take
+
+    original = (utils.save.prepare_trainer, utils.save.finish_run)
+    monkeypatch.setattr(utils.save, "prepare_trainer", snapshot(before))
+    monkeypatch.setattr(utils.save, "finish_run", snapshot(after))
+    train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[mode])
+    adapter = {name for name in before if "lora_" in name}
+    assert adapter and adapter < set(before)
+    for name, start in before.items():
+        same = torch.equal(start, after[name])  # 4-bit weights are bytes here
+        assert same != (name in adapter), name
+
+
+def test_lora_reaches_every_linear_layer_but_the_head(train, tiny_models):
+    folder = train()
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in load_file(folder / "adapter_model.safetensors")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_routers_of_a_mixture_of_experts_get_no_adapter(tmp_path):
+    from utils.adapter import target_modules
+
+    folder = tiny.save_tiny_model(tmp_path, "qwen2_moe", num_experts=4, num_experts_per_tok=2,
+                                  moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    names = target_modules(AutoModelForCausalLM.from_pretrained(folder), None)
+    assert not {"gate", "shared_expert_gate", "router", "lm_head"} & set(names)
+    assert {"q_proj", "v_proj"} <= set(names)
+
+
+def test_chosen_target_modules(train, refused, tmp_path, tiny_models, rows_file):
+    folder = train("--lora_target_modules", "q_proj,v_proj")
+    assert set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
+    import main_train
+
+    said = refused(main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows_file,
+                   "--output_dir", str(tmp_path / "other"), "--lora_target_modules", "q_prj")
+    assert "'q_prj'" in said and "q_proj" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_loraplus_groups_equal_peft(train, monkeypatch):
+    """Learning rates by parameter: B sixteen times A's, as PEFT's own function builds them."""
+    import utils.save
+
+    kept = {}
+    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
+    train("--loraplus_lr_ratio", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0")
+    trainer = kept["trainer"]
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_untrained_special_tokens_are_found_and_trained(tied, train, tmp_path, tokenizer):
+    """Rows of the embedding shrunk to nothing, as weight decay leaves them, are found and move; no other row does."""
+    folder = tiny.save_tiny_model(tmp_path / "base", "qwen2", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer.convert_tokens_to_ids(tiny.CHAT_TOKENS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokens] *= 1e-3
+        model.get_output_embeddings().weight[tokens] *= 1e-3
+    model.save_pretrained(folder)
+    run = train("--learning_rate", "1e-2", "--precision", "fp32", model=folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), run).merge_and_unload()
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        moved = (getattr(merged, layer)().weight - getattr(base, layer)().weight).abs().sum(-1) > 0
+        assert torch.nonzero(moved).flatten().tolist() == sorted(tokens), layer
+    off = train("--train_special_tokens", "off", model=folder, output="off")
+    assert json.loads((off / "adapter_config.json").read_text())["trainable_token_indices"] is None
+
+
+def test_a_model_with_trained_special_tokens_is_left_alone(train):
+    folder = train()
+    assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] is None
+
+
+def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):
+    folder = train()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert stops[0] == tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
