@@ -1,7 +1,7 @@
 """Fine-tunes a language model: the whole way from arguments to a saved model, room by room.
 
-    python main_train.py
-    python main_train.py --model_name_or_path Qwen/Qwen1.5-7B --train_data_path my_rows.jsonl
+python main_train.py
+python main_train.py --model_name_or_path Qwen/Qwen1.5-7B --train_data_path my_rows.jsonl
 """
 
 from utils.args import parse_args

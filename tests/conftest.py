@@ -57,11 +57,27 @@ def train(tiny_models, rows_file, tmp_path):
 
     def run(*flags, model=None, data=None, output="run"):
         folder = tmp_path / output
-        main_train.main([
-            "--model_name_or_path", model or tiny_models(), "--train_data_path", data or rows_file,
-            "--output_dir", str(folder), "--num_train_epochs", "2", "--per_device_train_batch_size", "4",
-            "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", *flags,
-        ])
+        main_train.main(
+            [
+                "--model_name_or_path",
+                model or tiny_models(),
+                "--train_data_path",
+                data or rows_file,
+                "--output_dir",
+                str(folder),
+                "--num_train_epochs",
+                "2",
+                "--per_device_train_batch_size",
+                "4",
+                "--report_to",
+                "none",
+                "--save_strategy",
+                "no",
+                "--disable_tqdm",
+                "true",
+                *flags,
+            ]
+        )
         return folder
 
     return run

@@ -40,7 +40,9 @@ def reload(folder, base_folder, mode):
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     if mode in ("qlora", "qdora"):
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
     base = AutoModelForCausalLM.from_pretrained(base_folder, **options)
@@ -57,7 +59,9 @@ def test_trains_saves_and_reloads_the_same(architecture, mode, train, tiny_model
 
     kept = {}
     finish = utils.save.finish_run
-    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: (kept.update(trainer=trainer), finish(trainer, *rest))[1])
+    monkeypatch.setattr(
+        utils.save, "finish_run", lambda trainer, *rest: (kept.update(trainer=trainer), finish(trainer, *rest))[1]
+    )
     base_folder = tiny_models(architecture)
     folder = train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[mode], model=base_folder)
     trained = logits_of(kept["trainer"].model)
@@ -67,7 +71,11 @@ def test_trains_saves_and_reloads_the_same(architecture, mode, train, tiny_model
     tolerance = 1e-5 if mode != "pissa" else 1e-4
     torch.testing.assert_close(again, trained, rtol=tolerance, atol=tolerance)
     assert (trained - base).abs().max() > 1e-2
-    losses = [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    losses = [
+        entry["loss"]
+        for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        if "loss" in entry
+    ]
     assert losses[-1] < losses[0]
 
 
@@ -82,6 +90,7 @@ def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
         def take(trainer, *rest):
             target.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
             return original[target is after](trainer, *rest)
+
         return take
 
     original = (utils.save.prepare_trainer, utils.save.finish_run)
@@ -104,8 +113,14 @@ def test_lora_reaches_every_linear_layer_but_the_head(train, tiny_models):
 def test_routers_of_a_mixture_of_experts_get_no_adapter(tmp_path):
     from utils.adapter import target_modules
 
-    folder = tiny.save_tiny_model(tmp_path, "qwen2_moe", num_experts=4, num_experts_per_tok=2,
-                                  moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    folder = tiny.save_tiny_model(
+        tmp_path,
+        "qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
     names = target_modules(AutoModelForCausalLM.from_pretrained(folder), None)
     assert not {"gate", "shared_expert_gate", "router", "lm_head"} & set(names)
     assert {"q_proj", "v_proj"} <= set(names)
@@ -116,8 +131,17 @@ def test_chosen_target_modules(train, refused, tmp_path, tiny_models, rows_file)
     assert set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
     import main_train
 
-    said = refused(main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows_file,
-                   "--output_dir", str(tmp_path / "other"), "--lora_target_modules", "q_prj")
+    said = refused(
+        main_train.main,
+        "--model_name_or_path",
+        tiny_models(),
+        "--train_data_path",
+        rows_file,
+        "--output_dir",
+        str(tmp_path / "other"),
+        "--lora_target_modules",
+        "q_prj",
+    )
     assert "'q_prj'" in said and "q_proj" in said
     assert not (tmp_path / "other").exists()
 
@@ -128,7 +152,9 @@ def test_loraplus_groups_equal_peft(train, monkeypatch):
 
     kept = {}
     monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
-    train("--loraplus_lr_ratio", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0")
+    train(
+        "--loraplus_lr_ratio", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
+    )
     trainer = kept["trainer"]
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
@@ -136,8 +162,8 @@ def test_loraplus_groups_equal_peft(train, monkeypatch):
             assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_untrained_special_tokens_are_found_and_trained(tied, train, tmp_path, tokenizer):
+@pytest.mark.parametrize(("tied", "precision"), [(True, "fp32"), (False, "fp32"), (False, "bf16")])
+def test_untrained_special_tokens_are_found_and_trained(tied, precision, train, tmp_path, tokenizer):
     """Rows of the embedding shrunk to nothing, as weight decay leaves them, are found and move; no other row does."""
     folder = tiny.save_tiny_model(tmp_path / "base", "qwen2", tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -146,9 +172,11 @@ def test_untrained_special_tokens_are_found_and_trained(tied, train, tmp_path, t
         model.get_input_embeddings().weight[tokens] *= 1e-3
         model.get_output_embeddings().weight[tokens] *= 1e-3
     model.save_pretrained(folder)
-    run = train("--learning_rate", "1e-2", "--precision", "fp32", model=folder)
+    run = train("--learning_rate", "1e-2", "--precision", precision, model=folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), run).merge_and_unload()
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), run
+    ).merge_and_unload()
     for layer in ("get_input_embeddings", "get_output_embeddings"):
         moved = (getattr(merged, layer)().weight - getattr(base, layer)().weight).abs().sum(-1) > 0
         assert torch.nonzero(moved).flatten().tolist() == sorted(tokens), layer
@@ -164,7 +192,9 @@ def test_a_model_with_trained_special_tokens_is_left_alone(train):
 def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):
     folder = train()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert stops[0] == tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id

@@ -37,9 +37,18 @@ def config_for(architecture: str, vocab_size: int, **changes):
     from transformers import AutoConfig
 
     size = {
-        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **changes,
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **changes,
     }
     if architecture == "mistral":
         size.setdefault("sliding_window", None)

@@ -1,7 +1,8 @@
 """The rooms of LLM-Dojo, in the order the data passes through them.
 
-errors → template → args → tokenizer → data_files → data_rows → data_process
-→ data_collator → model → adapter → tasks → save → script
+log → errors → template_format → template → check_args → flags → args → tokenizer → data_files
+→ data_rows → shorten → data_report → data_process → data_collator → model → adapter → tasks
+→ callbacks → save → script
 
 A module imports only from those before it; `tests/test_layout.py` holds that.
 """

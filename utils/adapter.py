@@ -80,7 +80,9 @@ def target_modules(model, chosen: str | None) -> list[str]:
     import torch
 
     head = model.get_output_embeddings()
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
     names = {name.split(".")[-1] for name in linear}
     if chosen is None:
         return sorted(names - set(ROUTER_NAMES))
@@ -139,9 +141,9 @@ def settle_trainable(model, sharded: bool) -> None:
         sharded: whether DeepSpeed or FSDP lays the weights out, which needs one type for all.
     """
     _show_head_bias(model)
-    if not sharded and getattr(model, "is_loaded_in_4bit", False):
-        # TRL rounds QLoRA's adapters to bf16, where an update below 1/256 of a weight is lost;
-        # in float32, as PEFT makes them, they learn as plain LoRA's do
+    if not sharded:
+        # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
+        # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -162,7 +164,9 @@ def _show_head_bias(model) -> None:
 def _token_rows(model, tokens: list[int]) -> dict[str, list[int]]:
     """PEFT's `trainable_token_indices`: the rows of the embedding, and of the head unless they are one matrix."""
     layers = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
-    names = {key: next(name for name, module in model.named_modules() if module is layer) for key, layer in layers.items()}
+    names = {
+        key: next(name for name, module in model.named_modules() if module is layer) for key, layer in layers.items()
+    }
     rows = {names["input"].split(".")[-1]: tokens}
     if layers["output"].weight is not layers["input"].weight:
         rows[names["output"].split(".")[-1]] = tokens

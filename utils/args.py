@@ -4,18 +4,15 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils.check_args import check_common, check_precision, check_together, resolve_defaults
 from utils.errors import UserError, nearest, raise_if_any
+from utils.flags import arg, make_parser, read_flags, split_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def arg(default, help: str):
-    """A dataclass field with a default and its help text."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -29,13 +26,15 @@ class CommonArgs:
         "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
     )
     train_data_path: str | None = arg(
-        None, "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
-        "Default: the task's own sample in data/."
+        None,
+        "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
+        "Default: the task's own sample in data/.",
     )
     eval_data_path: str | None = arg(None, "The validation rows, given as for --train_data_path.")
     val_size: float = arg(
-        0.0, "Without --eval_data_path: how much of the training rows to hold back for validation, "
-        "a share below 1 or a number of rows."
+        0.0,
+        "Without --eval_data_path: how much of the training rows to hold back for validation, "
+        "a share below 1 or a number of rows.",
     )
     task_type: Literal["pretrain", "sft", "dpo_multi", "dpo_single"] | None = arg(
         None, "The task. Default: the recipe's own; another one is refused by a recipe that cannot do it."
@@ -47,10 +46,13 @@ class CommonArgs:
     max_len: int = arg(1024, "The longest row in tokens. Longer ones lose their oldest turns, or are dropped.")
     max_prompt_length: int = arg(512, "The longest prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(
-        "auto", "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
-        "error: both stop it. drop: both are dropped and named."
+        "auto",
+        "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
+        "error: both stop it. drop: both are dropped and named.",
     )
-    cache_dir: str | None = arg(None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache.")
+    cache_dir: str | None = arg(
+        None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache."
+    )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."
@@ -65,8 +67,9 @@ class CommonArgs:
     lora_alpha: float = arg(32, "The adapters' scale: their output counts alpha / r times.")
     lora_dropout: float = arg(0.0, "Dropout on the adapters' input.")
     lora_target_modules: str | None = arg(
-        None, "The modules that get an adapter, names separated by commas. "
-        "Default: every linear layer except the head and the routers of a mixture of experts."
+        None,
+        "The modules that get an adapter, names separated by commas. "
+        "Default: every linear layer except the head and the routers of a mixture of experts.",
     )
     use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     init_lora_weights: Literal["default", "pissa"] = arg(
@@ -76,8 +79,9 @@ class CommonArgs:
         None, "LoRA+: B learns this many times faster than A, 16 in the paper (arXiv 2402.12354)."
     )
     train_special_tokens: Literal["auto", "on", "off"] = arg(
-        "auto", "Whether LoRA also trains the embeddings of the template's special tokens. "
-        "auto: of those that the base never trained, told by their norms."
+        "auto",
+        "Whether LoRA also trains the embeddings of the template's special tokens. "
+        "auto: of those that the base never trained, told by their norms.",
     )
 
 
@@ -96,33 +100,6 @@ REPLACED_FLAGS = {
 }
 
 
-class _FlagError(Exception):
-    """argparse's `error`, caught so that every flag is looked at before anything is said."""
-
-
-def make_parser(dataclass_types: list[type], prog: str, description: str):
-    """An HfArgumentParser whose errors are raised rather than printed one at a time."""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message):
-            raise _FlagError(message)
-
-    return Parser(
-        dataclass_types,
-        prog=prog,
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-        conflict_handler="resolve",
-    )
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description's lines as they are."""
-
-
 def _make_recipe_parser(recipe: type):
     # CommonArgs comes last: it wins where TRL has a field of the same name
     parser = make_parser(
@@ -137,62 +114,6 @@ def _make_recipe_parser(recipe: type):
     parser._action_groups.remove(common)
     parser._action_groups.insert(0, common)
     return parser
-
-
-def _split_flags(argv: list[str]) -> list[list[str]]:
-    """`["--a", "1", "2", "--b"]` → `[["--a", "1", "2"], ["--b"]]`"""
-    groups: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--") or not groups:
-            groups.append([word])
-        else:
-            groups[-1].append(word)
-    return groups
-
-
-def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[str]]:
-    """Reads each flag by itself, so that one wrong flag does not hide the next.
-
-    Args:
-        parser: from `make_parser`.
-        argv: the flags; the command line's by default.
-
-    Returns:
-        every value by name, the names that were given, the problems.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    namespace, problems, given = argparse.Namespace(), [], set()
-    options = {option: action for action in parser._actions for option in action.option_strings}
-    known = [option for option in options if "_" in option or "-" not in option[2:]]
-    parser.parse_known_args([], namespace)
-    for group in _split_flags(argv):
-        name = group[0].split("=")[0]
-        try:
-            _, unknown = parser.parse_known_args(group, namespace)
-        except (_FlagError, argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
-            problems.append(f"{name}: {_flag_reason(error, options.get(name), group)}")
-            continue
-        if name not in options:
-            unknown_flag = name if name.startswith("--") else " ".join(group)
-            problems.append(f"{unknown_flag} is not a flag.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}"
-                            " See --help for all")
-        elif unknown:
-            problems.append(f"{name} does not take {' '.join(unknown)!r}")
-        else:
-            given.add(options[name].dest)
-    return vars(namespace), given, problems
-
-
-def _flag_reason(error: Exception, action, group: list[str]) -> str:
-    """argparse's words, with the value, and the nearest choice where there are choices."""
-    value = group[1] if len(group) > 1 else group[0].partition("=")[2]
-    if action is not None and action.choices:
-        return f"{value!r} is not allowed.{nearest(value, map(str, action.choices))} Allowed: " + ", ".join(
-            map(str, action.choices)
-        )
-    if action is not None and value and getattr(action.type, "__name__", "") in ("int", "float"):
-        return f"{value!r} is not a number ({action.type.__name__})"
-    return str(error).split(": ", 1)[-1]
 
 
 def project_path(path: str) -> str:
@@ -250,8 +171,6 @@ def parse_args(argv: list[str] | None = None):
     Raises:
         UserError: with every problem at once.
     """
-    from utils.check_args import check_args, check_precision, resolve_defaults
-
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _make_recipe_parser(load_recipe(_recipe_path(argv)))
     values, given, problems = read_flags(parser, argv)
@@ -260,18 +179,19 @@ def parse_args(argv: list[str] | None = None):
     problems += check_precision(common, values, given)
     resolve_defaults(common, values, given, recipe)
     problems += _replaced(recipe, values, given)
+    problems += check_common(common, recipe)
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
-    raise_if_any(problems + check_args(common, train_args))
+    raise_if_any(problems + check_together(common, train_args))
     return common, train_args
 
 
 def _recipe_path(argv: list[str]) -> str:
     """The recipe decides which flags there are, so its path is read before the others."""
     path = CommonArgs.train_args_path
-    for group in _split_flags(argv):
+    for group in split_flags(argv):
         name, _, value = group[0].partition("=")
         if name in ("--train_args_path", "--train-args-path"):
             path = value or (group[1] if len(group) > 1 else "")

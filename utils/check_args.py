@@ -46,7 +46,9 @@ def check_precision(common, values: dict, given: set[str]) -> list[str]:
     if asked == "auto":
         asked = "bf16" if device_has_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
     if asked == "bf16" and not device_has_bf16():
-        problems.append("bf16 was asked for, which this device does not have; use --precision auto, fp16 (CUDA) or fp32")
+        problems.append(
+            "bf16 was asked for, which this device does not have; use --precision auto, fp16 (CUDA) or fp32"
+        )
         asked = "fp32"
     if asked == "fp16" and not torch.cuda.is_available():
         problems.append("fp16 was asked for, which trains on a CUDA device only; use --precision auto, bf16 or fp32")
@@ -74,38 +76,48 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> Non
         values["resume_from_checkpoint"] = True
 
 
-def check_args(common, train_args) -> list[str]:
-    """Checks the arguments against each other and against the disk.
+def check_common(common, recipe: type) -> list[str]:
+    """Checks the common arguments against each other and against the disk.
 
     Returns:
         the problems, each with its value, what is allowed and the remedy.
     """
     problems = []
-    recipe_tasks = type(train_args).task_types
-    if common.task_type not in recipe_tasks:
+    if common.task_type not in recipe.task_types:
         problems.append(
             f"--task_type {common.task_type} does not fit the recipe {common.train_args_path!r}, which is for "
-            f"{', '.join(recipe_tasks)}; choose another --train_args_path"
+            f"{', '.join(recipe.task_types)}; choose another --train_args_path"
         )
     if common.template_name not in template_dict:
         problems.append(unknown_template(common.template_name))
-    problems += _check_model_path(common.model_name_or_path)
-    problems += _check_numbers(common)
-    problems += _check_adapter(common, train_args)
-    problems += _check_evaluation(common, train_args)
-    problems += _check_output_dir(common, train_args)
+    problems += _check_model_path(common.model_name_or_path, common.trust_remote_code)
+    return problems + _check_numbers(common) + _check_adapter(common)
+
+
+def check_together(common, train_args) -> list[str]:
+    """Checks the common arguments and the recipe's against each other; returns the problems."""
+    problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
+    if train_args.packing and not train_args.padding_free:
+        problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
+    if train_args.packing and common.trust_remote_code:
+        problems.append(
+            "--packing true does not go with --trust_remote_code true, whose attention may not heed "
+            "positions; use --packing false"
+        )
     return problems
 
 
-def _check_model_path(path: str) -> list[str]:
+def _check_model_path(path: str, trust_remote_code: bool) -> list[str]:
     flag = f"--model_name_or_path {path!r}"
     folder = Path(path).expanduser()
     if folder.is_file():
         return [f"{flag} is a file; give the folder it lies in"]
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            hint = "an adapter, whose base model is to be given" if (folder / "adapter_config.json").is_file() else (
-                "no model saved by transformers"
+            hint = (
+                "an adapter, whose base model is to be given"
+                if (folder / "adapter_config.json").is_file()
+                else ("no model saved by transformers")
             )
             return [f"{flag} has no config.json: it holds {hint}"]
         if not list(folder.glob("*.safetensors")):
@@ -113,12 +125,28 @@ def _check_model_path(path: str) -> list[str]:
                 f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
                 "loaded; convert them with save_pretrained(...) of transformers"
             ]
-        return []
+        return _check_config(flag, path, trust_remote_code)
     parent = folder.parent
     looks_local = path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir()
     if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        return [f"{flag} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like Qwen/Qwen1.5-7B"]
+        return [
+            f"{flag} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like Qwen/Qwen1.5-7B"
+        ]
+    return []
+
+
+def _check_config(flag: str, path: str, trust_remote_code: bool) -> list[str]:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each model's code raises its own
+        reason = " ".join(str(error).split())[:300]
+        return [
+            f"{flag} has a config.json that cannot be used: {type(error).__name__}: {reason}. A model with code "
+            "of its own needs --trust_remote_code true"
+        ]
     return []
 
 
@@ -132,13 +160,15 @@ def _check_numbers(common) -> list[str]:
         ("val_size", 0 <= common.val_size < 1 or common.val_size.is_integer(), "a share below 1 or a number of rows"),
         ("loraplus_lr_ratio", common.loraplus_lr_ratio is None or common.loraplus_lr_ratio > 0, "a number above 0"),
     ]
-    problems = [f"--{name} {getattr(common, name)} is not allowed; give {allowed}" for name, ok, allowed in rules if not ok]
+    problems = [
+        f"--{name} {getattr(common, name)} is not allowed; give {allowed}" for name, ok, allowed in rules if not ok
+    ]
     if common.eval_data_path and common.val_size:
         problems.append(f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one")
     return problems
 
 
-def _check_adapter(common, train_args) -> list[str]:
+def _check_adapter(common) -> list[str]:
     problems = []
     if common.train_mode == "full":
         adapter_only = {
@@ -151,24 +181,27 @@ def _check_adapter(common, train_args) -> list[str]:
         problems += [
             f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
             "use --train_mode lora or qlora, or leave the flag out"
-            for name, is_set in adapter_only.items() if is_set
+            for name, is_set in adapter_only.items()
+            if is_set
         ]
     if common.init_lora_weights == "pissa":
         if common.train_mode == "qlora":
-            problems.append("--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
-                            "quantised; use --train_mode lora")
+            problems.append(
+                "--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
+                "quantised; use --train_mode lora"
+            )
         if common.use_dora:
             problems.append("--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one")
-    if common.train_mode == "qlora" and common.precision == "fp16":
-        problems.append("--train_mode qlora trains its adapters in bf16 and cannot run in fp16; use --precision bf16 or fp32")
     return problems
 
 
 def _check_evaluation(common, train_args) -> list[str]:
     wanted = train_args.eval_strategy != "no" or train_args.load_best_model_at_end
     if wanted and not (common.eval_data_path or common.val_size):
-        return ["evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
-                "give --eval_data_path or --val_size"]
+        return [
+            "evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
+            "give --eval_data_path or --val_size"
+        ]
     return []
 
 
@@ -181,8 +214,10 @@ def _check_output_dir(common, train_args) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
     if (folder / FINISHED).exists() and not (common.overwrite_output_dir or resume):
-        return [f"{flag} already holds a finished run; give another folder, --overwrite_output_dir true to replace it, "
-                "or --resume_from_checkpoint true to go on with it"]
+        return [
+            f"{flag} already holds a finished run; give another folder, --overwrite_output_dir true to replace it, "
+            "or --resume_from_checkpoint true to go on with it"
+        ]
     existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     try:
         # only a real attempt tells: permissions, a read-only disk, a full one

@@ -128,6 +128,8 @@ def _read_csv(file: str) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
+        if not reader.fieldnames:  # reads the header line
+            return
         while True:
             start = reader.line_num + 1
             try:
@@ -138,7 +140,9 @@ def _read_csv(file: str) -> Iterator[RawRow]:
                 yield RawRow(file, start, None, f"is not CSV ({error})")
                 return
             if None in row or None in row.values():
-                yield RawRow(file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})")
+                yield RawRow(
+                    file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})"
+                )
             else:
                 yield RawRow(file, start, {name: _cell(value) for name, value in row.items()})
 

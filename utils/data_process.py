@@ -12,63 +12,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
 from utils.data_files import find_files, read_rows
+from utils.data_report import SHOWN, DataReport, refuse_nothing_left
 from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
 
 _FORMAT_VERSION = 1  # raise it when a change here makes other ids or labels of the same row
-_SHOWN = 20  # so many bad rows are named one by one
-
-
-@dataclass
-class DataReport:
-    """What became of the rows of one set of files.
-
-    Attributes:
-        rows: how many rows the files hold.
-        kept: how many are trained on.
-        tokens: all their tokens; `trained_tokens` those with a label.
-        dropped: reason → how many rows.
-        places: the first dropped rows, `"file:line reason"`.
-        shortened: how many rows lost their oldest turns to fit.
-    """
-
-    rows: int = 0
-    kept: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    places: list[str] = field(default_factory=list)
-    shortened: int = 0
-
-    def drop(self, place: str, reason: str, kind: str) -> None:
-        self.dropped[kind] = self.dropped.get(kind, 0) + 1
-        if len(self.places) < _SHOWN:
-            self.places.append(f"{place} {reason}")
-
-    def dropped_rows(self) -> int:
-        return sum(self.dropped.values())
-
-    def log(self, name: str) -> None:
-        """Says in the log what was kept and, by file and line, what was not."""
-        share = 100 * self.trained_tokens / max(self.tokens, 1)
-        logger.info(
-            "{}: {:,} of {:,} rows, {:,} tokens, {:.0f} % of them trained", name, self.kept, self.rows, self.tokens, share
-        )
-        if self.shortened:
-            logger.warning("{}: {:,} rows were longer than --max_len and lost their oldest turns", name, self.shortened)
-        if self.dropped:
-            counts = ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
-            shown = "".join(f"\n  {place}" for place in self.places)
-            rest = self.dropped_rows() - len(self.places)
-            more = f"\n  … and {rest:,} more" if rest else ""
-            logger.warning("{}: {:,} rows are left out ({}):{}{}", name, self.dropped_rows(), counts, shown, more)
 
 
 @dataclass(frozen=True)
@@ -196,13 +151,13 @@ def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Pat
             raise
         dataset = None  # datasets refuses to make a dataset of no rows
     if refused:
-        shown = "".join(f"\n     {problem}" for problem in refused[:_SHOWN])
-        more = f"\n     … and {len(refused) - _SHOWN:,} more" if len(refused) > _SHOWN else ""
+        shown = "".join(f"\n     {problem}" for problem in refused[:SHOWN])
+        more = f"\n     … and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
         raise UserError(
             f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
             "   Mend them, or give --on_bad_row drop to train without them"
         )
-    _refuse_nothing_left(report, report.rows - report.dropped_rows(), files)
+    refuse_nothing_left(report, report.rows - report.dropped_rows(), files)
     return dataset, report
 
 
@@ -236,14 +191,16 @@ def _encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, 
 
     if workers is None:
         workers = min(os.cpu_count() or 1, 16, len(checked) // 5000)
-    features = Features({
-        "input_ids": Sequence(Value("int32")),
-        "labels": Sequence(Value("int32")),
-        "shortened": Value("bool"),
-        "dropped": Value("string"),
-        "file": Value("int32"),
-        "line": Value("int64"),
-    })
+    features = Features(
+        {
+            "input_ids": Sequence(Value("int32")),
+            "labels": Sequence(Value("int32")),
+            "shortened": Value("bool"),
+            "dropped": Value("string"),
+            "file": Value("int32"),
+            "line": Value("int64"),
+        }
+    )
     if len(checked) > 5000:
         enable_progress_bar()
     encoded = checked.map(
@@ -281,7 +238,7 @@ def _without_dropped(encoded, files: list[str], report: DataReport):
             kept.append(index)
         else:
             report.drop(f"{files[file]}:{line}", reason, "too long" if "long" in reason else "with nothing to train")
-    _refuse_nothing_left(report, len(kept), files)
+    refuse_nothing_left(report, len(kept), files)
     report.kept = len(kept)
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
@@ -290,16 +247,3 @@ def _without_dropped(encoded, files: list[str], report: DataReport):
         report.tokens += len(labels)
         report.trained_tokens += pc.sum(pc.greater_equal(labels, 0).cast("int64")).as_py() or 0
     return encoded.remove_columns(["shortened", "dropped", "file", "line"])
-
-
-def _refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:
-    if left:
-        return
-    if not report.rows:
-        raise UserError(f"{', '.join(files)} holds no row")
-    places = "".join(f"\n     {place}" for place in report.places)
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in report.dropped.items())
-    raise UserError(
-        f"none of the {report.rows:,} rows keeps a trained token ({counts}):{places}\n"
-        "   Raise --max_len if they are too long, or mend the rows"
-    )

@@ -7,8 +7,13 @@ Message = dict[str, str]
 # what other programs call the roles
 _ROLES = {
     "system": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
 }
 FORMATS = (
     '{"instruction": …, "output": …} (with "input", "system", "history" if wanted), {"messages": […]} '
@@ -146,6 +151,12 @@ def _text(row: dict, field: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names: list[tuple[Any, str]] = [(type(None), "null"), (bool, "true or false"), (int | float, "a number"),
-                                    (str, "a text"), (list, "a list"), (dict, "an object")]
+    names: list[tuple[Any, str]] = [
+        (type(None), "null"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (str, "a text"),
+        (list, "a list"),
+        (dict, "an object"),
+    ]
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)

@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+from utils.log import is_main_process
+
 
 class UserError(Exception):
     """Something the user gave cannot be used.
@@ -44,8 +46,6 @@ def run_command(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         # a rank that is not the first would only repeat the first one's message
-        from utils.log import is_main_process
-
         if is_main_process():
             print(error, file=sys.stderr)
         sys.exit(2)

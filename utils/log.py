@@ -48,7 +48,17 @@ def route_library_logs() -> None:
     """Takes the libraries' messages over; again after they are imported, since each sets up its own."""
     warnings.simplefilter("default")
     logging.captureWarnings(True)
-    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "DeepSpeed", "py.warnings", "torch"):
+    for name in (
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "accelerate",
+        "bitsandbytes",
+        "DeepSpeed",
+        "py.warnings",
+        "torch",
+    ):
         library = logging.getLogger(name)
         library.handlers = [_ToLoguru()]
         library.propagate = False

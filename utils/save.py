@@ -93,7 +93,9 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
         trainer.model.generation_config.save_pretrained(folder)
     plot_history(trainer.state.log_history, folder / "loss.png")
     summary = summarise(trainer, args, data, folder)
-    text = json.dumps(effective_args(args, train_args) | {"summary": summary}, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(
+        effective_args(args, train_args) | {"summary": summary}, indent=2, ensure_ascii=False, default=str
+    )
     temporary = folder / (FINISHED + ".part")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, folder / FINISHED)
@@ -122,7 +124,9 @@ def summarise(trainer, args, data, folder: Path) -> dict:
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "folder": str(folder),
-        "rows_trained": data.report.kept if data.eval_report or data.eval is None else data.report.kept - len(data.eval),
+        "rows_trained": data.report.kept
+        if data.eval_report or data.eval is None
+        else data.report.kept - len(data.eval),
         "rows_dropped": data.report.dropped_rows(),
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,

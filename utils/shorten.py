@@ -56,9 +56,7 @@ def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     """Drops everything between the system message and the second question; None if there is no second."""
     head, turns = _split_head(messages)
     later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
-    return next(
-        (head + turns[i:] for i in later if any(m["role"] == "assistant" for m in turns[i:])), None
-    )
+    return next((head + turns[i:] for i in later if any(m["role"] == "assistant" for m in turns[i:])), None)
 
 
 def _with_shorter_question(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:

@@ -1,14 +1,15 @@
 """Talks to a trained model, in the format it was trained on.
 
-    python -m utils.script.infer --model_path output/sft-20260101-120000
-    python -m utils.script.infer --model_path output/sft-20260101-120000 --prompt "Who are you?"
+python -m utils.script.infer --model_path output/sft-20260101-120000
+python -m utils.script.infer --model_path output/sft-20260101-120000 --prompt "Who are you?"
 """
 
 import sys
 from dataclasses import dataclass
 
-from utils.args import arg, make_parser, read_flags
 from utils.errors import UserError, raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags
+from utils.log import setup_logging
 
 
 @dataclass
@@ -94,10 +95,12 @@ def load_chat(args: InferArgs) -> Chat:
     """Loads a run's folder, or a base model, for chatting."""
     from transformers import set_seed
 
+    from utils.log import route_library_logs
     from utils.model import load_for_inference
     from utils.template import get_template
     from utils.tokenizer import load_tokenizer, set_chat_template, stop_token_ids
 
+    route_library_logs()
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code, flag="--model_path")
     model = load_for_inference(args.model_path, args.trust_remote_code)
@@ -115,19 +118,23 @@ def load_chat(args: InferArgs) -> Chat:
 
 
 def main(argv: list[str] | None = None) -> None:
+    setup_logging()
     args = parse(argv)
     chat = load_chat(args)
     if args.prompt is not None:
         chat.answer(args.prompt)
         return
+    mark = ""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() editing and a history)
+
+        mark = "> "
     print("Say something; Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ").strip()
+            prompt = input(mark).strip()
         except EOFError:
-            print()
+            print(file=sys.stderr)
             return
         if not prompt:
             continue

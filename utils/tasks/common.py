@@ -32,9 +32,7 @@ def load_both(args, train_args, kind: RowKind) -> Data:
     size = args.val_size if args.val_size < 1 else int(args.val_size)
     held_rows = size if size >= 1 else max(1, round(size * len(train)))
     if held_rows >= len(train):
-        raise UserError(
-            f"--val_size {args.val_size} leaves no row to train of {len(train)}; give a smaller one"
-        )
+        raise UserError(f"--val_size {args.val_size} leaves no row to train of {len(train)}; give a smaller one")
     parts = train.train_test_split(test_size=held_rows, seed=train_args.seed)
     logger.info("{:,} of {:,} rows are held back for validation", held_rows, len(train))
     return Data(parts["train"], parts["test"], report)

@@ -20,7 +20,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         rows = [ids + [tokenizer.eos_token_id] for ids in encoded]
         if not train_args.packing:
             return [
-                {"input_ids": ids, "labels": ids, "shortened": False} if len(ids) <= args.max_len
+                {"input_ids": ids, "labels": ids, "shortened": False}
+                if len(ids) <= args.max_len
                 else f"is too long: {len(ids)} tokens, --max_len {args.max_len}; --packing true would split it"
                 for ids in rows
             ]

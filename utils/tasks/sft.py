@@ -5,7 +5,6 @@ from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_process import RowKind, tokenizer_key
 from utils.data_rows import to_messages
-from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_free
 
@@ -39,10 +38,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 def build_collator(args, train_args, tokenizer):
     """Rows end to end by default, padded where that is asked for or needed."""
-    padding_free = use_padding_free(args, train_args)
-    if train_args.packing and not padding_free:
-        raise UserError("--packing true needs --padding_free true: only then is a row of several kept apart by positions")
-    return _collator(tokenizer.pad_token_id, padding_free)
+    return _collator(tokenizer.pad_token_id, use_padding_free(args, train_args))
 
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):

@@ -1,0 +1,211 @@
+"""From files to ids and labels: what is kept, what is dropped and named, and what is cached."""
+
+import json
+
+import pytest
+import tiny
+from conftest import write_rows
+
+from utils.args import parse_args
+from utils.errors import UserError
+from utils.shorten import encode_within
+from utils.tasks import get_task
+from utils.template import get_template
+
+
+@pytest.fixture
+def load(tiny_models, tmp_path, tokenizer):
+    """Prepares rows as main_train.py does; returns the task's Data."""
+
+    def run(rows, *flags, task="sft"):
+        path = rows if isinstance(rows, str) else write_rows(tmp_path / "rows.jsonl", rows)
+        args, train_args = parse_args(
+            [
+                "--train_args_path",
+                f"train_args/{task}/base.py",
+                "--model_name_or_path",
+                tiny_models(),
+                "--train_data_path",
+                path,
+                "--output_dir",
+                str(tmp_path / "run"),
+                "--cache_dir",
+                str(tmp_path / "cache"),
+                *flags,
+            ]
+        )
+        template = get_template(args.template_name, tokenizer)
+        return get_task(task).load_datasets(args, train_args, template, tokenizer)
+
+    return run
+
+
+def test_rows_are_the_templates_encoding(load, tokenizer):
+    data = load([{"instruction": "Hi", "output": "Hello"}, {"instruction": "你好", "output": "再见"}])
+    expected = get_template("qwen", tokenizer).encode(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], tokenizer
+    )
+    assert data.train[0] == expected
+    assert (data.report.rows, data.report.kept, data.report.dropped) == (2, 2, {})
+    assert data.report.trained_tokens == sum(label != -100 for row in data.train for label in row["labels"])
+
+
+def test_rows_with_an_empty_answer_are_dropped_and_named(load):
+    rows = [*tiny.ROWS, {"instruction": "Hi", "output": ""}]
+    report = load(rows).report
+    assert report.dropped == {"with nothing to train": 1}
+    assert report.places[0].endswith(f"rows.jsonl:{len(rows)} has an empty output")
+
+
+BAD = [{"instruction": "a", "output": 3}, {"instruction": "b"}, {"instruction": "c", "output": "d"}]
+
+
+def test_malformed_rows_stop_the_run_all_in_one_message(load, tmp_path):
+    with pytest.raises(UserError) as error:
+        load(BAD)
+    text = str(error.value)
+    assert "rows.jsonl:1 has a number in 'output'" in text and "rows.jsonl:2 has no field 'output'" in text
+    assert "2 of 3 rows" in text and "--on_bad_row drop" in text
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_only_the_first_twenty_are_listed(load):
+    with pytest.raises(UserError) as error:
+        load([{"instruction": "a"}] * 50)
+    assert str(error.value).count("no field 'output'") == 20 and "and 30 more" in str(error.value)
+
+
+def test_on_bad_row(load):
+    report = load(BAD, "--on_bad_row", "drop").report
+    assert report.dropped == {"malformed": 2} and report.kept == 1
+    with pytest.raises(UserError, match="empty output"):
+        load([*tiny.ROWS, {"instruction": "a", "output": ""}], "--on_bad_row", "error")
+
+
+def test_a_max_len_that_leaves_nothing_is_refused(load):
+    with pytest.raises(UserError) as error:
+        load(tiny.ROWS, "--max_len", "4")
+    assert "none of the 8 rows keeps a trained token" in str(error.value) and "--max_len" in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [[{"instruction": "a", "output": ""}], [BAD[0]]])
+def test_no_row_left(load, rows):
+    with pytest.raises(UserError, match="none of the 1 rows"):
+        load(rows, "--on_bad_row", "drop")
+
+
+def test_a_second_start_reads_the_cache(load, tmp_path, monkeypatch):
+    first = load(tiny.ROWS)
+    import utils.data_process
+
+    monkeypatch.setattr(utils.data_process, "_prepare", lambda *_: pytest.fail("tokenised again"))
+    second = load(tiny.ROWS)
+    assert second.train[:] == first.train[:] and second.report == first.report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--max_len", "200"],
+        ["--template_name", "default"],
+        ["--packing", "true"],
+        ["--on_bad_row", "drop"],
+        "content",
+    ],
+)
+def test_what_changes_rows_makes_them_anew(load, tmp_path, change):
+    load(tiny.ROWS)
+    if change == "content":
+        load(tiny.ROWS[:-1])
+    else:
+        load(tiny.ROWS, *change)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_several_processes_give_the_same_rows(load, tokenizer):
+    one = load(tiny.ROWS * 5, "--dataset_num_proc", "1").train[:]
+    two = load(tiny.ROWS * 5, "--dataset_num_proc", "2", "--max_len", "1023").train[:]
+    assert one == two
+
+
+def test_validation_rows_are_held_back(load):
+    data = load(tiny.ROWS, "--val_size", "2")
+    assert (len(data.train), len(data.eval)) == (6, 2)
+    again = load(tiny.ROWS, "--val_size", "2")
+    assert data.eval[:] == again.eval[:]
+    assert len(load(tiny.ROWS, "--val_size", "0.5").eval) == 4
+    with pytest.raises(UserError, match="leaves no row"):
+        load(tiny.ROWS, "--val_size", "8")
+
+
+def test_packed_rows_hold_whole_conversations(load):
+    plain = load(tiny.ROWS).train
+    packed = load(tiny.ROWS, "--packing", "true", "--max_len", "150").train
+    assert len(packed) < len(plain)
+    pieces = []
+    for row in packed:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) <= 150
+        start = 0
+        for length in row["seq_lengths"]:
+            pieces.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
+            start += length
+    assert sorted(pieces) == sorted((row["input_ids"], row["labels"]) for row in plain)
+
+
+def test_pretraining_trains_every_token_and_loses_none(load, tokenizer):
+    texts = ["The quick brown fox jumps over the lazy dog. " * 20, "Be brief.", "你好，再见"]
+    data = load([{"text": text} for text in texts], "--max_len", "64", task="pretrain")
+    ids = [token for row in data.train for token in row["input_ids"]]
+    expected = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert sorted(ids) == sorted(token for row in expected for token in row)
+    assert all(row["labels"] == row["input_ids"] and len(row["input_ids"]) <= 64 for row in data.train)
+
+
+def test_pretraining_reads_text_files(load, tmp_path):
+    (tmp_path / "a.txt").write_text("The fox.\n\nThe dog.\n")
+    assert load(str(tmp_path / "a.txt"), task="pretrain").report.rows == 2
+
+
+# ---------------------------------------------------------------------------- rows that are too long
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris is."},
+    {"role": "user", "content": "The quick brown fox"},
+    {"role": "assistant", "content": "jumps over"},
+]
+
+
+def fit(messages, max_len, tokenizer):
+    return encode_within([messages], get_template("qwen", tokenizer), tokenizer, max_len)[0]
+
+
+def test_the_oldest_turns_go_first(tokenizer):
+    template = get_template("qwen", tokenizer)
+    shorter = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
+    whole = template.encode(TURNS, tokenizer)
+    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False}
+    for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
+        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True}
+
+
+def test_then_the_beginning_of_the_last_question(tokenizer):
+    template = get_template("qwen", tokenizer)
+    smallest = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
+    cut = fit(TURNS, len(smallest["input_ids"]) - 3, tokenizer)
+    text = tokenizer.decode(cut["input_ids"])
+    assert len(cut["input_ids"]) <= len(smallest["input_ids"]) - 3
+    assert " fox<|im_end|>" in text and "The quick" not in text and "Be brief." in text
+    assert tokenizer.decode([label for label in cut["labels"] if label != -100]) == "jumps over<|im_end|>"
+
+
+def test_an_answer_is_never_cut(tokenizer):
+    reason = fit([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no " * 100}], 60, tokenizer)
+    assert "too long" in reason and "--max_len 60" in reason
+
+
+def test_a_row_that_does_not_fit_the_template_is_named(load):
+    report = load([*tiny.ROWS, {"messages": [{"role": "user", "content": "Hi"}, *TURNS]}]).report
+    assert report.rows == 9  # qwen takes a system message anywhere
+    assert json.dumps(report.dropped) == "{}"

@@ -1,0 +1,91 @@
+"""The house: what lies at the top, which way data flows, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# a module may import those before it, never those after
+FLOW = [
+    "log",
+    "errors",
+    "template_format",
+    "template",
+    "check_args",
+    "flags",
+    "args",
+    "tokenizer",
+    "data_files",
+    "data_rows",
+    "shorten",
+    "data_report",
+    "data_process",
+    "data_collator",
+    "model",
+    "adapter",
+    "tasks.common",
+    "tasks.sft",
+    "tasks.pretrain",
+    "tasks",
+    "callbacks",
+    "save",
+    "script",
+]
+SOURCES = sorted((ROOT / "utils").rglob("*.py"))
+
+
+def place(module: str) -> int:
+    """Where a module stands in the flow, by its longest listed prefix."""
+    name = module.removeprefix("utils.")
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in FLOW:
+            return FLOW.index(".".join(parts[:length]))
+    raise AssertionError(f"{module} has no place in the flow; add it to FLOW")
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from [node.module] if node.module != "utils" else [f"utils.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if module_of(p) != "utils"], ids=module_of)
+def test_nothing_imports_upward(path):
+    here = place(module_of(path))
+    for name in imports_of(path):
+        assert name != "main_train", f"{path} imports main_train"
+        if name.startswith("utils."):
+            assert place(name) <= here, f"{path} imports {name}, which comes after it"
+
+
+def test_top_level_names():
+    wanted = {
+        "main_train.py",
+        "utils",
+        "train_args",
+        "data",
+        "pic",
+        "README.md",
+        "README_zh.md",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "LICENSE",
+        "pyproject.toml",
+        "tests",
+        ".ci",
+    }
+    assert wanted <= {path.name for path in ROOT.iterdir()}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, ROOT / "main_train.py", *sorted((ROOT / "data").rglob("*.py"))], ids=str)
+def test_files_stay_short_enough_to_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 250

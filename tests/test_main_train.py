@@ -1,0 +1,280 @@
+"""The command itself: what it leaves, what it refuses, and that it writes nothing when it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT, write_rows
+
+import main_train
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+FULL = {"config.json", "model.safetensors"}
+ALWAYS = {
+    "chat_template.jinja",
+    "generation_config.json",
+    "loss.png",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train.log",
+    "train_args.json",
+    "trainer_state.json",
+}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_the_command_and_the_files_it_leaves(tiny_models, rows_file, tmp_path):
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "main_train.py",
+            "--model_name_or_path",
+            tiny_models(),
+            "--train_data_path",
+            rows_file,
+            "--val_size",
+            "2",
+            "--output_dir",
+            str(folder),
+            "--num_train_epochs",
+            "2",
+            "--save_steps",
+            "0.5",
+            "--cache_dir",
+            str(tmp_path / "cache"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    left = files_of(folder)
+    checkpoints = {name for name in left if name.startswith("checkpoint-")}
+    curves = {name for name in left if name.startswith("runs/")}
+    assert left - checkpoints - curves == ALWAYS | ADAPTER
+    assert checkpoints and curves
+    assert not [name for name in left if name.endswith((".bin", ".pt", ".pth")) and not name.startswith("checkpoint-")]
+    for figure in (
+        str(folder),
+        "rows trained     6, dropped 0",
+        "at first",
+        "evaluation loss",
+        f"python -m utils.script.infer --model_path {folder}",
+    ):
+        assert figure in done.stderr
+    assert "%|" in done.stderr  # the progress bar
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_what_each_mode_leaves(train, mode):
+    folder = train("--train_mode", mode)
+    assert files_of(folder) == ALWAYS | (FULL if mode == "full" else ADAPTER)
+
+
+def test_train_args_hold_every_effective_value(train, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_MINE", "hunter2-hunter2")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    folder = train("--lora_rank", "4", "--hub_token", "hf_given_on_the_line")
+    saved = json.loads((folder / "train_args.json").read_text())
+    assert saved["common"]["lora_rank"] == 4 and saved["trainer"]["num_train_epochs"] == 2
+    assert saved["trainer"]["weight_decay"] == 0.0 and saved["versions"]["torch"]
+    everything = "".join(path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
+    for secret in ("hunter2", "hf_abcdef", "hf_given"):
+        assert secret not in everything
+
+
+def test_the_log_holds_what_the_terminal_said_and_more(train):
+    log = (train() / "train.log").read_text()
+    assert "8 of 8 rows" in log and "finished" in log and "step 4: loss" in log
+
+
+def refuses(refused, tmp_path, tiny_models, rows_file, *flags):
+    """The command refuses, and leaves neither a run's folder nor half a cache (whole prepared rows may stay)."""
+    before = files_of(tmp_path)
+    said = refused(
+        main_train.main,
+        "--model_name_or_path",
+        tiny_models(),
+        "--train_data_path",
+        rows_file,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        *flags,
+    )
+    whole = {str(path.parent.relative_to(tmp_path)) for path in (tmp_path / "cache").glob("*/report.json")}
+    left = {name for name in files_of(tmp_path) - before if not name.startswith(tuple(whole) or "/")}
+    assert not left and not (tmp_path / "run").exists()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty (0 bytes)"),
+        (b"\n\n", "holds no row"),
+        (b"\xff\xfe{}", "is not UTF-8"),
+        (b'{"instruction": "a", "output": "b"}\n{"instruction": "a"', "is not JSON"),
+        (b'{"instruction": "a"}\n', "no field 'output'"),
+        (b'{"instruction": null, "output": "b"}\n', "null in 'instruction'"),
+        (b'{"instruction": "a", "output": 1}\n', "a number in 'output'"),
+        (b'{"instruction": "a", "output": ["b"]}\n', "a list in 'output'"),
+        (b'{"instruction": "a", "output": ""}\n', "empty output"),
+    ],
+)
+def test_data_that_cannot_be_used(refused, tmp_path, tiny_models, content, said):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    told = refuses(refused, tmp_path, tiny_models, str(path))
+    assert said in told and str(path) in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--template_name", "qwem"], "Did you mean 'qwen'"),
+        (["--model_name_or_path", "/nowhere/model"], "does not exist"),
+        (["--max_len", "3"], "none of the 8 rows keeps a trained token"),
+        (["--train_mode", "full", "--use_dora", "true"], "needs an adapter"),
+        (["--lora_target_modules", "nothing"], "'nothing'"),
+        (["--packing", "true", "--padding_free", "false"], "--padding_free true"),
+    ],
+)
+def test_arguments_that_cannot_be_used(refused, tmp_path, tiny_models, rows_file, flags, said):
+    assert said in refuses(refused, tmp_path, tiny_models, rows_file, *flags)
+
+
+def test_a_broken_model_folder(refused, tmp_path, tiny_models, rows_file):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_models(), broken)
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert "cannot be loaded" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
+    (broken / "tokenizer.json").unlink()
+    assert "tokenizer" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
+    (broken / "config.json").write_text("{")
+    assert "config.json" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
+
+
+def test_a_model_without_a_pad_token_is_handled(train, tmp_path):
+    import copy
+
+    from safetensors.torch import load_file
+
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.pad_token = None
+    base = tiny.save_tiny_model(tmp_path / "nopad", tokenizer=tokenizer)
+    folder = train("--padding_free", "false", model=base)
+    assert load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_finished_run_is_replaced_only_when_told(train, refused, tmp_path, tiny_models, rows_file):
+    folder = train("--save_strategy", "epoch")
+    assert list(folder.glob("checkpoint-*"))
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    said = refused(
+        main_train.main,
+        "--model_name_or_path",
+        tiny_models(),
+        "--train_data_path",
+        rows_file,
+        "--output_dir",
+        str(folder),
+    )
+    assert "--overwrite_output_dir true" in said
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    train("--overwrite_output_dir", "true", "--learning_rate", "1e-2", "--save_strategy", "no")
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_remote_code_is_not_run_unless_asked(tmp_path, refused, tiny_models, rows_file):
+    import shutil
+
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny_models(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "its_own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resuming_ends_where_an_undisturbed_run_does(train):
+    """Half a run, then the rest from its checkpoint: the weights of the whole run, to the bit."""
+    flags = ["--precision", "fp32", "--num_train_epochs", "4", "--save_strategy", "epoch", "--save_total_limit", "10"]
+    whole = train(*flags, output="whole")
+    parts = train(*flags, output="parts")
+    for name in ("train_args.json", "adapter_model.safetensors"):
+        (parts / name).unlink()
+    import shutil
+
+    for later in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(parts / later)
+    train(*flags, "--resume_from_checkpoint", "true", output="parts")
+    assert (parts / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_help_names_every_flag_and_ctrl_c_leaves_quietly(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "main_train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--model_name_or_path" in done.stdout and "--learning_rate" in done.stdout
+    assert "--max_length" not in done.stdout
+    process = subprocess.Popen(
+        [sys.executable, "main_train.py", "--output_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stderr:
+        if "train data" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "Traceback" not in rest
+
+
+def test_real_formats_train(train, tmp_path):
+    data = ",".join(
+        [
+            write_rows(tmp_path / "a.jsonl", tiny.ROWS[:2]),
+            write_rows(
+                tmp_path / "b.jsonl",
+                [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}],
+            ),
+            write_rows(
+                tmp_path / "c.jsonl",
+                [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}],
+            ),
+        ]
+    )
+    assert json.loads((train(data=data) / "train_args.json").read_text())["summary"]["rows_trained"] == 4
+
+
+def test_pretraining_leaves_a_model_that_reloads(train, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox.\n\nThe lazy dog.\n")
+    folder = train("--train_args_path", "train_args/pretrain/base.py", "--train_mode", "full", data=str(text))
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0

@@ -1,0 +1,97 @@
+"""Command-line flags out of dataclasses: every flag is read before anything is said."""
+
+import argparse
+import sys
+from dataclasses import field
+
+from utils.errors import nearest
+
+
+def arg(default, help: str):
+    """A dataclass field with a default and its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+class _FlagError(Exception):
+    """argparse's `error`, caught so that every flag is looked at before anything is said."""
+
+
+def make_parser(dataclass_types: list[type], prog: str, description: str):
+    """An HfArgumentParser whose errors are raised rather than printed one at a time."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise _FlagError(message)
+
+    return Parser(
+        dataclass_types,
+        prog=prog,
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+        conflict_handler="resolve",
+    )
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description's lines as they are."""
+
+
+def split_flags(argv: list[str]) -> list[list[str]]:
+    """`["--a", "1", "2", "--b"]` → `[["--a", "1", "2"], ["--b"]]`"""
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return groups
+
+
+def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[str]]:
+    """Reads each flag by itself, so that one wrong flag does not hide the next.
+
+    Args:
+        parser: from `make_parser`.
+        argv: the flags; the command line's by default.
+
+    Returns:
+        every value by name, the names that were given, the problems.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    namespace, problems, given = argparse.Namespace(), [], set()
+    options = {option: action for action in parser._actions for option in action.option_strings}
+    known = [option for option in options if "_" in option or "-" not in option[2:]]
+    parser.parse_known_args([], namespace)
+    for group in split_flags(argv):
+        name = group[0].split("=")[0]
+        try:
+            _, unknown = parser.parse_known_args(group, namespace)
+        except (_FlagError, argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
+            problems.append(f"{name}: {_flag_reason(error, options.get(name), group)}")
+            continue
+        if name not in options:
+            unknown_flag = name if name.startswith("--") else " ".join(group)
+            problems.append(
+                f"{unknown_flag} is not a flag.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}"
+                " See --help for all"
+            )
+        elif unknown:
+            problems.append(f"{name} does not take {' '.join(unknown)!r}")
+        else:
+            given.add(options[name].dest)
+    return vars(namespace), given, problems
+
+
+def _flag_reason(error: Exception, action, group: list[str]) -> str:
+    """argparse's words, with the value, and the nearest choice where there are choices."""
+    value = group[1] if len(group) > 1 else group[0].partition("=")[2]
+    if action is not None and action.choices:
+        return f"{value!r} is not allowed.{nearest(value, map(str, action.choices))} Allowed: " + ", ".join(
+            map(str, action.choices)
+        )
+    if action is not None and value and getattr(action.type, "__name__", "") in ("int", "float"):
+        return f"{value!r} is not a number ({action.type.__name__})"
+    return str(error).split(": ", 1)[-1]
