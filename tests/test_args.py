@@ -158,7 +158,8 @@ def test_precision_sets_the_trainers_arithmetic(parse, monkeypatch):
         "class TrainArgument: pass",
         "import nothing_of_this_name",
         "def broken(:",
-        "from dataclasses import dataclass\nfrom trl import SFTConfig\n@dataclass\nclass TrainArgument(SFTConfig): pass",
+        "from dataclasses import dataclass\nfrom trl import SFTConfig\n"
+        "@dataclass\nclass TrainArgument(SFTConfig): pass",
     ],
 )
 def test_recipes_that_are_none(tmp_path, content):

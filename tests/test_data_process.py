@@ -54,7 +54,10 @@ def test_rows_with_an_empty_answer_are_dropped_and_named(load):
     rows = [*tiny.ROWS, {"instruction": "Hi", "output": ""}]
     report = load(rows).report
     assert report.dropped == {"with nothing to train": 1}
-    assert report.places[0].endswith(f"rows.jsonl:{len(rows)} has an empty output")
+    assert [(place.split("/")[-1], lines) for place, lines in report.places.items()] == [
+        ("rows.jsonl has an empty output", [len(rows)])
+    ]
+    assert report.named_places().endswith(f"rows.jsonl has an empty output: line {len(rows)}")
 
 
 BAD = [{"instruction": "a", "output": 3}, {"instruction": "b"}, {"instruction": "c", "output": "d"}]

@@ -9,6 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from utils.adapter import impossible_tokens
+
 MODES = {
     "full": ["--train_mode", "full"],
     "lora": [],
@@ -97,7 +99,7 @@ def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
     monkeypatch.setattr(utils.save, "prepare_trainer", snapshot(before))
     monkeypatch.setattr(utils.save, "finish_run", snapshot(after))
     train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[mode])
-    adapter = {name for name in before if "lora_" in name}
+    adapter = {name for name in before if "lora_" in name or "token_adapter.trainable" in name}
     assert adapter and adapter < set(before)
     for name, start in before.items():
         same = torch.equal(start, after[name])  # 4-bit weights are bytes here
@@ -106,7 +108,8 @@ def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
 
 def test_lora_reaches_every_linear_layer_but_the_head(train, tiny_models):
     folder = train()
-    adapted = {name.split(".lora_")[0].split(".")[-1] for name in load_file(folder / "adapter_model.safetensors")}
+    weights = load_file(folder / "adapter_model.safetensors")
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in weights if ".lora_" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -162,31 +165,49 @@ def test_loraplus_groups_equal_peft(train, monkeypatch):
             assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
 
 
-@pytest.mark.parametrize(("tied", "precision"), [(True, "fp32"), (False, "fp32"), (False, "bf16")])
-def test_untrained_special_tokens_are_found_and_trained(tied, precision, train, tmp_path, tokenizer):
-    """Rows of the embedding shrunk to nothing, as weight decay leaves them, are found and move; no other row does."""
-    folder = tiny.save_tiny_model(tmp_path / "base", "qwen2", tie_word_embeddings=tied)
+def base_with_untrained(folder, tokenizer, untrained, how, tied):
+    """A base whose rows are trained but for `untrained` and those that no text can have.
+
+    Args:
+        how: "zero", as weight decay leaves rows in the end, or "drift", as a softmax pushes them: all one way.
+    """
+    tiny.save_tiny_model(folder, "qwen2", tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokens = tokenizer.convert_tokens_to_ids(tiny.CHAT_TOKENS)
+    left = [*impossible_tokens(tokenizer, len(tokenizer)), *untrained]
     with torch.no_grad():
-        model.get_input_embeddings().weight[tokens] *= 1e-3
-        model.get_output_embeddings().weight[tokens] *= 1e-3
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            start = layer.weight[left].clone()
+            layer.weight.mul_(10)
+            layer.weight[left] = start * 1e-4 if how == "zero" else start + torch.ones(start.shape[-1])
     model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("tied", "precision", "how"),
+    [(True, "fp32", "zero"), (True, "fp32", "drift"), (False, "fp32", "drift"), (False, "bf16", "zero")],
+)
+def test_untrained_special_tokens_are_found_and_trained(tied, precision, how, train, tmp_path, tokenizer):
+    """Rows as training leaves those it never meets are found and move; no other row does."""
+    tokens = tokenizer.convert_tokens_to_ids(tiny.CHAT_TOKENS)
+    folder = base_with_untrained(tmp_path / "base", tokenizer, tokens, how, tied)
     run = train("--learning_rate", "1e-2", "--precision", precision, model=folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), run
-    ).merge_and_unload()
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trained = PeftModel.from_pretrained(trained, run).merge_and_unload()
     for layer in ("get_input_embeddings", "get_output_embeddings"):
-        moved = (getattr(merged, layer)().weight - getattr(base, layer)().weight).abs().sum(-1) > 0
+        moved = (getattr(trained, layer)().weight - getattr(base, layer)().weight).abs().sum(-1) > 0
         assert torch.nonzero(moved).flatten().tolist() == sorted(tokens), layer
     off = train("--train_special_tokens", "off", model=folder, output="off")
     assert json.loads((off / "adapter_config.json").read_text())["trainable_token_indices"] is None
 
 
-def test_a_model_with_trained_special_tokens_is_left_alone(train):
-    folder = train()
-    assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] is None
+@pytest.mark.parametrize(("choice", "trained"), [("auto", None), ("on", {"embed_tokens": [1, 2]})])
+def test_a_model_with_trained_special_tokens_is_left_alone_unless_told(choice, trained, train, tmp_path, tokenizer):
+    folder = base_with_untrained(tmp_path / "base", tokenizer, [], "drift", True)
+    run = train("--train_special_tokens", choice, model=folder)
+    found = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert (found and {name: sorted(ids) for name, ids in found.items()}) == trained
 
 
 def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):

@@ -109,28 +109,50 @@ def special_tokens_to_train(choice: str, model, tokenizer, template: Template) -
     if choice == "off":
         return []
     ids = tokenizer.convert_tokens_to_ids(template.special_tokens(tokenizer))
-    return ids if choice == "on" else [token for token in ids if token in untrained_tokens(model)]
+    if choice == "on":
+        return ids
+    untrained = untrained_tokens(model, tokenizer)
+    return [token for token in ids if token in untrained]
 
 
-def untrained_tokens(model) -> set[int]:
+def untrained_tokens(model, tokenizer) -> set[int]:
     """The ids whose embedding, or whose row of the head, was never trained.
 
-    Training moves embeddings to a common size, and a row it never touched keeps the small size
-    of its start or has decayed towards zero. The measure is a robust one: half of the median
-    norm, and more than six median deviations below the median.
+    Tokens that cannot occur in any text show what training leaves of a row it never meets: its
+    start, decayed, or pushed with its like in the one direction that makes them all unlikely. A
+    row as near to their mean as they themselves are, and not smaller, was never trained either.
+    A row of next to no norm never was, whatever the others are.
     """
     import torch
 
+    never = impossible_tokens(tokenizer, model.get_input_embeddings().weight.shape[0])
     found: set[int] = set()
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is None:
-            continue
-        norms = layer.weight.detach().float().norm(dim=-1)
-        median = norms.median()
-        spread = (norms - median).abs().median()
-        small = (norms < 0.5 * median) & (norms < median - 6 * spread)
-        found |= set(torch.nonzero(small).flatten().tolist())
+        rows = layer.weight.detach().float()
+        norms = rows.norm(dim=-1)
+        untrained = norms < 0.01 * norms.median()
+        if never:
+            centre = rows[never].mean(dim=0)
+            distances = (rows - centre).norm(dim=-1)
+            untrained |= (distances <= 1.1 * distances[never].max()) & (norms >= 0.8 * norms[never].min())
+        found |= set(torch.nonzero(untrained).flatten().tolist())
     return found
+
+
+def impossible_tokens(tokenizer, rows: int) -> list[int]:
+    """Ids that no text has: bytes that UTF-8 does not use, and the rows beyond the vocabulary.
+
+    Args:
+        tokenizer: a byte-level one, or one with byte fallback, has the former.
+        rows: of the embedding, often rounded up from the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    unused_bytes = [0xC0, 0xC1, *range(0xF5, 0x100)]
+    names = [f"<0x{byte:02X}>" for byte in unused_bytes]
+    if names[0] not in vocabulary and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str():
+        names = [chr(byte) for byte in unused_bytes]  # byte-level BPE writes these bytes as Latin-1
+    ids = [vocabulary[name] for name in names if name in vocabulary]
+    return ids + list(range(max(vocabulary.values()) + 1, rows))
 
 
 def settle_trainable(model, sharded: bool) -> None:

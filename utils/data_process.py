@@ -175,11 +175,11 @@ def _readable_rows(
             except EmptyRow as error:
                 if on_bad_row == "error":
                     refused.append(f"{place} {error}")
-                report.drop(place, str(error), "with nothing to train")
+                report.drop(file, raw.line, str(error), "with nothing to train")
             except BadRow as error:
                 if on_bad_row != "drop":
                     refused.append(f"{place} {error}")
-                report.drop(place, str(error), "malformed")
+                report.drop(file, raw.line, str(error), "malformed")
             else:
                 yield {"row": json.dumps(value, ensure_ascii=False), "file": number, "line": raw.line}
 
@@ -237,7 +237,8 @@ def _without_dropped(encoded, files: list[str], report: DataReport):
         if reason is None:
             kept.append(index)
         else:
-            report.drop(f"{files[file]}:{line}", reason, "too long" if "long" in reason else "with nothing to train")
+            kind = "too long" if "too long" in reason else "refused by the template"
+            report.drop(files[file], line, reason, kind)
     refuse_nothing_left(report, len(kept), files)
     report.kept = len(kept)
     if len(kept) < len(encoded):

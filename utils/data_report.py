@@ -7,6 +7,7 @@ from loguru import logger
 from utils.errors import UserError
 
 SHOWN = 20  # so many bad rows are named one by one
+_LINES = 100  # so many line numbers are kept for each reason
 
 
 @dataclass
@@ -18,7 +19,7 @@ class DataReport:
         kept: how many are trained on.
         tokens: all their tokens; `trained_tokens` those with a label.
         dropped: reason → how many rows.
-        places: the first dropped rows, `"file:line reason"`.
+        places: `"file reason"` → the lines of the first hundred such rows.
         shortened: how many rows lost their oldest turns to fit.
     """
 
@@ -27,13 +28,15 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    places: list[str] = field(default_factory=list)
+    places: dict[str, list[int]] = field(default_factory=dict)
     shortened: int = 0
 
-    def drop(self, place: str, reason: str, kind: str) -> None:
+    def drop(self, file: str, line: int, reason: str, kind: str) -> None:
+        """Counts a row that is left out, and keeps where it stands."""
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
-        if len(self.places) < SHOWN:
-            self.places.append(f"{place} {reason}")
+        lines = self.places.setdefault(f"{file} {reason}", [])
+        if len(lines) < _LINES:
+            lines.append(line)
 
     def dropped_rows(self) -> int:
         return sum(self.dropped.values())
@@ -52,11 +55,21 @@ class DataReport:
         if self.shortened:
             logger.warning("{}: {:,} rows were longer than --max_len and lost their oldest turns", name, self.shortened)
         if self.dropped:
-            counts = ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
-            shown = "".join(f"\n  {place}" for place in self.places)
-            rest = self.dropped_rows() - len(self.places)
-            more = f"\n  … and {rest:,} more" if rest else ""
-            logger.warning("{}: {:,} rows are left out ({}):{}{}", name, self.dropped_rows(), counts, shown, more)
+            logger.warning(
+                "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()
+            )
+
+    def counts(self) -> str:
+        """`"28 with nothing to train, 32 too long"`"""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
+
+    def named_places(self) -> str:
+        """A line for each file and reason, with line numbers."""
+        lines = []
+        for place, numbers in list(self.places.items())[:SHOWN]:
+            more = " and more" if len(numbers) == _LINES else ""
+            lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
+        return "".join(lines) + ("\n  …" if len(self.places) > SHOWN else "")
 
 
 def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:
@@ -64,9 +77,7 @@ def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None
         return
     if not report.rows:
         raise UserError(f"{', '.join(files)} holds no row")
-    places = "".join(f"\n     {place}" for place in report.places)
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in report.dropped.items())
     raise UserError(
-        f"none of the {report.rows:,} rows keeps a trained token ({counts}):{places}\n"
+        f"none of the {report.rows:,} rows keeps a trained token ({report.counts()}):{report.named_places()}\n"
         "   Raise --max_len if they are too long, or mend the rows"
     )

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 
 from loguru import logger
@@ -39,8 +40,6 @@ def open_run(train_args, args) -> Path:
 
 
 def _clear_finished(folder: Path) -> None:
-    import shutil
-
     for name in (FINISHED, STATE, "train.log", "loss.png"):
         (folder / name).unlink(missing_ok=True)
     for old in [*folder.glob("checkpoint-*"), *folder.glob("runs")]:
@@ -69,9 +68,7 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if args.init_lora_weights == "pissa" and is_main_process():
         # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
-        model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
-        model.peft_config["default"].init_lora_weights = args.init_lora_weights
 
 
 def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
@@ -103,18 +100,41 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
 
 
 def _save_weights(trainer, args, folder: Path) -> None:
-    start = folder / _PISSA_START
-    if args.init_lora_weights != "pissa":
-        trainer.save_model()
-        return
-    import shutil
-
     trainer.save_model()
-    if is_main_process():
-        # PEFT, "converting the changed base and adapter into a LoRA on the unchanged base"
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
-        shutil.rmtree(start)
+    if args.init_lora_weights == "pissa" and is_main_process():
+        pissa_to_lora(folder, folder / _PISSA_START)
+        shutil.rmtree(folder / _PISSA_START)
+
+
+def pissa_to_lora(folder: Path, start: Path) -> None:
+    """Rewrites a PiSSA adapter as a plain LoRA on the unchanged base, of twice the rank.
+
+    PiSSA trains W = (W0 - B0 A0) + B A, so against W0 (arXiv 2404.02948, appendix C)
+
+        W - W0 = B A - B0 A0 = [B | -B0] [A ; A0]
+
+    PEFT's own conversion loses trained token rows, which stand beside A and B.
+
+    Args:
+        folder: holds the trained adapter, and the new one afterwards.
+        start: holds the adapter as it was before training.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights, before = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
+    for name, weight in weights.items():
+        if "lora_A" in name:
+            weights[name] = torch.cat([weight, before[name]], dim=0)
+        elif "lora_B" in name:
+            weights[name] = torch.cat([weight, -before[name]], dim=1)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # the scale stays: alpha / r, or alpha / sqrt(r) when rank-stabilised
+    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
+    config["r"] *= 2
+    config["init_lora_weights"] = True
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def summarise(trainer, args, data, folder: Path) -> dict:

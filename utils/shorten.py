@@ -33,13 +33,12 @@ def encode_within(conversations: list[list[Message]], template: Template, tokeni
 
 def _fit(messages: list[Message], encoded: dict, template: Template, tokenizer, max_len: int) -> dict | str:
     shortened = False
-    length = len(encoded["input_ids"])
     while len(encoded["input_ids"]) > max_len:
         shorter = _without_oldest_turn(messages)
         if shorter is None:
             shorter = _with_shorter_question(messages, len(encoded["input_ids"]) - max_len, tokenizer)
         if shorter is None:
-            return f"is too long: {length} tokens, --max_len {max_len}, and what is left cannot be cut"
+            return f"is too long for --max_len {max_len} with its answer, which is never cut"
         messages, shortened = shorter, True
         encoded = template.encode(messages, tokenizer)
     if all(label == IGNORED for label in encoded["labels"]):

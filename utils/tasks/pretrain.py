@@ -22,7 +22,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             return [
                 {"input_ids": ids, "labels": ids, "shortened": False}
                 if len(ids) <= args.max_len
-                else f"is too long: {len(ids)} tokens, --max_len {args.max_len}; --packing true would split it"
+                else f"is too long for --max_len {args.max_len}; --packing true would split it"
                 for ids in rows
             ]
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
