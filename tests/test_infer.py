@@ -24,7 +24,8 @@ def run_folder(tmp_path_factory, request):
         [
             "--model_name_or_path", tiny.save_tiny_model(folder / "base"),
             "--train_data_path", write_rows(folder / "rows.jsonl", rows), "--output_dir", str(folder / "run"),
-            "--num_train_epochs", "60", "--learning_rate", "3e-3", "--report_to", "none", "--train_mode", "full", "--save_strategy", "no",
+            "--num_train_epochs", "60", "--learning_rate", "3e-3", "--report_to", "none",
+            "--train_mode", "full", "--save_strategy", "no",
             "--disable_tqdm", "true", "--precision", "fp32",
         ]
     )  # fmt: skip

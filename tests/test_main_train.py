@@ -85,7 +85,7 @@ def test_what_each_mode_leaves(train, mode):
 def test_train_args_hold_every_effective_value(train, monkeypatch):
     monkeypatch.setenv("SECRET_OF_MINE", "hunter2-hunter2")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
-    folder = train("--lora_rank", "4", "--hub_token", "hf_given_on_the_line")
+    folder = train("--lora_rank", "4", "--hub_token", "hf_given_on_the_line", "--save_strategy", "epoch")
     saved = json.loads((folder / "train_args.json").read_text())
     assert saved["common"]["lora_rank"] == 4 and saved["trainer"]["num_train_epochs"] == 2
     assert saved["trainer"]["weight_decay"] == 0.0 and saved["versions"]["torch"]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT
 from utils.template import get_template
 
 FOLDER = ROOT / "data" / "tiny_model"
@@ -54,8 +54,14 @@ def test_pretraining_never_saw_the_rows(tmp_path):
     from data.build.pretrain_text import write_text
 
     write_text(tmp_path / "text.jsonl", 20_000, 0)
-    text = (tmp_path / "text.jsonl").read_text(encoding="utf-8") + (ROOT / "data/pretrain_data.jsonl").read_text("utf-8")
-    assert [row["instruction"] for row in TRAIN + HELD_BACK if json.dumps(row["instruction"], ensure_ascii=False)[1:-1] in text] == []
+    text = (tmp_path / "text.jsonl").read_text(encoding="utf-8") + (ROOT / "data/pretrain_data.jsonl").read_text(
+        "utf-8"
+    )
+    assert [
+        row["instruction"]
+        for row in TRAIN + HELD_BACK
+        if json.dumps(row["instruction"], ensure_ascii=False)[1:-1] in text
+    ] == []
 
 
 def share_right(folder, rows):

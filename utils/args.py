@@ -5,8 +5,9 @@ import dataclasses
 import importlib.util
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from utils.check_args import check_common, check_precision, check_together, resolve_defaults
 from utils.errors import UserError, nearest, raise_if_any
@@ -156,7 +157,22 @@ def load_recipe(path: str) -> type:
         )
     if not getattr(recipe, "task_types", ()):
         raise UserError(f"the recipe {path!r} names no task; give TrainArgument task_types = ('sft',), say")
+    _inherit_help(recipe)
     return recipe
+
+
+def _inherit_help(recipe: type) -> None:
+    """A default that a recipe changes keeps the help and the choices of the class it extends."""
+    for parent in recipe.__mro__[1:]:
+        if not dataclasses.is_dataclass(parent):
+            continue
+        hints, theirs = get_type_hints(parent), {f.name: f for f in dataclasses.fields(parent)}
+        for own in dataclasses.fields(recipe):
+            if own.name in theirs and not own.metadata:
+                kinds = [hints[own.name], *get_args(hints[own.name])]
+                enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
+                choices = {"choices": [choice.value for choice in enum]} if enum else {}
+                own.metadata = {**theirs[own.name].metadata, **choices}
 
 
 def parse_args(argv: list[str] | None = None):

@@ -51,6 +51,8 @@ def for_trl(train_args):
     if train_args.deepspeed_plugin is None:
         _leave_deepspeed_out()
     settled = copy.copy(train_args)
+    if not settled.push_to_hub:
+        settled.hub_token = None  # the trainer pickles its arguments into every checkpoint
     settled.packing = settled.padding_free = False
     settled.max_length = None
     settled.dataset_kwargs = {"skip_prepare_dataset": True}
