@@ -7,6 +7,7 @@ from conftest import ROOT
 from transformers import HfArgumentParser
 
 import utils.check_args
+import utils.precision
 from utils.args import REPLACED_FLAGS, CommonArgs, load_recipe, parse_args
 from utils.errors import UserError
 
@@ -132,7 +133,12 @@ def test_all_problems_come_at_once(parse, also):
         (["--train_args_path", "train_args/sft/bse.py"], "train_args/sft/base.py"),
         (["--eval_strategy", "steps"], "--eval_data_path or --val_size"),
         (["--val_size", "2.5"], "a share below 1 or a number of rows"),
-        (["--resume_from_checkpoint", "nowhere"], "'nowhere' is not a folder"),
+        (["--resume_from_checkpoint", "nowhere"], "'nowhere' is not a checkpoint"),
+        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0"),
+        (["--num_train_epochs", "0"], "trains nothing"),
+        (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--warmup_steps"], "--warmup_steps"),
         (["stray"], "stray"),
     ],
@@ -148,7 +154,7 @@ def test_flags_that_would_do_nothing_are_refused(parse, flag):
 
 
 def test_bf16_asked_for_where_there_is_none(parse, monkeypatch):
-    monkeypatch.setattr(utils.check_args, "device_has_bf16", lambda: False)
+    monkeypatch.setattr(utils.precision, "device_has_bf16", lambda: False)
     for flags in (["--bf16", "true"], ["--precision", "bf16"]):
         assert "bf16 was asked for" in problems_of(parse, *flags)[0]
     args, train_args = parse()
@@ -156,7 +162,7 @@ def test_bf16_asked_for_where_there_is_none(parse, monkeypatch):
 
 
 def test_precision_sets_the_trainers_arithmetic(parse, monkeypatch):
-    monkeypatch.setattr(utils.check_args, "device_has_bf16", lambda: True)
+    monkeypatch.setattr(utils.precision, "device_has_bf16", lambda: True)
     assert parse()[1].bf16
     assert not parse("--precision", "fp32")[1].bf16
     assert parse("--bf16", "false")[0].precision == "fp32"

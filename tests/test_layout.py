@@ -13,6 +13,7 @@ FLOW = [
     "template_format",
     "template",
     "check_args",
+    "precision",
     "flags",
     "args",
     "tokenizer",

@@ -278,3 +278,12 @@ def test_pretraining_leaves_a_model_that_reloads(train, tmp_path):
     text.write_text("The quick brown fox.\n\nThe lazy dog.\n")
     folder = train("--train_args_path", "train_args/pretrain/base.py", "--train_mode", "full", data=str(text))
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+
+
+@pytest.mark.parametrize("flags", [["--packing", "true", "--max_len", "150"], ["--padding_free", "false"]])
+def test_packed_and_padded_rows_train(train, flags):
+    history = json.loads(
+        (train(*flags, "--learning_rate", "1e-2", "--num_train_epochs", "8") / "trainer_state.json").read_text()
+    )["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]

@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from utils.check_args import check_common, check_precision, check_together, resolve_defaults
+from utils.check_args import check_common, check_together, resolve_defaults
 from utils.errors import UserError, nearest, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.precision import check_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 

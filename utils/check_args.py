@@ -18,48 +18,6 @@ SAMPLE_DATA = {
 FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
 
 
-def device_has_bf16() -> bool:
-    """Whether this machine computes in bf16 by itself, rather than emulating it."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return True
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def check_precision(common, values: dict, given: set[str]) -> list[str]:
-    """Turns `--precision` into the trainer's `bf16` and `fp16`, unless those were given themselves."""
-    import torch
-
-    problems, asked = [], common.precision
-    direct = [name for name in ("bf16", "fp16") if name in given and values[name]]
-    if "precision" in given and direct and asked not in ("auto", direct[0]):
-        problems.append(f"--precision {asked} contradicts --{direct[0]} true; give one of them")
-    elif len(direct) == 2:
-        problems.append("--bf16 true contradicts --fp16 true; give one of them")
-    elif direct:
-        asked = direct[0]
-    elif asked == "auto" and values.get("bf16") is False and "bf16" in given:
-        asked = "fp32"
-    if asked == "auto":
-        asked = "bf16" if device_has_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
-    if asked == "bf16" and not device_has_bf16():
-        problems.append(
-            "bf16 was asked for, which this device does not have; use --precision auto, fp16 (CUDA) or fp32"
-        )
-        asked = "fp32"
-    if asked == "fp16" and not torch.cuda.is_available():
-        problems.append("fp16 was asked for, which trains on a CUDA device only; use --precision auto, bf16 or fp32")
-        asked = "fp32"
-    common.precision = asked
-    values["bf16"], values["fp16"] = asked == "bf16", asked == "fp16"
-    # without a GPU the trainer wants to be told so before it takes bf16
-    values["use_cpu"] = values.get("use_cpu") or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return problems
-
-
 def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> None:
     """Fills in what depends on other values: task, sample data, run folder, evaluation."""
     common.task_type = common.task_type or recipe.task_types[0]
@@ -97,6 +55,7 @@ def check_common(common, recipe: type) -> list[str]:
 def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
     problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
+    problems += _check_trainer(train_args)
     if train_args.packing and not train_args.padding_free:
         problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
     if train_args.packing and common.trust_remote_code:
@@ -205,12 +164,42 @@ def _check_evaluation(common, train_args) -> list[str]:
     return []
 
 
+def _check_trainer(train_args) -> list[str]:
+    """The trainer's figures that would only fail, or do nothing, once it runs."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    least = [
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("learning_rate", 0),
+        ("warmup_steps", 0),
+    ]
+    problems = [
+        f"--{name} {getattr(train_args, name)} is not allowed; give at least {minimum}"
+        for name, minimum in least
+        if getattr(train_args, name) < minimum
+    ]
+    if train_args.max_steps <= 0 and train_args.num_train_epochs <= 0:
+        problems.append(f"--num_train_epochs {train_args.num_train_epochs} trains nothing; give a number above 0")
+    available = get_available_reporting_integrations()
+    for name in train_args.report_to:
+        if name not in available:
+            problems.append(
+                f"--report_to {name!r} is not installed.{nearest(name, available)} "
+                f"Allowed here: none, {', '.join(available)}"
+            )
+    return problems
+
+
 def _check_output_dir(common, train_args) -> list[str]:
     folder = Path(train_args.output_dir)
     flag = f"--output_dir {train_args.output_dir!r}"
     resume = train_args.resume_from_checkpoint
-    if isinstance(resume, str) and not Path(resume).is_dir():
-        return [f"--resume_from_checkpoint {resume!r} is not a folder; give a checkpoint-N folder, or true"]
+    if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
+        return [f"--resume_from_checkpoint {resume!r} is not a checkpoint; give a checkpoint-N folder, or true"]
+    if resume is True and not list(folder.glob("checkpoint-*")):
+        return [f"--resume_from_checkpoint true: {flag} holds no checkpoint; leave the flag out to start anew"]
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
     if (folder / FINISHED).exists() and not (common.overwrite_output_dir or resume):
