@@ -1,6 +1,6 @@
 """From files to ids and labels: what is kept, what is dropped and named, and what is cached."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,7 +10,7 @@ from utils.args import parse_args
 from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks import get_task
-from utils.template import get_template
+from utils.template import get_template, template_dict
 
 
 @pytest.fixture
@@ -208,7 +208,22 @@ def test_an_answer_is_never_cut(tokenizer):
     assert "too long" in reason and "--max_len 60" in reason
 
 
-def test_a_row_that_does_not_fit_the_template_is_named(load):
-    report = load([*tiny.ROWS, {"messages": [{"role": "user", "content": "Hi"}, *TURNS]}]).report
-    assert report.rows == 9  # qwen takes a system message anywhere
-    assert json.dumps(report.dropped) == "{}"
+def test_a_row_the_template_cannot_hold_is_named_with_its_turn(load):
+    rows = [*tiny.ROWS, {"messages": [*TURNS, TURNS[2]]}]
+    assert load(rows).report.kept == 9
+    with pytest.raises(UserError, match="rows.jsonl:9 turn 6 is assistant where template 'default' needs user"):
+        load(rows, "--template_name", "alternating")
+
+
+@pytest.fixture(autouse=True)
+def alternating_template(monkeypatch):
+    """A format like Mistral's in what it refuses, for the tests' own tokenizer."""
+    template = replace(template_dict["default"], alternate=True)
+    monkeypatch.setitem(template_dict, "alternating", template)
+
+
+def test_special_tokens_in_content_are_plain_text_unless_allowed(load, tokenizer):
+    rows = [{"instruction": "a<|im_end|>b", "output": "c"}]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert load(rows).train[0]["input_ids"].count(stop) == 3
+    assert load(rows, "--allow_special_tokens_in_content", "true").train[0]["input_ids"].count(stop) == 4

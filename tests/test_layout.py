@@ -10,6 +10,8 @@ from conftest import ROOT
 FLOW = [
     "log",
     "errors",
+    "segments",
+    "template_jinja",
     "template_format",
     "template",
     "check_args",

@@ -1,6 +1,9 @@
 """Tiny random models of each real architecture, with tokenizers trained on the spot."""
 
+import copy
 import functools
+import json
+import re
 from pathlib import Path
 
 TEXT = [
@@ -30,6 +33,39 @@ def byte_level_tokenizer():
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@functools.cache
+def sentencepiece_tokenizer():
+    """A BPE with byte fallback and a dummy prefix, as Llama-2's and Mistral's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # a space only begins a piece, as SentencePiece trains it
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=pieces, show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    state = json.loads(tokenizer.to_str())
+    # the trainer makes special tokens of the bytes; in a real tokenizer they are plain entries
+    state["added_tokens"] = state["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def tokenizer_for(template, make):
+    """A tokenizer that has the template's own tokens, as the model it is for does."""
+    tokenizer = copy.deepcopy(make())
+    tokens = {template.bos, template.stop, template.closing, template.end} - {"", "{bos}", "{eos}"}
+    forms = [template.system or "", template.user, template.assistant]
+    tokens |= {token for form in forms for token in re.findall(r"<\|[^|]+\|>|<start_of_turn>|<用户>|<AI>", form)}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(tokens)})
+    return tokenizer
 
 
 def config_for(architecture: str, vocab_size: int, **changes):

@@ -52,6 +52,11 @@ class CommonArgs:
         "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
         "error: both stop it. drop: both are dropped and named.",
     )
+    allow_special_tokens_in_content: bool = arg(
+        False,
+        "Let a special token's text within a row, such as <|im_end|>, become that token. "
+        "Off: it stays plain text, so that data cannot forge a turn.",
+    )
     cache_dir: str | None = arg(
         None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache."
     )

@@ -237,7 +237,7 @@ def _without_dropped(encoded, files: list[str], report: DataReport):
         if reason is None:
             kept.append(index)
         else:
-            kind = "too long" if "too long" in reason else "refused by the template"
+            kind = "too long" if "too long" in reason else "with nothing to train"
             report.drop(files[file], line, reason, kind)
     refuse_nothing_left(report, len(kept), files)
     report.kept = len(kept)

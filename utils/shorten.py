@@ -1,49 +1,37 @@
 """Fitting a conversation into `max_len`: the oldest turns go first, an answer is never cut."""
 
-from utils.errors import UserError
 from utils.template import IGNORED, Message, Template
 
 
-def encode_within(conversations: list[list[Message]], template: Template, tokenizer, max_len: int) -> list[dict | str]:
+def encode_within(
+    conversations: list[list[Message]], template: Template, tokenizer, max_len: int, allow_special: bool = False
+) -> list[dict | str]:
     """Encodes conversations so that none is longer than `max_len`.
 
     Args:
-        conversations: messages each.
+        conversations: messages each, which the template can hold.
         template: renders them.
         tokenizer: a fast one.
         max_len: tokens.
+        allow_special: as for `Template.encode`.
 
     Returns:
         for each `{"input_ids", "labels", "shortened"}`, or the reason why it cannot be trained.
     """
-    results: list[dict | str | None] = []
-    for messages in conversations:
-        try:
-            template.check(messages)
-            results.append(None)
-        except UserError as error:
-            results.append(f"does not fit the template: {error.problems[0]}")
-    fitting = [messages for messages, result in zip(conversations, results, strict=True) if result is None]
-    encoded = iter(template.encode_batch(fitting, tokenizer) if fitting else [])
-    return [
-        _fit(messages, next(encoded), template, tokenizer, max_len) if result is None else result
-        for messages, result in zip(conversations, results, strict=True)
-    ]
 
+    def shorten(messages: list[Message], encoded: dict) -> dict | str:
+        shortened = False
+        while (surplus := len(encoded["input_ids"]) - max_len) > 0:
+            messages = _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
+            if messages is None:
+                return f"is too long for --max_len {max_len} with its answer, which is never cut"
+            encoded, shortened = template.encode(messages, tokenizer, allow_special), True
+        if all(label == IGNORED for label in encoded["labels"]):
+            return "has nothing to train"
+        return {**encoded, "shortened": shortened}
 
-def _fit(messages: list[Message], encoded: dict, template: Template, tokenizer, max_len: int) -> dict | str:
-    shortened = False
-    while len(encoded["input_ids"]) > max_len:
-        shorter = _without_oldest_turn(messages)
-        if shorter is None:
-            shorter = _with_shorter_question(messages, len(encoded["input_ids"]) - max_len, tokenizer)
-        if shorter is None:
-            return f"is too long for --max_len {max_len} with its answer, which is never cut"
-        messages, shortened = shorter, True
-        encoded = template.encode(messages, tokenizer)
-    if all(label == IGNORED for label in encoded["labels"]):
-        return "has nothing to train"
-    return {**encoded, "shortened": shortened}
+    encoded = template.encode_batch(conversations, tokenizer, allow_special)
+    return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
 
 
 def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:

@@ -7,7 +7,8 @@ import re
 from dataclasses import fields, replace
 
 from utils.errors import UserError, nearest
-from utils.template_format import IGNORED, Message, Template, label_spans
+from utils.segments import IGNORED, label_spans
+from utils.template_format import Message, Template
 
 __all__ = ["IGNORED", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
 
@@ -57,10 +58,12 @@ def unknown_template(name: str) -> str:
 
 
 def _check_stop_token(template: Template, tokenizer) -> None:
-    ids = tokenizer(template.stop, add_special_tokens=False)["input_ids"] if template.stop else []
+    stop = template.stop_token()
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[stop]] if stop in vocabulary else tokenizer(stop, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise UserError(
-            f"template {template.name!r} ends an answer with {template.stop!r}, which is {len(ids)} tokens for the "
+            f"template {template.name!r} ends an answer with {stop!r}, which is {len(ids)} tokens for the "
             f"tokenizer of {tokenizer.name_or_path!r}; a stop token must be one. Choose a template made for this "
             "model with --template_name ('default' uses the tokenizer's own eos token)"
         )
@@ -81,14 +84,135 @@ register_template(
     after_stop="\n\n",
 )
 
+# ChatML (OpenAI, 2023): one form, and what each family says by default
+_CHATML = {
+    "system": "<|im_start|>system\n{content}<|im_end|>\n",
+    "user": "<|im_start|>user\n{content}<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n",
+    "stop": "<|im_end|>",
+    "after_stop": "\n",
+}
+
 register_template(
     name="qwen",
-    source="Qwen/Qwen1.5-7B-Chat, tokenizer_config.json (chat_template), revision of February 2024",
+    source="Qwen/Qwen1.5-7B-Chat, tokenizer_config.json, February 2024",
     models=("Qwen1.5",),
     default_system="You are a helpful assistant",
-    system="<|im_start|>system\n{content}<|im_end|>\n",
-    user="<|im_start|>user\n{content}<|im_end|>\n",
-    assistant="<|im_start|>assistant\n",
-    stop="<|im_end|>",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen2",
+    source="Qwen/Qwen2-7B-Instruct, tokenizer_config.json, June 2024",
+    models=("Qwen2",),
+    default_system="You are a helpful assistant.",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen2.5",
+    source="Qwen/Qwen2.5-7B-Instruct, tokenizer_config.json, September 2024",
+    models=("Qwen2.5",),
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen3",
+    source="Qwen/Qwen3-4B-Instruct-2507, tokenizer_config.json, July 2025 (non-thinking)",
+    models=("Qwen3-Instruct-2507",),
+    **_CHATML,
+)
+
+register_template(
+    name="yi",
+    source="01-ai/Yi-6B-Chat, tokenizer_config.json, November 2023",
+    models=("Yi", "Yi-1.5"),
+    **_CHATML,
+)
+
+register_template(
+    name="gemma",
+    source="google/gemma-7b-it, tokenizer_config.json, February 2024; the same for Gemma 1.1 and 2",
+    models=("Gemma", "Gemma 1.1", "Gemma 2"),
+    bos="<bos>",
+    user="<start_of_turn>user\n{content}<end_of_turn>\n",
+    assistant="<start_of_turn>model\n",
+    stop="<end_of_turn>",
     after_stop="\n",
+    strip=True,
+    alternate=True,
+)
+
+register_template(
+    name="phi-3",
+    source="microsoft/Phi-3-mini-4k-instruct, tokenizer_config.json, July 2024",
+    models=("Phi-3", "Phi-3.5"),
+    system="<|system|>\n{content}<|end|>\n",
+    user="<|user|>\n{content}<|end|>\n",
+    assistant="<|assistant|>\n",
+    stop="<|end|>",
+    after_stop="\n",
+    end="<|endoftext|>",
+)
+
+register_template(
+    name="deepseek",
+    source="deepseek-ai/deepseek-llm-7b-chat, tokenizer_config.json, November 2023; the same for V2-Chat",
+    models=("DeepSeek LLM", "DeepSeek-V2"),
+    bos="<｜begin▁of▁sentence｜>",
+    system="{content}\n\n",
+    user="User: {content}\n\n",
+    assistant="Assistant:",
+    before_answer=" ",
+    stop="<｜end▁of▁sentence｜>",
+)
+
+register_template(
+    name="mistral",
+    source="mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json, December 2023",
+    models=("Mistral-Instruct v0.1", "Mistral-Instruct v0.2"),
+    bos="<s>",
+    user="[INST] {content} [/INST]",
+    assistant="",
+    stop="</s>",
+    alternate=True,
+)
+
+register_template(
+    name="minicpm",
+    source="openbmb/MiniCPM-2B-sft-bf16, tokenizer_config.json and finetune.py, February 2024",
+    models=("MiniCPM-2B",),
+    system="{content}",
+    user="<用户>{content}<AI>",
+    assistant="",
+    stop="",
+    closing="</s>",
+    strip=True,
+)
+
+register_template(
+    name="llama2",
+    source="meta-llama/Llama-2-7b-chat-hf, tokenizer_config.json, July 2023",
+    models=("Llama-2",),
+    system_with_user="<<SYS>>\n{system}\n<</SYS>>\n\n{content}",
+    user="<s>[INST] {content} [/INST]",
+    assistant="",
+    before_answer=" ",
+    after_answer=" ",
+    stop="</s>",
+    strip=True,
+    alternate=True,
+)
+
+register_template(
+    name="llama3",
+    source="meta-llama/Meta-Llama-3-8B-Instruct, tokenizer_config.json, April 2024",
+    models=("Llama-3",),
+    bos="<|begin_of_text|>",
+    system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    stop="<|eot_id|>",
+    strip=True,
 )

@@ -5,19 +5,12 @@ The formats themselves are data, in `utils/template.py`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 from utils.errors import UserError
+from utils.segments import Segment, encode_segments
+from utils.template_jinja import to_jinja
 
-IGNORED = -100  # the label of a token that is not trained (torch's cross_entropy default)
 Message = dict[str, str]
-
-
-class Segment(NamedTuple):
-    """A piece of a rendering; `trained` marks an answer and the stop token that ends it."""
-
-    text: str
-    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,13 +25,16 @@ class Template:
         models: the models it is for.
         bos: text that stands once at the very start, whatever the first role.
         default_system: the system message of a conversation that brings none; None for no such message.
-        system: a system message; None where the format refuses one.
+        system: a system message; None where the format has no place of its own for one.
+        system_with_user: the first user's text when a system message comes before it, with `{system}`.
         user: a user's turn.
         assistant: what opens an answer; a prompt for generation ends with it.
         before_answer: text between that and the answer which is not part of the prompt.
         after_answer: text between the answer and its stop token.
-        stop: the token that ends an answer.
+        stop: the token that ends an answer; empty where only `closing` ends a conversation.
         after_stop: text between the stop token and the next turn; never trained.
+        end: text after a finished conversation; never trained.
+        closing: a stop token that training adds to the last answer, where the official rendering has none.
         strip: whether spaces around a content are removed.
         alternate: whether user and assistant must take turns, a user first.
     """
@@ -52,9 +48,12 @@ class Template:
     bos: str = ""
     default_system: str | None = None
     system: str | None = None
+    system_with_user: str | None = None
     before_answer: str = ""
     after_answer: str = ""
     after_stop: str = ""
+    end: str = ""
+    closing: str = ""
     strip: bool = False
     alternate: bool = False
 
@@ -73,22 +72,34 @@ class Template:
         return "".join(segment.text for segment in self.segments(messages, add_generation_prompt))
 
     def segments(self, messages: list[Message], add_generation_prompt: bool = False) -> Iterator[Segment]:
-        """Yields the rendering in pieces, so that the trained ones are known by where they stand."""
+        """Yields the rendering in pieces, so that contents and trained text are known by where they stand."""
         self.check(messages)
         yield Segment(self.bos)
+        system = None
         if self.default_system is not None and messages[0]["role"] != "system":
             yield Segment(self.system.replace("{content}", self.default_system))
         for message in messages:
-            content = message["content"].strip() if self.strip else message["content"]
+            content = message["content"]
             if message["role"] == "assistant":
                 yield Segment(self.assistant + self.before_answer)
-                yield Segment(content + self.after_answer + self.stop, trained=True)
+                yield Segment(self._stripped(content), trained=True, content=True)
+                yield Segment(self.after_answer + self.stop, trained=True)
                 yield Segment(self.after_stop)
+            elif message["role"] == "system" and self.system is None:
+                system = content
+            elif system is not None:
+                whole = self.system_with_user.replace("{system}", system).replace("{content}", content)
+                yield from _wrapped(self.user, self._stripped(whole))
+                system = None
             else:
-                form = self.system if message["role"] == "system" else self.user
-                yield Segment(form.replace("{content}", content))
+                yield from _wrapped(self.system if message["role"] == "system" else self.user, self._stripped(content))
         if add_generation_prompt:
             yield Segment(self.assistant)
+        else:
+            yield Segment(self.end)
+
+    def _stripped(self, content: str) -> str:
+        return content.strip() if self.strip else content
 
     def check(self, messages: list[Message]) -> None:
         """Raises a `UserError` that says which turn the format cannot hold, and why."""
@@ -102,10 +113,18 @@ class Template:
                 )
             if not isinstance(content, str):
                 raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
-            if role == "system" and self.system is None:
-                raise UserError(f"turn {turn} is a system message, which template {self.name!r} does not have")
+            if role == "system":
+                self._check_system(turn, messages)
         if self.alternate:
             self._check_alternation(messages)
+
+    def _check_system(self, turn: int, messages: list[Message]) -> None:
+        if self.system is None and self.system_with_user is None:
+            raise UserError(f"turn {turn} is a system message, which template {self.name!r} does not have")
+        if self.system is None and (turn > 1 or len(messages) < 2 or messages[1]["role"] != "user"):
+            raise UserError(
+                f"turn {turn} is a system message, which template {self.name!r} has only at the start, before a user"
+            )
 
     def _check_alternation(self, messages: list[Message]) -> None:
         turns = [(turn, m["role"]) for turn, m in enumerate(messages, 1) if m["role"] != "system"]
@@ -117,7 +136,7 @@ class Template:
                     "user and assistant must take turns, a user first"
                 )
 
-    def encode(self, messages: list[Message], tokenizer) -> dict[str, list[int]]:
+    def encode(self, messages: list[Message], tokenizer, allow_special: bool = False) -> dict[str, list[int]]:
         """Tokenises a conversation once as a whole and labels what is trained.
 
         Labels cover each answer and the stop token that ends it; all else is -100.
@@ -125,28 +144,24 @@ class Template:
         Args:
             messages: as for `render`.
             tokenizer: a fast tokenizer, whose offsets tell which token covers which text.
+            allow_special: whether a special token's text within a content becomes that token.
 
         Returns:
             `{"input_ids": [L], "labels": [L]}`
         """
-        return self.encode_batch([messages], tokenizer)[0]
+        return self.encode_batch([messages], tokenizer, allow_special)[0]
 
-    def encode_batch(self, conversations: list[list[Message]], tokenizer) -> list[dict[str, list[int]]]:
+    def encode_batch(
+        self, conversations: list[list[Message]], tokenizer, allow_special: bool = False
+    ) -> list[dict[str, list[int]]]:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
-        texts, spans = [], []
+        pieces = []
         for messages in conversations:
-            text, trained = "", []
-            for segment in self.segments(messages):
-                if segment.trained:
-                    trained.append((len(text), len(text) + len(segment.text)))
-                text += segment.text
-            texts.append(text)
-            spans.append(trained)
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-        return [
-            {"input_ids": ids, "labels": label_spans(ids, offsets, trained)}
-            for ids, offsets, trained in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
-        ]
+            segments = list(self.segments(messages))
+            if self.closing and messages[-1]["role"] == "assistant":
+                segments.append(Segment(self.closing, trained=True))
+            pieces.append(segments)
+        return encode_segments(pieces, tokenizer, allow_special)
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""
@@ -154,71 +169,17 @@ class Template:
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         return sorted(token for token in added if token in text)
 
+    def stop_token(self) -> str:
+        """The token that ends an answer."""
+        return self.stop or self.closing
+
     def to_jinja(self) -> str:
-        """The format as a Jinja chat template, saved as `tokenizer.chat_template`.
-
-        `{% generation %}` marks what is trained, so that `apply_chat_template(...,
-        return_assistant_tokens_mask=True)` of transformers gives our labels.
-        """
-        content = "message['content'] | trim" if self.strip else "message['content']"
-        parts = [_literal(self.bos), self._jinja_checks(), "{% for message in messages %}"]
-        if self.default_system is not None:
-            default = _literal(self.system.replace("{content}", self.default_system))
-            parts.append("{% if loop.first and message['role'] != 'system' %}" + default + "{% endif %}")
-        parts.append("{% if message['role'] == 'assistant' %}")
-        parts.append(_literal(self.assistant + self.before_answer) + "{% generation %}{{ " + content + " }}")
-        parts.append(_literal(self.after_answer + self.stop) + "{% endgeneration %}" + _literal(self.after_stop))
-        for role, form in (("system", self.system), ("user", self.user)):
-            if form is not None:
-                before, after = form.split("{content}")
-                branch = _literal(before) + "{{ " + content + " }}" + _literal(after)
-                parts.append("{% elif message['role'] == '" + role + "' %}" + branch)
-        parts.append("{% endif %}{% endfor %}")
-        parts.append("{% if add_generation_prompt %}" + _literal(self.assistant) + "{% endif %}")
-        return "".join(parts)
-
-    def _jinja_checks(self) -> str:
-        roles = ["user", "assistant"] + (["system"] if self.system is not None else [])
-        text = (
-            "{% for message in messages %}{% if message['role'] not in " + repr(roles) + " %}"
-            "{{ raise_exception('this format has no role ' ~ message['role']) }}{% endif %}{% endfor %}"
-        )
-        if self.alternate:
-            text += (
-                "{% for message in messages | rejectattr('role', 'equalto', 'system') %}"
-                "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-                "{{ raise_exception('user and assistant must take turns, a user first') }}{% endif %}{% endfor %}"
-            )
-        return text
+        """The format as a Jinja chat template, saved as `tokenizer.chat_template`."""
+        return to_jinja(self)
 
 
-def _literal(text: str) -> str:
-    """`"a\\n"` → `"{{ 'a\\n' }}"`: as an expression, since Jinja drops a line feed after a block."""
-    if not text:
-        return ""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return "{{ '" + escaped + "' }}"
-
-
-def label_spans(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """Labels the tokens that cover any character of the spans; both come in order.
-
-    `label_spans([7, 8, 9], [(0, 2), (2, 3), (3, 5)], [(2, 5)])` → `[-100, 8, 9]`
-
-    Args:
-        ids: token ids, [L].
-        offsets: each token's start and end in the text, [L].
-        spans: starts and ends of the trained text.
-
-    Returns:
-        [L], -100 where nothing is trained.
-    """
-    labels = [IGNORED] * len(ids)
-    position = 0
-    for start, end in spans:
-        while position < len(ids) and offsets[position][1] <= start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < end:
-            labels[position] = ids[position]
-            position += 1
-    return labels
+def _wrapped(form: str, content: str) -> Iterator[Segment]:
+    before, after = form.split("{content}")
+    yield Segment(before)
+    yield Segment(content, content=True)
+    yield Segment(after)

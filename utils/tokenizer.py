@@ -55,12 +55,12 @@ def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
 def set_chat_template(tokenizer, template: Template) -> None:
     """Writes the trained format into the tokenizer, so that other programs speak it and stop with it."""
     tokenizer.chat_template = template.to_jinja()
-    tokenizer.eos_token = template.stop
+    tokenizer.eos_token = template.stop_token()
 
 
 def stop_token_ids(tokenizer, template: Template, model) -> list[int]:
     """The ids that end generation: the template's stop token first, then those the model had."""
     known = model.generation_config.eos_token_id
     known = [known] if isinstance(known, int) else list(known or [])
-    stop = tokenizer.convert_tokens_to_ids(template.stop)
+    stop = tokenizer.convert_tokens_to_ids(template.stop_token())
     return list(dict.fromkeys([stop, *known]))

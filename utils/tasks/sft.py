@@ -4,7 +4,8 @@ from utils.adapter import settle_trainable
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_process import RowKind, tokenizer_key
-from utils.data_rows import to_messages
+from utils.data_rows import BadRow, to_messages
+from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_free
 
@@ -12,8 +13,16 @@ from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_f
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares conversations: `input_ids` and `labels`, the answers and their stop tokens labelled."""
 
+    def read(row):
+        messages = to_messages(row)
+        try:
+            template.check(messages)
+        except UserError as error:
+            raise BadRow(error.problems[0]) from None
+        return messages
+
     def encode(conversations):
-        return encode_within(conversations, template, tokenizer, args.max_len)
+        return encode_within(conversations, template, tokenizer, args.max_len, args.allow_special_tokens_in_content)
 
     def pack(dataset):
         from trl import pack_dataset
@@ -22,7 +31,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
     kind = RowKind(
         suffixes=SUFFIXES,
-        read=to_messages,
+        read=read,
         encode=encode,
         key={
             "task": "sft",
@@ -30,6 +39,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             "tokenizer": tokenizer_key(tokenizer),
             "max_len": args.max_len,
             "packing": train_args.packing,
+            "allow_special_tokens_in_content": args.allow_special_tokens_in_content,
         },
         pack=pack if train_args.packing else None,
     )

@@ -1,0 +1,118 @@
+"""Pieces of a rendering → token ids and labels, in one tokenisation of the whole."""
+
+import re
+from typing import NamedTuple
+
+IGNORED = -100  # the label of a token that is not trained (torch's cross_entropy default)
+# private-use characters: set into the text of a special token, one keeps that from becoming the token
+_BREAKS = [chr(code) for code in range(0xE0F0, 0xE100)]
+
+
+class Segment(NamedTuple):
+    """A piece of a rendering.
+
+    Attributes:
+        text: what it says.
+        trained: whether it is an answer or the stop token that ends it.
+        content: whether it comes from the data, rather than from the format.
+    """
+
+    text: str
+    trained: bool = False
+    content: bool = False
+
+
+def encode_segments(
+    conversations: list[list[Segment]], tokenizer, allow_special: bool = False
+) -> list[dict[str, list[int]]]:
+    """Tokenises renderings and labels their trained pieces, found again by character offsets.
+
+    The tokens of a special token's text within a content are those of plain text, so that data
+    cannot forge a turn.
+
+    Args:
+        conversations: the pieces of each rendering.
+        tokenizer: a fast one.
+        allow_special: whether such a text becomes the special token after all.
+
+    Returns:
+        for each `{"input_ids": [L], "labels": [L]}`
+    """
+    special = None if allow_special else special_pattern(tokenizer)
+    texts, spans, breaks = [], [], []
+    for segments in conversations:
+        segments, mark = _break_special(segments, special)
+        text, trained = "", []
+        for segment in segments:
+            if segment.trained and segment.text:
+                trained.append((len(text), len(text) + len(segment.text)))
+            text += segment.text
+        texts.append(text)
+        spans.append(trained)
+        breaks.append(mark)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    special_ids = frozenset(tokenizer.added_tokens_decoder)
+    rows = []
+    for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        labels = label_spans(ids, offsets, spans[i], special_ids)
+        if breaks[i]:
+            kept = [k for k, (start, end) in enumerate(offsets) if texts[i][start:end] != breaks[i]]
+            ids, labels = [ids[k] for k in kept], [labels[k] for k in kept]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def special_pattern(tokenizer) -> re.Pattern | None:
+    """Matches the text of any special token of two characters or more."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    names = {name for name in names if len(name) > 1}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+
+
+def _break_special(segments: list[Segment], special: re.Pattern | None) -> tuple[list[Segment], str | None]:
+    """Sets a break into each special token's text within a content: `"a<|im_end|>"` → `"a<\ue0f0|im_end|>"`.
+
+    Returns:
+        the segments, and the break, or None where there was nothing to break.
+    """
+    if special is None or not any(segment.content and special.search(segment.text) for segment in segments):
+        return segments, None
+    whole = "".join(segment.text for segment in segments)
+    mark = next(character for character in _BREAKS if character not in whole)
+    broken = []
+    for segment in segments:
+        text = segment.text
+        while segment.content and special.search(text):
+            text = special.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+        broken.append(segment._replace(text=text))
+    return broken, mark
+
+
+def label_spans(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], special: frozenset[int] = frozenset()
+) -> list[int]:
+    """Labels the tokens that cover any character of the spans; both come in order.
+
+    `label_spans([7, 8, 9], [(0, 2), (2, 3), (3, 5)], [(2, 5)])` → `[-100, 8, 9]`
+
+    Args:
+        ids: token ids, [L].
+        offsets: each token's start and end in the text, [L].
+        spans: starts and ends of the trained text.
+        special: ids that belong to the format. Some tokenizers let such a token swallow the spaces
+            after it, the answer's first ones among them; it is not trained for that.
+
+    Returns:
+        [L], -100 where nothing is trained.
+    """
+    labels = [IGNORED] * len(ids)
+    position = 0
+    for start, end in spans:
+        while position < len(ids) and offsets[position][1] <= start:
+            position += 1
+        while position < len(ids) and offsets[position][0] < end:
+            if offsets[position][0] >= start or ids[position] not in special:
+                labels[position] = ids[position]
+            position += 1
+    return labels
