@@ -208,6 +208,29 @@ def test_an_answer_is_never_cut(tokenizer):
     assert "too long" in reason and "--max_len 60" in reason
 
 
+def test_overlong(load):
+    """The longest of the rows is shortened, left out, or stops the run, and is named each time."""
+    longest = {"instruction": "The quick brown fox " * 20, "output": "jumps"}
+    rows = [*tiny.ROWS, longest]
+    shortened = load(rows, "--max_len", "100").report
+    assert (shortened.kept, shortened.shortened) == (9, 1)
+    assert [lines for lines in shortened.shortened_at.values()] == [[9]]
+    dropped = load(rows, "--max_len", "100", "--overlong", "drop").report
+    assert dropped.kept == 8
+    assert dropped.named_places().endswith("is too long for --max_len 100: line 9")
+    with pytest.raises(UserError, match="1 of 9 rows are too long.*\n.*line 9"):
+        load(rows, "--max_len", "100", "--overlong", "error")
+
+
+def test_train_on_the_last_turn(load, tokenizer):
+    def said(*flags):
+        labels = load([{"messages": TURNS}], *flags).train[0]["labels"]
+        return tokenizer.decode([label for label in labels if label != -100])
+
+    assert said() == "Paris is.<|im_end|>jumps over<|im_end|>"
+    assert said("--train_on", "last_turn") == "jumps over<|im_end|>"
+
+
 def test_a_row_the_template_cannot_hold_is_named_with_its_turn(load):
     rows = [*tiny.ROWS, {"messages": [*TURNS, TURNS[2]]}]
     assert load(rows).report.kept == 9

@@ -23,6 +23,7 @@ FLOW = [
     "data_rows",
     "shorten",
     "data_report",
+    "data_encode",
     "data_process",
     "data_collator",
     "model",

@@ -45,12 +45,19 @@ class CommonArgs:
         "lora", "What is trained: every weight, low-rank adapters, or adapters on a base quantised to 4 bits (NF4)."
     )
     template_name: str = arg("qwen", "The chat format; it must be the one the base model knows.")
-    max_len: int = arg(1024, "The longest row in tokens. Longer ones lose their oldest turns, or are dropped.")
+    max_len: int = arg(1024, "The longest row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The longest prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(
         "auto",
         "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
         "error: both stop it. drop: both are dropped and named.",
+    )
+    train_on: Literal["all_turns", "last_turn"] = arg("all_turns", "Which answers of a conversation are trained.")
+    overlong: Literal["truncate", "drop", "error"] = arg(
+        "truncate",
+        "A row longer than --max_len. truncate: it loses its oldest turns, then the beginning of its last question; "
+        "an answer is never cut, and a row that still does not fit is dropped. drop: it is left out. error: it stops "
+        "the run.",
     )
     allow_special_tokens_in_content: bool = arg(
         False,

@@ -11,38 +11,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
+from utils.data_encode import RowKind, encoded_rows
 from utils.data_files import find_files, read_rows
 from utils.data_report import SHOWN, DataReport, refuse_nothing_left
 from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
 
 _FORMAT_VERSION = 1  # raise it when a change here makes other ids or labels of the same row
-
-
-@dataclass(frozen=True)
-class RowKind:
-    """How a task reads and encodes its rows.
-
-    Attributes:
-        suffixes: the kinds of file it reads.
-        read: raw row → a value that JSON can hold; raises BadRow or EmptyRow.
-        encode: values → for each `{"input_ids", "labels", "shortened"}`, or a reason to drop it.
-        key: everything `encode` depends on, for the cache.
-        pack: what is done with the whole encoded dataset at the end, if anything.
-    """
-
-    suffixes: tuple[str, ...]
-    read: Callable[[Any], Any]
-    encode: Callable[[list[Any]], list[dict | str]]
-    key: dict[str, Any]
-    pack: Callable[[Any], Any] | None = None
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -112,7 +93,7 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
         checked, report = _checked_rows(files, kind, on_bad_row, scratch)
-        dataset = _encoded_rows(checked, files, kind, report, scratch, workers)
+        dataset = encoded_rows(checked, files, kind, report, scratch, workers)
         if kind.pack:
             dataset = kind.pack(dataset)
         dataset.save_to_disk(str(scratch / "rows"))
@@ -182,69 +163,3 @@ def _readable_rows(
                 report.drop(file, raw.line, str(error), "malformed")
             else:
                 yield {"row": json.dumps(value, ensure_ascii=False), "file": number, "line": raw.line}
-
-
-def _encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, scratch: Path, workers: int | None):
-    """Tokenises in batches, in several processes where there are rows enough."""
-    from datasets import Features, Sequence, Value
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-
-    if workers is None:
-        workers = min(os.cpu_count() or 1, 16, len(checked) // 5000)
-    features = Features(
-        {
-            "input_ids": Sequence(Value("int32")),
-            "labels": Sequence(Value("int32")),
-            "shortened": Value("bool"),
-            "dropped": Value("string"),
-            "file": Value("int32"),
-            "line": Value("int64"),
-        }
-    )
-    if len(checked) > 5000:
-        enable_progress_bar()
-    encoded = checked.map(
-        functools.partial(_encode_batch, kind.encode),
-        batched=True,
-        remove_columns=["row"],
-        features=features,
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=str(scratch / "encoded.arrow"),
-        new_fingerprint=scratch.name,
-        desc="tokenising",
-    )
-    disable_progress_bar()
-    return _without_dropped(encoded, files, report)
-
-
-def _encode_batch(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
-    results = encode([json.loads(row) for row in batch["row"]])
-    empty = {"input_ids": [], "labels": [], "shortened": False}
-    rows = [{**empty, "dropped": r} if isinstance(r, str) else {"dropped": None, **r} for r in results]
-    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "shortened", "dropped")}
-
-
-def _without_dropped(encoded, files: list[str], report: DataReport):
-    """Counts tokens and dropped rows column by column, and keeps the rest of the rows."""
-    import pyarrow.compute as pc
-
-    table = encoded.data
-    report.shortened = pc.sum(table["shortened"].cast("int32")).as_py() or 0
-    kept = []
-    for index, (reason, file, line) in enumerate(
-        zip(table["dropped"].to_pylist(), table["file"].to_pylist(), table["line"].to_pylist(), strict=True)
-    ):
-        if reason is None:
-            kept.append(index)
-        else:
-            kind = "too long" if "too long" in reason else "with nothing to train"
-            report.drop(files[file], line, reason, kind)
-    refuse_nothing_left(report, len(kept), files)
-    report.kept = len(kept)
-    if len(kept) < len(encoded):
-        encoded = encoded.select(kept)
-    for batch in table["labels"].chunks:
-        labels = batch.flatten()
-        report.tokens += len(labels)
-        report.trained_tokens += pc.sum(pc.greater_equal(labels, 0).cast("int64")).as_py() or 0
-    return encoded.remove_columns(["shortened", "dropped", "file", "line"])

@@ -7,6 +7,7 @@ from loguru import logger
 from utils.errors import UserError
 
 SHOWN = 20  # so many bad rows are named one by one
+TOO_LONG = "too long"
 _LINES = 100  # so many line numbers are kept for each reason
 
 
@@ -20,7 +21,7 @@ class DataReport:
         tokens: all their tokens; `trained_tokens` those with a label.
         dropped: reason → how many rows.
         places: `"file reason"` → the lines of the first hundred such rows.
-        shortened: how many rows lost their oldest turns to fit.
+        shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
     rows: int = 0
@@ -30,11 +31,19 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[int]] = field(default_factory=dict)
     shortened: int = 0
+    shortened_at: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, file: str, line: int, reason: str, kind: str) -> None:
         """Counts a row that is left out, and keeps where it stands."""
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
         lines = self.places.setdefault(f"{file} {reason}", [])
+        if len(lines) < _LINES:
+            lines.append(line)
+
+    def shorten(self, file: str, line: int) -> None:
+        """Counts a row that lost its oldest turns, and keeps where it stands."""
+        self.shortened += 1
+        lines = self.shortened_at.setdefault(f"{file} lost its oldest turns", [])
         if len(lines) < _LINES:
             lines.append(line)
 
@@ -53,7 +62,8 @@ class DataReport:
             share,
         )
         if self.shortened:
-            logger.warning("{}: {:,} rows were longer than --max_len and lost their oldest turns", name, self.shortened)
+            places = _name_lines(self.shortened_at)
+            logger.warning("{}: {:,} rows were longer than --max_len:{}", name, self.shortened, places)
         if self.dropped:
             logger.warning(
                 "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()
@@ -65,11 +75,15 @@ class DataReport:
 
     def named_places(self) -> str:
         """A line for each file and reason, with line numbers."""
-        lines = []
-        for place, numbers in list(self.places.items())[:SHOWN]:
-            more = " and more" if len(numbers) == _LINES else ""
-            lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
-        return "".join(lines) + ("\n  …" if len(self.places) > SHOWN else "")
+        return _name_lines(self.places)
+
+
+def _name_lines(places: dict[str, list[int]]) -> str:
+    lines = []
+    for place, numbers in list(places.items())[:SHOWN]:
+        more = " and more" if len(numbers) == _LINES else ""
+        lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
+    return "".join(lines) + ("\n  …" if len(places) > SHOWN else "")
 
 
 def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:

@@ -62,6 +62,13 @@ def encode_segments(
     return rows
 
 
+def only_last_answer(segments: list[Segment]) -> list[Segment]:
+    """Leaves the last answer and its stop token trained, and no other."""
+    answers = [i for i, segment in enumerate(segments) if segment.trained and segment.content]
+    last = answers[-1] if answers else 0
+    return [segment if i >= last else segment._replace(trained=False) for i, segment in enumerate(segments)]
+
+
 def special_pattern(tokenizer) -> re.Pattern | None:
     """Matches the text of any special token of two characters or more."""
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

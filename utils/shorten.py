@@ -4,7 +4,7 @@ from utils.template import IGNORED, Message, Template
 
 
 def encode_within(
-    conversations: list[list[Message]], template: Template, tokenizer, max_len: int, allow_special: bool = False
+    conversations: list[list[Message]], template: Template, tokenizer, max_len: int, truncate: bool = True, **options
 ) -> list[dict | str]:
     """Encodes conversations so that none is longer than `max_len`.
 
@@ -13,7 +13,8 @@ def encode_within(
         template: renders them.
         tokenizer: a fast one.
         max_len: tokens.
-        allow_special: as for `Template.encode`.
+        truncate: whether a longer one is shortened rather than left out.
+        **options: of `Template.encode`.
 
     Returns:
         for each `{"input_ids", "labels", "shortened"}`, or the reason why it cannot be trained.
@@ -22,15 +23,17 @@ def encode_within(
     def shorten(messages: list[Message], encoded: dict) -> dict | str:
         shortened = False
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
+            if not truncate:
+                return f"is too long for --max_len {max_len}"
             messages = _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
             if messages is None:
                 return f"is too long for --max_len {max_len} with its answer, which is never cut"
-            encoded, shortened = template.encode(messages, tokenizer, allow_special), True
+            encoded, shortened = template.encode(messages, tokenizer, **options), True
         if all(label == IGNORED for label in encoded["labels"]):
             return "has nothing to train"
         return {**encoded, "shortened": shortened}
 
-    encoded = template.encode_batch(conversations, tokenizer, allow_special)
+    encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from utils.errors import UserError
-from utils.segments import Segment, encode_segments
+from utils.segments import Segment, encode_segments, only_last_answer
 from utils.template_jinja import to_jinja
 
 Message = dict[str, str]
@@ -136,7 +136,9 @@ class Template:
                     "user and assistant must take turns, a user first"
                 )
 
-    def encode(self, messages: list[Message], tokenizer, allow_special: bool = False) -> dict[str, list[int]]:
+    def encode(
+        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str = "all_turns"
+    ) -> dict[str, list[int]]:
         """Tokenises a conversation once as a whole and labels what is trained.
 
         Labels cover each answer and the stop token that ends it; all else is -100.
@@ -145,14 +147,19 @@ class Template:
             messages: as for `render`.
             tokenizer: a fast tokenizer, whose offsets tell which token covers which text.
             allow_special: whether a special token's text within a content becomes that token.
+            train_on: `all_turns`, or `last_turn` for the last answer alone.
 
         Returns:
             `{"input_ids": [L], "labels": [L]}`
         """
-        return self.encode_batch([messages], tokenizer, allow_special)[0]
+        return self.encode_batch([messages], tokenizer, allow_special, train_on)[0]
 
     def encode_batch(
-        self, conversations: list[list[Message]], tokenizer, allow_special: bool = False
+        self,
+        conversations: list[list[Message]],
+        tokenizer,
+        allow_special: bool = False,
+        train_on: str = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
         pieces = []
@@ -160,6 +167,8 @@ class Template:
             segments = list(self.segments(messages))
             if self.closing and messages[-1]["role"] == "assistant":
                 segments.append(Segment(self.closing, trained=True))
+            if train_on == "last_turn":
+                segments = only_last_answer(segments)
             pieces.append(segments)
         return encode_segments(pieces, tokenizer, allow_special)
 

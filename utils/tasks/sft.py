@@ -21,8 +21,11 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             raise BadRow(error.problems[0]) from None
         return messages
 
+    options = {"allow_special": args.allow_special_tokens_in_content, "train_on": args.train_on}
+
     def encode(conversations):
-        return encode_within(conversations, template, tokenizer, args.max_len, args.allow_special_tokens_in_content)
+        truncate = args.overlong == "truncate"
+        return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
     def pack(dataset):
         from trl import pack_dataset
@@ -39,9 +42,11 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             "tokenizer": tokenizer_key(tokenizer),
             "max_len": args.max_len,
             "packing": train_args.packing,
-            "allow_special_tokens_in_content": args.allow_special_tokens_in_content,
+            "overlong": args.overlong,
+            **options,
         },
         pack=pack if train_args.packing else None,
+        refuse_long=args.overlong == "error",
     )
     return load_both(args, train_args, kind)
 
