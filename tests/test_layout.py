@@ -13,6 +13,7 @@ FLOW = [
     "segments",
     "template_jinja",
     "template_format",
+    "template_auto",
     "template",
     "check_args",
     "precision",

@@ -1,6 +1,6 @@
 """The rooms of LLM-Dojo, in the order the data passes through them.
 
-log → errors → segments → template_jinja → template_format → template → check_args → precision → flags
+log → errors → segments → template_jinja → template_format → template_auto → template → check_args → precision → flags
 → args → tokenizer → data_files → data_rows → shorten → data_report → data_encode → data_process → data_collator
 → model → adapter → tasks → callbacks → save → script
 

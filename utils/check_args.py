@@ -46,7 +46,7 @@ def check_common(common, recipe: type) -> list[str]:
             f"--task_type {common.task_type} does not fit the recipe {common.train_args_path!r}, which is for "
             f"{', '.join(recipe.task_types)}; choose another --train_args_path"
         )
-    if common.template_name not in template_dict:
+    if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
     problems += _check_model_path(common.model_name_or_path, common.trust_remote_code)
     return problems + _check_numbers(common) + _check_adapter(common)

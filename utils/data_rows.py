@@ -2,11 +2,12 @@
 
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # what other programs call the roles
 _ROLES = {
     "system": "system",
+    "tool": "tool",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -42,7 +43,7 @@ def to_messages(row: Any) -> list[Message]:
     if not isinstance(row, dict):
         raise BadRow(f"is {_kind(row)}, not an object with fields")
     if "messages" in row:
-        messages = _from_list(row["messages"], "messages", "role", "content")
+        messages = _with_tools(_from_list(row["messages"], "messages", "role", "content"), row.get("tools"))
     elif "conversations" in row:
         messages = _from_list(row["conversations"], "conversations", "from", "value")
         if "system" in row and row["system"] and messages[0]["role"] != "system":
@@ -63,7 +64,7 @@ def _check_answers(messages: list[Message]) -> None:
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRow("has no answer of the assistant to train")
-    if not any(answer.strip() for answer in answers):
+    if not any(answer.strip() for answer in answers) and not any("tool_calls" in message for message in messages):
         raise EmptyRow("has an empty answer")
 
 
@@ -127,10 +128,29 @@ def _from_list(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
         if not isinstance(role, str) or role not in _ROLES:
             raise BadRow(f"turn {number} has the role {role!r}; allowed are {', '.join(_ROLES)}")
         try:
-            messages.append({"role": _ROLES[role], "content": _text(turn, text_name)})
+            messages.append({"role": _ROLES[role], **_said(turn, text_name)})
         except BadRow as error:
             raise BadRow(f"turn {number} {error}") from None
     return messages
+
+
+def _said(turn: dict, field: str) -> dict:
+    """A turn's text, or the tools it calls, with what names them."""
+    extra = {key: turn[key] for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None}
+    if turn.get("tool_calls"):
+        if not isinstance(turn["tool_calls"], list):
+            raise BadRow(f"has {_kind(turn['tool_calls'])} in 'tool_calls', not a list")
+        return {"content": turn.get(field) or "", "tool_calls": turn["tool_calls"], **extra}
+    return {"content": _text(turn, field), **extra}
+
+
+def _with_tools(messages: list[Message], tools: Any) -> list[Message]:
+    """The tools of a row go with its first message, whatever turns are cut away."""
+    if tools in (None, []):
+        return messages
+    if not isinstance(tools, list):
+        raise BadRow(f"has {_kind(tools)} in 'tools', not a list of tool descriptions")
+    return [{**messages[0], "tools": tools}, *messages[1:]]
 
 
 def _other_keys(role_key: str) -> tuple[str, str]:

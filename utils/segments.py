@@ -64,9 +64,26 @@ def encode_segments(
 
 def only_last_answer(segments: list[Segment]) -> list[Segment]:
     """Leaves the last answer and its stop token trained, and no other."""
-    answers = [i for i, segment in enumerate(segments) if segment.trained and segment.content]
-    last = answers[-1] if answers else 0
+    last = next((i for i in reversed(range(len(segments))) if segments[i].trained), 0)
+    while last > 0 and segments[last - 1].trained:
+        last -= 1
     return [segment if i >= last else segment._replace(trained=False) for i, segment in enumerate(segments)]
+
+
+def cut_segments(text: str, trained: list[tuple[int, int]], contents: list[tuple[int, int]]) -> list[Segment]:
+    """Cuts a rendering where something trained, or a content, begins or ends.
+
+    `cut_segments("ab", [(1, 2)], [])` → `[Segment("a"), Segment("b", trained=True)]`
+    """
+
+    def within(spans: list[tuple[int, int]], start: int) -> bool:
+        return any(begin <= start < end for begin, end in spans)
+
+    cuts = sorted({0, len(text), *(place for span in [*trained, *contents] for place in span)})
+    return [
+        Segment(text[start:end], within(trained, start), within(contents, start))
+        for start, end in zip(cuts, cuts[1:], strict=False)
+    ]
 
 
 def special_pattern(tokenizer) -> re.Pattern | None:

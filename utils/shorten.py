@@ -46,7 +46,15 @@ def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     """Drops everything between the system message and the second question; None if there is no second."""
     head, turns = _split_head(messages)
     later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
-    return next((head + turns[i:] for i in later if any(m["role"] == "assistant" for m in turns[i:])), None)
+    start = next((i for i in later if any(m["role"] == "assistant" for m in turns[i:])), None)
+    return None if start is None else _keep_tools(head + turns[start:], messages)
+
+
+def _keep_tools(shorter: list[Message], messages: list[Message]) -> list[Message]:
+    """The tools of a conversation stand with its first message."""
+    if "tools" not in messages[0] or "tools" in shorter[0]:
+        return shorter
+    return [{**shorter[0], "tools": messages[0]["tools"]}, *shorter[1:]]
 
 
 def _with_shorter_question(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
@@ -59,4 +67,4 @@ def _with_shorter_question(messages: list[Message], surplus: int, tokenizer) -> 
     if len(offsets) <= surplus:
         return None
     cut = question[max(1, offsets[surplus][0]) :]
-    return [*head, {"role": "user", "content": cut}, *turns[1:]] if cut.strip() else None
+    return [*head, {**turns[0], "content": cut}, *turns[1:]] if cut.strip() else None

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 from utils.errors import UserError, nearest
 from utils.segments import IGNORED, label_spans
+from utils.template_auto import AutoTemplate
 from utils.template_format import Message, Template
 
 __all__ = ["IGNORED", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
@@ -24,16 +25,18 @@ def register_template(**data) -> Template:
     return template
 
 
-def get_template(name: str, tokenizer=None) -> Template:
+def get_template(name: str, tokenizer=None) -> Template | AutoTemplate:
     """Looks a template up and fits it to a tokenizer.
 
     Args:
-        name: a name of `template_dict`.
+        name: a name of `template_dict`, or `auto` for the tokenizer's own chat template.
         tokenizer: gives the texts of `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
 
     Raises:
         UserError: an unknown name, or a stop token which is not one token of the tokenizer.
     """
+    if name == "auto":
+        return AutoTemplate.of(tokenizer)
     if name not in template_dict:
         raise UserError(unknown_template(name))
     bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
@@ -53,7 +56,7 @@ def unknown_template(name: str) -> str:
     """The message for a name that is not registered, the nearest ones first."""
     return (
         f"--template_name {name!r} is not a template.{nearest(name, template_dict)} "
-        f"Allowed: {', '.join(sorted(template_dict))}"
+        f"Allowed: auto, {', '.join(sorted(template_dict))}"
     )
 
 

@@ -11,6 +11,7 @@ from utils.segments import Segment, encode_segments, only_last_answer
 from utils.template_jinja import to_jinja
 
 Message = dict[str, str]
+_TOOLS = " (--template_name auto takes the tokenizer's own, which may have tools)"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ class Template:
             if role not in ("system", "user", "assistant"):
                 raise UserError(
                     f"turn {turn} has the role {role!r}; template {self.name!r} knows system, user and assistant"
+                    + _TOOLS
                 )
+            if {"tools", "tool_calls"} & set(message):
+                raise UserError(f"turn {turn} has tools, for which template {self.name!r} has no form" + _TOOLS)
             if not isinstance(content, str):
                 raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
             if role == "system":
@@ -165,10 +169,10 @@ class Template:
         pieces = []
         for messages in conversations:
             segments = list(self.segments(messages))
-            if self.closing and messages[-1]["role"] == "assistant":
-                segments.append(Segment(self.closing, trained=True))
             if train_on == "last_turn":
                 segments = only_last_answer(segments)
+            if self.closing and messages[-1]["role"] == "assistant":
+                segments.append(Segment(self.closing, trained=True))
             pieces.append(segments)
         return encode_segments(pieces, tokenizer, allow_special)
 

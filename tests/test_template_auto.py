@@ -1,0 +1,150 @@
+"""`auto`: the tokenizer's own template, its ids, and a mask found in what it renders."""
+
+import copy
+
+import pytest
+import tiny
+from test_template import BY_CASE, FAMILIES, RENDERINGS, real_tokenizer
+
+from utils.data_rows import to_messages
+from utils.errors import UserError
+from utils.shorten import encode_within
+from utils.template import get_template, template_dict
+
+TALK = [
+    {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nA fox.\n</think>\n\nHello"},
+    {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>\nMe.\n</think>\n\nThe dog"},
+]  # fmt: skip
+# as reasoning models have it: earlier answers are shown without their thinking
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\\n') }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + (call.function | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# a prompt that the answer does not follow: no exact mask can be had
+CROOKED = (
+    "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+)
+ENDLESS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def with_template(chat_template, make=tiny.byte_level_tokenizer):
+    tokenizer = copy.deepcopy(make())
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def said(template, messages, tokenizer, **options):
+    labels = template.encode(messages, tokenizer, **options)["labels"]
+    return tokenizer.decode([label for label in labels if label != -100])
+
+
+@pytest.mark.parametrize("name", sorted(set(template_dict) - {"minicpm"}))
+@pytest.mark.parametrize("marks", [True, False])
+def test_auto_finds_what_the_registered_template_trains(name, marks):
+    """Each registered format, taken for a stranger's: the same ids, the same labels, with marks and without."""
+    tokenizer = tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer)
+    known = get_template(name, tokenizer)
+    jinja = known.to_jinja()
+    tokenizer.chat_template = (
+        jinja if marks else jinja.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    )
+    auto = get_template("auto", tokenizer)
+    families = [family for family, template in FAMILIES.items() if template == name] or ["qwen1_5"]
+    rows = [r for r in RENDERINGS if r["family"] in families and r["part"] == "full" and "rendered" in r]
+    for row in rows:
+        if row["case"] in ("whitespace", "empty_assistant"):
+            continue  # a space between prompt and answer belongs to either
+        ours, theirs = known.encode(row["messages"], tokenizer), auto.encode(row["messages"], tokenizer)
+        assert theirs["input_ids"] == ours["input_ids"]
+        assert [t for t in theirs["labels"] if t != -100][-1:] == [t for t in ours["labels"] if t != -100][-1:]
+        assert "".join(said(auto, row["messages"], tokenizer).split()) == "".join(
+            said(known, row["messages"], tokenizer).split()
+        )
+    assert auto.stop_token() == known.stop_token()
+
+
+@pytest.mark.parametrize(("tokenizer", "family"), [("qwen2_5", "qwen2_5"), ("phi3", "phi3"), ("deepseek", "deepseek")])
+def test_real_tokenizers_own_templates(tokenizer, family):
+    """ids from apply_chat_template; labels those of the registered template, which the official masks hold."""
+    tokenizer = real_tokenizer(tokenizer)
+    auto, known = get_template("auto", tokenizer), get_template(FAMILIES[family], tokenizer)
+    for case in ("single", "single_system", "multi2_system", "chinese_emoji"):
+        messages = BY_CASE[family, case, "full"]["messages"]
+        encoded = auto.encode(messages, tokenizer)
+        assert encoded["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+        if encoded["input_ids"] == known.encode(messages, tokenizer)["input_ids"]:
+            assert encoded["labels"] == known.encode(messages, tokenizer)["labels"]
+
+
+def test_an_earlier_answer_shown_without_its_thinking_is_not_trained():
+    tokenizer = with_template(THINKING)
+    auto = get_template("auto", tokenizer)
+    assert said(auto, TALK, tokenizer) == TALK[3]["content"] + "<|im_end|>"
+    # answers without thinking are shown as the model says them, and are all trained
+    plain = [{**m, "content": m["content"].split("\n\n")[-1]} for m in TALK]
+    assert said(auto, plain, tokenizer) == "Hello<|im_end|>The dog<|im_end|>"
+    assert said(auto, plain, tokenizer, train_on="last_turn") == "The dog<|im_end|>"
+
+
+def test_tools_pass_through():
+    tokenizer = with_template(TOOLS)
+    auto = get_template("auto", tokenizer)
+    tools = [{"type": "function", "function": {"name": "count", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "count", "arguments": {"n": 3}}}
+    row = {"tools": tools, "messages": [
+        {"role": "user", "content": "Count."}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1 2 3"}, {"role": "assistant", "content": "Done."},
+    ]}  # fmt: skip
+    messages = to_messages(row)
+    plain = [{key: value for key, value in m.items() if key != "tools"} for m in messages]
+    expected = tokenizer.apply_chat_template(plain, tools=tools)["input_ids"]
+    encoded = auto.encode(messages, tokenizer)
+    assert encoded["input_ids"] == expected
+    text = said(auto, messages, tokenizer)
+    assert text.startswith("<call>") and '"count"' in text and text.endswith("</call><|im_end|>Done.<|im_end|>")
+    assert "1 2 3" not in text
+    # tools stay when the oldest turns go
+    longer = [messages[0], *messages[1:], {"role": "user", "content": "Again."}, {"role": "assistant", "content": "1"}]
+    short = encode_within([longer], auto, tokenizer, len(auto.encode(longer, tokenizer)["input_ids"]) - 1)[0]
+    assert "count" in tokenizer.decode(short["input_ids"]) and "Count." not in tokenizer.decode(short["input_ids"])
+    with pytest.raises(UserError, match="--template_name auto"):
+        get_template("qwen", tokenizer).check(messages)
+
+
+def test_special_tokens_in_content_stay_plain():
+    tokenizer = with_template(get_template("qwen").to_jinja())
+    auto = get_template("auto", tokenizer)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "c"}]
+    assert auto.encode(messages, tokenizer)["input_ids"].count(stop) == 3
+    assert auto.encode(messages, tokenizer, allow_special=True)["input_ids"].count(stop) == 4
+
+
+@pytest.mark.parametrize(("chat_template", "reason"), [
+    (None, "has none"),
+    (CROOKED, "turn 2: the answer does not follow the prompt"),
+    (ENDLESS, "turn 2: no special token ends the answer"),
+    ("{{ raise_exception('no') }}", "refuses it: no"),
+])  # fmt: skip
+def test_where_no_exact_mask_can_be_had_it_refuses(chat_template, reason):
+    with pytest.raises(UserError) as error:
+        get_template("auto", with_template(chat_template))
+    assert reason in str(error.value)
+
+
+def test_a_run_with_auto_saves_the_template_it_was_given(train, tmp_path):
+    tokenizer = with_template(THINKING)
+    base = tiny.save_tiny_model(tmp_path / "base", tokenizer=tokenizer)
+    folder = train("--template_name", "auto", model=base)
+    assert (folder / "chat_template.jinja").read_text() == THINKING

@@ -1,0 +1,189 @@
+"""`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import UserError
+from utils.segments import Segment, cut_segments, encode_segments, only_last_answer, special_pattern
+
+Message = dict[str, Any]
+_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@dataclass(frozen=True)
+class AutoTemplate:
+    """A tokenizer's chat template, with the interface of `Template`.
+
+    An answer is trained where the whole conversation shows it as the model would have said it:
+    after the prompt of its turn, up to its stop token. A template that shows earlier answers in
+    another form once a turn follows, without their thinking say, has only the last one trained.
+
+    Attributes:
+        chat_template: the Jinja text.
+        tokens: the tokenizer's special tokens by name, which the template may use.
+        special: matches the special tokens' texts.
+        name: `auto`.
+    """
+
+    chat_template: str
+    tokens: tuple[tuple[str, str], ...]
+    special: re.Pattern
+    name: str = "auto"
+
+    @classmethod
+    def of(cls, tokenizer) -> "AutoTemplate":
+        """The template that `tokenizer` brings.
+
+        Raises:
+            UserError: it brings none, or one whose answers cannot be told from the rest.
+        """
+        if tokenizer is None or not tokenizer.chat_template:
+            path = tokenizer.name_or_path if tokenizer else None
+            raise UserError(
+                f"--template_name auto takes the tokenizer's own chat template, and that of {path!r} has none; "
+                "choose a template by name"
+            )
+        tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
+        template = cls(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer))
+        template.check(_PROBE)
+        return template
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Renders a conversation as `apply_chat_template` does.
+
+        Raises:
+            UserError: what the template refuses, in its own words.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def _render(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The rendering, and where `{% generation %}` marks it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise UserError("the conversation is empty; it needs at least one message")
+        tools = messages[0].get("tools")
+        plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+        try:
+            texts, marks = render_jinja_template(
+                [plain],
+                tools=tools,
+                chat_template=self.chat_template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self._has_marks(),
+                **dict(self.tokens),
+            )
+        except Exception as error:  # Jinja's own, or whatever the template's code runs into
+            raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
+        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    def _has_marks(self) -> bool:
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+
+    def check(self, messages: list[Message]) -> None:
+        """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
+        self._trained_spans(messages, self.render(messages))
+
+    def _trained_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
+        """Where the answers that are trained stand in the rendering, each with its stop token."""
+        spans, reasons = [], []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:turn], add_generation_prompt=True)
+            alone = self.render(messages[: turn + 1])
+            if not alone.startswith(prompt):
+                reasons.append(f"turn {turn + 1}: the answer does not follow the prompt that the template gives for it")
+                continue
+            end = self._stop_end(alone[len(prompt) :], message)
+            if end is None:
+                reasons.append(f"turn {turn + 1}: no special token ends the answer")
+            elif text.startswith(alone[: len(prompt) + end]):
+                spans.append((len(prompt) + _space_before(alone[len(prompt) :], message), len(prompt) + end))
+            else:
+                reasons.append(f"turn {turn + 1}: the answer is shown in another form once a turn follows")
+        if self._has_marks():
+            spans = self._marked(messages, spans)
+        if not spans and any(message["role"] == "assistant" for message in messages):
+            raise UserError(f"no exact mask for the tokenizer's chat template ({reasons[0] if reasons else 'no mark'})")
+        return spans
+
+    def _stop_end(self, answer: str, message: Message) -> int | None:
+        """Where the answer's stop token ends: the first of the special tokens that stand last."""
+        said = message.get("content") or ""
+        found = answer.find(said.strip()) if isinstance(said, str) and said.strip() else -1
+        content_end = found + len(said.strip()) if found >= 0 else 0
+        tokens = [match for match in self.special.finditer(answer, content_end)]
+        last = None
+        for match in reversed(tokens):
+            following = answer[match.end() : last.start()] if last else answer[match.end() :]
+            if following.strip():
+                break
+            last = match
+        return last.end() if last else None
+
+    def _marked(self, messages: list[Message], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The marked answers: from the end of the prompt, and without spaces after the stop token."""
+        text, marks = self._render(messages)
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        found = []
+        for start, end in marks:
+            start = next((s for s in starts if start <= s < end), start)
+            end = next((e for e in ends if start < e <= end), start + len(text[start:end].rstrip()))
+            found.append((start, end))
+        return found
+
+    def segments(self, messages: list[Message]) -> Iterator[Segment]:
+        """Yields the rendering in pieces: what is trained, and what comes from the data."""
+        text = self.render(messages)
+        contents, position = [], 0
+        for message in messages:
+            said = message.get("content")
+            for form in (said, said.strip()) if isinstance(said, str) and said.strip() else ():
+                found = text.find(form, position)
+                if found >= 0:
+                    position = found + len(form)
+                    contents.append((found, position))
+                    break
+        return cut_segments(text, self._trained_spans(messages, text), contents)
+
+    def encode(
+        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str = "all_turns"
+    ) -> dict[str, list[int]]:
+        """As `Template.encode`."""
+        return self.encode_batch([messages], tokenizer, allow_special, train_on)[0]
+
+    def encode_batch(
+        self,
+        conversations: list[list[Message]],
+        tokenizer,
+        allow_special: bool = False,
+        train_on: str = "all_turns",
+    ) -> list[dict[str, list[int]]]:
+        """As `Template.encode_batch`."""
+        pieces = [list(self.segments(messages)) for messages in conversations]
+        if train_on == "last_turn":
+            pieces = [only_last_answer(segments) for segments in pieces]
+        return encode_segments(pieces, tokenizer, allow_special)
+
+    def special_tokens(self, tokenizer) -> list[str]:
+        """The tokenizer's special tokens that a conversation shows."""
+        return sorted(set(self.special.findall(self.render(_PROBE))))
+
+    def stop_token(self) -> str:
+        """The token that ends an answer."""
+        start, end = self._trained_spans(_PROBE, self.render(_PROBE))[0]
+        return self.special.findall(self.render(_PROBE)[start:end])[-1]
+
+    def to_jinja(self) -> str:
+        """The template as it came."""
+        return self.chat_template
+
+
+def _space_before(answer: str, message: Message) -> int:
+    """How many spaces the template sets before the content, which are not part of it."""
+    said = message.get("content")
+    found = answer.find(said) if isinstance(said, str) and said else -1
+    return found if found > 0 and not answer[:found].strip() else 0
