@@ -1,0 +1,67 @@
+"""The commands that show formats and data."""
+
+import pytest
+
+from utils.script import show_data, show_template
+from utils.template import template_dict
+
+
+def test_the_catalogue_is_not_stale():
+    """chat_template/README.md is what `show_template --write` would write."""
+    assert show_template.CATALOGUE.read_text(encoding="utf-8") == show_template.catalogue()
+
+
+@pytest.mark.parametrize("name", sorted(template_dict))
+def test_show_template_prints_one(name, capsys):
+    show_template.main(["--name", name])
+    out = capsys.readouterr().out
+    assert out.startswith(f"## {name}\n")
+    assert template_dict[name].models[0] in out
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["--name", "qwem"], "Did you mean 'qwen'"), ([], "--write")])
+def test_show_template_refuses(refused, flags, said):
+    assert said in refused(show_template.main, *flags)
+
+
+@pytest.fixture
+def show(tiny_models, rows_file, tmp_path, capsys):
+    def run(*flags):
+        capsys.readouterr()
+        show_data.main(["--model_name_or_path", tiny_models(), "--train_data_path", rows_file,
+                        "--output_dir", str(tmp_path / "run"), *flags])  # fmt: skip
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_show_data_marks_what_is_trained(show):
+    out = show("--rows", "1")
+    assert "<|im_start|>assistant\n[[Paris.<|im_end|>]]\n" in out
+    assert "8 of 8 rows are trained on, 0 left out" in out
+    assert "█" in out
+
+
+def test_show_data_has_ids_on_request(show):
+    assert "labels [" in show("--ids", "true")
+    assert "labels [" not in show()
+
+
+def test_show_data_takes_the_training_commands_flags(show, refused):
+    assert "User: What is the capital" in show("--template_name", "default", "--rows", "1")
+    assert "Did you mean '--max_len'" in refused(show_data.main, "--max_lenn", "5")
+
+
+def test_colour_is_for_terminals(tokenizer):
+    row = {"input_ids": tokenizer("ab")["input_ids"], "labels": tokenizer("ab")["input_ids"]}
+    assert show_data.mark_trained(row, tokenizer, colour=True) == "\x1b[32mab\x1b[0m"
+    assert show_data.mark_trained(row, tokenizer, colour=False) == "[[ab]]"
+
+
+def test_the_census_counts_every_row():
+    text = show_data.census([1, 5, 5, 100], 1024)
+    assert "1 to 100 tokens, mean 28, median 5" in text
+    counts = [int(line.split("–")[1].split()[1]) for line in text.splitlines()[1:]]
+    assert sum(counts) == 4
+    assert counts[0] == 3

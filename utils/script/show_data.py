@@ -1,0 +1,99 @@
+"""Shows the first rows as the model sees them, trained tokens marked, and a census of all of them.
+
+python -m utils.script.show_data --train_data_path my_rows.jsonl        # and any flag of main_train.py
+python -m utils.script.show_data --rows 1 --ids true
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+
+from utils.args import parse_args
+from utils.errors import raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.log import setup_logging
+
+_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green, as far as the terminal has it
+_BARS = 40
+
+
+@dataclass
+class ShowDataArgs:
+    """Flags of this command; all others are main_train.py's."""
+
+    rows: int = arg(3, "How many rows to show.")
+    ids: bool = arg(False, "Show the token ids and labels as well.")
+
+
+def mark_trained(row: dict, tokenizer, colour: bool) -> str:
+    """A row's text, with what is trained in colour, or in brackets where there is none.
+
+    `"…assistant\\n[[Hello!<|im_end|>]]\\n"`
+    """
+    before, after = (_COLOUR, _PLAIN) if colour else ("[[", "]]")
+    parts, start = [], 0
+    trained = [label != -100 for label in row["labels"]]
+    for end in range(1, len(trained) + 1):
+        if end == len(trained) or trained[end] != trained[start]:
+            text = tokenizer.decode(row["input_ids"][start:end])
+            parts.append(f"{before}{text}{after}" if trained[start] else text)
+            start = end
+    return "".join(parts)
+
+
+def census(lengths: list[int], max_len: int) -> str:
+    """A small histogram of the rows' lengths in tokens."""
+    ordered = sorted(lengths)
+    lines = [
+        f"lengths: {ordered[0]} to {ordered[-1]} tokens, mean {statistics.mean(ordered):.0f}, "
+        f"median {statistics.median(ordered):.0f}, 95 % up to {ordered[int(0.95 * (len(ordered) - 1))]}, "
+        f"--max_len {max_len}"
+    ]
+    step = max(1, -(-ordered[-1] // 10))
+    counts = [sum(low < length <= low + step for length in ordered) for low in range(0, ordered[-1], step)]
+    for i, count in enumerate(counts):
+        bar = "█" * round(_BARS * count / max(counts))
+        lines.append(f"  {i * step + 1:>6} – {(i + 1) * step:<6} {count:>8,} {bar}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    own = {"--rows", "--ids", "--help", "-h"}
+    groups = split_flags(argv)
+    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
+    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    setup_logging()
+    values, _, problems = read_flags(make_parser([ShowDataArgs], "utils.script.show_data", __doc__), mine)
+    shown = ShowDataArgs(**values)
+    if shown.rows < 0:
+        problems.append(f"--rows {shown.rows} is not allowed; give a whole number of at least 0")
+    raise_if_any(problems)
+    args, train_args = parse_args(rest)
+
+    from utils.log import route_library_logs
+    from utils.tasks import get_task
+    from utils.template import get_template
+    from utils.tokenizer import load_tokenizer
+
+    route_library_logs()
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    template = get_template(args.template_name, tokenizer)
+    data = get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
+    for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):
+        trained = sum(label != -100 for label in row["labels"])
+        print(f"--- row {number}: {len(row['input_ids'])} tokens, {trained} trained")
+        print(mark_trained(row, tokenizer, sys.stdout.isatty()))
+        if shown.ids:
+            print("ids   ", row["input_ids"])
+            print("labels", row["labels"])
+    print(
+        f"--- {data.report.kept:,} of {data.report.rows:,} rows are trained on, {data.report.dropped_rows():,} left out"
+    )
+    share = 100 * data.report.trained_tokens / max(data.report.tokens, 1)
+    print(f"tokens: {data.report.tokens:,}, of them trained {data.report.trained_tokens:,} ({share:.0f} %)")
+    print(census([len(ids) for ids in data.train["input_ids"]], args.max_len))
+
+
+if __name__ == "__main__":
+    run_command(main)

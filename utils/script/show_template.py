@@ -1,0 +1,98 @@
+"""Shows a chat format, or writes the catalogue of all of them.
+
+python -m utils.script.show_template --name qwen
+python -m utils.script.show_template --write        # chat_template/README.md
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.args import ROOT
+from utils.errors import raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags
+from utils.log import setup_logging
+from utils.template import Template, get_template, template_dict, unknown_template
+
+CATALOGUE = ROOT / "chat_template" / "README.md"
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+_TWO_TURNS = [*_ONE_TURN, {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+
+
+@dataclass
+class ShowTemplateArgs:
+    """Flags of this command."""
+
+    name: str | None = arg(None, "The format to print.")
+    write: bool = arg(False, "Write chat_template/README.md anew, from the registry.")
+
+
+def describe(template: Template) -> str:
+    """A format's page: its facts, and conversations as the model sees them."""
+    facts = [
+        ("for · 适用模型", ", ".join(template.models)),
+        ("source · 出处", template.source),
+        ("BOS · 起始符", _code(template.bos) if template.bos else "none in the text · 文本中没有"),
+        ("default system · 默认系统消息", _code(template.default_system) if template.default_system else "none · 无"),
+        ("stop token · 停止符", _code(template.stop_token())),
+        ("closes a conversation · 对话结尾", _code(template.end or template.closing or template.after_stop) or "–"),
+        ("spaces around a content · 首尾空白", "removed · 去除" if template.strip else "kept · 保留"),
+    ]
+    lines = [f"## {template.name}", "", *(f"- {name}: {value}" for name, value in facts), ""]
+    examples = [("One turn · 一轮", _ONE_TURN), ("Several turns · 多轮", _TWO_TURNS)]
+    if template.system is not None or template.system_with_user is not None:
+        examples.insert(1, ("With a system message · 带系统消息", [_SYSTEM, *_ONE_TURN]))
+    else:
+        lines += ["A system message is refused. · 不接受系统消息。", ""]
+    for title, messages in examples:
+        lines += [f"{title}:", "", "```text", template.render(messages), "```", ""]
+    lines += ["Prompt · 提示:", "", "```text", template.render(_ONE_TURN[:1], add_generation_prompt=True), "```", ""]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("\n", "\\n") if text else ""
+
+
+def catalogue() -> str:
+    """The whole of chat_template/README.md."""
+    head = [
+        "# Chat templates · 对话模板",
+        "",
+        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template.py`; a test",
+        "fails when this page is stale. In `default`, BOS and the stop token are the tokenizer's own, shown here as",
+        "`<s>` and `</s>`.",
+        "",
+        "由 `python -m utils.script.show_template --write` 根据 `utils/template.py` 里的注册表生成；",
+        "页面过期时测试会失败。",
+        "`default` 的起始符和停止符取自分词器，这里写作 `<s>` 和 `</s>`。",
+        "",
+        "| name · 名字 | for · 适用模型 | stop token · 停止符 |",
+        "|---|---|---|",
+    ]
+    templates = [get_template(name) for name in template_dict]
+    for t in templates:
+        stop = t.stop_token().replace("|", "\\|")  # a bar would end the table's cell
+        head.append(f"| [{t.name}](#{t.name.replace('.', '')}) | {', '.join(t.models)} | `{stop}` |")
+    return "\n".join([*head, "", *(describe(template) for template in templates)]).rstrip() + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    setup_logging()
+    values, _, problems = read_flags(make_parser([ShowTemplateArgs], "utils.script.show_template", __doc__), argv)
+    args = ShowTemplateArgs(**values)
+    if args.name is not None and args.name not in template_dict:
+        problems.append(unknown_template(args.name).replace("--template_name", "--name"))
+    if args.name is None and not args.write:
+        problems.append(f"nothing to do: give --name (one of {', '.join(template_dict)}) or --write")
+    raise_if_any(problems)
+    if args.name:
+        print(describe(get_template(args.name)))
+    if args.write:
+        Path(CATALOGUE).parent.mkdir(exist_ok=True)
+        CATALOGUE.write_text(catalogue(), encoding="utf-8")
+        print(f"written: {CATALOGUE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
