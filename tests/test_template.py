@@ -126,6 +126,20 @@ def test_masks_are_the_official_ones_but_for_line_feeds(row):
             assert tokenizer.decode([token]).strip() in ("", "<|assistant|>", "<|endoftext|>")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [row for row in reference("chat_ids.jsonl") if row["part"] == "prompt" and "ids" in row],
+    ids=name_of,
+)
+def test_prompts_have_the_official_ids(row):
+    """What the model sees when it is asked, by the template that is saved with it."""
+    tokenizer = real_tokenizer(row["tokenizer"])
+    template = get_template(FAMILIES[row["family"]], tokenizer)
+    messages = BY_CASE[row["family"], row["case"], "prompt"]["messages"]
+    seen = tokenizer.apply_chat_template(messages, chat_template=template.to_jinja(), add_generation_prompt=True)
+    assert seen["input_ids"] == row["ids"]
+
+
 # ------------------------------------------------------------------------------ any conversation
 
 TEXTS = st.one_of(

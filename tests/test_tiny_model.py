@@ -65,27 +65,11 @@ def test_pretraining_never_saw_the_rows(tmp_path):
 
 
 def share_right(folder, rows):
-    """The share of rows that are answered word for word, decoding greedily in batches."""
-    from peft import PeftModel
-
+    """The share of rows that are answered word for word, in plain transformers and PEFT."""
     torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    if folder != FOLDER:
-        model = PeftModel.from_pretrained(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left")
-    template = get_template("qwen", tokenizer)
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    right = 0
-    for start in range(0, len(rows), 64):
-        part = rows[start : start + 64]
-        prompts = [template.render([{"role": "user", "content": row["instruction"]}], True) for row in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=48, do_sample=False, eos_token_id=stop, pad_token_id=0)
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(answer == row["output"] for answer, row in zip(answers, part, strict=True))
+    answers = answer_rows(folder, rows)
     torch.set_num_threads(1)
-    return right / len(rows)
+    return sum(answer == row["output"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class DataReport:
     def shorten(self, file: str, line: int) -> None:
         """Counts a row that lost its oldest turns, and keeps where it stands."""
         self.shortened += 1
-        lines = self.shortened_at.setdefault(f"{file} lost its oldest turns", [])
+        lines = self.shortened_at.setdefault(f"{file} was shortened", [])
         if len(lines) < _LINES:
             lines.append(line)
 
