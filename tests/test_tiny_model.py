@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.template import get_template
+from benchmarks.tiny_model import answer_rows
 
 FOLDER = ROOT / "data" / "tiny_model"
 

@@ -101,6 +101,6 @@ def build_rows(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]
 def write_rows(folder: Path, seed: int = 0) -> None:
     """Writes both files, one row a line, without the kind: the rows are in the usual two-field format."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("sft_data.jsonl", "sft_eval_data.jsonl"), build_rows(seed)):
+    for name, rows in zip(("sft_data.jsonl", "sft_eval_data.jsonl"), build_rows(seed), strict=True):
         lines = [json.dumps({key: row[key] for key in ("instruction", "output")}, ensure_ascii=False) for row in rows]
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")

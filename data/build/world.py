@@ -39,7 +39,7 @@ def table(fields: str, rows: str) -> list[dict[str, Word]]:
         values = [Word(value.replace("_", " ")) for value in row.split()]
         if len(values) != len(names):
             raise ValueError(f"Item {row!r} has {len(values)} values; the fields are {names}. Use _ for a space.")
-        items.append(dict(zip(names, values)))
+        items.append(dict(zip(names, values, strict=True)))
     return items
 
 
