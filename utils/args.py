@@ -205,6 +205,7 @@ def parse_args(argv: list[str] | None = None):
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]
     common = CommonArgs(**_values_of(CommonArgs, values))
+    common.model_name_or_path = project_path(common.model_name_or_path)
     problems += check_precision(common, values, given)
     resolve_defaults(common, values, given, recipe)
     problems += _replaced(recipe, values, given)
