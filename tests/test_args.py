@@ -210,6 +210,7 @@ def test_a_folder_that_cannot_be_written(parse, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in problems_of(parse, "--output_dir", str(tmp_path / "file"))[0]
     assert "cannot be written" in problems_of(parse, "--output_dir", "/proc/run")[0]
+    assert "--cache_dir '/proc/cache' cannot be written" in problems_of(parse, "--cache_dir", "/proc/cache")[0]
     assert "cannot be written" in problems_of(parse, "--output_dir", str(tmp_path / "file" / "run"))[0]
 
 

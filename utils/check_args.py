@@ -56,6 +56,8 @@ def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
     problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
     problems += _check_trainer(train_args)
+    if common.cache_dir is not None:
+        problems += _check_writable(f"--cache_dir {common.cache_dir!r}", Path(common.cache_dir).expanduser())
     if train_args.packing and not train_args.padding_free:
         problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
     if train_args.packing and common.trust_remote_code:
@@ -207,6 +209,10 @@ def _check_output_dir(common, train_args) -> list[str]:
             f"{flag} already holds a finished run; give another folder, --overwrite_output_dir true to replace it, "
             "or --resume_from_checkpoint true to go on with it"
         ]
+    return _check_writable(flag, folder)
+
+
+def _check_writable(flag: str, folder: Path) -> list[str]:
     existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     try:
         # only a real attempt tells: permissions, a read-only disk, a full one

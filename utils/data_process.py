@@ -89,8 +89,13 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
     """Reads, checks and encodes the rows, and moves them into the cache when they are whole."""
     from datasets import load_from_disk
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    except OSError as error:
+        raise UserError(
+            f"prepared rows cannot be kept in {str(folder.parent)!r}: {error.strerror}; give another --cache_dir"
+        ) from error
     try:
         checked, report = _checked_rows(files, kind, on_bad_row, scratch)
         dataset = encoded_rows(checked, files, kind, report, scratch, workers)
