@@ -1,7 +1,7 @@
 """Draws the pictures of the README.
 
-    python -m pic.draw                         # pic/architecture.png
-    python -m pic.draw --run output/sft-…      # and pic/loss.png, from that run
+python -m pic.draw                         # pic/architecture.png
+python -m pic.draw --run output/sft-…      # and pic/loss.png, from that run
 """
 
 import argparse

@@ -9,12 +9,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from utils.check_args import check_common, check_together, resolve_defaults
+from utils.check_args import KNOWN_TASKS, check_common, resolve_defaults
+from utils.check_run import check_together
 from utils.errors import UserError, nearest, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.paths import ROOT, project_path
 from utils.precision import check_precision
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -130,13 +130,6 @@ def _make_recipe_parser(recipe: type):
     return parser
 
 
-def project_path(path: str) -> str:
-    """A relative path as it stands, or below this project where only there it exists."""
-    if not Path(path).exists() and (ROOT / path).exists():
-        return str(ROOT / path)
-    return path
-
-
 def load_recipe(path: str) -> type:
     """Imports a recipe file and returns its `TrainArgument`.
 
@@ -160,7 +153,7 @@ def load_recipe(path: str) -> type:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"the recipe {path!r} cannot be imported: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "TrainArgument", None)
     if not (dataclasses.is_dataclass(recipe) and issubclass(recipe, TrainingArguments)):
@@ -170,6 +163,13 @@ def load_recipe(path: str) -> type:
         )
     if not getattr(recipe, "task_types", ()):
         raise UserError(f"the recipe {path!r} names no task; give TrainArgument task_types = ('sft',), say")
+    unknown = [task for task in recipe.task_types if task not in KNOWN_TASKS]
+    if unknown:
+        raise UserError(f"the recipe {path!r} names the task {unknown[0]!r}; allowed are {', '.join(KNOWN_TASKS)}")
+    ours = {f.name for f in dataclasses.fields(CommonArgs)}
+    clash = sorted(ours & set(recipe.__dict__.get("__annotations__", {})))
+    if clash:
+        raise UserError(f"the recipe {path!r} sets {', '.join(clash)}, which belong to utils/args.py; set them there")
     _inherit_help(recipe)
     return recipe
 

@@ -1,9 +1,7 @@
 """Every check of the arguments that needs no model, and the defaults that depend on others."""
 
 import math
-import os
 import re
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ SAMPLE_DATA = {
     "pretrain": ("data/pretrain_data.jsonl", None),
     "sft": ("data/sft_data.jsonl", "data/sft_eval_data.jsonl"),
 }
-FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
+KNOWN_TASKS = tuple(SAMPLE_DATA)
 
 
 def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> None:
@@ -27,11 +25,20 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> Non
         if common.eval_data_path is None and not common.val_size:
             common.eval_data_path = eval_sample
     if not values.get("output_dir"):
-        values["output_dir"] = f"output/{common.task_type}-{time.strftime('%Y%m%d-%H%M%S')}"
+        values["output_dir"] = _new_folder(f"output/{common.task_type}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not (common.eval_data_path or common.val_size) and "eval_strategy" not in given:
         values["eval_strategy"] = "no"
-    if values.get("resume_from_checkpoint") in ("true", "True"):
-        values["resume_from_checkpoint"] = True
+    resume = str(values.get("resume_from_checkpoint")).lower()
+    if resume in ("true", "false", "none"):
+        values["resume_from_checkpoint"] = True if resume == "true" else None
+
+
+def _new_folder(path: str) -> str:
+    """A run of its own folder, also when another began in the same second."""
+    number = 2
+    while Path(path).exists():
+        path, number = f"{path.split('_')[0]}_{number}", number + 1
+    return path
 
 
 def check_common(common, recipe: type) -> list[str]:
@@ -48,32 +55,29 @@ def check_common(common, recipe: type) -> list[str]:
         )
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
-    problems += _check_model_path(common.model_name_or_path, common.trust_remote_code)
+    problems += check_model_path("--model_name_or_path", common.model_name_or_path, common.trust_remote_code)
     return problems + _check_numbers(common) + _check_adapter(common)
 
 
-def check_together(common, train_args) -> list[str]:
-    """Checks the common arguments and the recipe's against each other; returns the problems."""
-    problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
-    problems += _check_trainer(train_args)
-    if common.cache_dir is not None:
-        problems += _check_writable(f"--cache_dir {common.cache_dir!r}", Path(common.cache_dir).expanduser())
-    if train_args.packing and not train_args.padding_free:
-        problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
-    if train_args.packing and common.trust_remote_code:
-        problems.append(
-            "--packing true does not go with --trust_remote_code true, whose attention may not heed "
-            "positions; use --packing false"
-        )
-    return problems
+def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False) -> list[str]:
+    """Checks that a path is a hub's name or a folder with a model.
 
+    Args:
+        name: the flag it came by.
+        path: its value.
+        trust_remote_code: whether Python code beside the model may run.
+        adapter_allowed: whether a folder with an adapter will do.
 
-def _check_model_path(path: str, trust_remote_code: bool) -> list[str]:
-    flag = f"--model_name_or_path {path!r}"
+    Returns:
+        the problems.
+    """
+    flag = f"{name} {path!r}"
     folder = Path(path).expanduser()
     if folder.is_file():
         return [f"{flag} is a file; give the folder it lies in"]
     if folder.is_dir():
+        if adapter_allowed and (folder / "adapter_config.json").is_file():
+            return []
         if not (folder / "config.json").is_file():
             hint = (
                 "an adapter, whose base model is to be given"
@@ -118,7 +122,11 @@ def _check_numbers(common) -> list[str]:
         ("lora_rank", common.lora_rank >= 1, "a whole number of at least 1"),
         ("lora_alpha", common.lora_alpha > 0 and math.isfinite(common.lora_alpha), "a number above 0"),
         ("lora_dropout", 0 <= common.lora_dropout < 1, "at least 0 and below 1"),
-        ("val_size", 0 <= common.val_size < 1 or common.val_size.is_integer(), "a share below 1 or a number of rows"),
+        (
+            "val_size",
+            common.val_size >= 0 and (common.val_size < 1 or common.val_size.is_integer()),
+            "a share below 1 or a number of rows",
+        ),
         ("loraplus_lr_ratio", common.loraplus_lr_ratio is None or common.loraplus_lr_ratio > 0, "a number above 0"),
     ]
     problems = [
@@ -154,70 +162,3 @@ def _check_adapter(common) -> list[str]:
         if common.use_dora:
             problems.append("--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one")
     return problems
-
-
-def _check_evaluation(common, train_args) -> list[str]:
-    wanted = train_args.eval_strategy != "no" or train_args.load_best_model_at_end
-    if wanted and not (common.eval_data_path or common.val_size):
-        return [
-            "evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
-            "give --eval_data_path or --val_size"
-        ]
-    return []
-
-
-def _check_trainer(train_args) -> list[str]:
-    """The trainer's figures that would only fail, or do nothing, once it runs."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    least = [
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("learning_rate", 0),
-        ("warmup_steps", 0),
-    ]
-    problems = [
-        f"--{name} {getattr(train_args, name)} is not allowed; give at least {minimum}"
-        for name, minimum in least
-        if getattr(train_args, name) < minimum
-    ]
-    if train_args.max_steps <= 0 and train_args.num_train_epochs <= 0:
-        problems.append(f"--num_train_epochs {train_args.num_train_epochs} trains nothing; give a number above 0")
-    available = get_available_reporting_integrations()
-    for name in train_args.report_to:
-        if name not in available:
-            problems.append(
-                f"--report_to {name!r} is not installed.{nearest(name, available)} "
-                f"Allowed here: none, {', '.join(available)}"
-            )
-    return problems
-
-
-def _check_output_dir(common, train_args) -> list[str]:
-    folder = Path(train_args.output_dir)
-    flag = f"--output_dir {train_args.output_dir!r}"
-    resume = train_args.resume_from_checkpoint
-    if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
-        return [f"--resume_from_checkpoint {resume!r} is not a checkpoint; give a checkpoint-N folder, or true"]
-    if resume is True and not list(folder.glob("checkpoint-*")):
-        return [f"--resume_from_checkpoint true: {flag} holds no checkpoint; leave the flag out to start anew"]
-    if folder.exists() and not folder.is_dir():
-        return [f"{flag} is a file; give a folder"]
-    if (folder / FINISHED).exists() and not (common.overwrite_output_dir or resume):
-        return [
-            f"{flag} already holds a finished run; give another folder, --overwrite_output_dir true to replace it, "
-            "or --resume_from_checkpoint true to go on with it"
-        ]
-    return _check_writable(flag, folder)
-
-
-def _check_writable(flag: str, folder: Path) -> list[str]:
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
-    try:
-        # only a real attempt tells: permissions, a read-only disk, a full one
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        return [f"{flag} cannot be written: {os.strerror(error.errno or 0)} ({existing}); give another folder"]
-    return []

@@ -8,20 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.args import project_path
 from utils.errors import nearest
+from utils.paths import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEXT_SUFFIXES = (*SUFFIXES, ".txt")
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file; `problem` says why it could not be read."""
+    """A row as it stands in its file.
+
+    Attributes:
+        problem: why it could not be read.
+        fatal: whether what comes after it in the file could not be read either.
+    """
 
     file: str
     line: int
     value: Any
     problem: str | None = None
+    fatal: bool = False
 
 
 def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str]]:
@@ -52,10 +58,15 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
     return files, problems
 
 
+def _is_data(path: Path, folder: str, suffixes: tuple[str, ...]) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.is_file() and path.suffix.lower() in suffixes and not hidden
+
+
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
     allowed = ", ".join(suffixes)
     if Path(path).is_dir():
-        found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+        found = sorted(str(p) for p in Path(path).rglob("*") if _is_data(p, path, suffixes))
         return found, None if found else f"is a folder without any {allowed} file"
     if glob.has_magic(path) and not Path(path).exists():
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
@@ -63,6 +74,8 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
         if wrong:
             return [], f"matches {wrong[0]!r}, which is not one of {allowed}"
         return found, None if found else "matches no file"
+    if Path(path).exists() and not Path(path).is_file():
+        return [], "is not a plain file"
     if not Path(path).is_file():
         parent = Path(path).parent
         siblings = [str(p) for p in parent.iterdir()] if parent.is_dir() else []
@@ -76,41 +89,49 @@ def read_rows(file: str) -> Iterator[RawRow]:
     """Yields a file's rows; what cannot be read comes as a row with a `problem`."""
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
-        yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        yield RawRow(file, _line_of_bad_byte(file), None, f"is not UTF-8 (byte 0x{bad:02x}); save the file as UTF-8")
+        for row in reader.get(Path(file).suffix.lower(), _read_text)(file):
+            yield row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row) else row
     except OSError as error:
-        yield RawRow(file, 0, None, f"cannot be read: {error.strerror}")
+        yield RawRow(file, 0, None, f"cannot be read: {error.strerror or error}", fatal=True)
 
 
-def _line_of_bad_byte(file: str) -> int:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
+_NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
+
+
+def _has_bad_bytes(row: RawRow) -> bool:
+    """Bytes that are not UTF-8 are read as lone surrogates, so that one bad line costs no other."""
+    return isinstance(row.value, dict) and any(
+        isinstance(text, str) and _bad_bytes(text) for item in row.value.items() for text in item
+    )
+
+
+def _bad_bytes(text: str) -> bool:
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _open(file: str, newline: str | None = None):
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _parse(file: str, line: int, text: str) -> RawRow:
+    if _bad_bytes(text):
+        return RawRow(file, line, None, _NOT_UTF8)
     try:
         return RawRow(file, line, json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         shown = text.strip()[:40]
         return RawRow(file, line, None, f"is not JSON ({error}): {shown!r}; is the file written to its end?")
 
 
 def _read_jsonl(file: str) -> Iterator[RawRow]:
-    with open(file, encoding="utf-8-sig") as lines:
+    with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _parse(file, number, line)
 
 
 def _read_json(file: str) -> Iterator[RawRow]:
-    with open(file, encoding="utf-8-sig") as opened:
+    with _open(file) as opened:
         text = opened.read()
     if text.lstrip()[:1] != "[":
         # many .json files in use hold one object a line
@@ -118,7 +139,7 @@ def _read_json(file: str) -> Iterator[RawRow]:
         return
     whole = _parse(file, 1, text)
     if whole.problem:
-        yield whole
+        yield whole._replace(fatal=True)
         return
     for number, value in enumerate(whole.value, 1):
         yield RawRow(file, number, value)
@@ -126,7 +147,7 @@ def _read_json(file: str) -> Iterator[RawRow]:
 
 def _read_csv(file: str) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with _open(file, newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         if not reader.fieldnames:  # reads the header line
             return
@@ -137,22 +158,22 @@ def _read_csv(file: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(file, start, None, f"is not CSV ({error})")
+                yield RawRow(file, start, None, f"is not CSV ({error})", fatal=True)
                 return
             if None in row or None in row.values():
                 yield RawRow(
                     file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})"
                 )
             else:
-                yield RawRow(file, start, {name: _cell(value) for name, value in row.items()})
+                yield RawRow(file, start, {name: _cell(name, value) for name, value in row.items()})
 
 
-def _cell(value: str) -> Any:
-    """A cell with a JSON list is one: how `messages` and `history` stand in a CSV file."""
-    if value[:1] == "[" and value[-1:] == "]":
+def _cell(name: str, value: str) -> Any:
+    """How a list of turns stands in a CSV file: as JSON, in the columns that hold one."""
+    if name in ("messages", "conversations", "history", "tools") and value.strip():
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:
             return value
     return value
 
@@ -167,15 +188,15 @@ def _read_parquet(file: str) -> Iterator[RawRow]:
             for value in batch.to_pylist():
                 number += 1
                 yield RawRow(file, number, value)
-    except pyarrow.ArrowException as error:
-        yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})")
+    except (pyarrow.ArrowException, OSError) as error:
+        yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})", fatal=True)
 
 
 def _read_text(file: str) -> Iterator[RawRow]:
     """A .txt file's texts stand between blank lines."""
     paragraph: list[str] = []
     start = 1
-    with open(file, encoding="utf-8-sig") as lines:
+    with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 if not paragraph:

@@ -43,23 +43,39 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     Raises:
         UserError: a missing file, rows that cannot be used, or none that can.
     """
-    from datasets import load_from_disk
-
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
     folder = _cache_root(cache_dir) / _cache_key(files, kind, on_bad_row)
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
-    if (folder / "report.json").is_file():
-        dataset = load_from_disk(str(folder))
-        report = DataReport(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    prepared = _from_cache(folder)
+    if prepared:
         logger.info("{}: prepared rows found in {}", name, folder)
     else:
         started = time.perf_counter()
-        dataset, report = _prepare(files, kind, on_bad_row, folder, workers)
+        prepared = _prepare(files, kind, on_bad_row, folder, workers)
         logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
+    dataset, report = prepared
     report.log(name)
     return dataset, report
+
+
+def _from_cache(folder: Path):
+    """The rows kept in `folder`; None where there are none, or where a file of theirs is damaged."""
+    from datasets import load_from_disk
+
+    if not folder.is_dir():
+        return None
+    try:
+        kept = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "report.json"}
+        if kept.pop("sizes") != sizes:
+            raise ValueError("a file is missing or cut short")
+        return load_from_disk(str(folder)), DataReport(**kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the rows kept in {} are damaged ({}); they are made anew", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _cache_root(cache_dir: str | None) -> Path:
@@ -102,7 +118,9 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
         if kind.pack:
             dataset = kind.pack(dataset)
         dataset.save_to_disk(str(scratch / "rows"))
-        (scratch / "rows" / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
+        report_file = scratch / "rows" / "report.json"
+        report_file.write_text(json.dumps({**asdict(report), "sizes": sizes}), encoding="utf-8")
         del dataset, checked
         try:
             os.rename(scratch / "rows", folder)
@@ -133,7 +151,7 @@ def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Pat
             rows, features=features, cache_dir=str(scratch / "raw"), keep_in_memory=False, fingerprint=scratch.name
         )
     except Exception:
-        if not refused and report.rows > report.dropped_rows():
+        if report.rows > report.dropped_rows():
             raise
         dataset = None  # datasets refuses to make a dataset of no rows
     if refused:
@@ -141,10 +159,19 @@ def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Pat
         more = f"\n     … and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
         raise UserError(
             f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
-            "   Mend them, or give --on_bad_row drop to train without them"
+            "   Mend them, or give --on_bad_row drop to train without those that stand alone on a line"
         )
     refuse_nothing_left(report, report.rows - report.dropped_rows(), files)
     return dataset, report
+
+
+def _as_json(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("has half a Unicode character (a lone surrogate)") from None
+    return text
 
 
 def _readable_rows(
@@ -157,14 +184,15 @@ def _readable_rows(
             try:
                 if raw.problem:
                     raise BadRow(raw.problem)
-                value = kind.read(raw.value)
+                text = _as_json(kind.read(raw.value))
             except EmptyRow as error:
                 if on_bad_row == "error":
                     refused.append(f"{place} {error}")
                 report.drop(file, raw.line, str(error), "with nothing to train")
             except BadRow as error:
-                if on_bad_row != "drop":
+                # rows that follow a fatal one are lost uncounted, so it stops the run in any case
+                if on_bad_row != "drop" or raw.fatal:
                     refused.append(f"{place} {error}")
                 report.drop(file, raw.line, str(error), "malformed")
             else:
-                yield {"row": json.dumps(value, ensure_ascii=False), "file": number, "line": raw.line}
+                yield {"row": text, "file": number, "line": raw.line}

@@ -136,12 +136,15 @@ def _from_list(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
 
 def _said(turn: dict, field: str) -> dict:
     """A turn's text, or the tools it calls, with what names them."""
-    extra = {key: turn[key] for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None}
-    if turn.get("tool_calls"):
-        if not isinstance(turn["tool_calls"], list):
-            raise BadRow(f"has {_kind(turn['tool_calls'])} in 'tool_calls', not a list")
-        return {"content": turn.get(field) or "", "tool_calls": turn["tool_calls"], **extra}
-    return {"content": _text(turn, field), **extra}
+    extra = {
+        key: _text(turn, key) for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None
+    }
+    if not turn.get("tool_calls"):
+        return {"content": _text(turn, field), **extra}
+    if not isinstance(turn["tool_calls"], list):
+        raise BadRow(f"has {_kind(turn['tool_calls'])} in 'tool_calls', not a list")
+    content = "" if turn.get(field) is None else _text(turn, field)
+    return {"content": content, "tool_calls": turn["tool_calls"], **extra}
 
 
 def _with_tools(messages: list[Message], tools: Any) -> list[Message]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.args import project_path
 from utils.errors import UserError
+from utils.paths import project_path
 from utils.tokenizer import load_failure
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
@@ -43,13 +43,28 @@ def load_model(args, train_args):
     if args.train_mode == "qlora":
         options |= quantised(compute_dtype, train_args)
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    _refuse_incomplete(info, args.model_name_or_path)
     if args.train_mode == "qlora":
         _keep_quantised_weights(model)
     _settle_checkpointing(model, train_args)
     return model
+
+
+def _refuse_incomplete(info: dict, path: str) -> None:
+    """Weights that the files do not hold would be random, which transformers only warns of."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        if info[key]:
+            names = sorted(map(str, info[key]))
+            raise UserError(
+                f"--model_name_or_path {path!r} {what} {len(names)} of the weights that its config.json asks for, such as "
+                f"{names[0]}; give a complete model"
+            )
+    if info["unexpected_keys"]:
+        names = sorted(info["unexpected_keys"])
+        logger.warning("{} weights in {} are not used by the model, such as {}", len(names), path, names[0])
 
 
 def quantised(compute_dtype, train_args) -> dict:
@@ -107,13 +122,17 @@ def load_for_inference(path: str, trust_remote_code: bool = False):
             raise UserError(load_failure("model", "--model_path", path, error)) from error
     from peft import PeftModel
 
-    base = project_path(json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    try:
+        base = project_path(json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model_path {path!r} has an adapter_config.json that cannot be read ({error})") from error
     try:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), path)
     except Exception as error:
         raise UserError(load_failure("base or adapter", "--model_path", f"{path} (base {base})", error)) from error
-    # the run's own stop tokens, not the base's
-    model.generation_config = GenerationConfig.from_pretrained(path)
+    if (Path(path) / "generation_config.json").is_file():
+        # the run's own stop tokens, not the base's
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.to(device).eval()
 
 

@@ -20,6 +20,8 @@ def check_precision(common, values: dict, given: set[str]) -> list[str]:
     direct = [name for name in ("bf16", "fp16") if name in given and values[name]]
     if "precision" in given and direct and asked not in ("auto", direct[0]):
         problems.append(f"--precision {asked} contradicts --{direct[0]} true; give one of them")
+    elif "bf16" in given and values["bf16"] is False and common.precision == "bf16":
+        problems.append("--precision bf16 contradicts --bf16 false; give one of them")
     elif len(direct) == 2:
         problems.append("--bf16 true contradicts --fp16 true; give one of them")
     elif direct:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.check_args import FINISHED
+from utils.check_run import FINISHED
 from utils.errors import UserError
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.tokenizer import set_chat_template, stop_token_ids
@@ -30,7 +30,7 @@ def open_run(train_args, args) -> Path:
     route_library_logs()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if is_main_process() and not train_args.resume_from_checkpoint:
+        if is_main_process() and args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             _clear_finished(folder)
         log_to_file(str(folder / "train.log"))
     except OSError as error:
@@ -40,12 +40,14 @@ def open_run(train_args, args) -> Path:
 
 
 def _clear_finished(folder: Path) -> None:
-    for name in (FINISHED, STATE, "train.log", "loss.png"):
+    """Removes what an earlier run of this project left, and nothing else."""
+    names = [FINISHED, STATE, "train.log", "loss.png", "adapter_model.safetensors", "model.safetensors.index.json"]
+    shards = [path.name for path in folder.glob("model*.safetensors")]
+    for name in names + shards:
         (folder / name).unlink(missing_ok=True)
-    for old in [*folder.glob("checkpoint-*"), *folder.glob("runs")]:
-        shutil.rmtree(old)
-    for weights in folder.glob("*.safetensors*"):
-        weights.unlink()
+    for old in folder.glob("checkpoint-*"):
+        if old.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(old)
 
 
 def effective_args(args, train_args) -> dict:
@@ -84,8 +86,6 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
         return {}
     # pickled, and said again in readable form by train_args.json
     (folder / "training_args.bin").unlink(missing_ok=True)
-    # PEFT's model card is a form to fill in
-    (folder / "README.md").unlink(missing_ok=True)
     if args.train_mode != "full":
         trainer.model.generation_config.save_pretrained(folder)
     plot_history(trainer.state.log_history, folder / "loss.png")
@@ -100,7 +100,12 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
 
 
 def _save_weights(trainer, args, folder: Path) -> None:
+    card = folder / "README.md"
+    own_card = card.read_bytes() if card.is_file() else None
     trainer.save_model()
+    if is_main_process() and card.is_file():
+        # PEFT's model card is a form to fill in; one that was there before stays
+        card.write_bytes(own_card) if own_card is not None else card.unlink()
     if args.init_lora_weights == "pissa" and is_main_process():
         pissa_to_lora(folder, folder / _PISSA_START)
         shutil.rmtree(folder / _PISSA_START)

@@ -84,7 +84,14 @@ class AutoTemplate:
 
     def check(self, messages: list[Message]) -> None:
         """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
-        self._trained_spans(messages, self.render(messages))
+        text = self.render(messages)
+        for turn, message in enumerate(messages, 1):
+            if not _is_shown(message, text):
+                raise UserError(
+                    f"turn {turn} ({message['role']}) has a content or a tool call that the tokenizer's chat template "
+                    "does not show"
+                )
+        self._trained_spans(messages, text)
 
     def _trained_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """Where the answers that are trained stand in the rendering, each with its stop token."""
@@ -180,6 +187,18 @@ class AutoTemplate:
     def to_jinja(self) -> str:
         """The template as it came."""
         return self.chat_template
+
+
+def _is_shown(message: Message, text: str) -> bool:
+    """Whether what a turn says stands in the rendering; earlier answers may be shown without their thinking."""
+    names = [
+        call.get("function", call).get("name") for call in message.get("tool_calls") or [] if isinstance(call, dict)
+    ]
+    names += [tool.get("function", tool).get("name") for tool in message.get("tools") or [] if isinstance(tool, dict)]
+    said = message.get("content")
+    if message["role"] != "assistant" and isinstance(said, str):
+        names.append(said.strip())
+    return all(name in text for name in names if isinstance(name, str))
 
 
 def _space_before(answer: str, message: Message) -> int:

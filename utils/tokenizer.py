@@ -1,6 +1,7 @@
 """Loading a tokenizer, and making sure that it can pad and that it knows where an answer stops."""
 
 import re
+from pathlib import Path
 
 from loguru import logger
 
@@ -33,6 +34,7 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, fla
             f"the tokenizer of {model_name_or_path!r} has no fast version, which is needed to find the trained text. "
             "Save one with AutoTokenizer.from_pretrained(...).save_pretrained(...) of a recent transformers"
         )
+    _check_vocabulary(tokenizer, model_name_or_path, trust_remote_code, flag)
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next(
@@ -40,6 +42,25 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, fla
         )
         logger.info("the tokenizer has no pad token; padding with {!r}", tokenizer.pad_token)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) -> None:
+    """A tokenizer without its files loads as an empty one, and one of another model has ids beyond the embedding."""
+    from transformers import AutoConfig
+
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"the tokenizer of {flag} {path!r} makes no tokens of a text; is tokenizer.json (or tokenizer.model) missing?"
+        )
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {flag} {path!r} has ids up to {largest}, and the model's embedding {config.vocab_size} "
+            "rows; use the tokenizer that belongs to the model"
+        )
 
 
 def load_failure(what: str, flag: str, path: str, error: Exception) -> str:

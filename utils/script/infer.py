@@ -4,12 +4,15 @@ python -m utils.script.infer --model_path output/sft-20260101-120000
 python -m utils.script.infer --model_path output/sft-20260101-120000 --prompt "Who are you?"
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
+from utils.check_args import check_model_path
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.log import setup_logging
+from utils.template import template_dict, unknown_template
 
 
 @dataclass
@@ -39,9 +42,17 @@ def parse(argv: list[str] | None = None) -> InferArgs:
     args = InferArgs(**values)
     if not args.model_path:
         problems.append("--model_path is missing; give a run's folder, such as output/sft-…")
+    else:
+        problems += check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    if args.template_name not in (None, "auto", *template_dict):
+        problems.append(unknown_template(args.template_name))
+    if args.seed < 0:
+        problems.append(f"--seed {args.seed} is not allowed; give a whole number of at least 0")
+    if not 0 < args.repetition_penalty < math.inf:
+        problems.append(f"--repetition_penalty {args.repetition_penalty} is not allowed; give a number above 0")
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens {args.max_new_tokens} is not allowed; give a whole number of at least 1")
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         problems.append(f"--temperature {args.temperature} is not allowed; give a number above 0, or --do_sample false")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p {args.top_p} is not allowed; give a number above 0, at most 1")

@@ -35,7 +35,8 @@ def mark_trained(row: dict, tokenizer, colour: bool) -> str:
     trained = [label != -100 for label in row["labels"]]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[start]:
-            text = tokenizer.decode(row["input_ids"][start:end])
+            # by difference: some tokenizers drop a space where a text begins
+            text = tokenizer.decode(row["input_ids"][:end])[len(tokenizer.decode(row["input_ids"][:start])) :]
             parts.append(f"{before}{text}{after}" if trained[start] else text)
             start = end
     return "".join(parts)

@@ -7,10 +7,10 @@ python -m utils.script.show_template --write        # chat_template/README.md
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.args import ROOT
 from utils.errors import raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.log import setup_logging
+from utils.paths import ROOT
 from utils.template import Template, get_template, template_dict, unknown_template
 
 CATALOGUE = ROOT / "chat_template" / "README.md"

@@ -1,0 +1,179 @@
+"""Checks of a run as a whole: its data files, its folder, its checkpoint, the trainer's figures."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
+from utils.errors import nearest
+
+FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
+
+
+def check_together(common, train_args) -> list[str]:
+    """Checks the common arguments and the recipe's against each other; returns the problems."""
+    problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
+    problems += _check_data_files(common) + _check_attention(common)
+    problems += _check_trainer(train_args)
+    if common.cache_dir is not None:
+        problems += _check_writable(f"--cache_dir {common.cache_dir!r}", Path(common.cache_dir).expanduser())
+    if train_args.packing and not train_args.padding_free:
+        problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
+    if train_args.packing and common.trust_remote_code:
+        problems.append(
+            "--packing true does not go with --trust_remote_code true, whose attention may not heed "
+            "positions; use --packing false"
+        )
+    return problems
+
+
+def _check_data_files(common) -> list[str]:
+    suffixes = TEXT_SUFFIXES if common.task_type == "pretrain" else SUFFIXES
+    problems = []
+    for name in ("train_data_path", "eval_data_path"):
+        if getattr(common, name):
+            problems += find_files(getattr(common, name), f"--{name}", suffixes)[1]
+    return problems
+
+
+def _check_attention(common) -> list[str]:
+    from transformers.utils import is_flash_attn_2_available
+
+    if common.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        return ["--attn_implementation flash_attention_2 needs the flash-attn package and a GPU; use auto or sdpa"]
+    return []
+
+
+def _check_evaluation(common, train_args) -> list[str]:
+    wanted = train_args.eval_strategy != "no" or train_args.load_best_model_at_end
+    if wanted and not (common.eval_data_path or common.val_size):
+        return [
+            "evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
+            "give --eval_data_path or --val_size"
+        ]
+    return []
+
+
+def _check_trainer(train_args) -> list[str]:
+    """The trainer's figures that would only fail, or do nothing, once it runs."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    least = [
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("learning_rate", 0),
+        ("warmup_steps", 0),
+        ("max_grad_norm", 0),
+        ("weight_decay", 0),
+        ("seed", 0),
+        ("dataloader_num_workers", 0),
+        ("logging_steps", 1e-9),
+        ("save_steps", 1e-9),
+        ("label_smoothing_factor", 0),
+    ]
+    problems = [
+        f"--{name} {getattr(train_args, name)} is not allowed; give at least {minimum:.0g}"
+        for name, minimum in least
+        if not minimum <= getattr(train_args, name) < math.inf
+    ]
+    for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+        if not 0 <= getattr(train_args, name) < 1:
+            problems.append(f"--{name} {getattr(train_args, name)} is not allowed; give at least 0 and below 1")
+    if train_args.max_steps <= 0 and not 0 < train_args.num_train_epochs < math.inf:
+        problems.append(f"--num_train_epochs {train_args.num_train_epochs} trains nothing; give a number above 0")
+    available = get_available_reporting_integrations()
+    for name in train_args.report_to:
+        if name not in available:
+            problems.append(
+                f"--report_to {name!r} is not installed.{nearest(name, available)} "
+                f"Allowed here: none, {', '.join(available)}"
+            )
+    return problems
+
+
+def _check_output_dir(common, train_args) -> list[str]:
+    folder = Path(train_args.output_dir)
+    flag = f"--output_dir {train_args.output_dir!r}"
+    if folder.exists() and not folder.is_dir():
+        return [f"{flag} is a file; give a folder"]
+    if folder.is_dir() and folder.resolve() == Path(common.model_name_or_path).resolve():
+        return [f"{flag} is the folder of the base model itself; give another folder"]
+    resume = train_args.resume_from_checkpoint
+    if resume:
+        problems = _check_checkpoint(common, train_args, folder)
+        if problems:
+            return problems
+    elif not common.overwrite_output_dir:
+        held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if _checkpoints(folder) else None
+        held = held or ("weights" if list(folder.glob("*.safetensors")) else None)
+        if held:
+            return [
+                f"{flag} already holds {held}; give another folder, --overwrite_output_dir true to replace it, "
+                "or --resume_from_checkpoint true to go on with it"
+            ]
+    return _check_writable(flag, folder)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
+    """Finds the newest whole checkpoint for `true`, and checks that it is of this kind of training."""
+    resume = train_args.resume_from_checkpoint
+    candidates = [Path(resume)] if isinstance(resume, str) else _checkpoints(folder)
+    whole = [path for path in candidates if _is_whole(path)]
+    if not whole and isinstance(resume, str):
+        return [f"--resume_from_checkpoint {resume!r} is not a checkpoint; give a checkpoint-N folder, or true"]
+    if not whole:
+        return [
+            f"--resume_from_checkpoint true: --output_dir {str(folder)!r} holds no checkpoint; leave the flag out to "
+            "start anew"
+        ]
+    train_args.resume_from_checkpoint = str(whole[-1])
+    config = whole[-1] / "adapter_config.json"
+    if config.is_file() != (common.train_mode != "full"):
+        kind = "an adapter" if config.is_file() else "whole weights"
+        return [
+            f"--resume_from_checkpoint {str(whole[-1])!r} holds {kind}, which --train_mode {common.train_mode} does "
+            "not train; give the train_mode it was made with"
+        ]
+    if config.is_file():
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        asked = {
+            "r": common.lora_rank,
+            "lora_alpha": common.lora_alpha,
+            "use_dora": common.use_dora,
+            "use_rslora": common.use_rslora,
+        }
+        return [
+            f"--resume_from_checkpoint {str(whole[-1])!r} was made with {name} {saved.get(name)}, now it is {value}; "
+            "give the same"
+            for name, value in asked.items()
+            if saved.get(name) != value
+        ]
+    return []
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(list(path.glob("*.safetensors")))
+
+
+def _check_writable(flag: str, folder: Path) -> list[str]:
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    try:
+        # only a real attempt tells: permissions, a read-only disk, a full one
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        return [f"{flag} cannot be written: {os.strerror(error.errno or 0)} ({existing}); give another folder"]
+    return []
