@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ------------------------------------------------------------------ template and tokenizer
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-    template = get_template(args.template_name, tokenizer)
+    template = get_template(args.template_name, tokenizer) if task.USES_TEMPLATE else None
 
     # ------------------------------------------------------------------ datasets and collator
     data = task.load_datasets(args, train_args, template, tokenizer)

@@ -149,7 +149,9 @@ def test_what_is_refused_and_how(parse, flags, said):
 
 @pytest.mark.parametrize("flag", sorted(REPLACED_FLAGS))
 def test_flags_that_would_do_nothing_are_refused(parse, flag):
-    text = "\n".join(problems_of(parse, f"--{flag}", "keep_end" if flag == "truncation_mode" else "1"))
+    text = "\n".join(
+        problems_of(parse, f"--{flag}", {"truncation_mode": "keep_end", "packing_strategy": "wrapped"}.get(flag, "1"))
+    )
     assert f"--{flag} has no effect here; use --{REPLACED_FLAGS[flag]}" in text
 
 

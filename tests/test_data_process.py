@@ -250,3 +250,94 @@ def test_special_tokens_in_content_are_plain_text_unless_allowed(load, tokenizer
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert load(rows).train[0]["input_ids"].count(stop) == 3
     assert load(rows, "--allow_special_tokens_in_content", "true").train[0]["input_ids"].count(stop) == 4
+
+
+def test_a_bad_line_costs_no_other(load, tmp_path):
+    good = b'{"instruction": "a", "output": "b"}\n'
+    (tmp_path / "mixed.jsonl").write_bytes(good * 3 + b'{"instruction": "\xe9", "output": "b"}\n' + good * 3)
+    report = load(str(tmp_path / "mixed.jsonl"), "--on_bad_row", "drop").report
+    assert (report.rows, report.kept, report.dropped) == (7, 6, {"malformed": 1})
+    assert [lines for lines in report.places.values()] == [[4]]
+    (tmp_path / "broken.csv").write_text('instruction,output\na,b\n"a"x,b\na,b\n')
+    with pytest.raises(UserError, match="broken.csv:3 is not CSV"):
+        load(str(tmp_path / "broken.csv"), "--on_bad_row", "drop")
+
+
+@pytest.mark.parametrize("row", [
+    '{"instruction": "a", "history": [["\\ud800", "b"]], "output": "c"}',
+    '{"messages": [{"role": "user", "content": "a", "name": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 5, "tool_calls": [{}]}]}',
+    '{"instruction": "a", "output": ' + "9" * 6000 + "}",
+])  # fmt: skip
+def test_odd_rows_are_named_with_all_others(load, tmp_path, row):
+    (tmp_path / "odd.jsonl").write_text('{"instruction": "a"}\n' + row + "\n5\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path / "odd.jsonl"))
+    assert "3 of 3 rows" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["report.json", "state.json", "dataset_info.json", "cut"])
+def test_a_damaged_cache_is_made_anew(load, tmp_path, damage):
+    first = load(tiny.ROWS).train[:]
+    folder = next((tmp_path / "cache").iterdir())
+    if damage == "cut":
+        arrow = next(folder.glob("*.arrow"))
+        arrow.write_bytes(arrow.read_bytes()[:100])
+    else:
+        (folder / damage).unlink()
+    assert load(tiny.ROWS).train[:] == first
+
+
+def test_another_tokenizer_makes_the_rows_anew(load, tmp_path, tokenizer):
+    import copy
+
+    load(tiny.ROWS)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["capital"])
+    args, train_args = parse_args(
+        ["--train_data_path", str(tmp_path / "rows.jsonl"), "--cache_dir", str(tmp_path / "cache")]
+    )
+    data = get_task("sft").load_datasets(args, train_args, get_template("qwen", other), other)
+    assert data.train[0]["input_ids"] != load(tiny.ROWS).train[0]["input_ids"]
+
+
+def test_evaluation_rows_of_their_own(load, tmp_path):
+    other = write_rows(tmp_path / "eval.jsonl", tiny.ROWS[:3])
+    data = load(tiny.ROWS, "--eval_data_path", other)
+    assert (len(data.train), len(data.eval), data.rows_trained()) == (8, 3, 8)
+    assert data.eval[:] == load(tiny.ROWS[:3]).train[:]
+
+
+def test_on_bad_row_error_stops_for_malformed_rows_too(load):
+    with pytest.raises(UserError, match="no field 'output'"):
+        load(BAD, "--on_bad_row", "error")
+
+
+def test_a_first_answer_is_not_cut(tokenizer):
+    messages = [{"role": "assistant", "content": "no " * 50}, {"role": "assistant", "content": "yes"}]
+    assert "too long" in fit(messages, 40, tokenizer)
+
+
+def test_line_numbers_of_lists(load, tmp_path):
+    import json
+
+    (tmp_path / "a.json").write_text(json.dumps([tiny.ROWS[0], {"instruction": "x"}]))
+    with pytest.raises(UserError, match="a.json:2 has no field"):
+        load(str(tmp_path / "a.json"))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet:2 has null"):
+        load(str(tmp_path / "a.parquet"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(load, tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"instruction": "a", "output": "b"}\r\n')
+    assert load(str(tmp_path / "bom.jsonl")).report.kept == 1
+
+
+def test_a_csv_answer_that_looks_like_a_list_is_text(load, tmp_path):
+    (tmp_path / "a.csv").write_text('instruction,output\nprimes,"[2, 3, 5]"\n')
+    assert load(str(tmp_path / "a.csv")).report.kept == 1

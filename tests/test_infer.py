@@ -115,7 +115,7 @@ def test_greedy_is_the_default_and_equals_a_loop_of_argmax(run_folder):
 
 @pytest.mark.parametrize(("flags", "told"), [
     ([], "--model_path is missing"),
-    (["--model_path", "nowhere/at/all"], "cannot be loaded"),
+    (["--model_path", "nowhere/at/all"], "does not exist"),
     (["--model_path", "x", "--temperature", "0"], "--temperature 0.0"),
     (["--model_path", "x", "--top_p", "2"], "--top_p 2.0"),
     (["--model_path", "x", "--promt", "Hi"], "Did you mean '--prompt'"),

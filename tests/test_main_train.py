@@ -287,3 +287,91 @@ def test_packed_and_padded_rows_train(train, flags):
     )["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def files_with_content(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir", "true"]])
+def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny_models, rows_file):
+    folder = tmp_path / "run"
+    (folder / "checkpoint-old").mkdir(parents=True)
+    for name in ("README.md", "notes.txt", "checkpoint-old/x", "runs"):
+        (folder / name).write_text("precious")
+    train(*flags)
+    left = files_with_content(folder)
+    assert [left[name] for name in ("README.md", "notes.txt", "x", "runs")] == [b"precious"] * 4
+
+
+def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_models(), base)
+    common = ["--train_data_path", rows_file]
+    said = refused(main_train.main, *common, "--model_name_or_path", str(base), "--output_dir", str(base),
+                   "--overwrite_output_dir", "true")  # fmt: skip
+    assert "the folder of the base model itself" in said
+    said = refused(main_train.main, *common, "--model_name_or_path", tiny_models(), "--output_dir", str(base))
+    assert "already holds weights" in said
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    said = refused(
+        main_train.main, *common, "--model_name_or_path", tiny_models(), "--output_dir", str(tmp_path / "run")
+    )
+    assert "already holds checkpoints" in said
+    assert "--resume_from_checkpoint true" in said
+
+
+def test_a_checkpoint_of_another_kind_is_refused(train, refused, tmp_path, tiny_models, rows_file):
+    folder = train("--save_strategy", "epoch")
+    common = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder),
+              "--resume_from_checkpoint", "true"]  # fmt: skip
+    assert "was made with r 16, now it is 4" in refused(main_train.main, *common, "--lora_rank", "4")
+    assert "holds an adapter" in refused(main_train.main, *common, "--train_mode", "full")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("weight", "lacks 1 of the weights"), ("layers", "lacks"), ("rows", "rows")]
+)
+def test_incomplete_models_are_refused(change, said, refused, tmp_path, tiny_models, rows_file):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "incomplete"
+    shutil.copytree(tiny_models(), base)
+    config = json.loads((base / "config.json").read_text())
+    weights = load_file(base / "model.safetensors")
+    if change == "weight":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    elif change == "layers":
+        config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    else:
+        config["vocab_size"] = 100
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config))
+    assert said in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(base))
+
+
+def test_a_tokenizer_without_its_file_is_refused(refused, tmp_path, tiny_models, rows_file):
+    import shutil
+
+    base = tmp_path / "silent"
+    shutil.copytree(tiny_models(), base)
+    (base / "tokenizer.json").unlink()
+    assert "tokenizer" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(base))
+
+
+def test_pretraining_leaves_the_chat_format_as_it_was(train, tmp_path):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    base = tiny.save_tiny_model(tmp_path / "base", tokenizer=tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox.\n")
+    flags = ["--train_args_path", "train_args/pretrain/base.py", "--template_name", "llama3"]
+    folder = train(*flags, model=base, data=str(text))
+    assert (folder / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"

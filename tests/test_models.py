@@ -219,3 +219,53 @@ def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert stops[0] == tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+
+
+def test_adapter_flags_reach_the_adapter(train):
+    """The saved configuration is PEFT's own record of what was trained."""
+    folder = train("--lora_rank", "4", "--lora_alpha", "12", "--lora_dropout", "0.25", "--use_dora", "true",
+                   "--use_rslora", "true")  # fmt: skip
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    expected = {"r": 4, "lora_alpha": 12.0, "lora_dropout": 0.25, "use_dora": True, "use_rslora": True}
+    assert {name: saved[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("more", [[], ["--use_rslora", "true"]])
+def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(more, train, tiny_models):
+    """Loaded on the unchanged base it moves the weights by B A - B0 A0, which is small; PiSSA's B A is not."""
+    folder = train("--init_lora_weights", "pissa", "--lora_rank", "4", "--precision", "fp32", *more)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert (saved["r"], saved["init_lora_weights"]) == (8, True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32), folder)
+    weight = base.model.layers[0].mlp.up_proj.weight
+    moved = tuned.merge_and_unload().model.layers[0].mlp.up_proj.weight - weight
+    assert 0 < moved.norm() < 0.2 * weight.norm()
+    assert not (folder / "pissa_start").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_base_with_sampling_figures_and_several_stops_is_saved(mode, train, tmp_path):
+    """As older Llama-2 chats have it: a temperature without do_sample, which transformers will not save."""
+    base = tiny.save_tiny_model(tmp_path / "base")
+    config = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 7], "pad_token_id": 0}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(config))
+    folder = train("--train_mode", mode, model=base)
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 0, 7]
+    assert saved["temperature"] == 0.6
+    assert (folder / "train_args.json").exists()
+
+
+def test_full_training_keeps_float32_weights_under_bf16(train):
+    weights = load_file(train("--train_mode", "full", "--precision", "bf16") / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_attention_is_the_one_asked_for(train, monkeypatch):
+    import utils.save
+
+    kept = {}
+    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
+    train("--attn_implementation", "eager")
+    assert kept["trainer"].model.config._attn_implementation == "eager"

@@ -131,6 +131,43 @@ def test_special_tokens_in_content_stay_plain():
     assert auto.encode(messages, tokenizer, allow_special=True)["input_ids"].count(stop) == 4
 
 
+def test_data_cannot_forge_a_turn_wherever_it_stands():
+    """Stop tokens in a user's text that the default system message has too, in a call's arguments and in a tool."""
+    tokenizer = with_template(get_template("qwen").to_jinja())
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    messages = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "c"}]
+    encoded = get_template("auto", tokenizer).encode(messages, tokenizer)
+    assert encoded["input_ids"].count(stop) == 3
+    assert tokenizer.decode(encoded["input_ids"]) == get_template("qwen").render(messages)
+    tokenizer = with_template(TOOLS)
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    call = {"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
+    messages = [
+        {"role": "user", "content": "Hi", "tools": tools},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert get_template("auto", tokenizer).encode(messages, tokenizer)["input_ids"].count(stop) == 3
+
+
+def test_marks_do_not_train_what_the_model_would_not_say():
+    """The same template with generation marks: still only the answer that is shown as it was said."""
+    marked = THINKING.replace(
+        "{% if m['role'] == 'assistant' and", "{% generation %}{% if m['role'] == 'assistant' and"
+    )
+    marked = marked.replace("{{ '<|im_end|>\\n' }}{% endfor %}", "{{ '<|im_end|>\\n' }}{% endgeneration %}{% endfor %}")
+    tokenizer = with_template(marked)
+    assert said(get_template("auto", tokenizer), TALK, tokenizer) == TALK[3]["content"] + "<|im_end|>"
+
+
+def test_a_template_that_drops_what_a_row_says_refuses_the_row():
+    tokenizer = with_template(THINKING)
+    auto = get_template("auto", tokenizer)
+    call = {"function": {"name": "count", "arguments": {}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(UserError, match="turn 2 .assistant. has a content or a tool call"):
+        auto.check(messages)
+
+
 @pytest.mark.parametrize(("chat_template", "reason"), [
     (None, "has none"),
     (CROOKED, "turn 2: the answer does not follow the prompt"),

@@ -31,14 +31,14 @@ ADAPTERS = {
 }
 
 
-def build_adapter(args, model, tokenizer, template: Template):
+def build_adapter(args, model, tokenizer, template: Template | None):
     """Makes the PEFT configuration that the trainer wraps the model with.
 
     Args:
         args: CommonArgs.
         model: the base, loaded.
         tokenizer: names the special tokens' ids.
-        template: uses them.
+        template: uses them; None where plain text is trained.
 
     Returns:
         peft.LoraConfig, or None where every weight is trained.
@@ -50,7 +50,7 @@ def build_adapter(args, model, tokenizer, template: Template):
         return None
     from peft import LoraConfig, TaskType
 
-    tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template)
+    tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template) if template else []
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=args.lora_rank,
@@ -90,8 +90,8 @@ def target_modules(model, chosen: str | None) -> list[str]:
     unknown = [name for name in wanted if name not in names and name not in linear]
     if unknown or not wanted:
         raise UserError(
-            f"--lora_target_modules {chosen!r}: the model has no linear layer {', '.join(map(repr, unknown))}. "
-            f"It has {', '.join(sorted(names))}"
+            f"--lora_target_modules {chosen!r}: no linear layer to adapt is named {', '.join(map(repr, unknown))}. "
+            f"The model has {', '.join(sorted(names))}"
         )
     return wanted
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -110,6 +111,10 @@ REPLACED_FLAGS = {
     "assistant_only_loss": "template_name (labels cover the answers and their stop tokens)",
     "dataset_text_field": "train_data_path (the fields are listed in README.md)",
     "dataset_kwargs": "train_data_path",
+    "packing_strategy": "packing (best fit, on whole rows)",
+    "eval_packing": "packing",
+    "pad_to_multiple_of": "padding_free",
+    "shuffle_dataset": "seed (rows are shuffled in every epoch)",
     "model_init_kwargs": "precision, attn_implementation and trust_remote_code",
 }
 
@@ -205,7 +210,9 @@ def parse_args(argv: list[str] | None = None):
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]
     common = CommonArgs(**_values_of(CommonArgs, values))
-    common.model_name_or_path = project_path(common.model_name_or_path)
+    common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
+    # a precision set in the recipe counts as given
+    given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
     problems += check_precision(common, values, given)
     resolve_defaults(common, values, given, recipe)
     problems += _replaced(recipe, values, given)

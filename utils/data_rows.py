@@ -43,21 +43,23 @@ def to_messages(row: Any) -> list[Message]:
     if not isinstance(row, dict):
         raise BadRow(f"is {_kind(row)}, not an object with fields")
     if "messages" in row:
-        messages = _with_tools(_from_list(row["messages"], "messages", "role", "content"), row.get("tools"))
+        messages = _from_list(row["messages"], "messages", "role", "content")
     elif "conversations" in row:
         messages = _from_list(row["conversations"], "conversations", "from", "value")
-        if "system" in row and row["system"] and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": _text(row, "system")})
     elif "instruction" in row or "output" in row:
-        messages = _from_instruction(row)
+        return _with_tools(_from_instruction(row), row.get("tools"))
     elif {"chosen", "rejected"} & set(row):
         raise BadRow("holds a preference pair (chosen, rejected), which is a row for DPO, not for SFT")
     elif "text" in row:
         raise BadRow('holds {"text": …}, which is a row for pretraining; use train_args/pretrain/base.py')
     else:
         raise BadRow(f"has the fields {sorted(map(str, row))}; needed is {FORMATS}")
+    if row.get("system"):
+        if messages[0]["role"] == "system":
+            raise BadRow("has a field 'system' and a system turn as well; keep one of them")
+        messages.insert(0, {"role": "system", "content": _text(row, "system")})
     _check_answers(messages)
-    return messages
+    return _with_tools(messages, row.get("tools"))
 
 
 def _check_answers(messages: list[Message]) -> None:

@@ -47,10 +47,21 @@ def load_model(args, train_args):
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
     _refuse_incomplete(info, args.model_name_or_path)
+    settle_generation(model)
     if args.train_mode == "qlora":
         _keep_quantised_weights(model)
     _settle_checkpointing(model, train_args)
     return model
+
+
+def settle_generation(model) -> None:
+    """Some bases bring a temperature without saying that they sample, which transformers refuses to save."""
+    config = model.generation_config
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+    given = [name for name, neutral in sampling.items() if getattr(config, name, None) not in (None, neutral)]
+    if given and not config.do_sample:
+        config.do_sample = True
+        logger.info("the base's generation_config sets {} without do_sample; it is saved with do_sample", given)
 
 
 def _refuse_incomplete(info: dict, path: str) -> None:
@@ -59,8 +70,8 @@ def _refuse_incomplete(info: dict, path: str) -> None:
         if info[key]:
             names = sorted(map(str, info[key]))
             raise UserError(
-                f"--model_name_or_path {path!r} {what} {len(names)} of the weights that its config.json asks for, such as "
-                f"{names[0]}; give a complete model"
+                f"--model_name_or_path {path!r} {what} {len(names)} of the weights that its config.json asks for, "
+                f"such as {names[0]}; give a complete model"
             )
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])

@@ -1,6 +1,5 @@
 """What a run leaves behind, and the summary it ends with."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -30,6 +29,8 @@ def open_run(train_args, args) -> Path:
     route_library_logs()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         if is_main_process() and args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             _clear_finished(folder)
         log_to_file(str(folder / "train.log"))
@@ -62,10 +63,9 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     from utils.callbacks import MetricsToLog
 
     trainer.add_callback(MetricsToLog())
-    set_chat_template(tokenizer, template)
     model = trainer.model
-    # the base may hold sampling figures that its own loader refuses to save
-    with contextlib.suppress(AttributeError):
+    if template is not None:
+        set_chat_template(tokenizer, template)
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, template, model)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if args.init_lora_weights == "pissa" and is_main_process():
@@ -149,9 +149,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "folder": str(folder),
-        "rows_trained": data.report.kept
-        if data.eval_report or data.eval is None
-        else data.report.kept - len(data.eval),
+        "rows_trained": data.rows_trained(),
         "rows_dropped": data.report.dropped_rows(),
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,

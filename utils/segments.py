@@ -1,7 +1,7 @@
 """Pieces of a rendering → token ids and labels, in one tokenisation of the whole."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 IGNORED = -100  # the label of a token that is not trained (torch's cross_entropy default)
 # private-use characters: set into the text of a special token, one keeps that from becoming the token
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 def encode_segments(
-    conversations: list[list[Segment]], tokenizer, allow_special: bool = False
+    conversations: list[list[Segment]], tokenizer, allow_special: bool = False, marks: list[str] | None = None
 ) -> list[dict[str, list[int]]]:
     """Tokenises renderings and labels their trained pieces, found again by character offsets.
 
@@ -34,6 +34,7 @@ def encode_segments(
         conversations: the pieces of each rendering.
         tokenizer: a fast one.
         allow_special: whether such a text becomes the special token after all.
+        marks: for each conversation the break that stands in its pieces already, from `break_leaves`.
 
     Returns:
         for each `{"input_ids": [L], "labels": [L]}`
@@ -42,6 +43,7 @@ def encode_segments(
     texts, spans, breaks = [], [], []
     for segments in conversations:
         segments, mark = _break_special(segments, special)
+        mark = mark or (marks and marks[len(texts)])
         text, trained = "", []
         for segment in segments:
             if segment.trained and segment.text:
@@ -62,6 +64,11 @@ def encode_segments(
     return rows
 
 
+def free_break(text: str) -> str:
+    """A break that `text` does not hold."""
+    return next(character for character in _BREAKS if character not in text)
+
+
 def only_last_answer(segments: list[Segment]) -> list[Segment]:
     """Leaves the last answer and its stop token trained, and no other."""
     last = next((i for i in reversed(range(len(segments))) if segments[i].trained), 0)
@@ -70,20 +77,31 @@ def only_last_answer(segments: list[Segment]) -> list[Segment]:
     return [segment if i >= last else segment._replace(trained=False) for i, segment in enumerate(segments)]
 
 
-def cut_segments(text: str, trained: list[tuple[int, int]], contents: list[tuple[int, int]]) -> list[Segment]:
-    """Cuts a rendering where something trained, or a content, begins or ends.
+def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
+    """Cuts a rendering where something trained begins or ends.
 
-    `cut_segments("ab", [(1, 2)], [])` → `[Segment("a"), Segment("b", trained=True)]`
+    `cut_segments("ab", [(1, 2)])` → `[Segment("a"), Segment("b", trained=True)]`
     """
-
-    def within(spans: list[tuple[int, int]], start: int) -> bool:
-        return any(begin <= start < end for begin, end in spans)
-
-    cuts = sorted({0, len(text), *(place for span in [*trained, *contents] for place in span)})
+    cuts = sorted({0, len(text), *(place for span in trained for place in span)})
     return [
-        Segment(text[start:end], within(trained, start), within(contents, start))
+        Segment(text[start:end], any(begin <= start < stop for begin, stop in trained))
         for start, end in zip(cuts, cuts[1:], strict=False)
     ]
+
+
+def break_leaves(value: Any, special: re.Pattern, mark: str) -> Any:
+    """Sets the break into every special token's text within messages, tools and tool calls."""
+    if isinstance(value, dict):
+        return {key: value[key] if key == "role" else break_leaves(value[key], special, mark) for key in value}
+    if isinstance(value, list):
+        return [break_leaves(item, special, mark) for item in value]
+    return _broken(value, special, mark) if isinstance(value, str) else value
+
+
+def _broken(text: str, special: re.Pattern, mark: str) -> str:
+    while special.search(text):
+        text = special.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+    return text
 
 
 def special_pattern(tokenizer) -> re.Pattern | None:
@@ -103,14 +121,8 @@ def _break_special(segments: list[Segment], special: re.Pattern | None) -> tuple
     if special is None or not any(segment.content and special.search(segment.text) for segment in segments):
         return segments, None
     whole = "".join(segment.text for segment in segments)
-    mark = next(character for character in _BREAKS if character not in whole)
-    broken = []
-    for segment in segments:
-        text = segment.text
-        while segment.content and special.search(text):
-            text = special.sub(lambda match: match[0][0] + mark + match[0][1:], text)
-        broken.append(segment._replace(text=text))
-    return broken, mark
+    mark = free_break(whole)
+    return [s._replace(text=_broken(s.text, special, mark)) if s.content else s for s in segments], mark
 
 
 def label_spans(

@@ -62,13 +62,14 @@ def unknown_template(name: str) -> str:
 
 def _check_stop_token(template: Template, tokenizer) -> None:
     stop = template.stop_token()
+    # within a text, since a piece of the vocabulary may look like the token and never be made
+    ids = tokenizer(f"a{stop}", add_special_tokens=False)["input_ids"]
     vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[stop]] if stop in vocabulary else tokenizer(stop, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
+    if not stop or stop not in vocabulary or ids[-1:] != [vocabulary[stop]]:
         raise UserError(
-            f"template {template.name!r} ends an answer with {stop!r}, which is {len(ids)} tokens for the "
-            f"tokenizer of {tokenizer.name_or_path!r}; a stop token must be one. Choose a template made for this "
-            "model with --template_name ('default' uses the tokenizer's own eos token)"
+            f"template {template.name!r} ends an answer with {stop!r}, which must be one token, and the tokenizer of "
+            f"{tokenizer.name_or_path!r} has no such token. Choose a template made for this model with --template_name "
+            "('auto' takes the tokenizer's own, 'default' ends with its eos token)"
         )
 
 

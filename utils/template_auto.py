@@ -1,12 +1,19 @@
 """`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UserError
-from utils.segments import Segment, cut_segments, encode_segments, only_last_answer, special_pattern
+from utils.segments import (
+    Segment,
+    break_leaves,
+    cut_segments,
+    encode_segments,
+    free_break,
+    only_last_answer,
+    special_pattern,
+)
 
 Message = dict[str, Any]
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -132,29 +139,19 @@ class AutoTemplate:
         return last.end() if last else None
 
     def _marked(self, messages: list[Message], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The marked answers: from the end of the prompt, and without spaces after the stop token."""
-        text, marks = self._render(messages)
-        starts, ends = [start for start, _ in spans], [end for _, end in spans]
-        found = []
-        for start, end in marks:
-            start = next((s for s in starts if start <= s < end), start)
-            end = next((e for e in ends if start < e <= end), start + len(text[start:end].rstrip()))
-            found.append((start, end))
-        return found
+        """Of the exact answers, those that the template's own marks train."""
+        marks = self._render(messages)[1]
+        return [(start, end) for start, end in spans if any(begin < end and start < stop for begin, stop in marks)]
 
-    def segments(self, messages: list[Message]) -> Iterator[Segment]:
-        """Yields the rendering in pieces: what is trained, and what comes from the data."""
+    def segments(self, messages: list[Message], mark: str | None = None) -> list[Segment]:
+        """The rendering in pieces, cut where something trained begins or ends.
+
+        A `mark` is set into each special token's text that the data holds, wherever the template shows it.
+        """
+        if mark:
+            messages = break_leaves(messages, self.special, mark)
         text = self.render(messages)
-        contents, position = [], 0
-        for message in messages:
-            said = message.get("content")
-            for form in (said, said.strip()) if isinstance(said, str) and said.strip() else ():
-                found = text.find(form, position)
-                if found >= 0:
-                    position = found + len(form)
-                    contents.append((found, position))
-                    break
-        return cut_segments(text, self._trained_spans(messages, text), contents)
+        return cut_segments(text, self._trained_spans(messages, text))
 
     def encode(
         self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str = "all_turns"
@@ -170,10 +167,11 @@ class AutoTemplate:
         train_on: str = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
-        pieces = [list(self.segments(messages)) for messages in conversations]
+        marks = None if allow_special else [free_break(str(messages)) for messages in conversations]
+        pieces = [self.segments(messages, marks and marks[i]) for i, messages in enumerate(conversations)]
         if train_on == "last_turn":
             pieces = [only_last_answer(segments) for segments in pieces]
-        return encode_segments(pieces, tokenizer, allow_special)
+        return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that a conversation shows."""

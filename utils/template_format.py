@@ -89,7 +89,9 @@ class Template:
             elif message["role"] == "system" and self.system is None:
                 system = content
             elif system is not None:
-                whole = self.system_with_user.replace("{system}", system).replace("{content}", content)
+                before, rest = self.system_with_user.split("{system}")
+                middle, after = rest.split("{content}")
+                whole = before + system + middle + content + after
                 yield from _wrapped(self.user, self._stripped(whole))
                 system = None
             else:
@@ -178,9 +180,13 @@ class Template:
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""
-        text = "".join(value for field in fields(self) if isinstance(value := getattr(self, field.name), str))
-        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        return sorted(token for token in added if token in text)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        return sorted(token for token in added if token in self.text())
+
+    def text(self) -> str:
+        """All that the format itself writes, end to end."""
+        parts = [getattr(self, field.name) for field in fields(self) if field.name not in ("name", "source", "models")]
+        return "\n".join(part for part in parts if isinstance(part, str))
 
     def stop_token(self) -> str:
         """The token that ends an answer."""

@@ -81,12 +81,16 @@ class Chat:
             stream: whether to print the answer as it comes.
         """
         import torch
+        from jinja2 import TemplateError
         from transformers import TextStreamer
 
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        try:
+            inputs = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(self.model.device)
+        except TemplateError as error:
+            raise UserError(f"the model's chat format refuses the conversation: {error}") from error
         options = {"max_new_tokens": self.args.max_new_tokens, "repetition_penalty": self.args.repetition_penalty}
         if self.args.do_sample:
             options |= {"do_sample": True, "temperature": self.args.temperature, "top_p": self.args.top_p}

@@ -2,6 +2,7 @@
 
 A task module has
 
+- `USES_TEMPLATE`: whether its rows are conversations
 - `load_datasets(args, train_args, template, tokenizer) -> Data`
 - `build_collator(args, train_args, tokenizer) -> collator`
 - `build_trainer(args, train_args, model, adapter, data, collator, tokenizer) -> Trainer`

@@ -19,6 +19,14 @@ class Data:
     report: DataReport
     eval_report: DataReport | None = None
 
+    def rows_trained(self) -> int:
+        """How many rows of the files are trained on, packed together or not."""
+        if self.eval is None or self.eval_report:
+            return self.report.kept
+        if "seq_lengths" in self.train.column_names:
+            return sum(len(lengths) for lengths in self.train["seq_lengths"])
+        return len(self.train)
+
 
 def load_both(args, train_args, kind: RowKind) -> Data:
     """Prepares the training rows and the validation rows."""

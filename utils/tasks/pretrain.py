@@ -6,7 +6,9 @@ from utils.data_rows import to_text
 from utils.tasks.common import Data, load_both
 from utils.tasks.sft import build_collator, build_trainer
 
-__all__ = ["build_collator", "build_trainer", "load_datasets"]
+__all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
+
+USES_TEMPLATE = False  # plain text: the chat format of the model stays what it was
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -15,9 +17,11 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
     Packed, they share rows of `max_len`; a longer text goes on in the next row, nothing is cut off.
     """
 
+    begin, end = _ends(tokenizer)
+
     def encode(texts):
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        rows = [ids + [tokenizer.eos_token_id] for ids in encoded]
+        rows = [begin + ids + end for ids in encoded]
         if not train_args.packing:
             return [
                 {"input_ids": ids, "labels": ids, "shortened": False}
@@ -41,7 +45,17 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             "tokenizer": tokenizer_key(tokenizer),
             "max_len": args.max_len,
             "packing": train_args.packing,
+            "overlong": args.overlong,
         },
         pack=pack if train_args.packing else None,
+        refuse_long=args.overlong == "error",
     )
     return load_both(args, train_args, kind)
+
+
+def _ends(tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and after each text: BOS where the tokenizer itself sets one, and always eos."""
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    if tokenizer("a")["input_ids"][:1] != begin:
+        begin = []
+    return begin, [tokenizer.eos_token_id]

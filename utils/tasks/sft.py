@@ -9,6 +9,8 @@ from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_free
 
+USES_TEMPLATE = True
+
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares conversations: `input_ids` and `labels`, the answers and their stop tokens labelled."""
@@ -63,14 +65,17 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     class Trainer(LoraPlus, SFTTrainer):
         loraplus_lr_ratio = args.loraplus_lr_ratio
 
-    trainer = Trainer(
-        model=model,
-        args=for_trl(train_args),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        data_collator=collator,
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=for_trl(train_args),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            data_collator=collator,
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise UserError(f"the trainer refuses the recipe's values: {error}") from error
     settle_trainable(trainer.model, sharded=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
     return trainer
