@@ -290,7 +290,7 @@ def test_packed_and_padded_rows_train(train, flags):
 
 
 def files_with_content(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir", "true"]])
@@ -299,9 +299,9 @@ def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny
     (folder / "checkpoint-old").mkdir(parents=True)
     for name in ("README.md", "notes.txt", "checkpoint-old/x", "runs"):
         (folder / name).write_text("precious")
-    train(*flags)
+    train(*flags, "--save_strategy", "epoch")
     left = files_with_content(folder)
-    assert [left[name] for name in ("README.md", "notes.txt", "x", "runs")] == [b"precious"] * 4
+    assert [left[name] for name in ("README.md", "notes.txt", "checkpoint-old/x", "runs")] == [b"precious"] * 4
 
 
 def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):

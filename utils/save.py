@@ -63,6 +63,9 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     from utils.callbacks import MetricsToLog
 
     trainer.add_callback(MetricsToLog())
+    if not trainer.args.push_to_hub:
+        # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
+        trainer.create_model_card = lambda *args, **kwargs: None
     model = trainer.model
     if template is not None:
         set_chat_template(tokenizer, template)

@@ -49,9 +49,7 @@ def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) 
     from transformers import AutoConfig
 
     if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
-        raise UserError(
-            f"the tokenizer of {flag} {path!r} makes no tokens of a text; is its tokenizer.json missing?"
-        )
+        raise UserError(f"the tokenizer of {flag} {path!r} makes no tokens of a text; is its tokenizer.json missing?")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
