@@ -1,6 +1,7 @@
 """Every architecture through every way of training: it learns, is saved, and is the same when loaded plainly."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import tiny
@@ -9,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from utils.adapter import impossible_tokens
+from utils.adapter import ADAPTERS, impossible_tokens
+from utils.args import CommonArgs
 
 MODES = {
     "full": ["--train_mode", "full"],
@@ -28,6 +30,13 @@ CASES = [
     if mode in ("full", "lora", "dora", "qlora") or (architecture, mode) in EXTRA
 ]
 IDS = torch.arange(5, 25)[None]
+
+
+def test_every_row_of_the_adapter_table_is_a_choice_and_is_tested():
+    choices = get_args(get_type_hints(CommonArgs)["train_mode"])
+    assert set(ADAPTERS) == set(choices)
+    tested = {flags[flags.index("--train_mode") + 1] if "--train_mode" in flags else "lora" for flags in MODES.values()}
+    assert set(ADAPTERS) <= tested
 
 
 def logits_of(model):

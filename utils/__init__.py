@@ -2,7 +2,7 @@
 
 log → errors → paths → segments → template_jinja → template_format → template_auto → template
 → data_files → check_args → check_run → precision → flags → args → tokenizer → data_rows → shorten
-→ data_report → data_encode → data_process → data_collator → model → adapter → tasks → callbacks
+→ data_report → data_encode → data_process → data_collator → adapter → model → tasks → callbacks
 → save → script
 
 A module imports only from those before it; `tests/test_layout.py` holds that.

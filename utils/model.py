@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.adapter import ADAPTERS
 from utils.errors import UserError
 from utils.paths import project_path
 from utils.tokenizer import load_failure
@@ -32,15 +33,16 @@ def load_model(args, train_args):
     import torch
     from transformers import AutoModelForCausalLM
 
+    adapter = ADAPTERS[args.train_mode]
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     options = {
-        "dtype": torch.float32 if args.train_mode == "full" else compute_dtype,
+        "dtype": compute_dtype if adapter.lora else torch.float32,
         "trust_remote_code": args.trust_remote_code,
         "use_safetensors": True,
     }
     if args.attn_implementation != "auto":
         options["attn_implementation"] = args.attn_implementation
-    if args.train_mode == "qlora":
+    if adapter.quantised:
         options |= quantised(compute_dtype, train_args)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
@@ -48,7 +50,7 @@ def load_model(args, train_args):
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
     _refuse_incomplete(info, args.model_name_or_path)
     settle_generation(model)
-    if args.train_mode == "qlora":
+    if adapter.quantised:
         _keep_quantised_weights(model)
     _settle_checkpointing(model, train_args)
     return model

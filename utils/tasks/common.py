@@ -6,7 +6,7 @@ from typing import Any
 
 from loguru import logger
 
-from utils.data_process import DataReport, RowKind, load_rows
+from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
 
 
@@ -26,6 +26,36 @@ class Data:
         if "seq_lengths" in self.train.column_names:
             return sum(len(lengths) for lengths in self.train["seq_lengths"])
         return len(self.train)
+
+
+def row_kind(args, train_args, tokenizer, strategy: str, suffixes, read, encode, **key) -> RowKind:
+    """What the tasks' ways with rows have in common: lengths, packing, and the cache's key.
+
+    Args:
+        strategy: TRL's packing strategy, `bfd` for whole rows or `bfd_split` for text that may go on in the next.
+        suffixes, read, encode: as in RowKind.
+        **key: what else the rows depend on.
+    """
+
+    def pack(dataset):
+        from trl import pack_dataset
+
+        return pack_dataset(dataset, args.max_len, strategy=strategy)
+
+    return RowKind(
+        suffixes=suffixes,
+        read=read,
+        encode=encode,
+        key={
+            "tokenizer": tokenizer_key(tokenizer),
+            "max_len": args.max_len,
+            "packing": strategy if train_args.packing else None,
+            "overlong": args.overlong,
+            **key,
+        },
+        pack=pack if train_args.packing else None,
+        refuse_long=args.overlong == "error",
+    )
 
 
 def load_both(args, train_args, kind: RowKind) -> Data:

@@ -1,9 +1,8 @@
 """Pretraining: plain text, every token of which is trained, in packed rows."""
 
 from utils.data_files import TEXT_SUFFIXES
-from utils.data_process import RowKind, tokenizer_key
 from utils.data_rows import to_text
-from utils.tasks.common import Data, load_both
+from utils.tasks.common import Data, load_both, row_kind
 from utils.tasks.sft import build_collator, build_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
@@ -31,25 +30,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             ]
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
 
-    def pack(dataset):
-        from trl import pack_dataset
-
-        return pack_dataset(dataset, args.max_len, strategy="bfd_split")
-
-    kind = RowKind(
-        suffixes=TEXT_SUFFIXES,
-        read=to_text,
-        encode=encode,
-        key={
-            "task": "pretrain",
-            "tokenizer": tokenizer_key(tokenizer),
-            "max_len": args.max_len,
-            "packing": train_args.packing,
-            "overlong": args.overlong,
-        },
-        pack=pack if train_args.packing else None,
-        refuse_long=args.overlong == "error",
-    )
+    kind = row_kind(args, train_args, tokenizer, "bfd_split", TEXT_SUFFIXES, to_text, encode, task="pretrain")
     return load_both(args, train_args, kind)
 
 

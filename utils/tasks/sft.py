@@ -3,11 +3,10 @@
 from utils.adapter import settle_trainable
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
-from utils.data_process import RowKind, tokenizer_key
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.shorten import encode_within
-from utils.tasks.common import Data, LoraPlus, for_trl, load_both, use_padding_free
+from utils.tasks.common import Data, LoraPlus, for_trl, load_both, row_kind, use_padding_free
 
 USES_TEMPLATE = True
 
@@ -29,27 +28,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         truncate = args.overlong == "truncate"
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
-    def pack(dataset):
-        from trl import pack_dataset
-
-        return pack_dataset(dataset, args.max_len, strategy="bfd")
-
-    kind = RowKind(
-        suffixes=SUFFIXES,
-        read=read,
-        encode=encode,
-        key={
-            "task": "sft",
-            "template": repr(template),
-            "tokenizer": tokenizer_key(tokenizer),
-            "max_len": args.max_len,
-            "packing": train_args.packing,
-            "overlong": args.overlong,
-            **options,
-        },
-        pack=pack if train_args.packing else None,
-        refuse_long=args.overlong == "error",
-    )
+    key = {"task": "sft", "template": repr(template), **options}
+    kind = row_kind(args, train_args, tokenizer, "bfd", SUFFIXES, read, encode, **key)
     return load_both(args, train_args, kind)
 
 
