@@ -296,12 +296,14 @@ def files_with_content(folder):
 @pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir", "true"]])
 def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny_models, rows_file):
     folder = tmp_path / "run"
-    (folder / "checkpoint-old").mkdir(parents=True)
-    for name in ("README.md", "notes.txt", "checkpoint-old/x", "runs"):
+    (folder / "old").mkdir(parents=True)
+    for name in ("README.md", "notes.txt", "old/x", "runs", "model_ema.safetensors"):
+        if name.endswith("safetensors") and not flags:
+            continue
         (folder / name).write_text("precious")
     train(*flags, "--save_strategy", "epoch")
     left = files_with_content(folder)
-    assert [left[name] for name in ("README.md", "notes.txt", "checkpoint-old/x", "runs")] == [b"precious"] * 4
+    assert [left[name] for name in ("README.md", "notes.txt", "old/x", "runs")] == [b"precious"] * 4
 
 
 def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):
@@ -314,13 +316,33 @@ def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny
                    "--overwrite_output_dir", "true")  # fmt: skip
     assert "the folder of the base model itself" in said
     said = refused(main_train.main, *common, "--model_name_or_path", tiny_models(), "--output_dir", str(base))
-    assert "already holds weights" in said
+    assert "already holds" in said
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     said = refused(
         main_train.main, *common, "--model_name_or_path", tiny_models(), "--output_dir", str(tmp_path / "run")
     )
     assert "already holds checkpoints" in said
     assert "--resume_from_checkpoint true" in said
+    (tmp_path / "foreign" / "checkpoint-best").mkdir(parents=True)
+    common += ["--model_name_or_path", tiny_models()]
+    said = refused(
+        main_train.main, *common, "--output_dir", str(tmp_path / "foreign"), "--overwrite_output_dir", "true"
+    )
+    assert "'checkpoint-best'" in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    assert "already holds 'config.json'" in refused(main_train.main, *common, "--output_dir", str(tmp_path / "mine"))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(train):
+    """Resuming takes the newest whole one, and ends where the undisturbed run did."""
+    flags = ["--precision", "fp32", "--num_train_epochs", "4", "--save_strategy", "epoch", "--save_total_limit", "10"]
+    folder = train(*flags)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    newest = folder / "checkpoint-8" / "adapter_model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(*flags, "--resume_from_checkpoint", "true")
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
 
 
 def test_a_checkpoint_of_another_kind_is_refused(train, refused, tmp_path, tiny_models, rows_file):

@@ -92,7 +92,9 @@ def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allo
             ]
         return _check_config(flag, path, trust_remote_code)
     parent = folder.parent
-    looks_local = path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir()
+    looks_local = (
+        path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"
+    )
     if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         return [

@@ -10,6 +10,11 @@ from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
 FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
+# what a run writes beside its weights; a file of this name that lies there already would be lost
+WRITTEN = (
+    "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
+    "tokenizer.json", "tokenizer_config.json", "train.log", "trainer_state.json", "training_args.bin",
+)  # fmt: skip
 
 
 def check_together(common, train_args) -> list[str]:
@@ -99,16 +104,21 @@ def _check_output_dir(common, train_args) -> list[str]:
     flag = f"--output_dir {train_args.output_dir!r}"
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
-    if folder.is_dir() and folder.resolve() == Path(common.model_name_or_path).resolve():
-        return [f"{flag} is the folder of the base model itself; give another folder"]
-    resume = train_args.resume_from_checkpoint
-    if resume:
+    base = Path(common.model_name_or_path).resolve()
+    if folder.resolve() == base or (folder.resolve() in base.parents and "checkpoint-" in base.name):
+        return [f"{flag} is the folder of the base model itself, or of its run; give another folder"]
+    foreign = [path.name for path in folder.glob("checkpoint-*") if path not in _checkpoints(folder)]
+    if foreign:
+        # transformers counts them among a run's checkpoints and deletes the oldest
+        return [f"{flag} holds {foreign[0]!r}, which the trainer would take for a checkpoint; move it or rename it"]
+    if train_args.resume_from_checkpoint:
         problems = _check_checkpoint(common, train_args, folder)
         if problems:
             return problems
     elif not common.overwrite_output_dir:
         held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if _checkpoints(folder) else None
-        held = held or ("weights" if list(folder.glob("*.safetensors")) else None)
+        written = [path.name for path in folder.glob("*") if path.name in WRITTEN or path.suffix == ".safetensors"]
+        held = held or (f"{written[0]!r}" if written else None)
         if held:
             return [
                 f"{flag} already holds {held}; give another folder, --overwrite_output_dir true to replace it, "
@@ -161,11 +171,18 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: its state parses, and its weights have all their bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = list(path.glob("*.safetensors"))
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in weights:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return bool(list(path.glob("*.safetensors")))
+    return bool(weights)
 
 
 def _check_writable(flag: str, folder: Path) -> list[str]:

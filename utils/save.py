@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from utils.tokenizer import set_chat_template, stop_token_ids
 
 STATE = "trainer_state.json"
 _PISSA_START = "pissa_start"
+_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -43,7 +45,7 @@ def open_run(train_args, args) -> Path:
 def _clear_finished(folder: Path) -> None:
     """Removes what an earlier run of this project left, and nothing else."""
     names = [FINISHED, STATE, "train.log", "loss.png", "adapter_model.safetensors", "model.safetensors.index.json"]
-    shards = [path.name for path in folder.glob("model*.safetensors")]
+    shards = [path.name for path in folder.glob("*") if re.fullmatch(_WEIGHTS, path.name)]
     for name in names + shards:
         (folder / name).unlink(missing_ok=True)
     for old in folder.glob("checkpoint-*"):

@@ -92,13 +92,29 @@ class AutoTemplate:
     def check(self, messages: list[Message]) -> None:
         """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
         text = self.render(messages)
-        for turn, message in enumerate(messages, 1):
-            if not _is_shown(message, text):
+        for turn, message in enumerate(messages):
+            if not self._shows(messages, turn, text):
                 raise UserError(
-                    f"turn {turn} ({message['role']}) has a content or a tool call that the tokenizer's chat template "
-                    "does not show"
+                    f"turn {turn + 1} ({message['role']}) has a content or a tool call "
+                    "that the tokenizer's chat template does not show"
                 )
         self._trained_spans(messages, text)
+
+    def _shows(self, messages: list[Message], turn: int, text: str) -> bool:
+        """Whether the rendering would be another without what a turn says, calls or brings as tools."""
+        message = messages[turn]
+        changed = [
+            {k: v for k, v in message.items() if k != key} for key in ("tools", "tool_calls") if message.get(key)
+        ]
+        if message["role"] in ("system", "tool") and message.get("content"):
+            changed.append({**message, "content": message["content"] + "x"})
+        for other in changed:
+            try:
+                if self.render([*messages[:turn], other, *messages[turn + 1 :]]) == text:
+                    return False
+            except UserError:
+                continue  # refused without it, so it matters
+        return message["role"] != "user" or message["content"].strip() in text
 
     def _trained_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """Where the answers that are trained stand in the rendering, each with its stop token."""
@@ -185,18 +201,6 @@ class AutoTemplate:
     def to_jinja(self) -> str:
         """The template as it came."""
         return self.chat_template
-
-
-def _is_shown(message: Message, text: str) -> bool:
-    """Whether what a turn says stands in the rendering; earlier answers may be shown without their thinking."""
-    names = [
-        call.get("function", call).get("name") for call in message.get("tool_calls") or [] if isinstance(call, dict)
-    ]
-    names += [tool.get("function", tool).get("name") for tool in message.get("tools") or [] if isinstance(tool, dict)]
-    said = message.get("content")
-    if message["role"] != "assistant" and isinstance(said, str):
-        names.append(said.strip())
-    return all(name in text for name in names if isinstance(name, str))
 
 
 def _space_before(answer: str, message: Message) -> int:
