@@ -13,7 +13,7 @@ from loguru import logger
 from utils.check_run import FINISHED
 from utils.errors import UserError
 from utils.log import is_main_process, log_to_file, route_library_logs
-from utils.tokenizer import set_chat_template, stop_token_ids
+from utils.tokenizer import set_format
 
 STATE = "trainer_state.json"
 _PISSA_START = "pissa_start"
@@ -70,9 +70,7 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         trainer.create_model_card = lambda *args, **kwargs: None
     model = trainer.model
     if template is not None:
-        set_chat_template(tokenizer, template)
-        model.generation_config.eos_token_id = stop_token_ids(tokenizer, template, model)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        set_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
         # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
         model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)

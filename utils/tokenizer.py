@@ -71,15 +71,14 @@ def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
     )
 
 
-def set_chat_template(tokenizer, template: Template) -> None:
-    """Writes the trained format into the tokenizer, so that other programs speak it and stop with it."""
+def set_format(tokenizer, template: Template, model) -> None:
+    """Writes a chat format into tokenizer and model, so that other programs speak it and stop with it.
+
+    Generation ends with the template's stop token, or with any that the model had before.
+    """
     tokenizer.chat_template = template.to_jinja()
     tokenizer.eos_token = template.stop_token()
-
-
-def stop_token_ids(tokenizer, template: Template, model) -> list[int]:
-    """The ids that end generation: the template's stop token first, then those the model had."""
-    known = model.generation_config.eos_token_id
-    known = [known] if isinstance(known, int) else list(known or [])
-    stop = tokenizer.convert_tokens_to_ids(template.stop_token())
-    return list(dict.fromkeys([stop, *known]))
+    config = model.generation_config
+    known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
+    config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known]))
+    config.pad_token_id = tokenizer.pad_token_id

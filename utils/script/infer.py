@@ -113,17 +113,14 @@ def load_chat(args: InferArgs) -> Chat:
     from utils.log import route_library_logs
     from utils.model import load_for_inference
     from utils.template import get_template
-    from utils.tokenizer import load_tokenizer, set_chat_template, stop_token_ids
+    from utils.tokenizer import load_tokenizer, set_format
 
     route_library_logs()
     set_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code, flag="--model_path")
     model = load_for_inference(args.model_path, args.trust_remote_code)
     if args.template_name:
-        template = get_template(args.template_name, tokenizer)
-        set_chat_template(tokenizer, template)
-        model.generation_config.eos_token_id = stop_token_ids(tokenizer, template, model)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        set_format(tokenizer, get_template(args.template_name, tokenizer), model)
     elif not tokenizer.chat_template:
         raise UserError(
             f"--model_path {args.model_path!r} has no chat format of its own; give one with --template_name, "
