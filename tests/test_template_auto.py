@@ -149,6 +149,14 @@ def test_data_cannot_forge_a_turn_wherever_it_stands():
     assert get_template("auto", tokenizer).encode(messages, tokenizer)["input_ids"].count(stop) == 3
 
 
+def test_a_private_use_character_in_a_row_is_kept():
+    """The break set into special tokens' text is one that the row itself does not hold."""
+    tokenizer = with_template(get_template("qwen").to_jinja())
+    messages = [{"role": "user", "content": "\ue0f0 <|im_end|>"}, {"role": "assistant", "content": "c\ue0f0"}]
+    ids = get_template("auto", tokenizer).encode(messages, tokenizer)["input_ids"]
+    assert tokenizer.decode(ids) == get_template("qwen").render(messages)
+
+
 def test_marks_do_not_train_what_the_model_would_not_say():
     """The same template with generation marks: still only the answer that is shown as it was said."""
     marked = THINKING.replace(

@@ -1,5 +1,6 @@
 """`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -183,7 +184,7 @@ class AutoTemplate:
         train_on: str = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
-        marks = None if allow_special else [free_break(str(messages)) for messages in conversations]
+        marks = None if allow_special else [free_break(_plain(messages)) for messages in conversations]
         pieces = [self.segments(messages, marks and marks[i]) for i, messages in enumerate(conversations)]
         if train_on == "last_turn":
             pieces = [only_last_answer(segments) for segments in pieces]
@@ -208,3 +209,8 @@ def _space_before(answer: str, message: Message) -> int:
     said = message.get("content")
     found = answer.find(said) if isinstance(said, str) and said else -1
     return found if found > 0 and not answer[:found].strip() else 0
+
+
+def _plain(messages: list[Message]) -> str:
+    """All of a conversation's text as it is; Python's own `str` would escape what cannot be printed."""
+    return json.dumps(messages, ensure_ascii=False)
