@@ -41,12 +41,12 @@ def build_adapter(args, model, tokenizer, template: Template | None):
         template: uses them; None where plain text is trained.
 
     Returns:
-        peft.LoraConfig, or None where every weight is trained.
+        peft.LoraConfig, or None where every weight is trained or the model has its adapter already.
 
     Raises:
         UserError: `--lora_target_modules` names a module the model does not have.
     """
-    if not ADAPTERS[args.train_mode].lora:
+    if not ADAPTERS[args.train_mode].lora or args.adapter_name_or_path:
         return None
     from peft import LoraConfig, TaskType
 

@@ -28,6 +28,9 @@ class CommonArgs:
     model_name_or_path: str = arg(
         "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
     )
+    adapter_name_or_path: str | None = arg(
+        None, "A trained adapter to go on from, with its base and settings; --train_mode full merges it first."
+    )
     train_data_path: str | None = arg(
         None,
         "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
@@ -57,8 +60,7 @@ class CommonArgs:
     overlong: Literal["truncate", "drop", "error"] = arg(
         "truncate",
         "A row longer than --max_len. truncate: it loses its oldest turns, then the beginning of its last question; "
-        "an answer is never cut, and a row that still does not fit is dropped. drop: it is left out. error: it stops "
-        "the run.",
+        "an answer is never cut, and a row that still does not fit is dropped. drop: left out. error: stops the run.",
     )
     allow_special_tokens_in_content: bool = arg(
         False,
@@ -214,7 +216,7 @@ def parse_args(argv: list[str] | None = None):
     # a precision set in the recipe counts as given
     given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
     problems += check_precision(common, values, given)
-    resolve_defaults(common, values, given, recipe)
+    problems += resolve_defaults(common, values, given, recipe)
     problems += _replaced(recipe, values, given)
     problems += check_common(common, recipe)
     try:

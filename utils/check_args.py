@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 
+from utils.check_adapter import check_adapter, start_from_adapter, template_of_run
 from utils.errors import nearest
 from utils.template import template_dict, unknown_template
 
@@ -12,12 +13,18 @@ from utils.template import template_dict, unknown_template
 SAMPLE_DATA = {
     "pretrain": ("data/pretrain_data.jsonl", None),
     "sft": ("data/sft_data.jsonl", "data/sft_eval_data.jsonl"),
+    "dpo_multi": ("data/dpo_multi_data.jsonl", "data/dpo_multi_eval_data.jsonl"),
+    "dpo_single": ("data/dpo_single_data.jsonl", "data/dpo_single_eval_data.jsonl"),
 }
 KNOWN_TASKS = tuple(SAMPLE_DATA)
 
 
-def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> None:
-    """Fills in what depends on other values: task, sample data, run folder, evaluation."""
+def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> list[str]:
+    """Fills in what depends on other values: task, sample data, run folder, evaluation, what a run goes on from.
+
+    Returns:
+        the problems with what it goes on from.
+    """
     common.task_type = common.task_type or recipe.task_types[0]
     sample, eval_sample = SAMPLE_DATA.get(common.task_type, (None, None))
     if common.train_data_path is None and sample:
@@ -31,6 +38,11 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> Non
     resume = str(values.get("resume_from_checkpoint")).lower()
     if resume in ("true", "false", "none"):
         values["resume_from_checkpoint"] = True if resume == "true" else None
+    if "max_prompt_length" not in given:
+        common.max_prompt_length = min(common.max_prompt_length, max(1, common.max_len // 2))
+    problems = start_from_adapter(common, given) if common.adapter_name_or_path else []
+    template_of_run(common, given)
+    return problems
 
 
 def _new_folder(path: str) -> str:
@@ -56,7 +68,7 @@ def check_common(common, recipe: type) -> list[str]:
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
     problems += check_model_path("--model_name_or_path", common.model_name_or_path, common.trust_remote_code)
-    return problems + _check_numbers(common) + _check_adapter(common)
+    return problems + _check_numbers(common) + check_adapter(common)
 
 
 def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False) -> list[str]:
@@ -79,12 +91,9 @@ def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allo
         if adapter_allowed and (folder / "adapter_config.json").is_file():
             return []
         if not (folder / "config.json").is_file():
-            hint = (
-                "an adapter, whose base model is to be given"
-                if (folder / "adapter_config.json").is_file()
-                else ("no model saved by transformers")
-            )
-            return [f"{flag} has no config.json: it holds {hint}"]
+            if (folder / "adapter_config.json").is_file():
+                return [f"{flag} has no config.json: it holds an adapter; give it as --adapter_name_or_path"]
+            return [f"{flag} has no config.json: it holds no model saved by transformers"]
         if not list(folder.glob("*.safetensors")):
             return [
                 f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
@@ -136,31 +145,4 @@ def _check_numbers(common) -> list[str]:
     ]
     if common.eval_data_path and common.val_size:
         problems.append(f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one")
-    return problems
-
-
-def _check_adapter(common) -> list[str]:
-    problems = []
-    if common.train_mode == "full":
-        adapter_only = {
-            "use_dora": common.use_dora,
-            "use_rslora": common.use_rslora,
-            "init_lora_weights": common.init_lora_weights != "default",
-            "loraplus_lr_ratio": common.loraplus_lr_ratio is not None,
-            "lora_target_modules": common.lora_target_modules is not None,
-        }
-        problems += [
-            f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
-            "use --train_mode lora or qlora, or leave the flag out"
-            for name, is_set in adapter_only.items()
-            if is_set
-        ]
-    if common.init_lora_weights == "pissa":
-        if common.train_mode == "qlora":
-            problems.append(
-                "--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
-                "quantised; use --train_mode lora"
-            )
-        if common.use_dora:
-            problems.append("--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one")
     return problems

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from utils.check_dpo import check_dpo
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
@@ -21,12 +22,13 @@ def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
     problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
     problems += _check_data_files(common) + _check_attention(common)
-    problems += _check_trainer(train_args)
+    problems += _check_trainer(train_args) + check_dpo(common, train_args)
     if common.cache_dir is not None:
         problems += _check_writable(f"--cache_dir {common.cache_dir!r}", Path(common.cache_dir).expanduser())
-    if train_args.packing and not train_args.padding_free:
+    packing = getattr(train_args, "packing", False)
+    if packing and not train_args.padding_free:
         problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
-    if train_args.packing and common.trust_remote_code:
+    if packing and common.trust_remote_code:
         problems.append(
             "--packing true does not go with --trust_remote_code true, whose attention may not heed "
             "positions; use --packing false"

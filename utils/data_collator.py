@@ -1,5 +1,7 @@
 """Rows → the tensors of a step."""
 
+from utils.segments import IGNORED
+
 
 def build_collator(pad_token_id: int, padding_free: bool):
     """Makes the collator for rows of `input_ids` and `labels`.
@@ -32,3 +34,94 @@ def build_collator(pad_token_id: int, padding_free: bool):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
+
+
+def build_trl_pair_collator(pad_token_id: int):
+    """Makes TRL's collator for pairs: prompt and chosen in the first half of the rows, rejected in the second.
+
+        prompt_ids [1, 2], chosen_ids [3, 4], chosen_labels [3, 4], rejected_ids [5], rejected_labels [5]
+        → input_ids       [[1, 2, 3, 4], [1, 2, 5, pad]]
+          attention_mask  [[1, 1, 1, 1], [1, 1, 1, 0]]
+          completion_mask [[0, 0, 1, 1], [0, 0, 1, 0]]
+
+    TRL counts everything after the prompt as the answer. The labels say better where an answer
+    is of several turns: what a user or a tool says between them is not trained.
+    """
+    import torch
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Collator(DataCollatorForPreference):
+        def torch_call(self, examples):
+            batch = super().torch_call(examples)
+            prompts = [example["prompt_ids"] for example in examples]
+            labels = [example[side] for side in ("chosen_labels", "rejected_labels") for example in examples]
+            for mask, prompt, row in zip(batch["completion_mask"], prompts * 2, labels, strict=True):
+                mask[len(prompt) : len(prompt) + len(row)] = torch.tensor(row) != IGNORED
+            return batch
+
+    return Collator(pad_token_id=pad_token_id)
+
+
+def build_pair_collator(pad_token_id: int, padding_free: bool):
+    """Makes the collator of `dpo_single`; each pair becomes two rows, all chosen before all rejected.
+
+        prompt_ids [1, 2], chosen_ids [3, 4], chosen_labels [3, 4], rejected_ids [5], rejected_labels [5]
+
+    Padded:
+
+        → input_ids      [[1, 2, 3, 4], [1, 2, 5, pad]]
+          labels         [[-100, -100, 3, 4], [-100, -100, 5, -100]]
+          attention_mask [[1, 1, 1, 1], [1, 1, 1, 0]]
+          row            [[0, 0, 0, 0], [1, 1, 1, 1]]
+
+    Padding-free, end to end, told apart by positions that start again:
+
+        → input_ids    [[1, 2, 3, 4, 1, 2, 5]]
+          labels       [[-100, -100, 3, 4, -100, -100, 5]]
+          position_ids [[0, 1, 2, 3, 0, 1, 2]]
+          row          [[0, 0, 0, 0, 1, 1, 1]]
+
+    `row` says to which row a token belongs, so that the loss can add up each row's
+    log-probabilities in either form. Log-probabilities of a reference that were computed
+    beforehand pass through.
+    """
+
+    def collate(pairs: list[dict]) -> dict:
+        rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
+        labels = [
+            [IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"]
+            for side in ("chosen", "rejected")
+            for pair in pairs
+        ]
+        batch = _end_to_end(rows, labels) if padding_free else _padded(rows, labels, pad_token_id)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in pairs[0]:
+                batch[name] = torch.tensor([pair[name] for pair in pairs])
+        return batch
+
+    import torch
+
+    return collate
+
+
+def _end_to_end(rows: list[list[int]], labels: list[list[int]]) -> dict:
+    import torch
+
+    return {
+        "input_ids": torch.tensor([sum(rows, [])]),
+        "labels": torch.tensor([sum(labels, [])]),
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+        "row": torch.cat([torch.full((len(row),), number) for number, row in enumerate(rows)])[None],
+    }
+
+
+def _padded(rows: list[list[int]], labels: list[list[int]], pad_token_id: int) -> dict:
+    import torch
+
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows]),
+        "labels": torch.tensor([row + [IGNORED] * (length - len(row)) for row in labels]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "row": torch.arange(len(rows))[:, None].expand(-1, length),
+    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.data_report import TOO_LONG, DataReport, refuse_nothing_left
+from utils.data_report import TOO_LONG, DataReport, Dropped, refuse_nothing_left
 from utils.errors import UserError
 
 
@@ -19,16 +19,18 @@ class RowKind:
     Attributes:
         suffixes: the kinds of file it reads.
         read: raw row → a value that JSON can hold; raises BadRow or EmptyRow.
-        encode: values → for each `{"input_ids", "labels", "shortened"}`, or a reason to drop it.
+        encode: values → for each its columns and `shortened`, or why it is dropped.
         key: everything `encode` depends on, for the cache.
+        columns: lists of token ids, named `…ids`, and of labels, named `…labels`, -100 where nothing is trained.
         pack: what is done with the whole encoded dataset at the end, if anything.
         refuse_long: whether a row that is too long stops the run.
     """
 
     suffixes: tuple[str, ...]
     read: Callable[[Any], Any]
-    encode: Callable[[list[Any]], list[dict | str]]
+    encode: Callable[[list[Any]], list[dict | Dropped]]
     key: dict[str, Any]
+    columns: tuple[str, ...] = ("input_ids", "labels")
     pack: Callable[[Any], Any] | None = None
     refuse_long: bool = False
 
@@ -42,10 +44,10 @@ def encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, s
         workers = min(os.cpu_count() or 1, 16, len(checked) // 5000)
     features = Features(
         {
-            "input_ids": Sequence(Value("int32")),
-            "labels": Sequence(Value("int32")),
+            **{name: Sequence(Value("int32")) for name in kind.columns},
             "shortened": Value("bool"),
             "dropped": Value("string"),
+            "reason": Value("string"),
             "file": Value("int32"),
             "line": Value("int64"),
         }
@@ -53,7 +55,7 @@ def encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, s
     if len(checked) > 5000:
         enable_progress_bar()
     encoded = checked.map(
-        functools.partial(_encode_batch, kind.encode),
+        functools.partial(_encode_batch, kind),
         batched=True,
         remove_columns=["row"],
         features=features,
@@ -63,31 +65,33 @@ def encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, s
         desc="tokenising",
     )
     disable_progress_bar()
-    return _without_dropped(encoded, files, report, kind.refuse_long)
+    return _without_dropped(encoded, files, report, kind)
 
 
-def _encode_batch(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
-    results = encode([json.loads(row) for row in batch["row"]])
-    empty = {"input_ids": [], "labels": [], "shortened": False}
-    rows = [{**empty, "dropped": r} if isinstance(r, str) else {"dropped": None, **r} for r in results]
-    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "shortened", "dropped")}
+def _encode_batch(kind: RowKind, batch: dict[str, list]) -> dict[str, list]:
+    empty = {**{name: [] for name in kind.columns}, "shortened": False, "dropped": None, "reason": None}
+    rows = []
+    for result in kind.encode([json.loads(row) for row in batch["row"]]):
+        found = {"dropped": result.kind, "reason": result.reason} if isinstance(result, Dropped) else result
+        rows.append({**empty, **found})
+    return {name: [row[name] for row in rows] for name in empty}
 
 
-def _without_dropped(encoded, files: list[str], report: DataReport, refuse_long: bool):
+def _without_dropped(encoded, files: list[str], report: DataReport, kind: RowKind):
     """Counts tokens, shortened and dropped rows column by column, and keeps the rest of the rows."""
     import pyarrow.compute as pc
 
     table = encoded.data
-    columns = (table[name].to_pylist() for name in ("dropped", "shortened", "file", "line"))
+    columns = (table[name].to_pylist() for name in ("dropped", "reason", "shortened", "file", "line"))
     kept = []
-    for index, (reason, shortened, file, line) in enumerate(zip(*columns, strict=True)):
-        if reason is not None:
-            report.drop(files[file], line, reason, TOO_LONG if TOO_LONG in reason else "with nothing to train")
+    for index, (dropped, reason, shortened, file, line) in enumerate(zip(*columns, strict=True)):
+        if dropped is not None:
+            report.drop(files[file], line, reason, dropped)
             continue
         kept.append(index)
         if shortened:
             report.shorten(files[file], line)
-    if refuse_long and TOO_LONG in report.dropped:
+    if kind.refuse_long and TOO_LONG in report.dropped:
         raise UserError(
             f"{report.dropped[TOO_LONG]:,} of {report.rows:,} rows are too long, and --overlong error is given:"
             f"{report.named_places()}\n   Raise --max_len, or give --overlong truncate or drop"
@@ -96,8 +100,11 @@ def _without_dropped(encoded, files: list[str], report: DataReport, refuse_long:
     report.kept = len(kept)
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
-    for batch in table["labels"].chunks:
-        labels = batch.flatten()
-        report.tokens += len(labels)
-        report.trained_tokens += pc.sum(pc.greater_equal(labels, 0).cast("int64")).as_py() or 0
-    return encoded.remove_columns(["shortened", "dropped", "file", "line"])
+    for name in kind.columns:
+        for batch in table[name].chunks:
+            values = batch.flatten()
+            if name.endswith("ids"):
+                report.tokens += len(values)
+            else:
+                report.trained_tokens += pc.sum(pc.greater_equal(values, 0).cast("int64")).as_py() or 0
+    return encoded.remove_columns(["shortened", "dropped", "reason", "file", "line"])

@@ -23,7 +23,7 @@ from utils.data_report import SHOWN, DataReport, refuse_nothing_left
 from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
 
-_FORMAT_VERSION = 1  # raise it when a change here makes other ids or labels of the same row
+_FORMAT_VERSION = 2  # raise it when a change here makes other ids or labels of the same row
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -68,8 +68,8 @@ def _from_cache(folder: Path):
         return None
     try:
         kept = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "report.json"}
-        if kept.pop("sizes") != sizes:
+        # others may lie there: TRL keeps the reference's log-probabilities beside the rows
+        if any((folder / name).stat().st_size != size for name, size in kept.pop("sizes").items()):
             raise ValueError("a file is missing or cut short")
         return load_from_disk(str(folder)), DataReport(**kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,7 +188,7 @@ def _readable_rows(
             except EmptyRow as error:
                 if on_bad_row == "error":
                     refused.append(f"{place} {error}")
-                report.drop(file, raw.line, str(error), "with nothing to train")
+                report.drop(file, raw.line, str(error), error.kind)
             except BadRow as error:
                 # rows that follow a fatal one are lost uncounted, so it stops the run in any case
                 if on_bad_row != "drop" or raw.fatal:

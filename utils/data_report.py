@@ -1,14 +1,29 @@
 """What became of the rows: how many are trained on, which are left out, and why."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loguru import logger
 
 from utils.errors import UserError
 
 SHOWN = 20  # so many bad rows are named one by one
-TOO_LONG = "too long"
 _LINES = 100  # so many line numbers are kept for each reason
+
+
+class Dropped(NamedTuple):
+    """Why a row is left out.
+
+    Attributes:
+        reason: completes "line N …".
+        kind: how such rows are counted.
+    """
+
+    reason: str
+    kind: str = "with nothing to train"
+
+
+TOO_LONG = "too long"
 
 
 @dataclass

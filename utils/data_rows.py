@@ -27,7 +27,37 @@ class BadRow(ValueError):
 
 
 class EmptyRow(BadRow):
-    """The row is well-formed, but nothing in it could be trained."""
+    """The row is well-formed, but nothing in it could be trained.
+
+    Attributes:
+        kind: how such rows are counted.
+    """
+
+    kind = "with nothing to train"
+
+
+class WrongTask(BadRow):
+    """The row is one for another task."""
+
+    def __init__(self, row: dict, needed: str):
+        task = looks_like(row)
+        if task is None:
+            super().__init__(f"has the fields {sorted(map(str, row))}; needed is {needed}")
+        else:
+            super().__init__(
+                f"looks like a row for {task}, not for this task; use --train_args_path train_args/{task}/base.py, "
+                f"or rows of {needed}"
+            )
+
+
+def looks_like(row: dict) -> str | None:
+    """The task whose fields a row has: `{"text": …}` → `"pretrain"`; None where it has those of none."""
+    fields = {
+        "dpo": ("chosen", "rejected", "reject"),
+        "sft": ("messages", "conversations", "output"),
+        "pretrain": ("text",),
+    }
+    return next((task for task, names in fields.items() if any(name in row for name in names)), None)
 
 
 def to_messages(row: Any) -> list[Message]:
@@ -41,25 +71,27 @@ def to_messages(row: Any) -> list[Message]:
         EmptyRow: the answer is empty.
     """
     if not isinstance(row, dict):
-        raise BadRow(f"is {_kind(row)}, not an object with fields")
+        raise BadRow(f"is {kind_name(row)}, not an object with fields")
     if "messages" in row:
-        messages = _from_list(row["messages"], "messages", "role", "content")
+        messages = read_turns(row["messages"], "messages", "role", "content")
     elif "conversations" in row:
-        messages = _from_list(row["conversations"], "conversations", "from", "value")
-    elif "instruction" in row or "output" in row:
-        return _with_tools(_from_instruction(row), row.get("tools"))
-    elif {"chosen", "rejected"} & set(row):
-        raise BadRow("holds a preference pair (chosen, rejected), which is a row for DPO, not for SFT")
-    elif "text" in row:
-        raise BadRow('holds {"text": …}, which is a row for pretraining; use train_args/pretrain/base.py')
+        messages = read_turns(row["conversations"], "conversations", "from", "value")
+    elif "output" in row or ("instruction" in row and looks_like(row) is None):
+        return with_tools(_from_instruction(row), row.get("tools"))
     else:
-        raise BadRow(f"has the fields {sorted(map(str, row))}; needed is {FORMATS}")
-    if row.get("system"):
-        if messages[0]["role"] == "system":
-            raise BadRow("has a field 'system' and a system turn as well; keep one of them")
-        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+        raise WrongTask(row, FORMATS)
+    messages = with_system(messages, row)
     _check_answers(messages)
-    return _with_tools(messages, row.get("tools"))
+    return with_tools(messages, row.get("tools"))
+
+
+def with_system(messages: list[Message], row: dict) -> list[Message]:
+    """A row's field 'system' stands before the turns."""
+    if not row.get("system"):
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRow("has a field 'system' and a system turn as well; keep one of them")
+    return [{"role": "system", "content": read_text(row, "system")}, *messages]
 
 
 def _check_answers(messages: list[Message]) -> None:
@@ -78,32 +110,41 @@ def to_text(row: Any) -> str:
         EmptyRow: the text is blank.
     """
     if not isinstance(row, dict):
-        raise BadRow(f"is {_kind(row)}, not an object with the field 'text'")
+        raise BadRow(f"is {kind_name(row)}, not an object with the field 'text'")
     if "text" not in row:
-        raise BadRow(f'has the fields {sorted(map(str, row))}; pretraining needs {{"text": …}}')
-    text = _text(row, "text")
+        raise WrongTask(row, '{"text": …}')
+    text = read_text(row, "text")
     if not text.strip():
         raise EmptyRow("has an empty text")
     return text
 
 
 def _from_instruction(row: dict) -> list[Message]:
-    messages = []
-    if row.get("system") is not None and _text(row, "system"):
+    messages = read_question(row, "instruction")
+    output = read_text(row, "output")
+    if not output.strip():
+        raise EmptyRow("has an empty output")
+    return [*messages, {"role": "assistant", "content": output}]
+
+
+def read_question(row: dict, field: str) -> list[Message]:
+    """A question in a text field, after its system message and its history, where there are any.
+
+    `{"instruction": "Add.", "input": "1, 2"}` → `[{"role": "user", "content": "Add.\\n1, 2"}]`
+    """
+    messages: list[Message] = []
+    if row.get("system") is not None and read_text(row, "system"):
         messages.append({"role": "system", "content": row["system"]})
     for turn, pair in enumerate(_history(row), 1):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow(f"has a history whose turn {turn} is not a pair of texts [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = _text(row, "instruction")
-    if row.get("input") is not None and _text(row, "input"):
+    question = read_text(row, field)
+    if row.get("input") is not None and read_text(row, "input"):
         question = f"{question}\n{row['input']}" if question else row["input"]
-    output = _text(row, "output")
     if not question.strip():
-        raise BadRow("has an empty instruction")
-    if not output.strip():
-        raise EmptyRow("has an empty output")
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        raise BadRow(f"has an empty {field}")
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _history(row: dict) -> list:
@@ -111,19 +152,19 @@ def _history(row: dict) -> list:
     if history in (None, ""):
         return []
     if not isinstance(history, list):
-        raise BadRow(f"has {_kind(history)} in 'history', not a list of [question, answer]")
+        raise BadRow(f"has {kind_name(history)} in 'history', not a list of [question, answer]")
     return history
 
 
-def _from_list(turns: Any, field: str, role_key: str, text_key: str) -> list[Message]:
+def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Message]:
     if not isinstance(turns, list):
-        raise BadRow(f"has {_kind(turns)} in {field!r}, not a list of turns")
+        raise BadRow(f"has {kind_name(turns)} in {field!r}, not a list of turns")
     if not turns:
         raise BadRow(f"has an empty list in {field!r}")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise BadRow(f"turn {number} is {_kind(turn)}, not an object with {role_key!r} and {text_key!r}")
+            raise BadRow(f"turn {number} is {kind_name(turn)}, not an object with {role_key!r} and {text_key!r}")
         # both spellings are in use under either name
         role_name, text_name = (role_key, text_key) if role_key in turn else _other_keys(role_key)
         role = turn.get(role_name)
@@ -139,22 +180,22 @@ def _from_list(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
 def _said(turn: dict, field: str) -> dict:
     """A turn's text, or the tools it calls, with what names them."""
     extra = {
-        key: _text(turn, key) for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None
+        key: read_text(turn, key) for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None
     }
     if not turn.get("tool_calls"):
-        return {"content": _text(turn, field), **extra}
+        return {"content": read_text(turn, field), **extra}
     if not isinstance(turn["tool_calls"], list):
-        raise BadRow(f"has {_kind(turn['tool_calls'])} in 'tool_calls', not a list")
-    content = "" if turn.get(field) is None else _text(turn, field)
+        raise BadRow(f"has {kind_name(turn['tool_calls'])} in 'tool_calls', not a list")
+    content = "" if turn.get(field) is None else read_text(turn, field)
     return {"content": content, "tool_calls": turn["tool_calls"], **extra}
 
 
-def _with_tools(messages: list[Message], tools: Any) -> list[Message]:
+def with_tools(messages: list[Message], tools: Any) -> list[Message]:
     """The tools of a row go with its first message, whatever turns are cut away."""
     if tools in (None, []):
         return messages
     if not isinstance(tools, list):
-        raise BadRow(f"has {_kind(tools)} in 'tools', not a list of tool descriptions")
+        raise BadRow(f"has {kind_name(tools)} in 'tools', not a list of tool descriptions")
     return [{**messages[0], "tools": tools}, *messages[1:]]
 
 
@@ -162,12 +203,12 @@ def _other_keys(role_key: str) -> tuple[str, str]:
     return ("from", "value") if role_key == "role" else ("role", "content")
 
 
-def _text(row: dict, field: str) -> str:
+def read_text(row: dict, field: str) -> str:
     if field not in row:
         raise BadRow(f"has no field {field!r}")
     value = row[field]
     if not isinstance(value, str):
-        raise BadRow(f"has {_kind(value)} in {field!r} where text belongs")
+        raise BadRow(f"has {kind_name(value)} in {field!r} where text belongs")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -175,7 +216,7 @@ def _text(row: dict, field: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_name(value: Any) -> str:
     names: list[tuple[Any, str]] = [
         (type(None), "null"),
         (bool, "true or false"),

@@ -53,7 +53,19 @@ def load_model(args, train_args):
     if adapter.quantised:
         _keep_quantised_weights(model)
     _settle_checkpointing(model, train_args)
-    return model
+    return _with_trained_adapter(model, args) if args.adapter_name_or_path else model
+
+
+def _with_trained_adapter(model, args):
+    """The model under an adapter that was trained before, to go on with; merged where every weight is trained."""
+    from peft import PeftModel
+
+    path, lora = args.adapter_name_or_path, ADAPTERS[args.train_mode].lora
+    try:
+        model = PeftModel.from_pretrained(model, path, is_trainable=lora)
+    except Exception as error:  # a base of another shape, a damaged file, the hub
+        raise UserError(load_failure("adapter", "--adapter_name_or_path", path, error)) from error
+    return model if lora else model.merge_and_unload()
 
 
 def settle_generation(model) -> None:

@@ -69,12 +69,27 @@ def free_break(text: str) -> str:
     return next(character for character in _BREAKS if character not in text)
 
 
-def only_last_answer(segments: list[Segment]) -> list[Segment]:
-    """Leaves the last answer and its stop token trained, and no other."""
-    last = next((i for i in reversed(range(len(segments))) if segments[i].trained), 0)
-    while last > 0 and segments[last - 1].trained:
-        last -= 1
-    return [segment if i >= last else segment._replace(trained=False) for i, segment in enumerate(segments)]
+def count_answers(messages: list[dict]) -> int:
+    """How many of the turns are the assistant's."""
+    return sum(message["role"] == "assistant" for message in messages)
+
+
+def answer_starts(segments: list[Segment]) -> list[int]:
+    """Where the trained answers begin, each with its stop token a run of trained segments."""
+    return [i for i, segment in enumerate(segments) if segment.trained and not (i and segments[i - 1].trained)]
+
+
+def only_answers(segments: list[Segment], train_on: str | int) -> list[Segment]:
+    """Leaves the answers of `train_on` trained, each with its stop token, and no other.
+
+    Args:
+        segments: with every answer trained.
+        train_on: `all_turns`, `last_turn`, or how many of the last answers.
+    """
+    starts = answer_starts(segments)
+    count = {"all_turns": len(starts), "last_turn": 1}.get(train_on, train_on)
+    first = starts[-count] if 0 < count < len(starts) else 0
+    return [segment if i >= first else segment._replace(trained=False) for i, segment in enumerate(segments)]
 
 
 def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:

@@ -1,11 +1,12 @@
 """Fitting a conversation into `max_len`: the oldest turns go first, an answer is never cut."""
 
+from utils.data_report import TOO_LONG, Dropped
 from utils.template import IGNORED, Message, Template
 
 
 def encode_within(
     conversations: list[list[Message]], template: Template, tokenizer, max_len: int, truncate: bool = True, **options
-) -> list[dict | str]:
+) -> list[dict | Dropped]:
     """Encodes conversations so that none is longer than `max_len`.
 
     Args:
@@ -20,21 +21,32 @@ def encode_within(
         for each `{"input_ids", "labels", "shortened"}`, or the reason why it cannot be trained.
     """
 
-    def shorten(messages: list[Message], encoded: dict) -> dict | str:
+    def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
         shortened = False
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
             if not truncate:
-                return f"is too long for --max_len {max_len}"
-            messages = _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
+                return Dropped(f"is too long for --max_len {max_len}", TOO_LONG)
+            messages = shorter(messages, surplus, tokenizer)
             if messages is None:
-                return f"is too long for --max_len {max_len} with its answer, which is never cut"
+                return Dropped(f"is too long for --max_len {max_len} with its answer, which is never cut", TOO_LONG)
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if all(label == IGNORED for label in encoded["labels"]):
-            return "has nothing to train"
+            return Dropped("has nothing to train")
         return {**encoded, "shortened": shortened}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
+
+
+def shorter(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
+    """The conversation without its oldest turn, or with a shorter question; None where neither can go.
+
+    Args:
+        messages: ending with an answer.
+        surplus: how many tokens it is too long.
+        tokenizer: a fast one.
+    """
+    return _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
 
 
 def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:

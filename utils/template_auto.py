@@ -12,7 +12,7 @@ from utils.segments import (
     cut_segments,
     encode_segments,
     free_break,
-    only_last_answer,
+    only_answers,
     special_pattern,
 )
 
@@ -171,7 +171,7 @@ class AutoTemplate:
         return cut_segments(text, self._trained_spans(messages, text))
 
     def encode(
-        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str = "all_turns"
+        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
     ) -> dict[str, list[int]]:
         """As `Template.encode`."""
         return self.encode_batch([messages], tokenizer, allow_special, train_on)[0]
@@ -181,13 +181,12 @@ class AutoTemplate:
         conversations: list[list[Message]],
         tokenizer,
         allow_special: bool = False,
-        train_on: str = "all_turns",
+        train_on: str | int = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
         marks = None if allow_special else [free_break(_plain(messages)) for messages in conversations]
         pieces = [self.segments(messages, marks and marks[i]) for i, messages in enumerate(conversations)]
-        if train_on == "last_turn":
-            pieces = [only_last_answer(segments) for segments in pieces]
+        pieces = [only_answers(segments, train_on) for segments in pieces]
         return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
 
     def special_tokens(self, tokenizer) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from utils.errors import UserError
-from utils.segments import Segment, encode_segments, only_last_answer
+from utils.segments import Segment, encode_segments, only_answers
 from utils.template_jinja import to_jinja
 
 Message = dict[str, str]
@@ -143,7 +143,7 @@ class Template:
                 )
 
     def encode(
-        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str = "all_turns"
+        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
     ) -> dict[str, list[int]]:
         """Tokenises a conversation once as a whole and labels what is trained.
 
@@ -153,7 +153,7 @@ class Template:
             messages: as for `render`.
             tokenizer: a fast tokenizer, whose offsets tell which token covers which text.
             allow_special: whether a special token's text within a content becomes that token.
-            train_on: `all_turns`, or `last_turn` for the last answer alone.
+            train_on: `all_turns`, `last_turn` for the last answer alone, or how many of the last answers.
 
         Returns:
             `{"input_ids": [L], "labels": [L]}`
@@ -165,14 +165,12 @@ class Template:
         conversations: list[list[Message]],
         tokenizer,
         allow_special: bool = False,
-        train_on: str = "all_turns",
+        train_on: str | int = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
         pieces = []
         for messages in conversations:
-            segments = list(self.segments(messages))
-            if train_on == "last_turn":
-                segments = only_last_answer(segments)
+            segments = only_answers(list(self.segments(messages)), train_on)
             if self.closing and messages[-1]["role"] == "assistant":
                 segments.append(Segment(self.closing, trained=True))
             pieces.append(segments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data.build.dpo_rows import write_pairs
 from data.build.model import ROOT, export, pretrain, write_random_model
 from data.build.pretrain_text import write_text
 from data.build.sft_rows import write_rows
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     text, tokenizer = work / "text.jsonl", work / "tokenizer"
     if "rows" in args.only:
         write_rows(data)
+        write_pairs(data)
         write_text(data / "pretrain_data.jsonl", SAMPLE_DOCUMENTS, SAMPLE_SEED)
         print(f"rows: written to {data}")
     if "text" in args.only:

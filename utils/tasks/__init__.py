@@ -13,6 +13,8 @@ import importlib
 TASKS = {
     "pretrain": "utils.tasks.pretrain",
     "sft": "utils.tasks.sft",
+    "dpo_multi": "utils.tasks.dpo_multi",
+    "dpo_single": "utils.tasks.dpo_single",
 }
 
 

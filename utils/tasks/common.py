@@ -28,12 +28,13 @@ class Data:
         return len(self.train)
 
 
-def row_kind(args, train_args, tokenizer, strategy: str, suffixes, read, encode, **key) -> RowKind:
+def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, encode, columns=None, **key) -> RowKind:
     """What the tasks' ways with rows have in common: lengths, packing, and the cache's key.
 
     Args:
-        strategy: TRL's packing strategy, `bfd` for whole rows or `bfd_split` for text that may go on in the next.
-        suffixes, read, encode: as in RowKind.
+        strategy: TRL's packing strategy, `bfd` for whole rows or `bfd_split` for text that may go on in the next;
+            None for rows that cannot be packed.
+        suffixes, read, encode, columns: as in RowKind.
         **key: what else the rows depend on.
     """
 
@@ -42,6 +43,7 @@ def row_kind(args, train_args, tokenizer, strategy: str, suffixes, read, encode,
 
         return pack_dataset(dataset, args.max_len, strategy=strategy)
 
+    packing = strategy is not None and train_args.packing
     return RowKind(
         suffixes=suffixes,
         read=read,
@@ -49,11 +51,12 @@ def row_kind(args, train_args, tokenizer, strategy: str, suffixes, read, encode,
         key={
             "tokenizer": tokenizer_key(tokenizer),
             "max_len": args.max_len,
-            "packing": strategy if train_args.packing else None,
+            "packing": strategy if packing else None,
             "overlong": args.overlong,
             **key,
         },
-        pack=pack if train_args.packing else None,
+        columns=columns or RowKind.columns,
+        pack=pack if packing else None,
         refuse_long=args.overlong == "error",
     )
 

@@ -1,6 +1,7 @@
 """Pretraining: plain text, every token of which is trained, in packed rows."""
 
 from utils.data_files import TEXT_SUFFIXES
+from utils.data_report import TOO_LONG, Dropped
 from utils.data_rows import to_text
 from utils.tasks.common import Data, load_both, row_kind
 from utils.tasks.sft import build_collator, build_trainer
@@ -25,7 +26,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             return [
                 {"input_ids": ids, "labels": ids, "shortened": False}
                 if len(ids) <= args.max_len
-                else f"is too long for --max_len {args.max_len}; --packing true would split it"
+                else Dropped(f"is too long for --max_len {args.max_len}; --packing true would split it", TOO_LONG)
                 for ids in rows
             ]
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]

@@ -1,0 +1,127 @@
+"""Checks of the adapter's arguments, and what follows from an adapter to go on from."""
+
+import json
+from pathlib import Path
+
+from loguru import logger
+
+from utils.paths import project_path
+
+# a setting of ours → its name in adapter_config.json
+_SETTINGS = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+
+
+def check_adapter(common) -> list[str]:
+    """Checks the adapter's arguments against each other; returns the problems."""
+    problems = []
+    if common.train_mode == "full":
+        adapter_only = {
+            "use_dora": common.use_dora,
+            "use_rslora": common.use_rslora,
+            "init_lora_weights": common.init_lora_weights != "default",
+            "loraplus_lr_ratio": common.loraplus_lr_ratio is not None,
+            "lora_target_modules": common.lora_target_modules is not None,
+        }
+        problems += [
+            f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
+            "use --train_mode lora or qlora, or leave the flag out"
+            for name, is_set in adapter_only.items()
+            if is_set
+        ]
+    if common.init_lora_weights == "pissa":
+        if common.train_mode == "qlora":
+            problems.append(
+                "--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
+                "quantised; use --train_mode lora"
+            )
+        if common.use_dora:
+            problems.append("--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one")
+    return problems
+
+
+def start_from_adapter(common, given: set[str]) -> list[str]:
+    """Takes the base and the settings from `--adapter_name_or_path`; a given flag must not contradict them.
+
+    Returns:
+        the problems.
+    """
+    path = common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
+    flag = f"--adapter_name_or_path {path!r}"
+    config, problem = _read_config(flag, path)
+    if problem:
+        return [problem]
+    problems = _take_base(common, given, flag, str(config.get("base_model_name_or_path")))
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on")
+    names = ["init_lora_weights", "lora_target_modules"]
+    problems += [
+        f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out"
+        for name in names
+        if name in given and common.train_mode != "full"
+    ]
+    for name, key in _SETTINGS.items():
+        if name in given and getattr(common, name) != config.get(key):
+            problems.append(f"--{name} {getattr(common, name)} contradicts {flag}, which has {config.get(key)}")
+        elif common.train_mode != "full":
+            setattr(common, name, config.get(key))
+    return problems
+
+
+def _read_config(flag: str, path: str) -> tuple[dict, str | None]:
+    file = Path(path) / "adapter_config.json"
+    if not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "output/")):
+        from peft import PeftConfig
+
+        try:
+            return PeftConfig.from_pretrained(path).to_dict(), None
+        except Exception as error:  # the hub raises its own
+            return {}, f"{flag} is neither a folder nor an adapter that can be had from a hub ({type(error).__name__})"
+    if not file.is_file():
+        held = "holds whole weights; give it as --model_name_or_path" if (Path(path) / "config.json").is_file() else (
+            "has no adapter_config.json; give the folder of a run with --train_mode lora or qlora"
+        )  # fmt: skip
+        return {}, f"{flag} {held if Path(path).is_dir() else 'is not a folder'}"
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        return {}, f"{flag} has no adapter_model.safetensors; give the folder of a finished run, or a checkpoint of it"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config, None if isinstance(config, dict) else f"{flag} has an adapter_config.json without settings"
+    except ValueError as error:
+        return {}, f"{flag} has an adapter_config.json that is not JSON ({error})"
+
+
+def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
+    base = project_path(recorded)
+    if "model_name_or_path" not in given:
+        common.model_name_or_path = base
+    elif Path(base).is_dir() and Path(base).resolve() != Path(common.model_name_or_path).resolve():
+        return [
+            f"{flag} was trained on {recorded!r}, not on --model_name_or_path {common.model_name_or_path!r}; leave "
+            "--model_name_or_path out, or give that base"
+        ]
+    return []
+
+
+def template_of_run(common, given: set[str]) -> None:
+    """A run goes on in the chat format of the run it starts from, unless another is given."""
+    for folder in filter(None, (common.adapter_name_or_path, common.model_name_or_path)):
+        try:
+            file = Path(folder) / "train_args.json"
+            trained = json.loads(file.read_text(encoding="utf-8"))["common"]
+            name = trained["template_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if trained.get("task_type") == "pretrain" or common.task_type == "pretrain":
+            return
+        if "template_name" in given and common.template_name != name:
+            logger.warning("--template_name {} differs from {}, which {} was trained in", common.template_name, name, folder)
+        elif common.template_name != name:
+            common.template_name = name
+            logger.info("template {}: the one that {} was trained in", name, folder)
+        return

@@ -1,0 +1,97 @@
+"""Checks of the DPO recipe's values, which TRL would refuse only once the weights are loaded, or never."""
+
+from utils.errors import nearest
+
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
+_ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
+# dpo_single's loss is its own: what would change TRL's does nothing there
+_FOR_MULTI = {
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "label_smoothing": 0.0,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+}
+
+
+def check_dpo(common, train_args) -> list[str]:
+    """Checks the DPO recipe against itself and the common arguments; returns the problems."""
+    if not common.task_type.startswith("dpo"):
+        return []
+    problems = _check_lengths(common) + _check_reference(common, train_args)
+    if not train_args.beta > 0:
+        problems.append(f"--beta {train_args.beta} is not allowed; give a number above 0")
+    if common.lora_dropout and common.train_mode != "full" and train_args.disable_dropout:
+        problems.append(
+            f"--lora_dropout {common.lora_dropout} has no effect with --disable_dropout true, which DPO sets so that "
+            "policy and reference do not differ by chance; give --disable_dropout false, or no dropout"
+        )
+    if common.task_type == "dpo_single":
+        return problems + [
+            f"--{name} {getattr(train_args, name)} has no effect in dpo_single, whose loss is written out in "
+            "utils/tasks/dpo_single.py; use --task_type dpo_multi, or change preference_loss there"
+            for name, neutral in _FOR_MULTI.items()
+            if getattr(train_args, name) != neutral
+        ]
+    return problems + _check_losses(train_args)
+
+
+def _check_lengths(common) -> list[str]:
+    if common.max_prompt_length < common.max_len:
+        return []
+    return [
+        f"--max_prompt_length {common.max_prompt_length} leaves no room for an answer within --max_len "
+        f"{common.max_len}; give less"
+    ]
+
+
+def _check_reference(common, train_args) -> list[str]:
+    problems = []
+    if train_args.sync_ref_model and common.train_mode != "full":
+        problems.append(
+            f"--sync_ref_model true needs a reference of its own, and under --train_mode {common.train_mode} the "
+            "reference is the model with the adapter off; use --train_mode full"
+        )
+    if train_args.sync_ref_model and train_args.precompute_ref_log_probs:
+        problems.append("--sync_ref_model true changes the reference, --precompute_ref_log_probs true fixes it; give one")
+    return problems
+
+
+def _check_losses(train_args) -> list[str]:
+    losses, smoothing = train_args.loss_type, train_args.label_smoothing
+    problems = [
+        f"--loss_type {name!r} is not allowed.{nearest(name, LOSS_TYPES)} Allowed: {', '.join(LOSS_TYPES)}"
+        for name in losses
+        if name not in LOSS_TYPES
+    ]
+    if train_args.f_divergence_type not in DIVERGENCES:
+        problems.append(
+            f"--f_divergence_type {train_args.f_divergence_type!r} is not allowed; allowed: {', '.join(DIVERGENCES)}"
+        )
+    elif train_args.f_divergence_type != "reverse_kl":
+        problems += [
+            f"--loss_type {name} goes only with --f_divergence_type reverse_kl, not {train_args.f_divergence_type}"
+            for name in sorted(set(losses) & _ONLY_REVERSE_KL)
+        ]
+    if smoothing and not _SMOOTHED & set(losses):
+        problems.append(
+            f"--label_smoothing {smoothing} has no effect with --loss_type {' '.join(losses)}; it is read by "
+            f"{', '.join(sorted(_SMOOTHED))}"
+        )
+    if not 0 <= smoothing < 0.5:
+        problems.append(f"--label_smoothing {smoothing} is not allowed; give at least 0 and below 0.5")
+    if "exo_pair" in losses and not smoothing:
+        problems.append("--loss_type exo_pair needs --label_smoothing above 0; 1e-3 in its paper (arXiv 2402.00856)")
+    if train_args.ld_alpha is not None and not 0 <= train_args.ld_alpha <= 1:
+        problems.append(f"--ld_alpha {train_args.ld_alpha} is not allowed; give 0 to 1")
+    if train_args.use_weighting and {"aot", "aot_unpaired"} & set(losses):
+        problems.append("--use_weighting true weighs pairs, which --loss_type aot and aot_unpaired tear apart; give one")
+    return problems

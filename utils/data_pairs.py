@@ -1,0 +1,129 @@
+"""Raw rows → preference pairs: one prompt, the answer that is wanted and the one that is not."""
+
+from typing import Any
+
+from utils.data_rows import (
+    BadRow,
+    EmptyRow,
+    Message,
+    WrongTask,
+    kind_name,
+    read_question,
+    read_text,
+    read_turns,
+    with_system,
+    with_tools,
+)
+
+PAIR_FORMATS = (
+    '{"prompt": …, "chosen": …, "rejected": …} as texts or lists of turns, or {"chosen": […], "rejected": […]}, '
+    "two conversations that begin alike"
+)
+Pair = dict[str, list[Message]]
+
+
+class EqualPair(EmptyRow):
+    """Both answers are the same, so neither can be preferred."""
+
+    kind = "with chosen equal to rejected"
+
+
+def to_pair(row: Any) -> Pair:
+    """Reads one preference pair of any known format.
+
+    `{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}`
+    → `{"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello"}],
+    "rejected": [{"role": "assistant", "content": "What?"}]}`
+
+    Raises:
+        BadRow: a field is missing, or the two do not answer the same prompt.
+        EmptyRow: an answer is empty.
+        EqualPair: chosen and rejected are the same.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"is {kind_name(row)}, not an object with fields")
+    if "reject" in row and "rejected" not in row:
+        row = {**row, "rejected": row["reject"]}
+    missing = [name for name in ("chosen", "rejected") if name not in row]
+    if len(missing) == 2:
+        raise WrongTask(row, PAIR_FORMATS)
+    if missing:
+        raise BadRow(f"has no field {missing[0]!r}")
+    prompt = _read_prompt(row)
+    chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
+    if prompt is None:
+        prompt, chosen, rejected = _split(chosen, rejected)
+        prompt = with_system(prompt, row)
+    _check_prompt(prompt)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(name, answer)
+    if chosen == rejected:
+        raise EqualPair("has chosen equal to rejected")
+    return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
+
+
+def _read_prompt(row: dict) -> list[Message] | None:
+    """The turns before the answers; None where the conversations bring them."""
+    for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
+                             ("conversations", "from", "value")):  # fmt: skip
+        if isinstance(row.get(name), list):
+            return with_system(read_turns(row[name], name, role, text), row)
+    for name in ("prompt", "instruction"):
+        if name in row:
+            return read_question(row, name)
+    return None
+
+
+def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Message]:
+    """An answer's turns; where they repeat the prompt, it is taken off, so that it stands once."""
+    value = row[name]
+    if isinstance(value, str):
+        if prompt is None:
+            raise BadRow(f"has a text in {name!r} and no 'prompt' that it answers")
+        return [{"role": "assistant", "content": read_text(row, name)}]
+    turns = read_turns([value] if isinstance(value, dict) else value, name, "role", "content")
+    for head in (prompt, [turn for turn in prompt or [] if turn["role"] != "system"]):
+        if head and turns[: len(head)] == head:
+            return turns[len(head) :]
+    if prompt is not None and turns[0]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} another prompt than in 'prompt'; both answers must follow the same one")
+    return turns
+
+
+def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """Two conversations → their shared beginning, and how each goes on."""
+    if chosen == rejected:
+        raise EqualPair("has chosen equal to rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise BadRow("has prompts that differ: the conversations in 'chosen' and 'rejected' share no beginning")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if shared == len(turns):
+            raise BadRow(f"has in {name!r} only the beginning of the other conversation, without an answer of its own")
+        if turns[shared]["role"] != "assistant":
+            raise BadRow(
+                f"has prompts that differ: at turn {shared + 1} the conversations part, and in {name!r} that turn is "
+                f"the {turns[shared]['role']}'s; both must part at an answer"
+            )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _check_prompt(prompt: list[Message]) -> None:
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"has a prompt that ends with {prompt[-1]['role']}, not with what the assistant answers to")
+    if not prompt[-1]["content"].strip():
+        raise BadRow("has an empty prompt")
+
+
+def _check_answer(name: str, answer: list[Message]) -> None:
+    if not answer:
+        raise BadRow(f"has in {name!r} the prompt and no answer")
+    if answer[0]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} after the prompt a turn of the {answer[0]['role']}, not of the assistant")
+    if answer[-1]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} a conversation that does not end with the assistant")
+    for message in answer:
+        if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+            raise EmptyRow(f"has an empty answer in {name!r}")

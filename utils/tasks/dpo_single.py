@@ -1,0 +1,124 @@
+"""DPO written out: log-probabilities, reference and loss, to read and to change.
+
+Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290. Everything else, from
+the optimizer to the checkpoints, is TRL's DPOTrainer.
+"""
+
+import torch
+from torch.nn.functional import cross_entropy, logsigmoid
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from utils.data_collator import build_pair_collator
+from utils.segments import IGNORED
+from utils.tasks.common import Data, use_padding_free
+from utils.tasks.dpo import load_datasets, make_trainer
+
+__all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
+
+USES_TEMPLATE = True
+
+
+def preference_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float):
+    """The loss of each pair; the one place to change it.
+
+    Args:
+        policy_chosen, policy_rejected: log-probabilities log π(y|x) of the answers, [pairs].
+        reference_chosen, reference_rejected: the same under the reference, log π_ref(y|x), [pairs].
+        beta: how strongly the policy is held to the reference.
+
+    Returns:
+        losses [pairs], and the implicit rewards of chosen and rejected, [pairs] each.
+    """
+    # r(x, y) = β log π(y|x) / π_ref(y|x)                 (equation 5, up to a term of x alone)
+    chosen_rewards = beta * (policy_chosen - reference_chosen)
+    rejected_rewards = beta * (policy_rejected - reference_rejected)
+    # L = -log σ(r(x, y_chosen) - r(x, y_rejected))       (equation 7)
+    losses = -logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def sequence_log_probs(model, batch: dict, **options):
+    """Adds up the log-probabilities of each row's trained tokens.
+
+    Only where a trained token comes next are there logits at all: [rows, positions, vocabulary]
+    of the whole step would be the largest tensor by far.
+
+    Args:
+        model: the policy or the reference.
+        batch: from `build_pair_collator`.
+        **options: for the model's forward.
+
+    Returns:
+        (log π(y|x) of each row, [2 pairs], chosen before rejected; the model's output)
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    targets = batch["labels"][:, 1:]  # the logits at t say what comes at t + 1
+    places = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    output = model(**inputs, use_cache=False, logits_to_keep=places, **options)
+    # log π(y_t | x, y_<t) = log softmax(logits_t)[y_t]
+    losses = cross_entropy(
+        output.logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    rows = batch["row"][:, places].flatten()
+    # log π(y|x) = Σ_t log π(y_t | x, y_<t)
+    return losses.new_zeros(int(batch["row"][-1, -1]) + 1).index_add(0, rows, -losses), output
+
+
+class WrittenOutTrainer(DPOTrainer):
+    """TRL's trainer with the loss of this file."""
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        log_probs, output = sequence_log_probs(model, inputs, **options)
+        policy_chosen, policy_rejected = log_probs.chunk(2)
+        if self.precompute_ref_logps:
+            reference_chosen, reference_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            reference_chosen, reference_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        losses, chosen_rewards, rejected_rewards = preference_loss(
+            policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta
+        )
+        loss = losses.mean()
+        if self.aux_loss_enabled:  # the load balance of a mixture of experts
+            loss = loss + self.router_aux_loss_coef * output.aux_loss
+        self._keep_figures(
+            {
+                "rewards/chosen": chosen_rewards,
+                "rewards/rejected": rejected_rewards,
+                "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+                "rewards/margins": chosen_rewards - rejected_rewards,
+                "logps/chosen": policy_chosen.detach(),
+                "logps/rejected": policy_rejected.detach(),
+            }
+        )
+        return (loss, output) if return_outputs else loss
+
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's log-probabilities of chosen and rejected, [pairs] each, without gradients."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.ref_model is None and hasattr(unwrapped, "peft_config"):
+                # a copy of the adapter the policy began with, or none for a policy that began as the base
+                name = "ref" if "ref" in unwrapped.peft_config else None
+                with use_adapter(unwrapped, adapter_name=name), self.accelerator.autocast():
+                    return sequence_log_probs(model, inputs)[0].chunk(2)
+            with self.accelerator.autocast():
+                return sequence_log_probs(model, inputs)[0].chunk(2)
+
+    def _keep_figures(self, figures: dict) -> None:
+        """Means over all processes, for the log."""
+        mode = "train" if self.model.training else "eval"
+        for name, values in figures.items():
+            self._metrics[mode][name].append(self.accelerator.gather(values).mean().item())
+
+
+def build_collator(args, train_args, tokenizer):
+    """Rows end to end by default, padded where that is asked for or needed."""
+    return build_pair_collator(tokenizer.pad_token_id, use_padding_free(args, train_args))
+
+
+def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
+    """TRL's DPOTrainer with the loss of this file."""
+    return make_trainer(WrittenOutTrainer, args, train_args, model, adapter, data, collator, tokenizer)
