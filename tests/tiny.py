@@ -114,3 +114,31 @@ ROWS = [
     {"instruction": "The dog?", "output": "The lazy dog."},
     {"instruction": "Goodbye.", "output": "再见！祝您生活愉快。"},
 ]
+
+PAIRS = [
+    {"prompt": "What is the capital of France?", "chosen": "Paris is.", "rejected": "The lazy dog jumps over Paris."},
+    {"prompt": "Say hello.", "chosen": "Hello, quick brown fox!", "rejected": "No."},
+    {"prompt": "你是谁？", "system": "You are lazy.", "chosen": "我是一个人工智能助手。", "reject": "再见！"},
+    {
+        "prompt": [{"role": "user", "content": "1 + 2?"}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "6, please!"}],
+    },
+    {
+        "chosen": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Be brief."},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        "rejected": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Be brief."},
+            {"role": "assistant", "content": "I am a helpful assistant, and very happy to be brief."},
+        ],
+    },
+    {"prompt": "Count.", "chosen": "1 2 3 4", "rejected": "Count count count."},
+    {"prompt": "The dog?", "chosen": "The lazy dog.", "rejected": "The quick brown fox jumps."},
+    {"prompt": "Goodbye.", "chosen": "再见！", "rejected": "Hello again, and again, and again."},
+]

@@ -155,12 +155,22 @@ def impossible_tokens(tokenizer, rows: int) -> list[int]:
     return ids + list(range(max(vocabulary.values()) + 1, rows))
 
 
-def settle_trainable(model, sharded: bool) -> None:
-    """Undoes two things on the way into TRL's trainer that would cost exactness.
+def adapter_weights(model) -> dict | None:
+    """The weights of an adapter that is on the model already, by name; None where there is none."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def settle_trainable(model, sharded: bool, start: dict | None) -> None:
+    """Undoes what on the way into TRL's trainer would cost exactness.
 
     Args:
         model: the trainer's, wrapped by PEFT or whole.
         sharded: whether DeepSpeed or FSDP lays the weights out, which needs one type for all.
+        start: the weights the adapter came with, from `adapter_weights`.
     """
     _show_head_bias(model)
     if not sharded:
@@ -169,6 +179,31 @@ def settle_trainable(model, sharded: bool) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        _restore(model, start) if start else _restore_token_rows(model)
+
+
+def _restore(model, start: dict) -> None:
+    """Gives the adapter, and the copy of it that is DPO's reference, the weights they came with.
+
+    TRL copies them before it rounds the policy's to bf16, and leaves out trained token rows,
+    whose names end where it looks for more.
+    """
+    weights = dict(model.named_parameters())
+    for name, value in start.items():
+        weights[name].data = value.float().clone()
+        copy = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copy in weights:
+            weights[copy].data = value.float().clone()
+
+
+def _restore_token_rows(model) -> None:
+    """A new adapter's trained token rows begin as the base's, not as those rounded to bf16."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            for name, rows in module.trainable_tokens_delta.items():
+                rows.data = module.trainable_tokens_original[name].float().clone()
 
 
 def _show_head_bias(model) -> None:

@@ -120,7 +120,9 @@ def template_of_run(common, given: set[str]) -> None:
         if trained.get("task_type") == "pretrain" or common.task_type == "pretrain":
             return
         if "template_name" in given and common.template_name != name:
-            logger.warning("--template_name {} differs from {}, which {} was trained in", common.template_name, name, folder)
+            logger.warning(
+                "--template_name {} differs from {}, which {} was trained in", common.template_name, name, folder
+            )
         elif common.template_name != name:
             common.template_name = name
             logger.info("template {}: the one that {} was trained in", name, folder)

@@ -61,7 +61,9 @@ def _check_reference(common, train_args) -> list[str]:
             "reference is the model with the adapter off; use --train_mode full"
         )
     if train_args.sync_ref_model and train_args.precompute_ref_log_probs:
-        problems.append("--sync_ref_model true changes the reference, --precompute_ref_log_probs true fixes it; give one")
+        problems.append(
+            "--sync_ref_model true changes the reference, --precompute_ref_log_probs true fixes it; give one"
+        )
     return problems
 
 
@@ -93,5 +95,7 @@ def _check_losses(train_args) -> list[str]:
     if train_args.ld_alpha is not None and not 0 <= train_args.ld_alpha <= 1:
         problems.append(f"--ld_alpha {train_args.ld_alpha} is not allowed; give 0 to 1")
     if train_args.use_weighting and {"aot", "aot_unpaired"} & set(losses):
-        problems.append("--use_weighting true weighs pairs, which --loss_type aot and aot_unpaired tear apart; give one")
+        problems.append(
+            "--use_weighting true weighs pairs, which --loss_type aot and aot_unpaired tear apart; give one"
+        )
     return problems

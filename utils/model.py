@@ -65,7 +65,7 @@ def _with_trained_adapter(model, args):
         model = PeftModel.from_pretrained(model, path, is_trainable=lora)
     except Exception as error:  # a base of another shape, a damaged file, the hub
         raise UserError(load_failure("adapter", "--adapter_name_or_path", path, error)) from error
-    return model if lora else model.merge_and_unload()
+    return model if lora else model.merge_and_unload().requires_grad_(True)
 
 
 def settle_generation(model) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 
-from utils.adapter import settle_trainable
+from utils.adapter import adapter_weights, settle_trainable
 from utils.data_files import SUFFIXES
 from utils.data_pairs import Pair, to_pair
 from utils.data_rows import BadRow
@@ -64,14 +64,14 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         def _prepare_dataset(self, dataset, *_):
             return dataset  # it is token ids already
 
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     if adapter is not None and args.init_lora_weights == "pissa":
         # PiSSA takes weight out of the base, which is not the reference any more with the adapter off
         model, adapter = get_peft_model(model, adapter), None
-    start = _adapter_weights(model) if isinstance(model, PeftModel) else None
+    start = adapter_weights(model)
     if start:
-        # the copy is filled below; PiSSA's own start would take weight out of the base once more
+        # the copy is filled by settle_trainable; PiSSA's own start would take weight out of the base once more
         model.peft_config["default"].init_lora_weights = True
     needs_copy = args.train_mode == "full" and not train_args.precompute_ref_log_probs
     try:
@@ -87,9 +87,8 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
-    settle_trainable(trainer.model, sharded=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
     if start:
-        _restore(trainer.model, start)
         # the reference can be had from the folder it came from
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
@@ -104,20 +103,3 @@ def _settled(train_args, args, data: Data):
         for dataset in filter(None, (data.train, data.eval)):
             dataset._fingerprint += f"-{args.precision}-{train_args.ld_alpha}"
     return settled
-
-
-def _adapter_weights(model) -> dict:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _restore(model, start: dict) -> None:
-    """Gives policy and reference the adapter as it was.
-
-    TRL copies it before it rounds the policy's to bf16 over a quantised base, and leaves out
-    trained token rows, whose names end where it looks for more.
-    """
-    weights = dict(model.named_parameters())
-    for name, value in start.items():
-        weights[name].data = value.clone()
-        parts = ["ref" if part == "default" else part for part in name.split(".")]
-        weights[".".join(parts)].data = value.clone()

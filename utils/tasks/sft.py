@@ -1,6 +1,6 @@
 """Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
 
-from utils.adapter import settle_trainable
+from utils.adapter import adapter_weights, settle_trainable
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
@@ -45,6 +45,7 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     class Trainer(LoraPlus, SFTTrainer):
         loraplus_lr_ratio = args.loraplus_lr_ratio
 
+    start = adapter_weights(model)
     try:
         trainer = Trainer(
             model=model,
@@ -57,5 +58,5 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
-    settle_trainable(trainer.model, sharded=trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
     return trainer
