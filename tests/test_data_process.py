@@ -204,8 +204,8 @@ def test_then_the_beginning_of_the_last_question(tokenizer):
 
 
 def test_an_answer_is_never_cut(tokenizer):
-    reason = fit([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no " * 100}], 60, tokenizer)
-    assert "too long" in reason and "--max_len 60" in reason
+    dropped = fit([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no " * 100}], 60, tokenizer)
+    assert dropped.kind == "too long" and "--max_len 60" in dropped.reason
 
 
 def test_overlong(load):

@@ -43,6 +43,7 @@ FLOW = [
     "tasks.dpo_single",
     "tasks",
     "callbacks",
+    "plot",
     "save",
     "script",
 ]

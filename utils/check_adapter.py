@@ -56,9 +56,12 @@ def start_from_adapter(common, given: set[str]) -> list[str]:
     config, problem = _read_config(flag, path)
     if problem:
         return [problem]
-    problems = _take_base(common, given, flag, str(config.get("base_model_name_or_path")))
     if config.get("peft_type") != "LORA":
-        problems.append(f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on")
+        return [f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on"]
+    lacking = sorted({*_SETTINGS.values(), "base_model_name_or_path"} - set(config))
+    if lacking:
+        return [f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved"]
+    problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
     names = ["init_lora_weights", "lora_target_modules"]
     problems += [
         f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out"
@@ -66,10 +69,10 @@ def start_from_adapter(common, given: set[str]) -> list[str]:
         if name in given and common.train_mode != "full"
     ]
     for name, key in _SETTINGS.items():
-        if name in given and getattr(common, name) != config.get(key):
-            problems.append(f"--{name} {getattr(common, name)} contradicts {flag}, which has {config.get(key)}")
+        if name in given and getattr(common, name) != config[key]:
+            problems.append(f"--{name} {getattr(common, name)} contradicts {flag}, which has {config[key]}")
         elif common.train_mode != "full":
-            setattr(common, name, config.get(key))
+            setattr(common, name, config[key])
     return problems
 
 

@@ -168,14 +168,18 @@ def _read_csv(file: str) -> Iterator[RawRow]:
                 yield RawRow(file, start, {name: _cell(name, value) for name, value in row.items()})
 
 
+_LISTS = ("messages", "conversations", "history", "tools")
+_TEXTS_OR_LISTS = ("prompt", "chosen", "rejected", "reject")
+
+
 def _cell(name: str, value: str) -> Any:
     """How a list of turns stands in a CSV file: as JSON, in the columns that hold one."""
-    if name in ("messages", "conversations", "history", "tools") and value.strip():
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    if name not in _LISTS and not (name in _TEXTS_OR_LISTS and value.lstrip()[:2] in ("[{", '{"')):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _read_parquet(file: str) -> Iterator[RawRow]:

@@ -78,7 +78,7 @@ class DataReport:
         )
         if self.shortened:
             places = _name_lines(self.shortened_at)
-            logger.warning("{}: {:,} rows were longer than --max_len:{}", name, self.shortened, places)
+            logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)
         if self.dropped:
             logger.warning(
                 "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()

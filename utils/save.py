@@ -13,6 +13,7 @@ from loguru import logger
 from utils.check_run import FINISHED
 from utils.errors import UserError
 from utils.log import is_main_process, log_to_file, route_library_logs
+from utils.plot import plot_history
 from utils.tokenizer import set_format
 
 STATE = "trainer_state.json"
@@ -150,6 +151,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    accuracies = [entry["eval_rewards/accuracies"] for entry in history if "eval_rewards/accuracies" in entry]
     return {
         "folder": str(folder),
         "rows_trained": data.rows_trained(),
@@ -158,6 +160,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "eval_loss": eval_losses[-1] if eval_losses else None,
+        "eval_accuracy": accuracies[-1] if accuracies else None,
         "next": f"python -m utils.script.infer --model_path {folder}",
     }
 
@@ -170,35 +173,18 @@ def print_summary(summary: dict) -> None:
     def figure(value):
         return "not measured" if value is None else f"{value:.4f}"
 
+    accuracy = summary["eval_accuracy"]
+    pairs = "" if accuracy is None else f"\n  evaluation pairs {100 * accuracy:.0f} % with the higher reward for chosen"
     logger.info(
         "\nfinished: {folder}\n"
         "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
         "  steps            {steps:,}\n"
         "  loss             {first} at first, {last} at last\n"
-        "  evaluation loss  {evaluation}\n"
+        "  evaluation loss  {evaluation}{pairs}\n"
         "talk to it:\n  {next}",
         first=figure(summary["first_loss"]),
         last=figure(summary["last_loss"]),
         evaluation=figure(summary["eval_loss"]),
+        pairs=pairs,
         **summary,
     )
-
-
-def plot_history(history: list[dict], path: Path) -> None:
-    """Draws training and evaluation loss over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="Loss")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

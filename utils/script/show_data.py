@@ -42,6 +42,19 @@ def mark_trained(row: dict, tokenizer, colour: bool) -> str:
     return "".join(parts)
 
 
+def parts_of(row: dict) -> dict[str, dict]:
+    """What the model sees of a row: the row itself, or each answer of a pair after the prompt."""
+    if "prompt_ids" not in row:
+        return {"": row}
+    return {
+        f", {side}": {
+            "input_ids": row["prompt_ids"] + row[f"{side}_ids"],
+            "labels": [-100] * len(row["prompt_ids"]) + row[f"{side}_labels"],
+        }
+        for side in ("chosen", "rejected")
+    }
+
+
 def census(lengths: list[int], max_len: int) -> str:
     """A small histogram of the rows' lengths in tokens."""
     ordered = sorted(lengths)
@@ -82,18 +95,20 @@ def main(argv: list[str] | None = None) -> None:
     template = get_template(args.template_name, tokenizer)
     data = get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
     for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):
-        trained = sum(label != -100 for label in row["labels"])
-        print(f"--- row {number}: {len(row['input_ids'])} tokens, {trained} trained")
-        print(mark_trained(row, tokenizer, sys.stdout.isatty()))
-        if shown.ids:
-            print("ids   ", row["input_ids"])
-            print("labels", row["labels"])
+        for name, part in parts_of(row).items():
+            trained = sum(label != -100 for label in part["labels"])
+            print(f"--- row {number}{name}: {len(part['input_ids'])} tokens, {trained} trained")
+            print(mark_trained(part, tokenizer, sys.stdout.isatty()))
+            if shown.ids:
+                print("ids   ", part["input_ids"])
+                print("labels", part["labels"])
     print(
         f"--- {data.report.kept:,} of {data.report.rows:,} rows are trained on, {data.report.dropped_rows():,} left out"
     )
     share = 100 * data.report.trained_tokens / max(data.report.tokens, 1)
     print(f"tokens: {data.report.tokens:,}, of them trained {data.report.trained_tokens:,} ({share:.0f} %)")
-    print(census([len(ids) for ids in data.train["input_ids"]], args.max_len))
+    lengths = [max(len(part["input_ids"]) for part in parts_of(row).values()) for row in data.train]
+    print(census(lengths, args.max_len))
 
 
 if __name__ == "__main__":
