@@ -95,9 +95,11 @@ def plain_log_prob(model, pair, side):
 def test_log_probs_are_those_of_a_plain_softmax(architecture, padding_free, tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models(architecture), dtype=torch.float32)
     with torch.no_grad():
-        found, _ = sequence_log_probs(model, build_pair_collator(0, padding_free)(PAIRS))
+        found, output = sequence_log_probs(model, build_pair_collator(0, padding_free)(PAIRS))
         plain = [plain_log_prob(model, pair, side) for side in ("chosen", "rejected") for pair in PAIRS]
     torch.testing.assert_close(found.double(), torch.stack(plain), rtol=1e-6, atol=1e-5)
+    # end to end there are logits for the trained tokens alone, which are 4, 1, 2 and 4
+    assert output.logits.shape[1] == (11 if padding_free else 6)
 
 
 def test_loss_is_the_papers():
