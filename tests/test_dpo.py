@@ -10,6 +10,7 @@ from conftest import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from utils.check_dpo import LOSS_TYPES
 from utils.data_collator import build_pair_collator, build_trl_pair_collator
 from utils.tasks.dpo_single import preference_loss, sequence_log_probs
 
@@ -114,7 +115,7 @@ def test_loss_is_the_papers():
 def task_trainers(tiny_models, tmp_path_factory):
     """The trainer of each mode on one model whose policy has left its reference."""
 
-    def build(mode, kind):
+    def build(mode, kind, *flags):
         import main_train  # noqa: F401  (sets the path)
         from utils.adapter import build_adapter
         from utils.args import parse_args
@@ -127,7 +128,7 @@ def task_trainers(tiny_models, tmp_path_factory):
         data = write_rows(folder / "pairs.jsonl", tiny.PAIRS)
         args, train_args = parse_args(
             [*DPO, *ADAPTERS[kind], "--task_type", mode, "--model_name_or_path", tiny_models(), "--train_data_path",
-             data, "--output_dir", str(folder / "run"), "--report_to", "none"]
+             data, "--output_dir", str(folder / "run"), "--report_to", "none", *flags]
         )  # fmt: skip
         task = get_task(mode)
         tokenizer = load_tokenizer(args.model_name_or_path)
@@ -180,6 +181,22 @@ def test_begins_at_ln_2_and_both_modes_go_the_same_way(train_dpo, kind):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-5), name
 
 
+@pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "trained_tokens"])
+def test_every_adapter_begins_as_the_base(train_dpo, kind):
+    flags = ["--max_steps", "1", "--per_device_train_batch_size", "8"]
+    base = train_dpo(*flags, output="base")[1][0]
+    begun = train_dpo(*flags, *ADAPTERS[kind], output=kind)[1][0]
+    for name in ("logps/chosen", "logps/rejected"):
+        assert begun[name] == pytest.approx(base[name], abs=1e-4)
+
+
+def test_dpo_single_pads_only_where_it_is_asked_to(task_trainers):
+    trainer, rows = task_trainers("dpo_single", "lora")
+    assert "position_ids" in trainer.data_collator(rows)
+    trainer, rows = task_trainers("dpo_single", "lora", "--padding_free", "false")
+    assert "attention_mask" in trainer.data_collator(rows)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_step_lowers_the_loss(train_dpo, mode):
     flags = ["--task_type", mode, "--max_steps", "2", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
@@ -193,8 +210,16 @@ def test_precomputed_reference_has_the_same_losses(train_dpo, mode):
         flags = ["--task_type", mode, *ADAPTERS[kind]]
         _, kept = train_dpo(*flags, output=f"{kind}-kept")
         for again in range(2):  # the second time from what TRL keeps beside the rows
-            _, before = train_dpo(*flags, "--precompute_ref_log_probs", "true", output=f"{kind}-before-{again}")
+            folder, before = train_dpo(*flags, "--precompute_ref_log_probs", "true", output=f"{kind}-before-{again}")
             assert [step["loss"] for step in before] == pytest.approx([step["loss"] for step in kept], abs=1e-5)
+        assert "prepared rows found" in (folder / "train.log").read_text(encoding="utf-8")
+
+
+def test_precomputed_reference_is_not_taken_from_a_run_with_other_lengths_weighed(train_dpo):
+    for number, flags in enumerate([[], ["--ld_alpha", "0.2"]]):
+        _, kept = train_dpo(*flags, output=f"kept-{number}")
+        _, before = train_dpo(*flags, "--precompute_ref_log_probs", "true", output=f"before-{number}")
+        assert [step["loss"] for step in before] == pytest.approx([step["loss"] for step in kept], abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -263,6 +288,15 @@ def test_resume_ends_where_an_undisturbed_run_ends(train, train_dpo, rows_file, 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def height_of(picture):
+    return int.from_bytes(picture.read_bytes()[20:24], "big")
+
+
+def test_the_picture_has_a_panel_for_margins_and_one_for_accuracy(train, train_dpo, rows_file):
+    sft, dpo = train(data=rows_file, output="sft"), train_dpo(output="dpo")[0]
+    assert height_of(dpo / "loss.png") > 2 * height_of(sft / "loss.png")
+
+
 def test_evaluation_best_checkpoint_and_the_files_it_leaves(train_dpo, pairs_file):
     flags = ["--eval_data_path", pairs_file, "--load_best_model_at_end", "true", "--save_strategy", "steps"]
     folder, _ = train_dpo(*flags, "--save_steps", "0.5", "--eval_steps", "0.5")
@@ -275,7 +309,7 @@ def test_evaluation_best_checkpoint_and_the_files_it_leaves(train_dpo, pairs_fil
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss_type", __import__("utils.check_dpo", fromlist=["LOSS_TYPES"]).LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_of_trl_runs(train_dpo, loss_type):
     smoothing = ["--label_smoothing", "0.001"] if loss_type == "exo_pair" else []
     _, steps = train_dpo("--loss_type", loss_type, *smoothing, "--max_steps", "2")
@@ -288,8 +322,6 @@ def test_the_table_of_losses_is_trls():
     import re
 
     from trl import DPOTrainer
-
-    from utils.check_dpo import LOSS_TYPES
 
     source = inspect.getsource(DPOTrainer._compute_loss)
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSS_TYPES)
