@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     from utils.adapter import build_adapter
     from utils.model import load_model
-    from utils.save import finish_run, open_run, prepare_trainer, print_summary
+    from utils.resume import check_resume
+    from utils.save import end_if_stopped, finish_run, open_run, prepare_trainer, print_summary
     from utils.tasks import get_task
     from utils.template import get_template
     from utils.tokenizer import load_tokenizer
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> dict:
     # ------------------------------------------------------------------ datasets and collator
     data = task.load_datasets(args, train_args, template, tokenizer)
     collator = task.build_collator(args, train_args, tokenizer)
+    check_resume(args, train_args, data)
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ------------------------------------------------------------------ train
     trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
+    end_if_stopped(trainer)
 
     # ------------------------------------------------------------------ save
     summary = finish_run(trainer, args, train_args, data, tokenizer, template)

@@ -45,7 +45,7 @@ def test_rows_are_the_templates_encoding(load, tokenizer):
     expected = get_template("qwen", tokenizer).encode(
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], tokenizer
     )
-    assert data.train[0] == expected
+    assert data.train[0] == {**expected, "source": [1]}
     assert (data.report.rows, data.report.kept, data.report.dropped) == (2, 2, {})
     assert data.report.trained_tokens == sum(label != -100 for row in data.train for label in row["labels"])
 

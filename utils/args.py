@@ -2,20 +2,20 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
-from utils.check_args import KNOWN_TASKS, check_common, resolve_defaults
+from utils.check_args import check_common, resolve_defaults
+from utils.check_deepspeed import check_deepspeed, settle_deepspeed
 from utils.check_run import check_together
-from utils.errors import UserError, nearest, raise_if_any
+from utils.errors import UserError, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
-from utils.paths import ROOT, project_path
+from utils.launch import agree
+from utils.paths import project_path
 from utils.precision import check_precision
+from utils.recipe import load_recipe
 
 
 @dataclass
@@ -69,6 +69,9 @@ class CommonArgs:
     )
     cache_dir: str | None = arg(
         None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache."
+    )
+    on_nan: Literal["stop", "skip"] = arg(
+        "stop", "A loss or gradients that are not finite. stop: names the step and its rows. skip: leaves the step out."
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
@@ -137,64 +140,6 @@ def _make_recipe_parser(recipe: type):
     return parser
 
 
-def load_recipe(path: str) -> type:
-    """Imports a recipe file and returns its `TrainArgument`.
-
-    Raises:
-        UserError: no such file, or no dataclass `TrainArgument` made for a task.
-    """
-    from transformers import TrainingArguments
-
-    file = Path(project_path(path))
-    if not file.is_file():
-        recipes = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "train_args").glob("*/*.py"))
-        raise UserError(
-            f"--train_args_path {path!r} is not a file.{nearest(path, recipes)} Recipes here: {', '.join(recipes)}"
-        )
-    # a name of its own, so that a checkpoint's pickled arguments find their class again
-    name = "recipe_" + "_".join(file.resolve().with_suffix("").parts[-3:]).replace("-", "_")
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None:
-        raise UserError(f"--train_args_path {path!r} is not a Python file (*.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"the recipe {path!r} cannot be imported: {type(error).__name__}: {error}") from error
-    recipe = getattr(module, "TrainArgument", None)
-    if not (dataclasses.is_dataclass(recipe) and issubclass(recipe, TrainingArguments)):
-        raise UserError(
-            f"the recipe {path!r} has no dataclass TrainArgument that extends TrainingArguments (or TRL's SFTConfig, "
-            "DPOConfig); see train_args/sft/base.py"
-        )
-    if not getattr(recipe, "task_types", ()):
-        raise UserError(f"the recipe {path!r} names no task; give TrainArgument task_types = ('sft',), say")
-    unknown = [task for task in recipe.task_types if task not in KNOWN_TASKS]
-    if unknown:
-        raise UserError(f"the recipe {path!r} names the task {unknown[0]!r}; allowed are {', '.join(KNOWN_TASKS)}")
-    ours = {f.name for f in dataclasses.fields(CommonArgs)}
-    clash = sorted(ours & set(recipe.__dict__.get("__annotations__", {})))
-    if clash:
-        raise UserError(f"the recipe {path!r} sets {', '.join(clash)}, which belong to utils/args.py; set them there")
-    _inherit_help(recipe)
-    return recipe
-
-
-def _inherit_help(recipe: type) -> None:
-    """A default that a recipe changes keeps the help and the choices of the class it extends."""
-    for parent in recipe.__mro__[1:]:
-        if not dataclasses.is_dataclass(parent):
-            continue
-        hints, theirs = get_type_hints(parent), {f.name: f for f in dataclasses.fields(parent)}
-        for own in dataclasses.fields(recipe):
-            if own.name in theirs and not own.metadata:
-                kinds = [hints[own.name], *get_args(hints[own.name])]
-                enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
-                choices = {"choices": [choice.value for choice in enum]} if enum else {}
-                own.metadata = {**theirs[own.name].metadata, **choices}
-
-
 def parse_args(argv: list[str] | None = None):
     """Reads the recipe and the flags, and checks everything that needs no model.
 
@@ -208,7 +153,9 @@ def parse_args(argv: list[str] | None = None):
         UserError: with every problem at once.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _make_recipe_parser(load_recipe(_recipe_path(argv)))
+    parser = _make_recipe_parser(
+        load_recipe(_recipe_path(argv), frozenset(f.name for f in dataclasses.fields(CommonArgs)))
+    )
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]
     common = CommonArgs(**_values_of(CommonArgs, values))
@@ -216,14 +163,19 @@ def parse_args(argv: list[str] | None = None):
     # a precision set in the recipe counts as given
     given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
     problems += check_precision(common, values, given)
-    problems += resolve_defaults(common, values, given, recipe)
+    problems += resolve_defaults(common, values, given, recipe) + settle_deepspeed(values)
     problems += _replaced(recipe, values, given)
     problems += check_common(common, recipe)
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
-    raise_if_any(problems + check_together(common, train_args))
+    # disk and clock differ between processes, and the first one will write, so all go by what it finds
+    problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
+    train_args.output_dir, train_args.resume_from_checkpoint = agree(
+        (train_args.output_dir, train_args.resume_from_checkpoint)
+    )
+    raise_if_any(problems)
     return common, train_args
 
 

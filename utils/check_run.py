@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
+from utils.checkpoints import checkpoints_of, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
@@ -109,7 +110,7 @@ def _check_output_dir(common, train_args) -> list[str]:
     base = Path(common.model_name_or_path).resolve()
     if folder.resolve() == base or (folder.resolve() in base.parents and "checkpoint-" in base.name):
         return [f"{flag} is the folder of the base model itself, or of its run; give another folder"]
-    foreign = [path.name for path in folder.glob("checkpoint-*") if path not in _checkpoints(folder)]
+    foreign = [path.name for path in folder.glob("checkpoint-*") if path not in checkpoints_of(folder)]
     if foreign:
         # transformers counts them among a run's checkpoints and deletes the oldest
         return [f"{flag} holds {foreign[0]!r}, which the trainer would take for a checkpoint; move it or rename it"]
@@ -118,7 +119,7 @@ def _check_output_dir(common, train_args) -> list[str]:
         if problems:
             return problems
     elif not common.overwrite_output_dir:
-        held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if _checkpoints(folder) else None
+        held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if checkpoints_of(folder) else None
         written = [path.name for path in folder.glob("*") if path.name in WRITTEN or path.suffix == ".safetensors"]
         held = held or (f"{written[0]!r}" if written else None)
         if held:
@@ -129,17 +130,11 @@ def _check_output_dir(common, train_args) -> list[str]:
     return _check_writable(flag, folder)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, the newest last."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
     """Finds the newest whole checkpoint for `true`, and checks that it is of this kind of training."""
     resume = train_args.resume_from_checkpoint
-    candidates = [Path(resume)] if isinstance(resume, str) else _checkpoints(folder)
-    whole = [path for path in candidates if _is_whole(path)]
+    candidates = [Path(resume)] if isinstance(resume, str) else checkpoints_of(folder)
+    whole = [path for path in candidates if read_manifest(path) is not None]
     if not whole and isinstance(resume, str):
         return [f"--resume_from_checkpoint {resume!r} is not a checkpoint; give a checkpoint-N folder, or true"]
     if not whole:
@@ -170,21 +165,6 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
             if saved.get(name) != value
         ]
     return []
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: its state parses, and its weights have all their bytes."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = list(path.glob("*.safetensors"))
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in weights:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return bool(weights)
 
 
 def _check_writable(flag: str, folder: Path) -> list[str]:

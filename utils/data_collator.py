@@ -29,11 +29,24 @@ def build_collator(pad_token_id: int, padding_free: bool):
 
     Returns:
         TRL's `DataCollatorForLanguageModeling`, which also adds the row boundaries that
-        flash attention's variable-length kernels take.
+        flash attention's variable-length kernels take, and `source`, the rows' places.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    return DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
+    return _with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free))
+
+
+def _with_sources(collate):
+    """The collator, which also says where the rows of a step come from, to name them if one breaks the training.
+
+    `source` is a list of numbers from `data_report.source_of`, not a tensor: no model sees it.
+    """
+
+    def collate_with_sources(rows: list[dict]) -> dict:
+        sources = sorted({source for row in rows for source in row.get("source", [])})
+        return {**collate(rows), "source": sources}
+
+    return collate_with_sources
 
 
 def build_trl_pair_collator(pad_token_id: int):
@@ -59,7 +72,7 @@ def build_trl_pair_collator(pad_token_id: int):
                 mask[len(prompt) : len(prompt) + len(row)] = torch.tensor(row) != IGNORED
             return batch
 
-    return Collator(pad_token_id=pad_token_id)
+    return _with_sources(Collator(pad_token_id=pad_token_id))
 
 
 def build_pair_collator(pad_token_id: int, padding_free: bool):
@@ -101,7 +114,7 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
 
     import torch
 
-    return collate
+    return _with_sources(collate)
 
 
 def _end_to_end(rows: list[list[int]], labels: list[list[int]]) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.data_report import TOO_LONG, DataReport, Dropped, refuse_nothing_left
+from utils.data_report import TOO_LONG, DataReport, Dropped, refuse_nothing_left, source_of
 from utils.errors import UserError
 
 
@@ -45,6 +45,7 @@ def encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, s
     features = Features(
         {
             **{name: Sequence(Value("int32")) for name in kind.columns},
+            "source": Sequence(Value("int64")),
             "shortened": Value("bool"),
             "dropped": Value("string"),
             "reason": Value("string"),
@@ -74,7 +75,8 @@ def _encode_batch(kind: RowKind, batch: dict[str, list]) -> dict[str, list]:
     for result in kind.encode([json.loads(row) for row in batch["row"]]):
         found = {"dropped": result.kind, "reason": result.reason} if isinstance(result, Dropped) else result
         rows.append({**empty, **found})
-    return {name: [row[name] for row in rows] for name in empty}
+    sources = [[source_of(*place)] for place in zip(batch["file"], batch["line"], strict=True)]
+    return {**{name: [row[name] for row in rows] for name in empty}, "source": sources}
 
 
 def _without_dropped(encoded, files: list[str], report: DataReport, kind: RowKind):

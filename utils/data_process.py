@@ -4,6 +4,7 @@ A prepared dataset lies in a folder named by a hash of everything it depends on:
 content, the template, the tokenizer, the lengths. A second start finds it there.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,8 +23,9 @@ from utils.data_files import find_files, read_rows
 from utils.data_report import SHOWN, DataReport, refuse_nothing_left
 from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
+from utils.launch import is_first_here
 
-_FORMAT_VERSION = 2  # raise it when a change here makes other ids or labels of the same row
+_FORMAT_VERSION = 3  # raise it when a change here makes other ids or labels of the same row
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -46,18 +48,51 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
-    folder = _cache_root(cache_dir) / _cache_key(files, kind, on_bad_row)
+    content = _content_key(files, kind, on_bad_row)
+    # the names stand in the report, so they are part of what is kept
+    folder = _cache_root(cache_dir) / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
-    prepared = _from_cache(folder)
-    if prepared:
-        logger.info("{}: prepared rows found in {}", name, folder)
-    else:
-        started = time.perf_counter()
-        prepared = _prepare(files, kind, on_bad_row, folder, workers)
-        logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
+    with _one_at_a_time(folder):
+        prepared = _from_cache(folder)
+        if prepared:
+            logger.info("{}: prepared rows found in {}", name, folder)
+        else:
+            started = time.perf_counter()
+            prepared = _prepare(files, kind, on_bad_row, folder, workers)
+            logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
     dataset, report = prepared
+    report.key, report.files = content, files
     report.log(name)
     return dataset, report
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path):
+    """One process prepares the rows, others that want the same wait, for as long as it takes, and read them.
+
+    A lock of the operating system and no collective: those time out, and this one is free again when its holder dies.
+    """
+    from filelock import FileLock
+
+    if not is_first_here():
+        # the first process shows the progress; it is soon there, if it lives
+        patience = time.monotonic() + 10
+        while not folder.is_dir() and not _lock_of(folder).exists() and time.monotonic() < patience:
+            time.sleep(0.1)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"prepared rows cannot be kept in {str(folder.parent)!r}: {error.strerror}; give another --cache_dir"
+        ) from error
+    with FileLock(_lock_of(folder)):
+        yield
+
+
+def _lock_of(folder: Path) -> Path:
+    """Not beside the rows: a lock is of one machine, and their disk may be shared by several."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    return Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-{name}.lock"
 
 
 def _from_cache(folder: Path):
@@ -84,12 +119,10 @@ def _cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
 
 
-def _cache_key(files: list[str], kind: RowKind, on_bad_row: str) -> str:
+def _content_key(files: list[str], kind: RowKind, on_bad_row: str) -> str:
     parts = {"version": _FORMAT_VERSION, "on_bad_row": on_bad_row, **kind.key}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for file in files:
-        # the name stands in the report, so it is part of what is kept
-        digest.update(file.encode())
         with open(file, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:32]
@@ -105,13 +138,7 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
     """Reads, checks and encodes the rows, and moves them into the cache when they are whole."""
     from datasets import load_from_disk
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
-    except OSError as error:
-        raise UserError(
-            f"prepared rows cannot be kept in {str(folder.parent)!r}: {error.strerror}; give another --cache_dir"
-        ) from error
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
         checked, report = _checked_rows(files, kind, on_bad_row, scratch)
         dataset = encoded_rows(checked, files, kind, report, scratch, workers)

@@ -36,6 +36,8 @@ class DataReport:
         tokens: all their tokens; `trained_tokens` those with a label.
         dropped: reason → how many rows.
         places: `"file reason"` → the lines of the first hundred such rows.
+        key: a hash of everything the prepared rows depend on.
+        files: the files, in the order that `source_of` numbers them.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
@@ -45,6 +47,8 @@ class DataReport:
     trained_tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[int]] = field(default_factory=dict)
+    key: str = ""
+    files: list[str] = field(default_factory=list)
     shortened: int = 0
     shortened_at: dict[str, list[int]] = field(default_factory=dict)
 
@@ -99,6 +103,19 @@ def _name_lines(places: dict[str, list[int]]) -> str:
         more = " and more" if len(numbers) == _LINES else ""
         lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
     return "".join(lines) + ("\n  …" if len(places) > SHOWN else "")
+
+
+def source_of(file: int, line: int) -> int:
+    """Where a row stands, as one number: `source_of(1, 3)` is line 3 of the second file."""
+    return file << 40 | line
+
+
+def name_sources(sources: list[int], files: list[str]) -> str:
+    """Rows by file and line: `name_sources([3, 7], ["a.jsonl"])` → `"\\n  a.jsonl: line 3, 7"`"""
+    places: dict[str, list[int]] = {}
+    for source in sorted(set(sources)):
+        places.setdefault(files[source >> 40], []).append(source & ((1 << 40) - 1))
+    return _name_lines(places)
 
 
 def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:

@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+from utils.launch import leave
 from utils.log import is_main_process
 
 
@@ -27,6 +28,23 @@ class UserError(Exception):
         return f"{len(self.problems)} errors:\n" + "\n".join(numbered)
 
 
+class StoppedError(UserError):
+    """Training cannot go on; told by whichever process met it, first or not."""
+
+
+class Interrupted(Exception):
+    """A signal ended the training after a step, with a checkpoint.
+
+    Args:
+        signum: the signal's number.
+        message: how to go on.
+    """
+
+    def __init__(self, signum: int, message: str):
+        self.signum = signum
+        super().__init__(message)
+
+
 def raise_if_any(problems: Iterable[str]) -> None:
     """Raises one `UserError` with all the problems, if there are any."""
     problems = list(problems)
@@ -46,9 +64,15 @@ def run_command(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         # a rank that is not the first would only repeat the first one's message
-        if is_main_process():
+        if is_main_process() or isinstance(error, StoppedError):
             print(error, file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        if is_main_process():
+            print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        leave()

@@ -37,6 +37,7 @@ def setup_logging() -> None:
     logger.remove()
     _early_lines.clear()
     if not is_main_process():
+        _be_silent()
         return
     # tqdm.write keeps the progress bar whole
     logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="INFO", format="{message}")
@@ -44,8 +45,19 @@ def setup_logging() -> None:
     route_library_logs()
 
 
+def _be_silent() -> None:
+    """Other processes than the first say nothing, but for an error's traceback."""
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' and datasets' bars
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (DeepSpeed prints; open to the end)
+
+
 def route_library_logs() -> None:
     """Takes the libraries' messages over; again after they are imported, since each sets up its own."""
+    if not is_main_process():
+        return
     warnings.simplefilter("default")
     logging.captureWarnings(True)
     for name in (

@@ -11,6 +11,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.check_run import FINISHED
+from utils.checkpoints import checkpoints_of, remove_torsos
 from utils.errors import UserError
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
@@ -36,6 +37,9 @@ def open_run(train_args, args) -> Path:
             (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         if is_main_process() and args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             _clear_finished(folder)
+        if is_main_process() and train_args.resume_from_checkpoint:
+            for name in remove_torsos(folder):
+                logger.warning("{} was not written to its end and is removed", name)
         log_to_file(str(folder / "train.log"))
     except OSError as error:
         raise UserError(f"--output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
@@ -49,9 +53,8 @@ def _clear_finished(folder: Path) -> None:
     shards = [path.name for path in folder.glob("*") if re.fullmatch(_WEIGHTS, path.name)]
     for name in names + shards:
         (folder / name).unlink(missing_ok=True)
-    for old in folder.glob("checkpoint-*"):
-        if old.name.removeprefix("checkpoint-").isdigit():
-            shutil.rmtree(old)
+    for old in checkpoints_of(folder):
+        shutil.rmtree(old)
 
 
 def effective_args(args, train_args) -> dict:
@@ -63,9 +66,10 @@ def effective_args(args, train_args) -> dict:
 
 def prepare_trainer(trainer, tokenizer, template, args) -> None:
     """Makes every checkpoint, not only the last, speak and stop as trained."""
-    from utils.callbacks import MetricsToLog
+    from utils.callbacks import MetricsToLog, StopOnSignal
 
     trainer.add_callback(MetricsToLog())
+    trainer.add_callback(StopOnSignal())
     if not trainer.args.push_to_hub:
         # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
         trainer.create_model_card = lambda *args, **kwargs: None
@@ -75,6 +79,13 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     if args.init_lora_weights == "pissa" and is_main_process():
         # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
         model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
+
+
+def end_if_stopped(trainer) -> None:
+    """Ends the command here if a signal stopped the training, with what to type to go on."""
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "raise_if_stopped"):
+            callback.raise_if_stopped(trainer.state)
 
 
 def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:

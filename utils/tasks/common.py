@@ -1,4 +1,4 @@
-"""What the tasks share: splitting off a validation part, and a trainer with LoRA+."""
+"""What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
 
 import copy
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from loguru import logger
 
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
+from utils.resume import run_settings
 
 
 @dataclass
@@ -41,7 +42,9 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
     def pack(dataset):
         from trl import pack_dataset
 
-        return pack_dataset(dataset, args.max_len, strategy=strategy)
+        # TRL cuts all columns alike, so each token carries its source until the rows are packed
+        carried = dataset.map(_source_of_each_token, batched=True)
+        return pack_dataset(carried, args.max_len, strategy=strategy).map(_each_source_once, batched=True)
 
     packing = strategy is not None and train_args.packing
     return RowKind(
@@ -59,6 +62,14 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
         pack=pack if packing else None,
         refuse_long=args.overlong == "error",
     )
+
+
+def _source_of_each_token(batch: dict) -> dict:
+    return {"source": [source * len(ids) for source, ids in zip(batch["source"], batch["input_ids"], strict=True)]}
+
+
+def _each_source_once(batch: dict) -> dict:
+    return {"source": [sorted(set(sources)) for sources in batch["source"]]}
 
 
 def load_both(args, train_args, kind: RowKind) -> Data:
@@ -96,6 +107,9 @@ def for_trl(train_args):
         settled.hub_token = None  # the trainer pickles its arguments into every checkpoint
     settled.packing = settled.padding_free = False
     settled.max_length = None
+    settled.remove_unused_columns = False  # the rows hold what the collators take, and no more
+    if settled.ddp_find_unused_parameters is None:
+        settled.ddp_find_unused_parameters = False  # every trained weight has its part in every step
     settled.dataset_kwargs = {"skip_prepare_dataset": True}
     return settled
 
@@ -107,22 +121,9 @@ def _leave_deepspeed_out() -> None:
     accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
-class LoraPlus:
-    """A trainer mix-in: LoRA's B learns `loraplus_lr_ratio` times as fast as A (arXiv 2402.12354)."""
-
-    loraplus_lr_ratio: float | None = None
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None and self.loraplus_lr_ratio is not None:
-            from peft.optimizers import create_loraplus_optimizer
-
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = create_loraplus_optimizer(
-                model,
-                optimizer_class,
-                loraplus_lr_ratio=self.loraplus_lr_ratio,
-                loraplus_weight_decay=self.args.weight_decay,
-                **options,
-            )
-        return super().create_optimizer(model)
+def survive(trainer, args, train_args, data: Data) -> None:
+    """Tells a trainer with `utils.trainer.Surviving` what it works on."""
+    trainer.on_nan = args.on_nan
+    trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
+    trainer.settings = run_settings(args, train_args, data)
+    trainer.files = data.report.files

@@ -10,7 +10,8 @@ from utils.errors import UserError
 from utils.model import load_model
 from utils.segments import answer_starts, count_answers
 from utils.shorten_pairs import COLUMNS, encode_pairs_within
-from utils.tasks.common import Data, LoraPlus, for_trl, load_both, row_kind
+from utils.tasks.common import Data, for_trl, load_both, row_kind, survive
+from utils.trainer import Surviving
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -58,11 +59,12 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
     """
 
-    class Trainer(LoraPlus, trainer_class):
-        loraplus_lr_ratio = args.loraplus_lr_ratio
-
+    class Trainer(Surviving, trainer_class):
         def _prepare_dataset(self, dataset, *_):
             return dataset  # it is token ids already
+
+        def compute_ref_log_probs(self, model, inputs):
+            return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
 
     from peft import get_peft_model
 
@@ -88,6 +90,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
     settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+    survive(trainer, args, train_args, data)
     if start:
         # the reference can be had from the folder it came from
         save = trainer.model.save_pretrained
@@ -97,7 +100,6 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
 
 def _settled(train_args, args, data: Data):
     settled = for_trl(train_args)
-    settled.remove_unused_columns = False  # the rows hold what the collators take, and no more
     if settled.precompute_ref_log_probs:
         # TRL keeps log-probabilities by rows and weights alone, but they depend on these as well
         for dataset in filter(None, (data.train, data.eval)):

@@ -6,7 +6,8 @@ from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.shorten import encode_within
-from utils.tasks.common import Data, LoraPlus, for_trl, load_both, row_kind, use_padding_free
+from utils.tasks.common import Data, for_trl, load_both, row_kind, survive, use_padding_free
+from utils.trainer import Surviving
 
 USES_TEMPLATE = True
 
@@ -42,8 +43,8 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     """TRL's SFTTrainer on rows that are prepared already."""
     from trl import SFTTrainer
 
-    class Trainer(LoraPlus, SFTTrainer):
-        loraplus_lr_ratio = args.loraplus_lr_ratio
+    class Trainer(Surviving, SFTTrainer):
+        pass
 
     start = adapter_weights(model)
     try:
@@ -59,4 +60,5 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
     settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+    survive(trainer, args, train_args, data)
     return trainer

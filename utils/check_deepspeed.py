@@ -1,0 +1,109 @@
+"""`--deepspeed`: short names, the launcher's default, and configurations that fight with the flags."""
+
+import json
+from pathlib import Path
+
+from utils.errors import nearest
+from utils.launch import begin_alone, started_by_deepspeed
+from utils.paths import ROOT, project_path
+
+CONFIGS = ROOT / "train_args" / "deepspeed_config"
+NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+ALLOWED = ", ".join((*NAMES, "none"))
+DEFAULT = "zero2"  # of DeepSpeed's launcher
+
+
+def settle_deepspeed(values: dict) -> list[str]:
+    """Turns a short name into its file, and DeepSpeed's launcher without a name into ZeRO-2.
+
+    Args:
+        values: the recipe's, of which `deepspeed` is settled.
+
+    Returns:
+        the problems with the file.
+    """
+    given = values.get("deepspeed")
+    if given is None:
+        given = DEFAULT if started_by_deepspeed() else "none"
+    if str(given).lower() in ("none", ""):
+        values["deepspeed"] = None
+        return []
+    if given in NAMES:
+        given = str(CONFIGS / f"ds_config_{given}.json")
+    values["deepspeed"] = given
+    config, problem = _read(given)
+    problems = [problem] if problem else _shadows(config, values, given)
+    if problems:
+        values["deepspeed"] = None  # so that the other problems can be told as well
+    else:
+        begin_alone()
+    return problems
+
+
+def _read(given) -> tuple[dict, str | None]:
+    if isinstance(given, dict):
+        return given, None
+    text = str(given)
+    if not text.lstrip().startswith("{"):
+        file = Path(project_path(text)).expanduser()
+        if not file.is_file():
+            return (
+                {},
+                f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
+            )
+        text = file.read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        return {}, f"--deepspeed {given!r} is not JSON ({error})"
+    return config, None if isinstance(config, dict) else f"--deepspeed {given!r} is not a JSON object"
+
+
+def _shadows(config: dict, values: dict, given) -> list[str]:
+    """Sections that would replace what the recipe says, without a word."""
+    problems = []
+    for section, flag in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if section in config:
+            kind = config[section].get("type") if isinstance(config[section], dict) else config[section]
+            chosen = getattr(values.get(flag), "value", values.get(flag))
+            problems.append(
+                f"--deepspeed {given!r} has a section {section!r} ({kind}), which would replace --{flag} {chosen}; "
+                "remove the section"
+            )
+    return problems
+
+
+def zero_stage(train_args) -> int:
+    """The ZeRO stage, 0 without DeepSpeed."""
+    return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0
+
+
+def check_deepspeed(common, train_args) -> list[str]:
+    """Checks the DeepSpeed configuration against the flags, and what cannot work together.
+
+    Returns:
+        the problems, each naming both values.
+    """
+    if train_args.deepspeed_plugin is None:
+        return []
+    config = getattr(train_args, "hf_deepspeed_config", None)
+    problems = []
+    for mismatch in config.mismatches if config else []:
+        theirs, _, ours = mismatch.removeprefix("- ds ").partition(" vs hf ")
+        key, _, value = theirs.partition("=")
+        flag, _, flag_value = ours.partition("=")
+        problems.append(
+            f'--deepspeed says {key} {value}, and --{flag} is {flag_value}; write "auto" for {key} in the file, or '
+            "give the same"
+        )
+    name = f"ZeRO-{zero_stage(train_args)}"
+    if common.on_nan == "skip":
+        problems.append("--on_nan skip: DeepSpeed steps by itself, so no step can be left out; use --on_nan stop")
+    if zero_stage(train_args) == 3:
+        if common.init_lora_weights == "pissa":
+            problems.append(f"--init_lora_weights pissa takes whole weights apart, which {name} splits; use zero2")
+        if common.adapter_name_or_path and common.train_mode == "full":
+            problems.append(
+                f"--train_mode full merges --adapter_name_or_path into whole weights, which {name} splits; use zero2"
+            )
+    return problems

@@ -1,0 +1,70 @@
+"""Checkpoints that are whole or not there: each ends with a list of its files, written last.
+
+A process can die at any moment, also between two files of a checkpoint or in the middle of one.
+What `complete.json` lists, with sizes, was there before it; a folder without it is a torso.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "complete.json"
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the newest last."""
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def mark_complete(folder: Path, settings: dict) -> None:
+    """Writes the list of a checkpoint's files, in one step that cannot be half done.
+
+    Args:
+        folder: the checkpoint, all of whose files are written.
+        settings: what a run must have in common with this one to go on from it.
+    """
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    sizes.pop(MANIFEST, None)  # of an earlier save of the same step
+    text = json.dumps({"settings": settings, "files": sizes}, indent=1, ensure_ascii=False, default=str)
+    temporary = folder / (MANIFEST + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """A checkpoint's manifest; None where it was not written to its end."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return manifest if whole and manifest["files"] and isinstance(manifest["settings"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remove_torsos(run: Path) -> list[str]:
+    """Removes checkpoints that were not written to their end; returns their names."""
+    torsos = [folder for folder in checkpoints_of(run) if read_manifest(folder) is None]
+    for folder in torsos:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in torsos]
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond `limit`; never the newest whole one, nor the best.
+
+    Args:
+        run: the run's folder.
+        limit: how many to keep; None or 0 for all.
+        best: the checkpoint of the best evaluation, which stays.
+    """
+    if not limit or limit < 1:
+        return
+    found = checkpoints_of(run)
+    whole = [folder for folder in found if read_manifest(folder) is not None]
+    kept = {folder.resolve() for folder in whole[-1:]} | ({Path(best).resolve()} if best else set())
+    spare = [folder for folder in found if folder.resolve() not in kept]
+    for folder in spare[: max(0, len(found) - max(limit, len(kept)))]:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half removed it is no checkpoint any more
+        shutil.rmtree(folder, ignore_errors=True)

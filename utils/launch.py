@@ -1,0 +1,73 @@
+"""The processes of a run: which one this is, who started it, and what all of them agree on."""
+
+import os
+import socket
+import sys
+from typing import Any
+
+
+def world_size() -> int:
+    """How many processes train together; 1 for plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def started_by_deepspeed() -> bool:
+    """Whether DeepSpeed's launcher started this process; only it sets this variable."""
+    return "CROSS_SIZE" in os.environ
+
+
+def uses_fsdp() -> bool:
+    """Whether accelerate's launcher turned FSDP on."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def begin_alone() -> None:
+    """Gives a process started by plain `python` the variables a launcher would set, for DeepSpeed on one GPU."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def agree(value: Any) -> Any:
+    """What the first process has; every process must call it, with anything that can be pickled."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values, from_process=0)
+    return values[0]
+
+
+def any_process(flag: bool, device) -> bool:
+    """Whether `flag` is set in any process; every process must call it."""
+    if world_size() == 1:
+        return flag
+    import torch
+
+    told = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+    return bool(told.item())
+
+
+def wait_for_all() -> None:
+    """Returns once every process has called it."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def leave() -> None:
+    """Leaves the group of processes, where one was joined."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Whether a checkpoint belongs to this run: the same base, adapter, rows and format."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from loguru import logger
+
+from utils.checkpoints import read_manifest
+from utils.errors import UserError
+from utils.launch import world_size
+
+# a checkpoint made with another of these is a checkpoint of another model
+_SAME = (
+    "task_type", "train_mode", "template_name", "max_len", "max_prompt_length", "train_on", "use_dora", "lora_rank",
+    "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens", "val_size",
+)  # fmt: skip
+# with another of these it can be gone on from, but the steps to come are not those of the undisturbed run
+_SHOULD_BE_SAME = (
+    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+    "num_train_epochs", "max_steps", "optim",
+)  # fmt: skip
+
+
+def run_settings(args, train_args, data) -> dict:
+    """What a run that goes on from a checkpoint must have in common with the one that made it.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+        data: the prepared rows.
+    """
+    common = dataclasses.asdict(args)
+    must = {name: common[name] for name in _SAME}
+    must["the base model"] = fingerprint(args.model_name_or_path)
+    must["the adapter to start from"] = args.adapter_name_or_path and fingerprint(args.adapter_name_or_path)
+    must["the training rows"] = data.report.key[:12]
+    should = {name: str(getattr(train_args, name)) for name in _SHOULD_BE_SAME} | {"processes": str(world_size())}
+    return {"must": must, "should": should}
+
+
+def fingerprint(path: str) -> str:
+    """A short hash of a model folder's settings and weights, of samples where they are large; a hub's name as it is."""
+    folder, digest = Path(path), hashlib.sha256()
+    if not folder.is_dir():
+        return path
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as opened:
+            for place in range(0, file.stat().st_size, max(1, file.stat().st_size // 8)):
+                opened.seek(place)
+                digest.update(opened.read(65536))
+    return digest.hexdigest()[:12]
+
+
+def check_resume(args, train_args, data) -> None:
+    """Refuses a checkpoint of another model, adapter or other rows, before any weights load.
+
+    Raises:
+        UserError: with every difference, then and now.
+    """
+    checkpoint = train_args.resume_from_checkpoint
+    manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+    if manifest is None:
+        return
+    then, now = manifest["settings"], run_settings(args, train_args, data)
+    different = [
+        f"--resume_from_checkpoint {checkpoint!r} was made with {name} {then['must'].get(name)}, now: {value}. "
+        "Give the same, or train anew in another --output_dir"
+        for name, value in now["must"].items()
+        if str(then["must"].get(name)) != str(value)
+    ]
+    if different:
+        raise UserError(*different)
+    for name, value in now["should"].items():
+        if then["should"].get(name) != value:
+            logger.warning(
+                "resuming with {} {}, it was {}: the steps to come will differ", name, value, then["should"].get(name)
+            )
