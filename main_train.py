@@ -22,13 +22,13 @@ def main(argv: list[str] | None = None) -> dict:
     from utils.save import end_if_stopped, finish_run, open_run, prepare_trainer, print_summary
     from utils.tasks import get_task
     from utils.template import get_template
-    from utils.tokenizer import load_tokenizer
+    from utils.tokenizer import tokenizer_of
 
     set_seed(train_args.seed)
     task = get_task(args.task_type)
 
     # ------------------------------------------------------------------ template and tokenizer
-    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    tokenizer = tokenizer_of(args)
     template = get_template(args.template_name, tokenizer) if task.USES_TEMPLATE else None
 
     # ------------------------------------------------------------------ datasets and collator

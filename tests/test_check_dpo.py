@@ -18,6 +18,15 @@ DPO = ["--train_args_path", "train_args/dpo/base.py"]
         (["--loss_type", "ipoo"], "--loss_type 'ipoo' is not allowed. Did you mean 'ipo'?"),
         (["--beta", "0"], "--beta 0.0 is not allowed"),
         (["--beta", "nan"], "--beta nan is not allowed"),
+        (["--beta", "inf"], "--beta inf is not allowed"),
+        (["--train_on", "last_turn"], "--train_on last_turn has no effect"),
+        (["--discopop_tau", "0.3"], "--loss_type discopop"),
+        (["--f_alpha_divergence_coef", "0.9"], "--f_divergence_type alpha_divergence"),
+        (["--ref_model_sync_steps", "5"], "--sync_ref_model true"),
+        (["--ref_model_mixup_alpha", "0.5"], "--sync_ref_model true"),
+        (["--precompute_ref_batch_size", "5"], "--precompute_ref_log_probs true"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing"),
+        (["--use_liger_kernel", "true"], "liger-kernel"),
         (["--label_smoothing", "0.1"], "has no effect with --loss_type sigmoid"),
         (["--loss_type", "robust", "--label_smoothing", "0.5"], "below 0.5"),
         (["--loss_type", "exo_pair"], "needs --label_smoothing above 0"),
@@ -89,6 +98,7 @@ def test_a_start_from_whole_weights_takes_over_the_format(train):
         (["--use_dora", "true"], "--use_dora True contradicts"),
         (["--init_lora_weights", "pissa"], "is for a new adapter"),
         (["--lora_target_modules", "q_proj"], "is for a new adapter"),
+        (["--train_special_tokens", "on"], "is for a new adapter"),
         (["--model_name_or_path", "data/tiny_model"], "was trained on"),
     ],
 )
@@ -110,6 +120,50 @@ def test_what_is_no_adapter_is_refused(refused, tiny_models, tmp_path, tuned):
     assert "only LORA" in said(tuned)
     (tuned / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in said(tuned)
+
+
+def test_the_folder_a_run_starts_from_is_never_written(refused, train):
+    tuned = train("--save_strategy", "epoch")
+    before = sorted(str(path) for path in tuned.rglob("*"))
+    checkpoint = max(tuned.glob("checkpoint-*"))
+    for start in (tuned, checkpoint):
+        flags = ["--adapter_name_or_path", str(start), "--output_dir", str(tuned), "--overwrite_output_dir", "true"]
+        assert "the folder that training starts from" in refused(main_train.main, *DPO, *flags)
+    assert sorted(str(path) for path in tuned.rglob("*")) == before
+
+
+def test_a_checkpoint_brings_its_format_too(train):
+    tuned = train("--template_name", "yi", "--save_strategy", "epoch")
+    checkpoint = max(tuned.glob("checkpoint-*"))
+    assert parse_args([*DPO, "--adapter_name_or_path", str(checkpoint)])[0].template_name == "yi"
+
+
+def test_an_adapter_trained_with_dropout_goes_on_without(train, tmp_path):
+    tuned = train("--lora_dropout", "0.1")
+    data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    folder = train(*DPO, "--adapter_name_or_path", str(tuned), "--logging_steps", "1", data=data, output="dpo")
+    first = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
+    assert first["rewards/chosen"] == 0
+
+
+def test_a_base_that_was_moved(train, refused, tmp_path):
+    from utils.script import infer
+
+    base = tiny.save_tiny_model(tmp_path / "base")
+    tuned = train(model=base)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    out = refused(main_train.main, *DPO, "--adapter_name_or_path", str(tuned))
+    assert "which is not there; give its new place as --model_name_or_path" in out
+    data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    moved = str(tmp_path / "moved")
+    folder = train(*DPO, "--adapter_name_or_path", str(tuned), model=moved, data=data, output="dpo")
+    infer.main(["--model_path", str(folder), "--prompt", "Hi", "--max_new_tokens", "2"])
+
+
+def test_auto_is_the_format_the_adapter_was_saved_with(train, tuned, tmp_path):
+    data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    folder = train(*DPO, "--adapter_name_or_path", str(tuned), "--template_name", "auto", data=data, output="dpo")
+    assert (folder / "chat_template.jinja").read_text() == (tuned / "chat_template.jinja").read_text()
 
 
 def test_a_damaged_adapter_is_told_before_anything_is_written(refused, tuned, tmp_path):

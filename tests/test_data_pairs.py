@@ -32,6 +32,7 @@ PAIR = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
         # the answers repeat the prompt: it stands once
         ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
         ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, [SYSTEM, USER]),
+        ({"prompt": "Hi", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, [SYSTEM, USER]),
         # other programs' forms
         ({"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "What?"}, [USER]),
         ({"prompt": "Hi", "history": [["Hi", "Hello"]], "chosen": "Hello", "rejected": "What?"}, [USER, GOOD, USER]),
@@ -70,6 +71,9 @@ def test_answers_of_several_turns_part_where_they_first_differ():
         ({"text": "Hi"}, "looks like a row for pretrain"),
         ({"question": "Hi"}, "['question']"),
         ({"prompt": [SYSTEM, USER], "system": "x", "chosen": "a", "rejected": "b"}, "keep one of them"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "reject": "c"}, "both 'rejected' and 'reject'"),
+        ({"prompt": "Hi", "instruction": "Ho", "chosen": "a", "rejected": "b"}, "'instruction' beside 'prompt'"),
+        ({"prompt": [USER], "history": [["a", "b"]], "chosen": "a", "rejected": "b"}, "'history' beside 'prompt'"),
         ("Hi", "is a text"),
     ],
 )

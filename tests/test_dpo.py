@@ -215,6 +215,28 @@ def test_precomputed_reference_has_the_same_losses(train_dpo, mode):
         assert "prepared rows found" in (folder / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sft", ["lora", "trained_tokens", "qlora"])
+def test_precomputed_reference_under_an_sft_adapter(train, train_dpo, rows_file, mode, sft, tiny_models):
+    tuned = train("--learning_rate", "1e-2", *ADAPTERS[sft], data=rows_file, output="sft", model=tiny_models())
+    flags = ["--task_type", mode, "--adapter_name_or_path", str(tuned), "--precompute_ref_log_probs", "true"]
+    _, steps = train_dpo(*flags, *(["--train_mode", "qlora"] if sft == "qlora" else []))
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_pair_counts_once_in_the_evaluation_figures(train_dpo, pairs_file, mode):
+    figures = {}
+    for size in ("3", "8"):
+        flags = ["--task_type", mode, "--eval_data_path", pairs_file, "--per_device_eval_batch_size", size]
+        folder, _ = train_dpo(*flags, "--eval_steps", "1", "--max_steps", "2", output=f"run-{size}")
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        figures[size] = [entry for entry in history if "eval_loss" in entry][-1]
+    for name in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/rejected"):
+        assert figures["3"][f"eval_{name}"] == pytest.approx(figures["8"][f"eval_{name}"], rel=1e-4), name
+
+
 def test_precomputed_reference_is_not_taken_from_a_run_with_other_lengths_weighed(train_dpo):
     for number, flags in enumerate([[], ["--ld_alpha", "0.2"]]):
         _, kept = train_dpo(*flags, output=f"kept-{number}")
@@ -237,7 +259,6 @@ def test_an_sft_adapter_is_start_and_reference(train, train_dpo, rows_file, mode
     assert after.keys() == before.keys()
     assert all(not torch.equal(after[name], before[name]) for name in before)
     assert not list(folder.rglob("ref"))  # the reference is not saved a second time
-    # the reference's log-probabilities are the tuned model's, not the base's
     config = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["common"]
     assert config["model_name_or_path"] == tiny_models()
 

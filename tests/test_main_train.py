@@ -314,7 +314,7 @@ def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny
     common = ["--train_data_path", rows_file]
     said = refused(main_train.main, *common, "--model_name_or_path", str(base), "--output_dir", str(base),
                    "--overwrite_output_dir", "true")  # fmt: skip
-    assert "the folder of the base model itself" in said
+    assert "the folder that training starts from" in said
     said = refused(main_train.main, *common, "--model_name_or_path", tiny_models(), "--output_dir", str(base))
     assert "already holds" in said
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)

@@ -124,11 +124,13 @@ def untrained_tokens(model, tokenizer) -> set[int]:
     A row of next to no norm never was, whatever the others are.
     """
     import torch
+    from peft.utils.integrations import gather_params_ctx
 
-    never = impossible_tokens(tokenizer, model.get_input_embeddings().weight.shape[0])
     found: set[int] = set()
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows = layer.weight.detach().float()
+        with gather_params_ctx(layer.weight):  # ZeRO-3 leaves each process a part
+            rows = layer.weight.detach().float().clone()
+        never = impossible_tokens(tokenizer, len(rows))
         norms = rows.norm(dim=-1)
         untrained = norms < 0.01 * norms.median()
         if never:

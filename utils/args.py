@@ -12,7 +12,7 @@ from utils.check_deepspeed import check_deepspeed, settle_deepspeed
 from utils.check_run import check_together
 from utils.errors import UserError, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
-from utils.launch import agree
+from utils.launch import agree, join_deepspeed
 from utils.paths import project_path
 from utils.precision import check_precision
 from utils.recipe import load_recipe
@@ -170,6 +170,8 @@ def parse_args(argv: list[str] | None = None):
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+    if train_args.deepspeed_plugin is not None:
+        join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
     problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
     train_args.output_dir, train_args.resume_from_checkpoint = agree(

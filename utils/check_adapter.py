@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.checkpoints import MANIFEST
 from utils.paths import project_path
 
 # a setting of ours → its name in adapter_config.json
@@ -62,7 +63,7 @@ def start_from_adapter(common, given: set[str]) -> list[str]:
     if lacking:
         return [f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved"]
     problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
-    names = ["init_lora_weights", "lora_target_modules"]
+    names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
     problems += [
         f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out"
         for name in names
@@ -103,6 +104,11 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
     base = project_path(recorded)
     if "model_name_or_path" not in given:
         common.model_name_or_path = base
+        if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+            common.model_name_or_path = type(common).model_name_or_path
+            return [
+                f"{flag} was trained on {recorded!r}, which is not there; give its new place as --model_name_or_path"
+            ]
     elif Path(base).is_dir() and Path(base).resolve() != Path(common.model_name_or_path).resolve():
         return [
             f"{flag} was trained on {recorded!r}, not on --model_name_or_path {common.model_name_or_path!r}; leave "
@@ -111,12 +117,18 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
     return []
 
 
+def _settings_of_run(folder: Path) -> dict:
+    """The settings of a finished run, or of a checkpoint."""
+    if (folder / MANIFEST).is_file():
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["must"]
+    return json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["common"]
+
+
 def template_of_run(common, given: set[str]) -> None:
     """A run goes on in the chat format of the run it starts from, unless another is given."""
     for folder in filter(None, (common.adapter_name_or_path, common.model_name_or_path)):
         try:
-            file = Path(folder) / "train_args.json"
-            trained = json.loads(file.read_text(encoding="utf-8"))["common"]
+            trained = _settings_of_run(Path(folder))
             name = trained["template_name"]
         except (OSError, ValueError, KeyError, TypeError):
             continue

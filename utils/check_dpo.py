@@ -1,5 +1,7 @@
 """Checks of the DPO recipe's values, which TRL would refuse only once the weights are loaded, or never."""
 
+import math
+
 from utils.errors import nearest
 
 LOSS_TYPES = (
@@ -16,9 +18,7 @@ _FOR_MULTI = {
     "label_smoothing": 0.0,
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5,
     "use_weighting": False,
-    "discopop_tau": 0.05,
 }
 
 
@@ -26,10 +26,16 @@ def check_dpo(common, train_args) -> list[str]:
     """Checks the DPO recipe against itself and the common arguments; returns the problems."""
     if not common.task_type.startswith("dpo"):
         return []
-    problems = _check_lengths(common) + _check_reference(common, train_args)
-    if not train_args.beta > 0:
+    problems = _check_lengths(common) + _check_reference(common, train_args) + _check_idle(common, train_args)
+    if not 0 < train_args.beta < math.inf:
         problems.append(f"--beta {train_args.beta} is not allowed; give a number above 0")
-    if common.lora_dropout and common.train_mode != "full" and train_args.disable_dropout:
+    # an adapter that was trained with dropout before goes on without
+    if (
+        common.lora_dropout
+        and common.train_mode != "full"
+        and train_args.disable_dropout
+        and not (common.adapter_name_or_path)
+    ):
         problems.append(
             f"--lora_dropout {common.lora_dropout} has no effect with --disable_dropout true, which DPO sets so that "
             "policy and reference do not differ by chance; give --disable_dropout false, or no dropout"
@@ -65,6 +71,27 @@ def _check_reference(common, train_args) -> list[str]:
             "--sync_ref_model true changes the reference, --precompute_ref_log_probs true fixes it; give one"
         )
     return problems
+
+
+def _check_idle(common, train_args) -> list[str]:
+    """Values that only count together with another one."""
+    sync = train_args.sync_ref_model
+    together = [
+        ("train_on", common.train_on, "all_turns", False, "DPO compares the answers after the prompt"),
+        ("discopop_tau", train_args.discopop_tau, 0.05, "discopop" in train_args.loss_type, "--loss_type discopop"),
+        ("f_alpha_divergence_coef", train_args.f_alpha_divergence_coef, 0.5,
+         train_args.f_divergence_type == "alpha_divergence", "--f_divergence_type alpha_divergence"),
+        ("ref_model_sync_steps", train_args.ref_model_sync_steps, 512, sync, "--sync_ref_model true"),
+        ("ref_model_mixup_alpha", train_args.ref_model_mixup_alpha, 0.6, sync, "--sync_ref_model true"),
+        ("precompute_ref_batch_size", train_args.precompute_ref_batch_size, None, train_args.precompute_ref_log_probs,
+         "--precompute_ref_log_probs true"),
+        ("label_smoothing_factor", train_args.label_smoothing_factor, 0.0, False, "DPO's own is --label_smoothing"),
+    ]  # fmt: skip
+    return [
+        f"--{name} {value} has no effect here ({needed}); leave it out"
+        for name, value, neutral, counts, needed in together
+        if value != neutral and not counts
+    ]
 
 
 def _check_losses(train_args) -> list[str]:

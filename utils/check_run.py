@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
@@ -92,6 +93,8 @@ def _check_trainer(train_args) -> list[str]:
             problems.append(f"--{name} {getattr(train_args, name)} is not allowed; give at least 0 and below 1")
     if train_args.max_steps <= 0 and not 0 < train_args.num_train_epochs < math.inf:
         problems.append(f"--num_train_epochs {train_args.num_train_epochs} trains nothing; give a number above 0")
+    if train_args.use_liger_kernel and find_spec("liger_kernel") is None:
+        problems.append("--use_liger_kernel true needs the package liger-kernel, which is not installed; leave it out")
     available = get_available_reporting_integrations()
     for name in train_args.report_to:
         if name not in available:
@@ -107,9 +110,10 @@ def _check_output_dir(common, train_args) -> list[str]:
     flag = f"--output_dir {train_args.output_dir!r}"
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
-    base = Path(common.model_name_or_path).resolve()
-    if folder.resolve() == base or (folder.resolve() in base.parents and "checkpoint-" in base.name):
-        return [f"{flag} is the folder of the base model itself, or of its run; give another folder"]
+    for start in filter(None, (common.model_name_or_path, common.adapter_name_or_path)):
+        start = Path(start).resolve()
+        if folder.resolve() == start or (folder.resolve() in start.parents and "checkpoint-" in start.name):
+            return [f"{flag} is the folder that training starts from, or of its run; give another folder"]
     foreign = [path.name for path in folder.glob("checkpoint-*") if path not in checkpoints_of(folder)]
     if foreign:
         # transformers counts them among a run's checkpoints and deletes the oldest

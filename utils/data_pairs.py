@@ -44,12 +44,14 @@ def to_pair(row: Any) -> Pair:
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     if "reject" in row and "rejected" not in row:
         row = {**row, "rejected": row["reject"]}
+    elif "reject" in row:
+        raise BadRow("has both 'rejected' and 'reject'; keep one of them")
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if len(missing) == 2:
         raise WrongTask(row, PAIR_FORMATS)
     if missing:
         raise BadRow(f"has no field {missing[0]!r}")
-    prompt = _read_prompt(row)
+    prompt = _with_their_system(_read_prompt(row), row)
     chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
     if prompt is None:
         prompt, chosen, rejected = _split(chosen, rejected)
@@ -67,11 +69,29 @@ def _read_prompt(row: dict) -> list[Message] | None:
     for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
                              ("conversations", "from", "value")):  # fmt: skip
         if isinstance(row.get(name), list):
+            _refuse_beside(row, name, "instruction", "input", "history", "prompt")
             return with_system(read_turns(row[name], name, role, text), row)
     for name in ("prompt", "instruction"):
         if name in row:
+            _refuse_beside(row, name, "instruction")
             return read_question(row, name)
     return None
+
+
+def _refuse_beside(row: dict, name: str, *others: str) -> None:
+    """Nothing a row says is left unread."""
+    for other in others:
+        if other != name and row.get(other):
+            raise BadRow(f"has {other!r} beside {name!r}, which is the prompt already; keep one of them")
+
+
+def _with_their_system(prompt: list[Message] | None, row: dict) -> list[Message] | None:
+    """A system turn with which both answers begin belongs to the prompt they repeat."""
+    begins = [row[side][0] for side in ("chosen", "rejected") if isinstance(row[side], list) and row[side]]
+    alike = len(begins) == 2 and begins[0] == begins[1] and isinstance(begins[0], dict)
+    if prompt is None or prompt[0]["role"] == "system" or not alike or begins[0].get("role") != "system":
+        return prompt
+    return [*read_turns(begins[:1], "chosen", "role", "content"), *prompt]
 
 
 def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Message]:

@@ -125,5 +125,5 @@ def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None
         raise UserError(f"{', '.join(files)} holds no row")
     raise UserError(
         f"none of the {report.rows:,} rows keeps a trained token ({report.counts()}):{report.named_places()}\n"
-        "   Raise --max_len if they are too long, or mend the rows"
+        "   Raise --max_len (and --max_prompt_length) if they are too long, or mend the rows"
     )

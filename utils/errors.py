@@ -60,19 +60,21 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 def run_command(main: Callable[[], object]) -> None:
     """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except UserError as error:
         # a rank that is not the first would only repeat the first one's message
         if is_main_process() or isinstance(error, StoppedError):
             print(error, file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except Interrupted as stopped:
         if is_main_process():
             print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+        code = 128 + stopped.signum
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        leave()
+        code = 130
+    leave(code)
+    if code:
+        sys.exit(code)

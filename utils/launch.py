@@ -36,6 +36,15 @@ def begin_alone() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def join_deepspeed() -> None:
+    """Tells DeepSpeed of the group of processes; ZeRO-3 splits weights as they are loaded, before a trainer would."""
+    import deepspeed
+    import torch
+
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
 def agree(value: Any) -> Any:
     """What the first process has; every process must call it, with anything that can be pickled."""
     if world_size() == 1:
@@ -66,8 +75,16 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def leave() -> None:
-    """Leaves the group of processes, where one was joined."""
+def leave(code: int) -> None:
+    """Ends a process of several at once, with `code`; returns in a process that trains alone.
+
+    The threads of a process group abort now and then while Python takes itself down, after all is done.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if world_size() == 1:
+        return
+    if code == 0 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none pulls the group away under another
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

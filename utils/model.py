@@ -7,6 +7,7 @@ from loguru import logger
 
 from utils.adapter import ADAPTERS
 from utils.errors import UserError
+from utils.launch import uses_fsdp
 from utils.paths import project_path
 from utils.tokenizer import load_failure
 
@@ -65,6 +66,8 @@ def _with_trained_adapter(model, args):
         model = PeftModel.from_pretrained(model, path, is_trainable=lora)
     except Exception as error:  # a base of another shape, a damaged file, the hub
         raise UserError(load_failure("adapter", "--adapter_name_or_path", path, error)) from error
+    # where the base lies now, for whoever loads the run
+    model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
     return model if lora else model.merge_and_unload().requires_grad_(True)
 
 
@@ -102,7 +105,7 @@ def quantised(compute_dtype, train_args) -> dict:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-    if train_args.deepspeed_plugin is not None or train_args.fsdp:
+    if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
         # sharding splits storage of a floating type only, and places the weights by itself
         config.bnb_4bit_quant_storage = compute_dtype
         return {"quantization_config": config}
@@ -163,7 +166,8 @@ def load_for_inference(path: str, trust_remote_code: bool = False):
 
 def _settle_checkpointing(model, train_args) -> None:
     if train_args.gradient_checkpointing is None:
-        size = model.num_parameters()
+        # ZeRO-3 leaves each process a part, and the whole's size beside it
+        size = max(model.num_parameters(), sum(getattr(weight, "ds_numel", 0) for weight in model.parameters()))
         wanted = size >= CHECKPOINTING_FROM
         # two names of one thing in transformers; the second is the newer
         train_args.gradient_checkpointing = train_args.activation_checkpointing = wanted

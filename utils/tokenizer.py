@@ -35,12 +35,27 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, fla
             "Save one with AutoTokenizer.from_pretrained(...).save_pretrained(...) of a recent transformers"
         )
     _check_vocabulary(tokenizer, model_name_or_path, trust_remote_code, flag)
+    # rows are measured against --max_len, not against the tokenizer's own figure, which it would warn of
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next(
             (token for token in _PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token or min(vocabulary)
         )
         logger.info("the tokenizer has no pad token; padding with {!r}", tokenizer.pad_token)
+    return tokenizer
+
+
+def tokenizer_of(args):
+    """The tokenizer of a run: the base's, where `auto` asks for it with the chat template of the adapter to go on from.
+
+    Args:
+        args: CommonArgs.
+    """
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
+    if args.template_name == "auto" and args.adapter_name_or_path and saved.is_file():
+        tokenizer.chat_template = saved.read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     from utils.log import route_library_logs
     from utils.tasks import get_task
     from utils.template import get_template
-    from utils.tokenizer import load_tokenizer
+    from utils.tokenizer import tokenizer_of
 
     route_library_logs()
-    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    tokenizer = tokenizer_of(args)
     template = get_template(args.template_name, tokenizer)
     data = get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
     for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):

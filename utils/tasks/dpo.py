@@ -63,6 +63,15 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         def _prepare_dataset(self, dataset, *_):
             return dataset  # it is token ids already
 
+        def _precompute_ref_logps(self, *inputs):
+            settle(self)  # TRL comes here before its constructor ends
+            return super()._precompute_ref_logps(*inputs)
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            result = super()._compute_loss(model, inputs, return_outputs)
+            _weigh_figures(self, inputs)
+            return result
+
         def compute_ref_log_probs(self, model, inputs):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
 
@@ -75,6 +84,10 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     if start:
         # the copy is filled by settle_trainable; PiSSA's own start would take weight out of the base once more
         model.peft_config["default"].init_lora_weights = True
+
+    def settle(trainer):
+        settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+
     needs_copy = args.train_mode == "full" and not train_args.precompute_ref_log_probs
     try:
         trainer = Trainer(
@@ -89,13 +102,25 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
-    settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+    settle(trainer)
     survive(trainer, args, train_args, data)
     if start:
         # the reference can be had from the folder it came from
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
     return trainer
+
+
+def _weigh_figures(trainer, inputs: dict) -> None:
+    """Lets each pair count once in the figures: TRL takes the mean of batches, the last of which may be smaller."""
+    if "completion_mask" in inputs:
+        pairs = len(inputs["completion_mask"]) // 2
+    else:
+        pairs = (int(inputs["row"][-1, -1]) + 1) // 2
+    figures = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, values in figures.items():
+        if name.startswith(("rewards/", "logps/")):
+            values.extend([values[-1]] * (pairs - 1))
 
 
 def _settled(train_args, args, data: Data):
