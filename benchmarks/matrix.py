@@ -105,7 +105,8 @@ def problems_of(folder: Path, alone: Path) -> list[str]:
     ours, theirs = trained_weights(folder), trained_weights(alone)
     if ours.keys() != theirs.keys():
         return [*problems, f"other weights are saved: {sorted(ours.keys() ^ theirs.keys())[:3]}"]
-    far = [name for name in ours if not torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-4)]
+    # Adam's first steps go by a gradient's sign, which rounding may turn where it is next to nothing
+    far = [name for name in ours if (ours[name] - theirs[name]).norm() > 0.05 * theirs[name].norm() + 1e-6]
     if far:
         problems.append(f"{len(far)} of {len(ours)} weights are not those of the run alone, such as {far[0]}")
     if "lora" in next(iter(ours)):

@@ -166,22 +166,22 @@ def adapter_weights(model) -> dict | None:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def settle_trainable(model, sharded: bool, start: dict | None) -> None:
+def settle_trainable(model, one_type: bool, start: dict | None) -> None:
     """Undoes what on the way into TRL's trainer would cost exactness.
 
     Args:
         model: the trainer's, wrapped by PEFT or whole.
-        sharded: whether DeepSpeed or FSDP lays the weights out, which needs one type for all.
+        one_type: whether the weights must keep the type they have.
         start: the weights the adapter came with, from `adapter_weights`.
     """
     _show_head_bias(model)
-    if not sharded:
+    if not one_type:
         # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
         # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        _restore(model, start) if start else _restore_token_rows(model)
+    _restore(model, start) if start else _restore_token_rows(model)
 
 
 def _restore(model, start: dict) -> None:
@@ -192,10 +192,10 @@ def _restore(model, start: dict) -> None:
     """
     weights = dict(model.named_parameters())
     for name, value in start.items():
-        weights[name].data = value.float().clone()
+        weights[name].data = value.to(weights[name].dtype).clone()
         copy = ".".join("ref" if part == "default" else part for part in name.split("."))
         if copy in weights:
-            weights[copy].data = value.float().clone()
+            weights[copy].data = weights[name].data.clone()
 
 
 def _restore_token_rows(model) -> None:
@@ -205,7 +205,7 @@ def _restore_token_rows(model) -> None:
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             for name, rows in module.trainable_tokens_delta.items():
-                rows.data = module.trainable_tokens_original[name].float().clone()
+                rows.data = module.trainable_tokens_original[name].to(rows.dtype).clone()
 
 
 def _show_head_bias(model) -> None:

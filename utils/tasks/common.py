@@ -121,6 +121,11 @@ def _leave_deepspeed_out() -> None:
     accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
+def has_one_type(trainer, args) -> bool:
+    """Whether the weights' type is settled by what lays them out: DeepSpeed and FSDP want one for all of them."""
+    return (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and args.precision != "fp32"
+
+
 def survive(trainer, args, train_args, data: Data) -> None:
     """Tells a trainer with `utils.trainer.Surviving` what it works on."""
     trainer.on_nan = args.on_nan

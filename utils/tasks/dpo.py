@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.model import load_model
 from utils.segments import answer_starts, count_answers
 from utils.shorten_pairs import COLUMNS, encode_pairs_within
-from utils.tasks.common import Data, for_trl, load_both, row_kind, survive
+from utils.tasks.common import Data, for_trl, has_one_type, load_both, row_kind, survive
 from utils.trainer import Surviving
 
 
@@ -86,7 +86,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         model.peft_config["default"].init_lora_weights = True
 
     def settle(trainer):
-        settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+        settle_trainable(trainer.model, has_one_type(trainer, args), start)
 
     needs_copy = args.train_mode == "full" and not train_args.precompute_ref_log_probs
     try:

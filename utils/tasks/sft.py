@@ -6,7 +6,7 @@ from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.shorten import encode_within
-from utils.tasks.common import Data, for_trl, load_both, row_kind, survive, use_padding_free
+from utils.tasks.common import Data, for_trl, has_one_type, load_both, row_kind, survive, use_padding_free
 from utils.trainer import Surviving
 
 USES_TEMPLATE = True
@@ -59,6 +59,6 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
-    settle_trainable(trainer.model, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, start)
+    settle_trainable(trainer.model, has_one_type(trainer, args), start)
     survive(trainer, args, train_args, data)
     return trainer
