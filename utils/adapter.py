@@ -51,6 +51,11 @@ def build_adapter(args, model, tokenizer, template: Template | None):
     from peft import LoraConfig, TaskType
 
     tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template) if template else []
+    if tokens and hasattr(model.get_input_embeddings().weight, "ds_numel"):
+        raise UserError(
+            f"the base never learned {', '.join(tokenizer.convert_ids_to_tokens(tokens))}, and ZeRO-3 splits the rows "
+            "that would be trained; use --deepspeed zero2, or --train_special_tokens off to leave them as they are"
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=args.lora_rank,

@@ -102,6 +102,10 @@ def check_deepspeed(common, train_args) -> list[str]:
     if zero_stage(train_args) == 3:
         if common.init_lora_weights == "pissa":
             problems.append(f"--init_lora_weights pissa takes whole weights apart, which {name} splits; use zero2")
+        if common.train_special_tokens == "on" and common.train_mode != "full":
+            problems.append(
+                f"--train_special_tokens on trains single rows of the embedding, which {name} splits; use zero2, or off"
+            )
         if common.adapter_name_or_path and common.train_mode == "full":
             problems.append(
                 f"--train_mode full merges --adapter_name_or_path into whole weights, which {name} splits; use zero2"
