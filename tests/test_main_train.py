@@ -349,7 +349,7 @@ def test_a_checkpoint_of_another_kind_is_refused(train, refused, tmp_path, tiny_
     folder = train("--save_strategy", "epoch")
     common = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder),
               "--resume_from_checkpoint", "true"]  # fmt: skip
-    assert "was made with r 16, now it is 4" in refused(main_train.main, *common, "--lora_rank", "4")
+    assert "was made with lora_rank 16, now: 4" in refused(main_train.main, *common, "--lora_rank", "4")
     assert "holds an adapter" in refused(main_train.main, *common, "--train_mode", "full")
 
 

@@ -1,6 +1,5 @@
 """Checks of a run as a whole: its data files, its folder, its checkpoint, the trainer's figures."""
 
-import json
 import math
 import os
 import tempfile
@@ -153,20 +152,6 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
         return [
             f"--resume_from_checkpoint {str(whole[-1])!r} holds {kind}, which --train_mode {common.train_mode} does "
             "not train; give the train_mode it was made with"
-        ]
-    if config.is_file():
-        saved = json.loads(config.read_text(encoding="utf-8"))
-        asked = {
-            "r": common.lora_rank,
-            "lora_alpha": common.lora_alpha,
-            "use_dora": common.use_dora,
-            "use_rslora": common.use_rslora,
-        }
-        return [
-            f"--resume_from_checkpoint {str(whole[-1])!r} was made with {name} {saved.get(name)}, now it is {value}; "
-            "give the same"
-            for name, value in asked.items()
-            if saved.get(name) != value
         ]
     return []
 

@@ -168,6 +168,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "rows_trained": data.rows_trained(),
         "rows_dropped": data.report.dropped_rows(),
         "steps": trainer.state.global_step,
+        "steps_skipped": trainer.steps_skipped,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "eval_loss": eval_losses[-1] if eval_losses else None,
@@ -184,12 +185,13 @@ def print_summary(summary: dict) -> None:
     def figure(value):
         return "not measured" if value is None else f"{value:.4f}"
 
+    skipped = f", {summary['steps_skipped']:,} of them left out (--on_nan skip)" if summary["steps_skipped"] else ""
     accuracy = summary["eval_accuracy"]
     pairs = "" if accuracy is None else f"\n  evaluation pairs {100 * accuracy:.0f} % with the higher reward for chosen"
     logger.info(
         "\nfinished: {folder}\n"
         "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
-        "  steps            {steps:,}\n"
+        "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
         "  evaluation loss  {evaluation}{pairs}\n"
         "talk to it:\n  {next}",
@@ -197,5 +199,6 @@ def print_summary(summary: dict) -> None:
         last=figure(summary["last_loss"]),
         evaluation=figure(summary["eval_loss"]),
         pairs=pairs,
+        skipped=skipped,
         **summary,
     )

@@ -1,0 +1,288 @@
+"""Runs that survive: killed, stopped, out of disk, with numbers that are none, resumed with the wrong things."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT, write_rows
+from safetensors.torch import load_file
+
+import main_train
+from benchmarks.matrix import two_processes
+from utils.checkpoints import checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
+
+SHORT = [
+    "--precision", "fp32", "--max_steps", "8", "--per_device_train_batch_size", "2", "--save_steps", "2",
+    "--lora_dropout", "0.1", "--report_to", "none", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+@pytest.fixture
+def flags(tiny_models, rows_file):
+    return ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, *SHORT]
+
+
+# ---------------------------------------------------------------------- killed
+@pytest.mark.slow
+def test_killed_at_twenty_moments_a_run_ends_the_same(flags, tmp_path):
+    """SIGKILL between writes, in the middle of them, between steps; one checkpoint kept. Bit for bit."""
+    (tmp_path / "scratch").mkdir()
+    command = [sys.executable, str(ROOT / "tests/kill_often.py"), str(tmp_path / "scratch"), "20", *flags]
+    done = subprocess.run([*command, "--save_total_limit", "1"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len({result["chance"] for result in results}) == 20
+    assert all(result["killed"] == -signal.SIGKILL for result in results)
+    assert [result for result in results if not result["same"]] == []
+    assert len({tuple(result["whole"]) for result in results}) > 3  # at all ages of the run
+    # once there was a whole checkpoint, there always is one
+    assert all(result["whole"] for result in results if result["chance"] > 0.35 * result["of"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp_path, zero):
+    """Rank 1 is killed in the middle of a checkpoint, after an earlier one was whole; resumed, the run ends within 1e-5 of an undisturbed one."""
+    half = flags.index("--per_device_train_batch_size") + 1
+    two = [*flags[:half], "1", *flags[half + 1 :], "--train_special_tokens", "off"]
+    run = ["main_train.py", "--deepspeed", zero, *two]
+    whole = two_processes([*run, "--output_dir", str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    os.environ["KILL_RANK"] = "1"
+    try:
+        killed = two_processes(["tests/killing.py", "SIGKILL", "14", *run, "--output_dir", str(tmp_path / "killed")])
+    finally:
+        del os.environ["KILL_RANK"]
+    assert killed.returncode != 0
+    pids = re.findall(r"process (\d+) spawned", killed.stdout + killed.stderr)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    left = [path.name for path in checkpoints_of(tmp_path / "killed") if read_manifest(path)]
+    assert left and "checkpoint-8" not in left
+    resumed = two_processes([*run, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "killed")])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- stopped
+@pytest.fixture
+def stopped_run(flags, tmp_path):
+    """Runs in a process of its own that gets signals before its fifth optimizer step."""
+
+    def run(*signums):
+        script = (
+            "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+            "from pathlib import Path\nfrom kill_often import Chances\nimport main_train\n"
+            "from utils.errors import run_command\n"
+            "chances = Chances(Path('/nowhere'), 5, *map(int, sys.argv[2].split(',')))\n"
+            "chances.install()\nrun_command(lambda: main_train.main(sys.argv[3:]))\n"
+        )
+        told = ",".join(str(int(signum)) for signum in signums)
+        words = [sys.executable, "-c", script, str(ROOT), told, *flags, "--output_dir", str(tmp_path / "run")]
+        return subprocess.run([*words, "--save_steps", "100"], capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_after_the_step_with_a_checkpoint(stopped_run, train, flags, tmp_path, signum, code):
+    done = stopped_run(signum)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "stopped after step" in done.stderr and "--resume_from_checkpoint true" in done.stderr
+    (checkpoint,) = checkpoints_of(tmp_path / "run")
+    assert read_manifest(checkpoint) and not (tmp_path / "run" / "train_args.json").exists()
+    main_train.main([*flags, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true"])
+    main_train.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once(stopped_run, tmp_path):
+    done = stopped_run(signal.SIGINT, signal.SIGINT)
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert not checkpoints_of(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- out of disk
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
+    """No file may grow beyond 50 KB from the fourth step on, as on a disk that is full."""
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+        "import resource, torch, main_train\nfrom utils.errors import run_command\n"
+        "step, count = torch.optim.AdamW.step, [0]\n"
+        "def limited(*args, **kwargs):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "    return step(*args, **kwargs)\n"
+        "torch.optim.AdamW.step = limited\n"
+        "run_command(lambda: main_train.main(sys.argv[2:]))\n"
+    )
+    words = [sys.executable, "-c", script, str(ROOT), *flags, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "the checkpoint of step 4 cannot be written" in done.stderr and "GB are free" in done.stderr
+    (left,) = checkpoints_of(tmp_path / "run")
+    assert left.name == "checkpoint-2" and read_manifest(left)
+
+
+def test_the_only_whole_checkpoint_is_never_rotated_away(tmp_path):
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+    mark_complete(tmp_path / "checkpoint-1", {})
+    rotate(tmp_path, 1, None)
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1"]
+    for step in (4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("x")
+        mark_complete(tmp_path / f"checkpoint-{step}", {})
+    rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-6"]
+    rotate(tmp_path, None, None)
+    assert len(checkpoints_of(tmp_path)) == 2
+
+
+def test_a_torso_is_told_from_a_whole_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+    (folder / "weights").write_text("whole")
+    assert read_manifest(folder) is None
+    mark_complete(folder, {"must": {}})
+    assert read_manifest(folder)["settings"] == {"must": {}}
+    (folder / "weights").write_text("who")
+    assert read_manifest(folder) is None
+    assert remove_torsos(tmp_path) == ["checkpoint-7"] and not folder.exists()
+
+
+# ---------------------------------------------------------------------- numbers that are none
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Rows on line 3 have a loss that is no number."""
+    from trl import DPOTrainer, SFTTrainer
+
+    from utils.trainer import Surviving
+
+    training_step = Surviving.training_step
+
+    def remember(self, model, inputs, *args, **kwargs):
+        self.bad = 3 in [source & 0xFFFF for source in inputs["source"]]
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Surviving, "training_step", remember)
+    for trainer in (SFTTrainer, DPOTrainer):
+        compute = trainer.compute_loss
+        monkeypatch.setattr(
+            trainer, "compute_loss",
+            lambda self, *args, _compute=compute, **kwargs: _compute(self, *args, **kwargs) * (
+                float("nan") if getattr(self, "bad", False) and self.model.training else 1.0
+            ),
+        )  # fmt: skip
+
+
+DPO = ["--train_args_path", "train_args/dpo/base.py"]
+
+
+@pytest.mark.parametrize("task", [[], DPO, ["--packing", "true", "--max_len", "64"]], ids=["sft", "dpo", "packed"])
+def test_a_loss_that_is_none_stops_and_names_step_and_rows(poisoned, refused, tiny_models, tmp_path, task):
+    data = write_rows(tmp_path / "rows.jsonl", tiny.PAIRS if task == DPO else tiny.ROWS)
+    out = refused(
+        main_train.main, *task, "--model_name_or_path", tiny_models(), "--train_data_path", data, "--report_to", "none",
+        "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "1", "--disable_tqdm", "true",
+    )  # fmt: skip
+    assert re.search(r"step \d+: the loss is nan; its rows are\n  \S*rows.jsonl: line [\d, ]*3\b", out)
+    if not task:
+        assert re.search(r"rows.jsonl: line 3$", out, re.MULTILINE)  # one row a step, so no other is named
+
+
+def test_skipped_steps_leave_the_weights_and_are_counted(poisoned, train, tmp_path):
+    folder = train("--on_nan", "skip", "--per_device_train_batch_size", "1", "--logging_steps", "1")
+    summary = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["summary"]
+    assert (summary["steps"], summary["steps_skipped"]) == (16, 2)
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert log.count("the step is left out; its rows are") >= 2 and "rows.jsonl: line 3" in log
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert any("lora_B" in name and weight.any() for name, weight in weights.items())
+
+
+def test_a_skipped_step_moves_nothing(poisoned, train, tmp_path):
+    """With every row on line 3's fate, nothing is trained at all: not even by the optimizer's momentum."""
+    data = write_rows(tmp_path / "bad.jsonl", [tiny.ROWS[0]] * 3)
+    folder = train("--on_nan", "skip", "--per_device_train_batch_size", "3", data=data)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert not any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+
+# ---------------------------------------------------------------------- resumed with the wrong things
+@pytest.fixture
+def begun(train, tiny_models):
+    return train("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--lora_rank", "4"], "lora_rank 16, now: 4"),
+        (["--lora_alpha", "4"], "lora_alpha 32"),
+        (["--use_dora", "true"], "use_dora False, now: True"),
+        (["--lora_target_modules", "q_proj"], "lora_target_modules None, now: q_proj"),
+        (["--template_name", "yi"], "template_name qwen, now: yi"),
+        (["--max_len", "32"], "max_len 1024, now: 32"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(refused, begun, tiny_models, rows_file, changed, named):
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(begun)]
+    before = sorted(begun.rglob("*"))
+    assert named in refused(main_train.main, *flags, "--resume_from_checkpoint", "true", *changed)
+    assert sorted(begun.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_base_or_other_rows_is_refused(refused, begun, tiny_models, rows_file, tmp_path):
+    resume = ["--output_dir", str(begun), "--resume_from_checkpoint", "true"]
+    other = tiny.save_tiny_model(tmp_path / "other", seed=5)
+    out = refused(main_train.main, "--model_name_or_path", other, "--train_data_path", rows_file, *resume)
+    assert "was made with the base model" in out and "the training rows" not in out
+    rows = write_rows(tmp_path / "others.jsonl", tiny.ROWS[:5])
+    out = refused(main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows, *resume)
+    assert "was made with the training rows" in out and "the base model" not in out
+    # the same rows in another file are the same rows
+    copy = write_rows(tmp_path / "copy.jsonl", tiny.ROWS)
+    main_train.main(
+        ["--model_name_or_path", tiny_models(), "--train_data_path", copy, *resume, "--max_steps", "2",
+         "--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
+    )  # fmt: skip
+
+
+def test_a_run_from_an_adapter_is_not_resumed_without_it(refused, train, begun, tiny_models, tmp_path):
+    data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    run = train(*DPO, "--adapter_name_or_path", str(begun), "--save_strategy", "epoch", data=data, output="dpo")
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", data, "--output_dir", str(run)]
+    out = refused(main_train.main, *DPO, *flags, "--resume_from_checkpoint", "true")
+    assert "the adapter to start from" in out
+
+
+def test_what_changes_the_steps_to_come_is_warned_of(train, begun, tiny_models):
+    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--seed", "7", "--save_strategy", "no"]
+    folder = train(*flags)
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert "resuming with seed 7, it was 42" in log and "resuming with max_steps 3, it was 2" in log
+
+
+def test_a_finished_run_that_is_resumed_trains_no_step_more(train, begun):
+    before = load_file(begun / "adapter_model.safetensors")
+    folder = train("--resume_from_checkpoint", "true", "--max_steps", "2")
+    after = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
