@@ -49,7 +49,7 @@ def test_killed_at_twenty_moments_a_run_ends_the_same(flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp_path, zero):
-    """Rank 1 is killed in the middle of a checkpoint, after an earlier one was whole; resumed, the run ends within 1e-5 of an undisturbed one."""
+    """Rank 1 is killed after a first checkpoint was whole; resumed, the run ends within 1e-5 of an undisturbed one."""
     half = flags.index("--per_device_train_batch_size") + 1
     two = [*flags[:half], "1", *flags[half + 1 :], "--train_special_tokens", "off"]
     run = ["main_train.py", "--deepspeed", zero, *two]
