@@ -25,7 +25,7 @@ SHORT = [
     "--max_steps", "2", "--per_device_train_batch_size", "2", "--precision", "fp32", "--logging_steps", "1",
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--train_special_tokens", "off",
 ]  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch")]  # one after the other: each takes two cores
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -78,21 +78,38 @@ def test_a_row_that_cannot_be_used_is_told_once(flags, tmp_path):
     assert done.returncode == 2 and said.count("cannot be used") == 1 and "Traceback" not in said
 
 
-def test_all_processes_take_the_first_ones_folder(flags, tmp_path, monkeypatch):
-    """Without --output_dir each process would name it by its own clock."""
-    run = flags[: flags.index("--output_dir")]
-    script = tmp_path / "late.py"
+def with_change(tmp_path, change: str) -> list[str]:
+    """A script that changes something in one process and runs main_train.py in `tmp_path`."""
+    script = tmp_path / "changed.py"
     script.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "if os.environ['RANK'] == '1':\n    clock = time.strftime\n    time.strftime = lambda *a: '19990101-000000'\n"
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nrank = os.environ['RANK']\n{change}\n"
         "import main_train\nfrom utils.errors import run_command\n"
         "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nos.chdir(sys.argv.pop(1))\n"
         "run_command(main_train.main)\n"
     )
-    done = two_processes([str(script), str(tmp_path), *run])
+    return [str(script), str(tmp_path)]
+
+
+def test_all_processes_take_the_first_ones_folder(flags, tmp_path):
+    """Without --output_dir each process would name it by its own clock."""
+    run = flags[: flags.index("--output_dir")]
+    change = "if rank == '1':\n    time.strftime = lambda *a: '19990101-000000'"
+    done = two_processes([*with_change(tmp_path, change), *run])
     assert done.returncode == 0, done.stderr[-2000:]
     (folder,) = (tmp_path / "output").iterdir()
     assert "1999" not in folder.name
+
+
+def test_one_process_prepares_and_no_collective_waits_for_it(flags, tmp_path):
+    """Preparing takes longer than collectives may; the other process must neither time out nor prepare by itself."""
+    change = (
+        "import utils.data_process as process\nprepare = process._prepare\n"
+        "def slow(*args):\n    assert rank == '0', 'both prepare'\n    time.sleep(8)\n    return prepare(*args)\n"
+        "process._prepare = slow"
+    )
+    run = [*flags, "--ddp_timeout", "5", "--cache_dir", str(tmp_path / "cache")]
+    done = two_processes([*with_change(tmp_path, change), *run])
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 SETTLED = """
