@@ -135,6 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "gpu_memory.json")
     args = parser.parse_args(argv)
+    if args.device == "cpu":
+        if args.output == parser.get_default("output"):
+            parser.error("--device cpu needs an --output of its own: the project's file is for a GPU's figures")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

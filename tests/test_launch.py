@@ -159,6 +159,8 @@ def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path):
 
     broken = tmp_path / "broken.json"
     broken.write_text("{")
+    latin = tmp_path / "latin.json"
+    latin.write_bytes(b'{"a": "\xe9"}')
     cases = [
         (["--deepspeed", file(train_micro_batch_size_per_gpu=3)], "per_gpu 3, and --per_device_train_batch_size is 16"),
         (["--deepspeed", file(gradient_clipping=0.5)], "gradient_clipping 0.5, and --max_grad_norm is 1.0"),
@@ -168,6 +170,9 @@ def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path):
             "would replace --lr_scheduler_type cosine",
         ),
         (["--deepspeed", str(broken)], "is not JSON"),
+        (["--deepspeed", str(latin)], "is not JSON"),
+        (["--deepspeed", file(zero_optimization={"stage": 7})], "give an object with a stage of 0, 1, 2 or 3"),
+        (["--deepspeed", file(gradient_clipping=None)], "so --max_grad_norm 1.0 would do nothing"),
         (["--deepspeed", "zero22"], "is no file. Did you mean 'zero2'"),
         (["--deepspeed", "zero2", "--on_nan", "skip"], "--on_nan skip"),
         (["--deepspeed", "zero3", "--init_lora_weights", "pissa"], "pissa"),

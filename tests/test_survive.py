@@ -15,7 +15,7 @@ from conftest import ROOT, write_rows
 from safetensors.torch import load_file
 
 import main_train
-from benchmarks.matrix import two_processes
+from benchmarks.matrix import free_port, two_processes
 from utils.checkpoints import checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
 
 SHORT = [
@@ -78,7 +78,7 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
 def stopped_run(flags, tmp_path):
     """Runs in a process of its own that gets signals before its fifth optimizer step."""
 
-    def run(*signums):
+    def run(*signums, more=()):
         script = (
             "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
             "from pathlib import Path\nfrom kill_often import Chances\nimport main_train\n"
@@ -88,7 +88,7 @@ def stopped_run(flags, tmp_path):
         )
         told = ",".join(str(int(signum)) for signum in signums)
         words = [sys.executable, "-c", script, str(ROOT), told, *flags, "--output_dir", str(tmp_path / "run")]
-        return subprocess.run([*words, "--save_steps", "100"], capture_output=True, text=True, timeout=300)
+        return subprocess.run([*words, "--save_steps", "100", *more], capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -112,6 +112,63 @@ def test_a_second_ctrl_c_leaves_at_once(stopped_run, tmp_path):
     done = stopped_run(signal.SIGINT, signal.SIGINT)
     assert done.returncode == 130 and "interrupted" in done.stderr
     assert not checkpoints_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once_after_a_sigterm_too(stopped_run, tmp_path):
+    assert stopped_run(signal.SIGTERM, signal.SIGINT, signal.SIGINT).returncode == 130
+    assert not checkpoints_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_stop_is_kept_beside_the_best(stopped_run, tmp_path):
+    """transformers' own limit would leave the best alone at the end of the training."""
+    best = ["--val_size", "2", "--eval_steps", "1", "--load_best_model_at_end", "true", "--save_total_limit", "1"]
+    done = stopped_run(
+        signal.SIGINT, more=[*best, "--save_steps", "1", "--learning_rate", "0.5", "--warmup_steps", "0"]
+    )
+    assert done.returncode == 130, done.stderr[-2000:]
+    step = int(re.search(r"stopped after step (\d+)", done.stderr)[1])
+    assert read_manifest(tmp_path / "run" / f"checkpoint-{step}")
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_the_deepspeed_command_saves_and_leaves_nothing_behind(flags, tmp_path):
+    """That command dies without a word to its launcher, which would train on alone."""
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--master_port",
+        free_port(),
+        "--include",
+        "localhost:0,1",
+    ]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    run = [*flags, "--max_steps", "100000", "--save_steps", "100000", "--logging_steps", "1"]
+    words = [*command, "main_train.py", *run, "--output_dir", str(tmp_path / "run")]
+    with open(tmp_path / "said.txt", "w+") as said:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None and "{'loss'" not in Path(said.name).read_text():
+            pass
+        process.terminate()
+        process.wait(timeout=60)
+        pids = re.findall(r"process (\d+) spawned", Path(said.name).read_text())
+        assert len(pids) == 2
+        for pid in pids:
+            _gone(int(pid))
+    (checkpoint,) = checkpoints_of(tmp_path / "run")
+    assert read_manifest(checkpoint) and "stopped after step" in (tmp_path / "said.txt").read_text()
+
+
+def _gone(pid: int) -> None:
+    """Waits for a process that is not a child, a minute at most."""
+    import select
+
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    assert select.select([ended], [], [], 60)[0], f"process {pid} is still there"
 
 
 # ---------------------------------------------------------------------- out of disk
@@ -226,15 +283,76 @@ def test_a_skipped_step_moves_nothing(poisoned, train, tmp_path):
     assert not any(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
 
+def test_it_is_not_the_rows_when_every_step_is_skipped(refused, tiny_models, rows_file, tmp_path):
+    out = refused(
+        main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--report_to", "none",
+        "--output_dir", str(tmp_path / "run"), "--on_nan", "skip", "--learning_rate", "1e30", "--warmup_steps", "0",
+        "--disable_tqdm", "true",
+    )  # fmt: skip
+    assert "10 in a row" in out and not (tmp_path / "run" / "train_args.json").exists()
+
+
+def test_weights_the_last_step_broke_are_not_saved(refused, tiny_models, rows_file, tmp_path):
+    out = refused(
+        main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--report_to", "none",
+        "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--learning_rate", "1e40", "--warmup_steps", "0",
+        "--disable_tqdm", "true", "--save_strategy", "no",
+    )  # fmt: skip
+    assert "is not finite, so nothing is saved" in out
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
+    """The loss of rank 1 is no number in step 2; the message is one, and names its rows, not rank 0's."""
+    script = tmp_path / "poison.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom trl import SFTTrainer\nimport main_train\n"
+        "from utils.errors import run_command\nfrom utils.data_report import name_sources\n"
+        "from utils.trainer import Surviving\ncompute, step = SFTTrainer.compute_loss, Surviving.training_step\n"
+        "def bad(self, *args, **kwargs):\n"
+        "    broken = os.environ['RANK'] == '1' and self.state.global_step == 1\n"
+        "    return compute(self, *args, **kwargs) * (float('nan') if broken else 1.0)\n"
+        "def seen(self, model, inputs, *args, **kwargs):\n"
+        "    if os.environ['RANK'] == '1' and self.state.global_step == 1:\n"
+        f"        open({str(tmp_path / 'rows.txt')!r}, 'w').write(name_sources(inputs['source'], self.files))\n"
+        "    return step(self, model, inputs, *args, **kwargs)\n"
+        "SFTTrainer.compute_loss, Surviving.training_step = bad, seen\n"
+        "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nrun_command(main_train.main)\n"
+    )
+    done = two_processes([str(script), *flags, "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"])
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and said.count("step 2: the loss is nan") == 1, said[-3000:]
+    assert f"its rows are{(tmp_path / 'rows.txt').read_text()}\n" in said
+
+
 # ---------------------------------------------------------------------- resumed with the wrong things
 @pytest.fixture
 def begun(train, tiny_models):
     return train("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
 
 
+def test_an_older_checkpoint_is_not_mixed_with_newer_ones(refused, train, begun, tiny_models, rows_file):
+    older = str(begun / "checkpoint-1")
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(begun)]
+    out = refused(main_train.main, *flags, "--resume_from_checkpoint", older)
+    assert "is older than checkpoint-2" in out and (begun / "checkpoint-2").exists()
+    train("--resume_from_checkpoint", older, "--overwrite_output_dir", "true", "--max_steps", "2")
+    assert [path.name for path in checkpoints_of(begun)] == ["checkpoint-1"]
+
+
+def test_another_runs_checkpoint_does_not_open_a_finished_folder(refused, train, begun, tiny_models, rows_file):
+    other = train(output="other")
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(other)]
+    out = refused(main_train.main, *flags, "--resume_from_checkpoint", str(begun / "checkpoint-2"))
+    assert "already holds a finished run" in out
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
+        (["--optim", "adafactor"], "optim"),
+        (["--loraplus_lr_ratio", "16"], "loraplus_lr_ratio None, now: 16"),
         (["--lora_rank", "4"], "lora_rank 16, now: 4"),
         (["--lora_alpha", "4"], "lora_alpha 32"),
         (["--use_dora", "true"], "use_dora False, now: True"),

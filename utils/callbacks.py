@@ -6,7 +6,7 @@ from loguru import logger
 from transformers import TrainerCallback
 
 from utils.errors import Interrupted
-from utils.launch import any_process
+from utils.launch import any_process, command_of_launcher
 
 
 class MetricsToLog(TrainerCallback):
@@ -31,9 +31,12 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.signum: int | None = None
+        self._interrupts = 0
         self._before: dict = {}
+        self._command: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._command = command_of_launcher()
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._before[signum] = signal.signal(signum, self._received)
 
@@ -42,19 +45,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signum, handler)
 
     def _received(self, signum, frame):
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts == 2:
             raise KeyboardInterrupt
         if self.signum is None:
             logger.warning("{}: the step is finished and saved first", signal.Signals(signum).name)
         self.signum = self.signum or signum
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.signum is None and command_of_launcher() != self._command:
+            self.signum = signal.SIGTERM
         if any_process(self.signum is not None, args.device) and state.global_step < state.max_steps:
             self.signum = self.signum or signal.SIGTERM
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
-    def raise_if_stopped(self, state) -> None:
+    def raise_if_stopped(self, state, output_dir: str) -> None:
         """Ends the command with the signal's exit code, where one ended the training.
 
         Raises:
@@ -64,5 +69,5 @@ class StopOnSignal(TrainerCallback):
             raise Interrupted(
                 self.signum,
                 f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, give "
-                "the same command with --resume_from_checkpoint true and this run's --output_dir",
+                f"the same command with --output_dir {output_dir} --resume_from_checkpoint true",
             )

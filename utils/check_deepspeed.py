@@ -32,7 +32,7 @@ def settle_deepspeed(values: dict) -> list[str]:
         given = str(CONFIGS / f"ds_config_{given}.json")
     values["deepspeed"] = given
     config, problem = _read(given)
-    problems = [problem] if problem else _shadows(config, values, given)
+    problems = [problem] if problem else _wrong_sections(config, given) + _shadows(config, values, given)
     if problems:
         values["deepspeed"] = None  # so that the other problems can be told as well
     else:
@@ -51,12 +51,19 @@ def _read(given) -> tuple[dict, str | None]:
                 {},
                 f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
             )
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes()
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         return {}, f"--deepspeed {given!r} is not JSON ({error})"
     return config, None if isinstance(config, dict) else f"--deepspeed {given!r} is not a JSON object"
+
+
+def _wrong_sections(config: dict, given) -> list[str]:
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        return [f"--deepspeed {given!r} has zero_optimization {zero!r}; give an object with a stage of 0, 1, 2 or 3"]
+    return []
 
 
 def _shadows(config: dict, values: dict, given) -> list[str]:
@@ -91,10 +98,15 @@ def check_deepspeed(common, train_args) -> list[str]:
     for mismatch in config.mismatches if config else []:
         theirs, _, ours = mismatch.removeprefix("- ds ").partition(" vs hf ")
         key, _, value = theirs.partition("=")
-        flag, _, flag_value = ours.partition("=")
+        flag, _, flag_value = ours.rpartition("=")
+        ours = f"--{flag} is {flag_value}" if flag.isidentifier() else f"the flags make {flag_value} ({flag})"
         problems.append(
-            f'--deepspeed says {key} {value}, and --{flag} is {flag_value}; write "auto" for {key} in the file, or '
-            "give the same"
+            f'--deepspeed says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same'
+        )
+    if train_args.max_grad_norm and config is not None and config.get_value("gradient_clipping") is None:
+        problems.append(
+            f"--deepspeed has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
+            'write "gradient_clipping": "auto" into the file'
         )
     name = f"ZeRO-{zero_stage(train_args)}"
     if common.on_nan == "skip":

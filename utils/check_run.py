@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
-from utils.checkpoints import checkpoints_of, read_manifest
+from utils.checkpoints import checkpoints_of, newer_than, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
@@ -117,11 +117,13 @@ def _check_output_dir(common, train_args) -> list[str]:
     if foreign:
         # transformers counts them among a run's checkpoints and deletes the oldest
         return [f"{flag} holds {foreign[0]!r}, which the trainer would take for a checkpoint; move it or rename it"]
+    own = True
     if train_args.resume_from_checkpoint:
         problems = _check_checkpoint(common, train_args, folder)
         if problems:
             return problems
-    elif not common.overwrite_output_dir:
+        own = folder.resolve() in Path(train_args.resume_from_checkpoint).resolve().parents
+    if not (train_args.resume_from_checkpoint and own) and not common.overwrite_output_dir:
         held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if checkpoints_of(folder) else None
         written = [path.name for path in folder.glob("*") if path.name in WRITTEN or path.suffix == ".safetensors"]
         held = held or (f"{written[0]!r}" if written else None)
@@ -142,10 +144,17 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
         return [f"--resume_from_checkpoint {resume!r} is not a checkpoint; give a checkpoint-N folder, or true"]
     if not whole:
         return [
-            f"--resume_from_checkpoint true: --output_dir {str(folder)!r} holds no checkpoint; leave the flag out to "
-            "start anew"
+            f"--resume_from_checkpoint true: --output_dir {str(folder)!r} holds no checkpoint that was written to its "
+            "end; give the folder of the run, or leave the flag out to start anew (--overwrite_output_dir true there)"
         ]
     train_args.resume_from_checkpoint = str(whole[-1])
+    newer = newer_than(str(whole[-1]), folder)
+    if newer and not common.overwrite_output_dir:
+        return [
+            f"--resume_from_checkpoint {str(whole[-1])!r} is older than {newer[-1].name} in --output_dir "
+            f"{str(folder)!r}; give true to go on from the newest, --overwrite_output_dir true to remove the newer, "
+            "or another folder"
+        ]
     config = whole[-1] / "adapter_config.json"
     if config.is_file() != (common.train_mode != "full"):
         kind = "an adapter" if config.is_file() else "whole weights"

@@ -18,6 +18,13 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def newer_than(checkpoint: str, run: Path) -> list[Path]:
+    """A run's checkpoints of later steps than `checkpoint`; for a run that goes on from it, those of another branch."""
+    found = [folder for folder in checkpoints_of(run) if read_manifest(folder) is not None]
+    step = Path(checkpoint).name.removeprefix("checkpoint-")
+    return [folder for folder in found if step.isdigit() and int(folder.name.removeprefix("checkpoint-")) > int(step)]
+
+
 def mark_complete(folder: Path, settings: dict) -> None:
     """Writes the list of a checkpoint's files, in one step that cannot be half done.
 

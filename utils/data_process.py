@@ -22,7 +22,7 @@ from utils.data_encode import RowKind, encoded_rows
 from utils.data_files import find_files, read_rows
 from utils.data_report import SHOWN, DataReport, refuse_nothing_left
 from utils.data_rows import BadRow, EmptyRow
-from utils.errors import UserError
+from utils.errors import UserError, is_about_the_disk
 from utils.launch import is_first_here
 
 _FORMAT_VERSION = 3  # raise it when a change here makes other ids or labels of the same row
@@ -58,7 +58,15 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
             logger.info("{}: prepared rows found in {}", name, folder)
         else:
             started = time.perf_counter()
-            prepared = _prepare(files, kind, on_bad_row, folder, workers)
+            try:
+                prepared = _prepare(files, kind, on_bad_row, folder, workers)
+            except Exception as error:
+                if not is_about_the_disk(error):
+                    raise
+                raise UserError(
+                    f"prepared rows cannot be kept in {str(folder.parent)!r}: {error}; make room, or give another "
+                    "--cache_dir"
+                ) from error
             logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
     dataset, report = prepared
     report.key, report.files = content, files

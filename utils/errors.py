@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
-from utils.launch import leave
+from utils.launch import is_first_here, leave
 from utils.log import is_main_process
 
 
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 class StoppedError(UserError):
-    """Training cannot go on; told by whichever process met it, first or not."""
+    """Training cannot go on."""
 
 
 class Interrupted(Exception):
@@ -43,6 +43,15 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str):
         self.signum = signum
         super().__init__(message)
+
+
+def is_about_the_disk(error: BaseException | None) -> bool:
+    """Whether a write failed; torch, safetensors and datasets tell it in exceptions of their own."""
+    if error is None or isinstance(error, UserError):
+        return False
+    signs = ("no space left", "file write failed", "unexpected pos", "os error", "file too large")
+    here = isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
+    return here or is_about_the_disk(error.__cause__ or error.__context__)
 
 
 def raise_if_any(problems: Iterable[str]) -> None:
@@ -64,8 +73,8 @@ def run_command(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        # a rank that is not the first would only repeat the first one's message
-        if is_main_process() or isinstance(error, StoppedError):
+        # another process of this machine would only repeat the first one's message
+        if is_first_here():
             print(error, file=sys.stderr)
         code = 2
     except Interrupted as stopped:

@@ -67,6 +67,32 @@ def any_process(flag: bool, device) -> bool:
     return bool(told.item())
 
 
+def all_of(items: list) -> list:
+    """The items of every process, one list after the other; every process must call it."""
+    if world_size() == 1:
+        return items
+    import torch
+
+    found: list[list] = [[]] * world_size()
+    torch.distributed.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+def command_of_launcher() -> int | None:
+    """The `deepspeed` command, which starts the launcher that started this process; another number once it is gone.
+
+    That command dies of SIGTERM without a word to the launcher, which would train on alone.
+    """
+    if not started_by_deepspeed():
+        return None
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).ppid()
+    except psutil.Error:
+        return 1
+
+
 def wait_for_all() -> None:
     """Returns once every process has called it."""
     if world_size() > 1:

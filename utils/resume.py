@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.check_deepspeed import zero_stage
 from utils.checkpoints import read_manifest
 from utils.errors import UserError
 from utils.launch import world_size
@@ -17,8 +18,9 @@ _SAME = (
 )  # fmt: skip
 # with another of these it can be gone on from, but the steps to come are not those of the undisturbed run
 _SHOULD_BE_SAME = (
+    "beta", "loss_type", "weight_decay", "warmup_steps", "max_grad_norm", "label_smoothing", "packing",
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-    "num_train_epochs", "max_steps", "optim",
+    "num_train_epochs", "max_steps",
 )  # fmt: skip
 
 
@@ -34,8 +36,15 @@ def run_settings(args, train_args, data) -> dict:
     must = {name: common[name] for name in _SAME}
     must["the base model"] = fingerprint(args.model_name_or_path)
     must["the adapter to start from"] = args.adapter_name_or_path and fingerprint(args.adapter_name_or_path)
+    must["optim"] = str(train_args.optim)
+    must["loraplus_lr_ratio"] = args.loraplus_lr_ratio
+    must["the seed that held rows back"] = train_args.seed if args.val_size else None
+    stage = zero_stage(train_args)
+    zero = train_args.deepspeed_plugin is not None
+    must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
     must["the training rows"] = data.report.key[:12]
-    should = {name: str(getattr(train_args, name)) for name in _SHOULD_BE_SAME} | {"processes": str(world_size())}
+    should = {name: str(getattr(train_args, name, None)) for name in _SHOULD_BE_SAME}
+    should |= {"processes": str(world_size()), "lora_dropout": str(args.lora_dropout), "precision": args.precision}
     return {"must": must, "should": should}
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from loguru import logger
 
 from utils.check_run import FINISHED
-from utils.checkpoints import checkpoints_of, remove_torsos
-from utils.errors import UserError
+from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
+from utils.errors import StoppedError, UserError, is_about_the_disk
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
 from utils.tokenizer import set_format
+from utils.trainer import refuse_broken_weights
 
 STATE = "trainer_state.json"
 _PISSA_START = "pissa_start"
@@ -37,6 +38,9 @@ def open_run(train_args, args) -> Path:
             (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         if is_main_process() and args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             _clear_finished(folder)
+        if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
+            for newer in newer_than(train_args.resume_from_checkpoint, folder):
+                shutil.rmtree(newer)
         if is_main_process() and train_args.resume_from_checkpoint:
             for name in remove_torsos(folder):
                 logger.warning("{} was not written to its end and is removed", name)
@@ -85,7 +89,7 @@ def end_if_stopped(trainer) -> None:
     """Ends the command here if a signal stopped the training, with what to type to go on."""
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "raise_if_stopped"):
-            callback.raise_if_stopped(trainer.state)
+            callback.raise_if_stopped(trainer.state, trainer.args.output_dir)
 
 
 def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
@@ -95,8 +99,17 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
         the summary: folder, rows, losses, next command.
     """
     folder = Path(trainer.args.output_dir)
-    _save_weights(trainer, args, folder)
-    trainer.save_state()
+    refuse_broken_weights(trainer)
+    try:
+        _save_weights(trainer, args, folder)
+        trainer.save_state()
+    except Exception as error:
+        if not is_about_the_disk(error):
+            raise
+        raise StoppedError(
+            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
+            f"command with --output_dir {folder} --resume_from_checkpoint true"
+        ) from error
     if not is_main_process():
         return {}
     # pickled, and said again in readable form by train_args.json

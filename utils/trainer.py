@@ -6,10 +6,12 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.checkpoints import mark_complete, rotate
+from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
-from utils.errors import StoppedError, UserError
-from utils.launch import wait_for_all
+from utils.errors import StoppedError, is_about_the_disk
+from utils.launch import all_of, any_process, wait_for_all
+
+SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
 
 class Surviving:
@@ -20,6 +22,7 @@ class Surviving:
         on_nan: `stop`, or `skip` to leave out a step whose loss or gradients are not finite.
         settings: what a checkpoint must have in common with a run that goes on from it.
         files: the data files, to name rows by.
+        save_limit: how many checkpoints are kept; transformers' own limit would also remove whole ones at the end.
         steps_skipped: how many steps were left out.
     """
 
@@ -27,7 +30,12 @@ class Surviving:
     on_nan = "stop"
     settings: dict = {}
     files: list[str] = []
+    save_limit: int | None = None
     steps_skipped = 0
+    _skipped_in_a_row = 0
+    _bad_loss: float | None = None
+    _step_sources: list[int] = []
+    _bad_sources: list[int] = []
 
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.loraplus_lr_ratio is not None:
@@ -54,57 +62,69 @@ class Surviving:
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)  # no checkpoint until it is written again
+        wait_for_all()
         try:
             super()._save_checkpoint(model, trial)
             wait_for_all()
             if self.args.should_save:
                 mark_complete(folder, self.settings)
         except Exception as error:
-            if not _is_about_the_disk(error):
+            if not is_about_the_disk(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free / 1e9
             raise StoppedError(
                 f"the checkpoint of step {self.state.global_step} cannot be written: {error}. {free:.1f} GB are free "
                 f"on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: make "
-                "room, then give the same command with --resume_from_checkpoint true"
+                f"room, then {self._how_to_go_on()}"
             ) from error
-        finally:
-            self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate(Path(self.args.output_dir), limit, self.state.best_model_checkpoint)
+            rotate(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
+
+    def _how_to_go_on(self) -> str:
+        return f"give the same command with --output_dir {self.args.output_dir} --resume_from_checkpoint true"
 
     # ------------------------------------------------------------------ numbers that are none
     def training_step(self, model, inputs, num_items_in_batch=None):
         sources = inputs.pop("source", [])
-        self._step_sources = getattr(self, "_step_sources", []) + sources
+        self._step_sources = self._step_sources + sources
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
-            self._not_finite(f"the loss is {loss.item()}", sources)
+            self._bad_sources = self._bad_sources + sources
+            self._bad_loss = loss.item()
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        sources, self._step_sources = getattr(self, "_step_sources", []), []
-        if norm is None or math.isfinite(norm) or self.args.fp16:  # fp16's scaler leaves such a step out by itself
-            return norm
-        self._not_finite(f"the gradients' norm is {float(norm)}", sources)
-        # without gradients the optimizer moves nothing, not even by its momentum
-        model.zero_grad(set_to_none=True)
-        self.steps_skipped += 1
+        # fp16's scaler leaves a step whose gradients are not finite out by itself, and lowers its scale
+        bad_norm = norm is not None and not math.isfinite(norm) and not self.args.fp16
+        if any_process(bool(self._bad_sources) or bad_norm, self.args.device):
+            self._not_finite(norm)
+            # without gradients the optimizer moves nothing, not even by its momentum
+            model.zero_grad(set_to_none=True)
+        else:
+            self._skipped_in_a_row = 0
+        self._step_sources, self._bad_sources, self._bad_loss = [], [], None
         return norm
 
-    def _not_finite(self, what: str, sources: list[int]) -> None:
+    def _not_finite(self, norm) -> None:
+        """Every process comes here in the same step; together they know the rows."""
+        bad = all_of(self._bad_sources)
+        self._bad_loss = next((loss for loss in all_of([self._bad_loss]) if loss is not None), math.nan)
+        rows = name_sources(bad or all_of(self._step_sources), self.files)
+        what = f"the loss is {self._bad_loss}" if bad else f"the gradients' norm is {float(norm)}"
         step = self.state.global_step + 1
-        rows = name_sources(sources, self.files)
-        if self.on_nan == "skip":
+        self.steps_skipped += 1
+        self._skipped_in_a_row += 1
+        if self.on_nan == "skip" and self._skipped_in_a_row < SKIPPED_AT_MOST:
             logger.warning("step {}: {}, the step is left out; its rows are{}", step, what, rows)
             return
         raise StoppedError(
             f"step {step}: {what}; its rows are{rows}\n   Look at these rows, lower --learning_rate or raise "
-            "--warmup_steps, use --precision bf16 or fp32 rather than fp16; --on_nan skip goes on without such a step. "
-            "Checkpoints written before are whole: --resume_from_checkpoint true goes on from the newest"
+            "--warmup_steps, use --precision bf16 or fp32 rather than fp16; --on_nan skip goes on without such a step, "
+            f"but not without {SKIPPED_AT_MOST} in a row. Checkpoints written before are whole: {self._how_to_go_on()}"
         )
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -112,9 +132,15 @@ class Surviving:
         return super().prediction_step(model, inputs, *args, **kwargs)
 
 
-def _is_about_the_disk(error: Exception) -> bool:
-    """Whether a write failed; torch and safetensors tell it in exceptions of their own."""
-    if isinstance(error, UserError):
-        return False
-    signs = ("no space left", "file write failed", "unexpected pos", "os error", "file too large")
-    return isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
+def refuse_broken_weights(trainer) -> None:
+    """Weights that are not finite are not saved as if the run were finished: the last step may have broken them.
+
+    Raises:
+        StoppedError: naming one of them.
+    """
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad and not weight.detach().isfinite().all():
+            raise StoppedError(
+                f"after the last step {name} is not finite, so nothing is saved; lower --learning_rate. Checkpoints "
+                f"written before stay in --output_dir {trainer.args.output_dir}"
+            )

@@ -130,5 +130,6 @@ def survive(trainer, args, train_args, data: Data) -> None:
     """Tells a trainer with `utils.trainer.Surviving` what it works on."""
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
+    trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)
     trainer.files = data.report.files

@@ -1,6 +1,7 @@
 """What both modes of DPO share: the pairs, the reference, and how TRL's trainer gets them."""
 
 import functools
+from pathlib import Path
 
 from utils.adapter import adapter_weights, settle_trainable
 from utils.data_files import SUFFIXES
@@ -65,7 +66,12 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
 
         def _precompute_ref_logps(self, *inputs):
             settle(self)  # TRL comes here before its constructor ends
-            return super()._precompute_ref_logps(*inputs)
+            try:
+                return super()._precompute_ref_logps(*inputs)
+            except pyarrow.ArrowInvalid:  # what was kept beside the rows is cut off
+                for kept in Path(inputs[0].cache_files[0]["filename"]).parent.glob("cache-*.arrow"):
+                    kept.unlink()
+                return super()._precompute_ref_logps(*inputs)
 
         def _compute_loss(self, model, inputs, return_outputs):
             result = super()._compute_loss(model, inputs, return_outputs)
@@ -75,6 +81,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         def compute_ref_log_probs(self, model, inputs):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
 
+    import pyarrow
     from peft import get_peft_model
 
     if adapter is not None and args.init_lora_weights == "pissa":
