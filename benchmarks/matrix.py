@@ -50,12 +50,18 @@ def flags_of(mode: str, task: str, folder: Path, processes: int) -> list[str]:
 
 def two_processes(words: list[str], **options) -> subprocess.CompletedProcess:
     """Runs `deepspeed --include localhost:0,1 <words>` on the CPU."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port()]
+    from utils.launch import remove_shared_memory
+
+    port = free_port()
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", port]
     env = {**os.environ, "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     # children of the launcher must find the same Python
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [*launcher, "--include", "localhost:0,1", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
+    finally:
+        remove_shared_memory(port)  # of processes that were killed
 
 
 def free_port() -> str:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_a_sigterm_to_the_deepspeed_command_saves_and_leaves_nothing_behind(flag
     with open(tmp_path / "said.txt", "w+") as said:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None and "{'loss'" not in Path(said.name).read_text():
-            pass
+            time.sleep(0.2)
         process.terminate()
         process.wait(timeout=60)
         pids = re.findall(r"process (\d+) spawned", Path(said.name).read_text())
