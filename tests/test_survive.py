@@ -413,3 +413,5 @@ def test_a_finished_run_that_is_resumed_trains_no_step_more(train):
     folder = train(*flags, "--resume_from_checkpoint", "true")
     after = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 3  # the schedule ends at zero, so the weights alone would not tell
