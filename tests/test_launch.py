@@ -287,3 +287,18 @@ def test_two_hosts_train_together(two_hosts, command, flags, tmp_path):
 
 def steps_epochs(folder: Path) -> float:
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
+
+
+def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_a_living_ones_is_not(tmp_path, monkeypatch):
+    from utils.launch import forget_dead_builds
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    dead, alive = (tmp_path / name / "lock" for name in ("dead", "alive"))
+    for lock in (dead, alive):
+        lock.parent.mkdir()
+        lock.touch()
+    with alive.open():
+        forget_dead_builds()
+        assert alive.exists() and not dead.exists()
+    forget_dead_builds()
+    assert not alive.exists()

@@ -1,8 +1,10 @@
 """The processes of a run: which one this is, who started it, and what all of them agree on."""
 
+import contextlib
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,34 @@ def join_deepspeed() -> None:
     import deepspeed
     import torch
 
+    forget_dead_builds()
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def forget_dead_builds() -> None:
+    """Removes the locks of compilers that were killed: torch keeps one a C++ operator, and waits for it for good.
+
+    Whoever compiles holds the file open, so one that no process has open is a dead one's.
+    """
+    import psutil
+    from filelock import FileLock
+    from loguru import logger
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-builds.lock"):
+        locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+        if not locks:
+            return
+        held = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                held.update(Path(file.path) for file in process.open_files())
+        for lock in locks:
+            if lock.resolve() not in held:
+                logger.warning("{} was left by a process that is gone, and is removed", lock)
+                lock.unlink(missing_ok=True)
 
 
 def agree(value: Any) -> Any:
