@@ -103,12 +103,11 @@ def _read_config(flag: str, path: str) -> tuple[dict, str | None]:
 def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
     base = project_path(recorded)
     if "model_name_or_path" not in given:
-        common.model_name_or_path = base
         if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
-            common.model_name_or_path = type(common).model_name_or_path
             return [
                 f"{flag} was trained on {recorded!r}, which is not there; give its new place as --model_name_or_path"
             ]
+        common.model_name_or_path = base
     elif Path(base).is_dir() and Path(base).resolve() != Path(common.model_name_or_path).resolve():
         return [
             f"{flag} was trained on {recorded!r}, not on --model_name_or_path {common.model_name_or_path!r}; leave "

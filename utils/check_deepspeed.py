@@ -47,10 +47,7 @@ def _read(given) -> tuple[dict, str | None]:
     if not text.lstrip().startswith("{"):
         file = Path(project_path(text)).expanduser()
         if not file.is_file():
-            return (
-                {},
-                f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
-            )
+            return {}, f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}"
         text = file.read_bytes()
     try:
         config = json.loads(text)

@@ -28,10 +28,6 @@ class UserError(Exception):
         return f"{len(self.problems)} errors:\n" + "\n".join(numbered)
 
 
-class StoppedError(UserError):
-    """Training cannot go on."""
-
-
 class Interrupted(Exception):
     """A signal ended the training after a step, with a checkpoint.
 

@@ -12,7 +12,7 @@ from loguru import logger
 
 from utils.check_run import FINISHED
 from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
-from utils.errors import StoppedError, UserError, is_about_the_disk
+from utils.errors import UserError, is_about_the_disk
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
 from utils.tokenizer import set_format
@@ -106,7 +106,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
     except Exception as error:
         if not is_about_the_disk(error):
             raise
-        raise StoppedError(
+        raise UserError(
             f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
             f"command with --output_dir {folder} --resume_from_checkpoint true"
         ) from error

@@ -6,6 +6,7 @@ from utils.segments import IGNORED, count_answers
 from utils.shorten import shorter
 from utils.template import Template
 
+_SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
 
 
@@ -64,9 +65,6 @@ def _encode(pairs: list[Pair], template: Template, tokenizer, allow_special: boo
         for place, row in zip(places, rows, strict=True):
             encoded[place] = row
     return [_joined(*both) for both in zip(encoded[::2], encoded[1::2], strict=True)]
-
-
-_SIDES = ("chosen", "rejected")
 
 
 def _joined(chosen: dict, rejected: dict) -> dict | Dropped:

@@ -8,7 +8,7 @@ from loguru import logger
 
 from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
-from utils.errors import StoppedError, is_about_the_disk
+from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, wait_for_all
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
@@ -75,7 +75,7 @@ class Surviving:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free / 1e9
-            raise StoppedError(
+            raise UserError(
                 f"the checkpoint of step {self.state.global_step} cannot be written: {error}. {free:.1f} GB are free "
                 f"on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: make "
                 f"room, then {self._how_to_go_on()}"
@@ -121,7 +121,7 @@ class Surviving:
         if self.on_nan == "skip" and self._skipped_in_a_row < SKIPPED_AT_MOST:
             logger.warning("step {}: {}, the step is left out; its rows are{}", step, what, rows)
             return
-        raise StoppedError(
+        raise UserError(
             f"step {step}: {what}; its rows are{rows}\n   Look at these rows, lower --learning_rate or raise "
             "--warmup_steps, use --precision bf16 or fp32 rather than fp16; --on_nan skip goes on without such a step, "
             f"but not without {SKIPPED_AT_MOST} in a row. Checkpoints written before are whole: {self._how_to_go_on()}"
@@ -136,11 +136,11 @@ def refuse_broken_weights(trainer) -> None:
     """Weights that are not finite are not saved as if the run were finished: the last step may have broken them.
 
     Raises:
-        StoppedError: naming one of them.
+        UserError: naming one of them.
     """
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad and not weight.detach().isfinite().all():
-            raise StoppedError(
+            raise UserError(
                 f"after the last step {name} is not finite, so nothing is saved; lower --learning_rate. Checkpoints "
                 f"written before stay in --output_dir {trainer.args.output_dir}"
             )

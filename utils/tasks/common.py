@@ -6,6 +6,7 @@ from typing import Any
 
 from loguru import logger
 
+from utils.adapter import adapter_weights, settle_trainable
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
 from utils.resume import run_settings
@@ -121,15 +122,42 @@ def _leave_deepspeed_out() -> None:
     accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
-def has_one_type(trainer, args) -> bool:
-    """Whether the weights' type is settled by what lays them out: DeepSpeed and FSDP want one for all of them."""
-    return (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and args.precision != "fp32"
+def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer, **more):
+    """Builds one of TRL's trainers on rows that are prepared already.
 
+    Args:
+        trainer_class: TRL's, extended by `utils.trainer.Surviving`.
+        args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
+        **more: for the trainer's constructor.
 
-def survive(trainer, args, train_args, data: Data) -> None:
-    """Tells a trainer with `utils.trainer.Surviving` what it works on."""
+    Raises:
+        UserError: the trainer refuses the recipe's values.
+    """
+    start = adapter_weights(model)
+
+    class Trainer(trainer_class):
+        def settle_weights(self):
+            # DeepSpeed and FSDP want one type for all the weights
+            laid_out = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            settle_trainable(self.model, laid_out and args.precision != "fp32", start)
+
+    try:
+        trainer = Trainer(
+            model=model,
+            args=for_trl(train_args),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            data_collator=collator,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            **more,
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise UserError(f"the trainer refuses the recipe's values: {error}") from error
+    trainer.settle_weights()
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)
     trainer.files = data.report.files
+    return trainer

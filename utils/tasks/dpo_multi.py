@@ -2,7 +2,7 @@
 
 from utils.data_collator import build_trl_pair_collator
 from utils.tasks.common import Data
-from utils.tasks.dpo import load_datasets, make_trainer
+from utils.tasks.dpo import load_datasets, make_dpo_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
 
@@ -18,4 +18,4 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     """TRL's DPOTrainer on pairs that are prepared already."""
     from trl import DPOTrainer
 
-    return make_trainer(DPOTrainer, args, train_args, model, adapter, data, collator, tokenizer)
+    return make_dpo_trainer(DPOTrainer, args, train_args, model, adapter, data, collator, tokenizer)

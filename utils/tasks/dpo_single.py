@@ -4,6 +4,8 @@ Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290. Everyth
 the optimizer to the checkpoints, is TRL's DPOTrainer.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 from trl import DPOTrainer
@@ -13,7 +15,7 @@ from trl.trainer.utils import use_adapter
 from utils.data_collator import build_pair_collator
 from utils.segments import IGNORED
 from utils.tasks.common import Data, use_padding_free
-from utils.tasks.dpo import load_datasets, make_trainer
+from utils.tasks.dpo import load_datasets, make_dpo_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
 
@@ -97,15 +99,13 @@ class WrittenOutTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of chosen and rejected, [pairs] each, without gradients."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if self.ref_model is None and hasattr(unwrapped, "peft_config"):
-                # a copy of the adapter the policy began with, or none for a policy that began as the base
-                name = "ref" if "ref" in unwrapped.peft_config else None
-                with use_adapter(unwrapped, adapter_name=name), self.accelerator.autocast():
-                    return sequence_log_probs(model, inputs)[0].chunk(2)
-            with self.accelerator.autocast():
-                return sequence_log_probs(model, inputs)[0].chunk(2)
+        unwrapped, adapter = self.accelerator.unwrap_model(self.model), nullcontext()
+        if self.ref_model is None and hasattr(unwrapped, "peft_config"):
+            # a copy of the adapter the policy began with, or none for a policy that began as the base
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        no_checkpoints = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), no_checkpoints, adapter, self.accelerator.autocast():
+            return sequence_log_probs(model, inputs)[0].chunk(2)
 
     def _keep_figures(self, figures: dict) -> None:
         """Means over all processes, for the log."""
@@ -121,4 +121,4 @@ def build_collator(args, train_args, tokenizer):
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
     """TRL's DPOTrainer with the loss of this file."""
-    return make_trainer(WrittenOutTrainer, args, train_args, model, adapter, data, collator, tokenizer)
+    return make_dpo_trainer(WrittenOutTrainer, args, train_args, model, adapter, data, collator, tokenizer)

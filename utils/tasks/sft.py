@@ -1,12 +1,11 @@
 """Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
 
-from utils.adapter import adapter_weights, settle_trainable
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.shorten import encode_within
-from utils.tasks.common import Data, for_trl, has_one_type, load_both, row_kind, survive, use_padding_free
+from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
 from utils.trainer import Surviving
 
 USES_TEMPLATE = True
@@ -46,19 +45,4 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     class Trainer(Surviving, SFTTrainer):
         pass
 
-    start = adapter_weights(model)
-    try:
-        trainer = Trainer(
-            model=model,
-            args=for_trl(train_args),
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            data_collator=collator,
-            processing_class=tokenizer,
-            peft_config=adapter,
-        )
-    except (ValueError, ImportError, NotImplementedError) as error:
-        raise UserError(f"the trainer refuses the recipe's values: {error}") from error
-    settle_trainable(trainer.model, has_one_type(trainer, args), start)
-    survive(trainer, args, train_args, data)
-    return trainer
+    return make_trainer(Trainer, args, train_args, model, adapter, data, collator, tokenizer)
