@@ -13,10 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.tables import write_table
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny_model"
 GUIDE = ROOT / "train_args" / "dpo" / "README.md"
-MARK = "<!-- table: benchmarks/dpo.json -->"
 
 
 def log_probs(model, tokenizer, file: Path) -> list[tuple[float, float]]:
@@ -91,9 +92,7 @@ def main() -> None:
             print(json.dumps(run))
             results["runs"].append(run)
     (ROOT / "benchmarks" / "dpo.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    head, _, rest = GUIDE.read_text(encoding="utf-8").partition(MARK)
-    after_table = rest[rest.index("\n## ") :]
-    GUIDE.write_text(f"{head}{MARK}\n\n{table(results)}\n{after_table}", encoding="utf-8")
+    write_table(GUIDE, "benchmarks/dpo.json", table(results))
 
 
 if __name__ == "__main__":

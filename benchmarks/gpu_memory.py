@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.tables import write_table
+
 ROOT = Path(__file__).resolve().parent.parent
 # config.json of Qwen/Qwen1.5-7B on the hub
 SHAPES = {
@@ -38,7 +40,6 @@ WAYS = {
     "DoRA": (["--use_dora", "true"], None, None),
     "full": (["--train_mode", "full"], None, None),
 }
-MARKS = ("<!-- table: benchmarks/gpu_memory.json -->", "<!-- end of memory table -->")
 
 # runs main_train.py and writes down what it took; a peak of PyTorch's allocator on a GPU, of the process on a CPU
 MEASURED = """
@@ -120,10 +121,7 @@ def table(results: dict | None) -> str:
 def write_tables(results: dict | None) -> None:
     """Puts the table into both READMEs."""
     for name in ("README.md", "README_zh.md"):
-        file = ROOT / name
-        before, _, rest = file.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        file.write_text(f"{before}{MARKS[0]}\n\n{table(results)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        write_table(ROOT / name, "benchmarks/gpu_memory.json", table(results))
 
 
 def main(argv: list[str] | None = None) -> None:

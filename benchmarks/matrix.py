@@ -20,6 +20,8 @@ import time
 from itertools import product
 from pathlib import Path
 
+from benchmarks.tables import write_table
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny_model"
 ZEROS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -30,7 +32,6 @@ MODES = {
     "qlora": ["--train_mode", "qlora"],
 }
 RECIPES = {"sft": "train_args/sft/base.py", "dpo": "train_args/dpo/base.py"}
-MARKS = ("<!-- table: benchmarks/matrix.json -->", "<!-- end of table -->")
 # every value with every other at least once
 COVERING = [
     (zero, mode, tuple(RECIPES)[(number // len(MODES) + number) % 2])
@@ -162,10 +163,7 @@ def table(results: dict) -> str:
 def write_tables(results: dict) -> None:
     """Puts the table into both READMEs."""
     for name in ("README.md", "README_zh.md"):
-        file = ROOT / name
-        before, _, rest = file.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        file.write_text(f"{before}{MARKS[0]}\n\n{table(results)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        write_table(ROOT / name, "benchmarks/matrix.json", table(results))
 
 
 def main() -> None:

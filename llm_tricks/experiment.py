@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.tables import write_table
 from llm_tricks.notebook import INSTALL
-
-END = "<!-- end of table -->"
 
 
 def run_experiment(
@@ -50,20 +49,7 @@ def run_experiment(
     if args.write:
         (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         figure(results).savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        write_table(folder / "README.md", name, table(results))
-
-
-def mark(name: str) -> str:
-    """The line in a README after which the table of `<name>.json` stands."""
-    return f"<!-- table: {name}.json -->"
-
-
-def write_table(readme: Path, name: str, table: str) -> None:
-    """Puts a table between its two marks in a README."""
-    text = readme.read_text(encoding="utf-8")
-    if mark(name) in text:
-        head, _, rest = text.partition(mark(name))
-        readme.write_text(f"{head}{mark(name)}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_table(folder / "README.md", f"{name}.json", table(results))
 
 
 def mean_and_spread(values: list[float], digits: int = 1, scale: float = 1.0) -> str:
