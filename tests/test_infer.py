@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from utils.script import infer
+from utils.trained import check_trained
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,11 @@ def run_folder(tmp_path_factory, request):
     return folder / "run"
 
 
+def load(**values):
+    args = infer.InferArgs(**values)
+    return infer.load_chat(args, check_trained(args)[0])
+
+
 def said(capsys, *flags):
     capsys.readouterr()
     infer.main(list(flags))
@@ -49,12 +55,10 @@ def test_the_model_sees_the_ids_it_was_trained_on(run_folder, monkeypatch):
 
     from utils.template import get_template
 
-    chat = infer.load_chat(infer.InferArgs(model_path=str(run_folder)))
+    chat = load(model_path=str(run_folder))
     seen = []
     generate = chat.model.generate
-    monkeypatch.setattr(
-        chat.model, "generate", lambda **inputs: (seen.append(inputs["input_ids"]), generate(**inputs))[1]
-    )
+    monkeypatch.setattr(chat.model, "generate", lambda ids, **options: (seen.append(ids), generate(ids, **options))[1])
     chat.answer("Hi", stream=False)
     chat.answer("Who?", stream=False)
     tokenizer = AutoTokenizer.from_pretrained(run_folder)
@@ -98,7 +102,7 @@ def test_sampling_with_a_seed_repeats(run_folder, capsys):
 
 
 def test_greedy_is_the_default_and_equals_a_loop_of_argmax(run_folder):
-    chat = infer.load_chat(infer.InferArgs(model_path=str(run_folder), max_new_tokens=6))
+    chat = load(model_path=str(run_folder), max_new_tokens=6)
     text = chat.answer("Something unseen", stream=False)
     inputs = chat.tokenizer.apply_chat_template(
         chat.messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.check_adapter import check_adapter, start_from_adapter, template_of_run
 from utils.errors import nearest
 from utils.template import template_dict, unknown_template
+from utils.weight_files import check_weight_files
 
 # task → the rows it is shown on; the sample of a task is made for the embedded tiny model
 SAMPLE_DATA = {
@@ -99,7 +100,7 @@ def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allo
                 f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
                 "loaded; convert them with save_pretrained(...) of transformers"
             ]
-        return _check_config(flag, path, trust_remote_code)
+        return _check_config(flag, path, trust_remote_code) or check_weight_files(flag, folder)
     parent = folder.parent
     looks_local = (
         path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"

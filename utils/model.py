@@ -1,14 +1,10 @@
 """Weights: which type they are loaded in, which attention they use, how they are quantised."""
 
-import json
-from pathlib import Path
-
 from loguru import logger
 
 from utils.adapter import ADAPTERS
 from utils.errors import UserError
 from utils.launch import uses_fsdp
-from utils.paths import project_path
 from utils.tokenizer import load_failure
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
@@ -124,44 +120,6 @@ def _keep_quantised_weights(model) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def load_for_inference(path: str, trust_remote_code: bool = False):
-    """Loads a run's folder or a base model for generation, on the GPU where there is one.
-
-    Args:
-        path: a folder with an adapter (its base is read from `adapter_config.json`) or with whole
-            weights, or a hub name.
-        trust_remote_code: whether Python code beside the model may run.
-
-    Raises:
-        UserError: there is no such model, or the adapter's base is missing.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    adapter_file = Path(path) / "adapter_config.json"
-    if not adapter_file.is_file():
-        try:
-            return AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
-        except Exception as error:
-            raise UserError(load_failure("model", "--model_path", path, error)) from error
-    from peft import PeftModel
-
-    try:
-        base = project_path(json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--model_path {path!r} has an adapter_config.json that cannot be read ({error})") from error
-    try:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), path)
-    except Exception as error:
-        raise UserError(load_failure("base or adapter", "--model_path", f"{path} (base {base})", error)) from error
-    if (Path(path) / "generation_config.json").is_file():
-        # the run's own stop tokens, not the base's
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.to(device).eval()
 
 
 def _settle_checkpointing(model, train_args) -> None:

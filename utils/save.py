@@ -17,6 +17,7 @@ from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
 from utils.tokenizer import set_format
 from utils.trainer import refuse_broken_weights
+from utils.weight_files import fingerprint
 
 STATE = "trainer_state.json"
 _PISSA_START = "pissa_start"
@@ -118,8 +119,10 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
         trainer.model.generation_config.save_pretrained(folder)
     plot_history(trainer.state.log_history, folder / "loss.png")
     summary = summarise(trainer, args, data, folder)
+    # an adapter fits these weights and no others of their shape
+    base = {"path": args.model_name_or_path, "fingerprint": fingerprint(args.model_name_or_path)}
     text = json.dumps(
-        effective_args(args, train_args) | {"summary": summary}, indent=2, ensure_ascii=False, default=str
+        effective_args(args, train_args) | {"base": base, "summary": summary}, indent=2, ensure_ascii=False, default=str
     )
     temporary = folder / (FINISHED + ".part")
     temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,185 @@
+"""What a training left behind, loaded again: a run's folder, a base model, or a base with adapters on top."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+
+from utils.check_args import check_model_path
+from utils.errors import UserError
+from utils.flags import arg
+from utils.paths import project_path
+from utils.template import get_template, template_dict, unknown_template
+from utils.tokenizer import load_failure, load_tokenizer, set_format
+from utils.weight_files import check_weight_files, fingerprint
+
+
+@dataclass
+class TrainedArgs:
+    """The flags that say which model; commands add their own."""
+
+    model_path: str | None = arg(None, "A run's folder (adapter or full), or a base model.")
+    adapter: str | None = arg(None, "Adapters on top of it, separated by commas, in the order they were trained.")
+    base_model: str | None = arg(None, "Where an adapter's base lies now, if not where the adapter says.")
+    template_name: str | None = arg(None, "The chat format of a base model. Default: the one saved with the model.")
+    allow_other_base: bool = arg(False, "Load an adapter onto a base that is not the one it was trained on.")
+    trust_remote_code: bool = arg(False, "Run Python code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A base and the adapters that go on top of it, first trained first."""
+
+    base: str
+    adapters: tuple[str, ...]
+
+    def last(self) -> str:
+        """The folder that was trained last: its tokenizer and chat format are the model's."""
+        return self.adapters[-1] if self.adapters else self.base
+
+
+def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
+    """Finds the base and the adapters that the flags mean, and whether they belong together.
+
+    Returns:
+        the parts, None where they cannot be told; and the problems.
+    """
+    if args.template_name not in (None, "auto", *template_dict):
+        return None, [unknown_template(args.template_name)]
+    if not args.model_path:
+        return None, ["--model_path is missing; give a run's folder, such as output/sft-…, or a base model"]
+    given = [("--adapter", path.strip()) for path in (args.adapter or "").split(",") if path.strip()]
+    problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    for flag, path in given:
+        if not _is_adapter(path):
+            problems.append(f"{flag} {path!r} has no adapter_config.json; give the folder of a run that has an adapter")
+    if problems:
+        return None, problems
+    chain, base = [path for _, path in given], args.model_path
+    while _is_adapter(base):
+        chain.insert(0, base)
+        recorded, problem = _recorded_base(base)
+        if problem:
+            return None, [problem]
+        base = project_path(recorded)
+    if args.base_model:
+        if not chain:
+            return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has whole weights"]
+        base = args.base_model
+        problems = check_model_path("--base_model", base, args.trust_remote_code)
+    elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+        problems = [f"{chain[0]!r} was trained on {base!r}, which is not there; give its new place as --base_model"]
+    for folder in (base, *chain):
+        problems += check_weight_files(f"--model_path {args.model_path!r}", folder) if Path(folder).is_dir() else []
+    if not problems and not args.allow_other_base:
+        problems = _check_base(base, chain)
+    return Parts(base, tuple(chain)), problems
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def _recorded_base(adapter: str) -> tuple[str, str | None]:
+    try:
+        return json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"], None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return "", f"{adapter!r} has an adapter_config.json that cannot be read ({type(error).__name__}: {error})"
+
+
+def base_of_run(folder: str) -> dict:
+    """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
+    try:
+        return json.loads((Path(folder) / "train_args.json").read_text(encoding="utf-8")).get("base") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _check_base(base: str, adapters: list[str]) -> list[str]:
+    """An adapter fits only the weights it was trained on; on others of the same shape it loads without a word."""
+    now = fingerprint(base) if adapters else None
+    problems = []
+    for adapter in adapters:
+        trained_on = base_of_run(adapter)
+        if now and trained_on.get("fingerprint") not in (None, now):
+            problems.append(
+                f"{adapter!r} was trained on {trained_on['path']!r} with the weights {trained_on['fingerprint']}, and "
+                f"{base!r} has {now}; give the base it was trained on as --base_model, or --allow_other_base true"
+            )
+            break  # adapters after it were trained on more than the base alone
+        if len(adapters) > 1:
+            break
+    return problems
+
+
+def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
+    """Loads base and adapters for generation, on the GPU where there is one.
+
+    All adapters but the last are merged, as they were when the last one was trained.
+
+    Args:
+        args: the flags, for the messages.
+        parts: from `check_trained`.
+        dtype: of the weights; "auto" is the one they are saved in.
+
+    Returns:
+        transformers.PreTrainedModel or peft.PeftModel, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, or the adapter does not fit it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(parts.base, **options)
+    except Exception as error:  # the hub, the file system and the model code each raise their own
+        flag = "--base_model" if args.base_model else "--model_path"
+        raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
+    for number, adapter in enumerate(parts.adapters, start=1):
+        model = _with_adapter(model, adapter, merged=number < len(parts.adapters))
+    if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
+        # the run's own stop tokens, not the base's
+        model.generation_config = GenerationConfig.from_pretrained(parts.last())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _with_adapter(model, path: str, merged: bool):
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(model, path)
+        return model.merge_and_unload() if merged else model
+    except Exception as error:  # another shape, a damaged file
+        raise UserError(load_failure("adapter", "--adapter or --model_path", path, error)) from error
+
+
+def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto"):
+    """Loads a model and a tokenizer that speak the format they were trained in.
+
+    Returns:
+        (model, tokenizer); the tokenizer has a chat template and pads on the left.
+
+    Raises:
+        UserError: they cannot be loaded, or have no chat format.
+    """
+    from utils.log import route_library_logs
+
+    route_library_logs()
+    home = parts.last()
+    if not (Path(home) / "tokenizer_config.json").is_file() and parts.adapters:
+        logger.info("{} has no tokenizer; the base's is used", home)
+        home = parts.base
+    tokenizer = load_tokenizer(home, args.trust_remote_code, flag="--model_path")
+    if not args.template_name and not tokenizer.chat_template:
+        raise UserError(
+            f"--model_path {args.model_path!r} has no chat format of its own; give one with --template_name, "
+            "or the folder of a run"
+        )
+    model = load_trained(args, parts, dtype)
+    if args.template_name:
+        set_format(tokenizer, get_template(args.template_name, tokenizer), model)
+    tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
+    return model, tokenizer
