@@ -163,8 +163,11 @@ def test_a_broken_model_folder(refused, tmp_path, tiny_models, rows_file):
 
     broken = tmp_path / "broken"
     shutil.copytree(tiny_models(), broken)
+    whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(b"half")
-    assert "cannot be loaded" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
+    told = refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
+    assert "model.safetensors is cut off or is no safetensors file (4 bytes)" in told and "copy or download" in told
+    (broken / "model.safetensors").write_bytes(whole)
     (broken / "tokenizer.json").unlink()
     assert "tokenizer" in refuses(refused, tmp_path, tiny_models, rows_file, "--model_name_or_path", str(broken))
     (broken / "config.json").write_text("{")
