@@ -1,15 +1,31 @@
-"""Checked rows → token ids and labels, in batches and in several processes."""
+"""Raw rows → token ids and labels, in one pass: parsed, checked, rendered and tokenised a chunk at a time.
+
+Where there are rows enough, several processes take chunks in turn; this one reads the files and writes what comes
+back, in order. What is in memory is a few chunks, however many rows there are.
+"""
 
 import functools
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from utils.data_report import TOO_LONG, DataReport, Dropped, refuse_nothing_left, source_of
+from utils.data_files import RawRow, count_rows, parse_row, raw_rows
+from utils.data_report import Dropped, source_of
+from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
+from utils.segments import IGNORED
+
+CHUNK = 1000  # rows tokenised at once
+BYTES_A_WORKER = 2 << 20  # of the files; for less than that another process is not worth its start
 
 
 @dataclass(frozen=True)
@@ -18,8 +34,8 @@ class RowKind:
 
     Attributes:
         suffixes: the kinds of file it reads.
-        read: raw row → a value that JSON can hold; raises BadRow or EmptyRow.
-        encode: values → for each its columns and `shortened`, or why it is dropped.
+        read: raw row → what `encode` takes; raises BadRow or EmptyRow.
+        encode: what was read → for each its columns and `shortened`, or why it is dropped.
         key: everything `encode` depends on, for the cache.
         columns: lists of token ids, named `…ids`, and of labels, named `…labels`, -100 where nothing is trained.
         pack: what is done with the whole encoded dataset at the end, if anything.
@@ -35,78 +51,177 @@ class RowKind:
     refuse_long: bool = False
 
 
-def encoded_rows(checked, files: list[str], kind: RowKind, report: DataReport, scratch: Path, workers: int | None):
-    """Tokenises in batches, in several processes where there are rows enough."""
-    from datasets import Features, Sequence, Value
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+class Chunk(NamedTuple):
+    """Some rows of one file.
+
+    Attributes:
+        number: the file's place among the files.
+        check_only: nothing will be trained, but every bad row is to be named.
+    """
+
+    number: int
+    file: str
+    rows: list[RawRow]
+    check_only: bool = False
+
+
+@dataclass
+class Part:
+    """What became of a chunk.
+
+    Attributes:
+        rows: how many it had.
+        batch: the columns of those that are kept, a pyarrow RecordBatch; None where there are none.
+        dropped: line, reason, kind of each that is left out.
+        shortened: lines.
+        refused: what is wrong with each row that stops the run.
+    """
+
+    file: str
+    rows: int
+    batch: Any = None
+    tokens: int = 0
+    trained_tokens: int = 0
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    shortened: list[int] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
+    """Does all that has to be done with some rows."""
+    part = Part(chunk.file, len(chunk.rows))
+    lines, values = [], []
+    for raw in chunk.rows:
+        try:
+            value = _checked(kind, parse_row(raw))
+        except EmptyRow as error:
+            if on_bad_row == "error":
+                part.refused.append(f"{chunk.file}:{raw.line} {error}")
+            part.dropped.append((raw.line, str(error), error.kind))
+        except BadRow as error:
+            # rows that follow a fatal one are lost uncounted, so it stops the run in any case
+            if on_bad_row != "drop" or raw.fatal:
+                part.refused.append(f"{chunk.file}:{raw.line} {error}")
+            part.dropped.append((raw.line, str(error), "malformed"))
+        else:
+            lines.append(raw.line)
+            values.append(value)
+    if values and not (chunk.check_only or part.refused):
+        _encode(kind, chunk.number, lines, values, part)
+    return part
+
+
+def _checked(kind: RowKind, raw: RawRow):
+    if raw.problem:
+        raise BadRow(raw.problem)
+    value = kind.read(raw.value)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRow("has half a Unicode character (a lone surrogate)") from None
+    return value
+
+
+def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Part) -> None:
+    import pyarrow
+
+    kept, sources = [], []
+    for line, row in zip(lines, kind.encode(values), strict=True):
+        if isinstance(row, Dropped):
+            part.dropped.append((line, row.reason, row.kind))
+            continue
+        kept.append(row)
+        sources.append([source_of(number, line)])
+        if row["shortened"]:
+            part.shortened.append(line)
+        for name in kind.columns:
+            if name.endswith("ids"):
+                part.tokens += len(row[name])
+            else:
+                part.trained_tokens += len(row[name]) - row[name].count(IGNORED)
+    if kept:
+        ids = pyarrow.list_(pyarrow.int32())
+        arrays = [pyarrow.array([row[name] for row in kept], ids) for name in kind.columns]
+        arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))
+        part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
+
+
+def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int | None) -> Iterator[Part]:
+    """Encodes all rows, in the files' order, with a progress bar where it takes long.
+
+    Args:
+        files: data files.
+        kind: the task's way with rows.
+        on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
+        workers: processes; None for a number that suits.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    from tqdm import tqdm
 
     if workers is None:
-        workers = min(os.cpu_count() or 1, 16, len(checked) // 5000)
-    features = Features(
-        {
-            **{name: Sequence(Value("int32")) for name in kind.columns},
-            "source": Sequence(Value("int64")),
-            "shortened": Value("bool"),
-            "dropped": Value("string"),
-            "reason": Value("string"),
-            "file": Value("int32"),
-            "line": Value("int64"),
-        }
-    )
-    if len(checked) > 5000:
-        enable_progress_bar()
-    encoded = checked.map(
-        functools.partial(_encode_batch, kind),
-        batched=True,
-        remove_columns=["row"],
-        features=features,
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=str(scratch / "encoded.arrow"),
-        new_fingerprint=scratch.name,
-        desc="tokenising",
-    )
-    disable_progress_bar()
-    return _without_dropped(encoded, files, report, kind)
+        size = sum(Path(file).stat().st_size for file in files)
+        workers = min(os.cpu_count() or 1, 16, size // BYTES_A_WORKER)
+    refused = False
+
+    def chunks() -> Iterator[Chunk]:
+        for number, file in enumerate(files):
+            rows = iter(raw_rows(file))
+            while some := list(islice(rows, CHUNK)):
+                # once a row stops the run, the rest is only looked through for others that do
+                yield Chunk(number, file, some, check_only=refused)
+
+    work = functools.partial(encode_chunk, kind, on_bad_row)
+    parts = _in_processes(work, chunks(), workers) if workers > 1 else map(work, chunks())
+    total = count_rows(files)
+    few = total is not None and total < 5 * CHUNK
+    with tqdm(total=total, unit=" rows", desc="tokenising", disable=few, leave=False) as bar:
+        for part in parts:
+            bar.update(part.rows)
+            refused = refused or bool(part.refused)
+            yield part
 
 
-def _encode_batch(kind: RowKind, batch: dict[str, list]) -> dict[str, list]:
-    empty = {**{name: [] for name in kind.columns}, "shortened": False, "dropped": None, "reason": None}
-    rows = []
-    for result in kind.encode([json.loads(row) for row in batch["row"]]):
-        found = {"dropped": result.kind, "reason": result.reason} if isinstance(result, Dropped) else result
-        rows.append({**empty, **found})
-    sources = [[source_of(*place)] for place in zip(batch["file"], batch["line"], strict=True)]
-    return {**{name: [row[name] for row in rows] for name in empty}, "source": sources}
+_work: Callable[[Chunk], Part] | None = None  # in a worker: what it does
 
 
-def _without_dropped(encoded, files: list[str], report: DataReport, kind: RowKind):
-    """Counts tokens, shortened and dropped rows column by column, and keeps the rest of the rows."""
-    import pyarrow.compute as pc
+def _start_worker(work: Callable[[Chunk], Part]) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
-    table = encoded.data
-    columns = (table[name].to_pylist() for name in ("dropped", "reason", "shortened", "file", "line"))
-    kept = []
-    for index, (dropped, reason, shortened, file, line) in enumerate(zip(*columns, strict=True)):
-        if dropped is not None:
-            report.drop(files[file], line, reason, dropped)
-            continue
-        kept.append(index)
-        if shortened:
-            report.shorten(files[file], line)
-    if kind.refuse_long and TOO_LONG in report.dropped:
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for its next chunk forever."""
+    while os.getppid() == parent:
+        threading.Event().wait(0.5)
+    os._exit(1)
+
+
+def _do_work(chunk: Chunk) -> Part:
+    return _work(chunk)
+
+
+def _in_processes(work: Callable[[Chunk], Part], chunks: Iterator[Chunk], workers: int) -> Iterator[Part]:
+    import multiprocessing
+
+    # forked, a process has template and tokenizer already
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,))
+    waiting: deque = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_do_work, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
         raise UserError(
-            f"{report.dropped[TOO_LONG]:,} of {report.rows:,} rows are too long, and --overlong error is given:"
-            f"{report.named_places()}\n   Raise --max_len, or give --overlong truncate or drop"
-        )
-    refuse_nothing_left(report, len(kept), files)
-    report.kept = len(kept)
-    if len(kept) < len(encoded):
-        encoded = encoded.select(kept)
-    for name in kind.columns:
-        for batch in table[name].chunks:
-            values = batch.flatten()
-            if name.endswith("ids"):
-                report.tokens += len(values)
-            else:
-                report.trained_tokens += pc.sum(pc.greater_equal(values, 0).cast("int64")).as_py() or 0
-    return encoded.remove_columns(["shortened", "dropped", "reason", "file", "line"])
+            "a process that tokenises was killed, most likely for want of memory; give --dataset_num_proc 1"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

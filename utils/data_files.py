@@ -21,6 +21,7 @@ class RawRow(NamedTuple):
     Attributes:
         problem: why it could not be read.
         fatal: whether what comes after it in the file could not be read either.
+        unparsed: whether `value` is still a line of JSON.
     """
 
     file: str
@@ -28,6 +29,7 @@ class RawRow(NamedTuple):
     value: Any
     problem: str | None = None
     fatal: bool = False
+    unparsed: bool = False
 
 
 def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str]]:
@@ -87,12 +89,35 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
 
 def read_rows(file: str) -> Iterator[RawRow]:
     """Yields a file's rows; what cannot be read comes as a row with a `problem`."""
+    return map(parse_row, raw_rows(file))
+
+
+def raw_rows(file: str) -> Iterator[RawRow]:
+    """Yields a file's rows, lines of JSON as they stand: `parse_row` is most of the work, and another process's."""
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
-        for row in reader.get(Path(file).suffix.lower(), _read_text)(file):
-            yield row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row) else row
+        yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
     except OSError as error:
         yield RawRow(file, 0, None, f"cannot be read: {error.strerror or error}", fatal=True)
+
+
+def parse_row(row: RawRow) -> RawRow:
+    """A row's value, or why it has none."""
+    if row.unparsed:
+        row = _parse(row.file, row.line, row.value)
+    return row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row) else row
+
+
+def count_rows(files: list[str]) -> int | None:
+    """How many lines the files have, to show progress by; None for other kinds than `.jsonl`."""
+    if any(Path(file).suffix.lower() != ".jsonl" for file in files):
+        return None
+    count = 0
+    for file in files:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                count += block.count(b"\n")
+    return count
 
 
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
@@ -127,7 +152,7 @@ def _read_jsonl(file: str) -> Iterator[RawRow]:
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _parse(file, number, line)
+                yield RawRow(file, number, line, unparsed=True)
 
 
 def _read_json(file: str) -> Iterator[RawRow]:

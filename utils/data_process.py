@@ -5,23 +5,21 @@ content, the template, the tokenizer, the lengths. A second start finds it there
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 from loguru import logger
 
-from utils.data_encode import RowKind, encoded_rows
-from utils.data_files import find_files, read_rows
-from utils.data_report import SHOWN, DataReport, refuse_nothing_left
-from utils.data_rows import BadRow, EmptyRow
+from utils.data_encode import Part, RowKind, encoded_parts
+from utils.data_files import find_files
+from utils.data_report import SHOWN, TOO_LONG, DataReport, refuse_nothing_left
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import is_first_here
 
@@ -144,19 +142,19 @@ def tokenizer_key(tokenizer) -> str:
 
 def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
     """Reads, checks and encodes the rows, and moves them into the cache when they are whole."""
-    from datasets import load_from_disk
+    from datasets import Dataset, load_from_disk
 
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
-        checked, report = _checked_rows(files, kind, on_bad_row, scratch)
-        dataset = encoded_rows(checked, files, kind, report, scratch, workers)
+        report = _write_rows(files, kind, on_bad_row, scratch / "encoded.arrow", workers)
+        dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
         if kind.pack:
             dataset = kind.pack(dataset)
         dataset.save_to_disk(str(scratch / "rows"))
         sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
         report_file = scratch / "rows" / "report.json"
         report_file.write_text(json.dumps({**asdict(report), "sizes": sizes}), encoding="utf-8")
-        del dataset, checked
+        del dataset
         try:
             os.rename(scratch / "rows", folder)
         except OSError:
@@ -168,27 +166,39 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
     return load_from_disk(str(folder)), report
 
 
-def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Path):
-    """Writes the rows that can be read to disk, as JSON texts with their places.
+def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, workers: int | None) -> DataReport:
+    """Writes the encoded rows to an Arrow file, part by part.
 
     Raises:
         UserError: naming the rows that stop the run, the first 20 by file and line.
     """
-    from datasets import Dataset, Features, Value
-    from datasets.utils.logging import disable_progress_bar
+    import pyarrow
+    from datasets.arrow_writer import ArrowWriter
 
     report, refused = DataReport(), []
-    rows = functools.partial(_readable_rows, files, kind, on_bad_row, report, refused)
-    disable_progress_bar()
-    try:
-        features = Features({"row": Value("string"), "file": Value("int32"), "line": Value("int64")})
-        dataset = Dataset.from_generator(
-            rows, features=features, cache_dir=str(scratch / "raw"), keep_in_memory=False, fingerprint=scratch.name
-        )
-    except Exception:
-        if report.rows > report.dropped_rows():
-            raise
-        dataset = None  # datasets refuses to make a dataset of no rows
+    with ArrowWriter(path=str(path)) as writer, closing(encoded_parts(files, kind, on_bad_row, workers)) as parts:
+        for part in parts:
+            _count(report, part)
+            refused += part.refused
+            if part.batch is not None and not refused:
+                writer.write_table(pyarrow.Table.from_batches([part.batch]))
+        _refuse(refused, report, kind, files)
+        writer.finalize()
+    return report
+
+
+def _count(report: DataReport, part: Part) -> None:
+    report.rows += part.rows
+    report.kept += part.batch.num_rows if part.batch is not None else 0
+    report.tokens += part.tokens
+    report.trained_tokens += part.trained_tokens
+    for line, reason, what in sorted(part.dropped):
+        report.drop(part.file, line, reason, what)
+    for line in part.shortened:
+        report.shorten(part.file, line)
+
+
+def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[str]) -> None:
     if refused:
         shown = "".join(f"\n     {problem}" for problem in refused[:SHOWN])
         more = f"\n     … and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
@@ -196,38 +206,9 @@ def _checked_rows(files: list[str], kind: RowKind, on_bad_row: str, scratch: Pat
             f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
             "   Mend them, or give --on_bad_row drop to train without those that stand alone on a line"
         )
-    refuse_nothing_left(report, report.rows - report.dropped_rows(), files)
-    return dataset, report
-
-
-def _as_json(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow("has half a Unicode character (a lone surrogate)") from None
-    return text
-
-
-def _readable_rows(
-    files: list[str], kind: RowKind, on_bad_row: str, report: DataReport, refused: list[str]
-) -> Iterator[dict]:
-    for number, file in enumerate(files):
-        for raw in read_rows(file):
-            report.rows += 1
-            place = f"{file}:{raw.line}"
-            try:
-                if raw.problem:
-                    raise BadRow(raw.problem)
-                text = _as_json(kind.read(raw.value))
-            except EmptyRow as error:
-                if on_bad_row == "error":
-                    refused.append(f"{place} {error}")
-                report.drop(file, raw.line, str(error), error.kind)
-            except BadRow as error:
-                # rows that follow a fatal one are lost uncounted, so it stops the run in any case
-                if on_bad_row != "drop" or raw.fatal:
-                    refused.append(f"{place} {error}")
-                report.drop(file, raw.line, str(error), "malformed")
-            else:
-                yield {"row": text, "file": number, "line": raw.line}
+    if kind.refuse_long and TOO_LONG in report.dropped:
+        raise UserError(
+            f"{report.dropped[TOO_LONG]:,} of {report.rows:,} rows are too long, and --overlong error is given:"
+            f"{report.named_places()}\n   Raise --max_len, or give --overlong truncate or drop"
+        )
+    refuse_nothing_left(report, report.kept, files)

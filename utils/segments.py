@@ -52,16 +52,44 @@ def encode_segments(
         texts.append(text)
         spans.append(trained)
         breaks.append(mark)
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    encoded = _encode_texts(texts, tokenizer)
     special_ids = frozenset(tokenizer.added_tokens_decoder)
     rows = []
-    for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-        labels = label_spans(ids, offsets, spans[i], special_ids)
+    for i, encoding in enumerate(encoded):
+        ids = encoding.ids
+        labels = _label_ranges(encoding, ids, spans[i])
+        if labels is None:
+            labels = label_spans(ids, encoding.offsets, spans[i], special_ids)
         if breaks[i]:
-            kept = [k for k, (start, end) in enumerate(offsets) if texts[i][start:end] != breaks[i]]
+            kept = [k for k, (start, end) in enumerate(encoding.offsets) if texts[i][start:end] != breaks[i]]
             ids, labels = [ids[k] for k in kept], [labels[k] for k in kept]
         rows.append({"input_ids": ids, "labels": labels})
     return rows
+
+
+def _encode_texts(texts: list[str], tokenizer) -> list:
+    """As `tokenizer(texts, add_special_tokens=False)`, without the lists of numbers that it makes of everything."""
+    backend = tokenizer.backend_tokenizer
+    # what the tokenizer itself sets back at every call
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend.encode_batch(texts, add_special_tokens=False)
+
+
+def _label_ranges(encoding, ids: list[int], spans: list[tuple[int, int]]) -> list[int] | None:
+    """As `label_spans`, without an object for each token; None where a token crosses an end of a span."""
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first, after = encoding.char_to_token(start), encoding.char_to_token(end)
+        after = len(ids) if after is None else after
+        if first is None or not first < after:
+            return None
+        ends = encoding.token_to_chars(first), encoding.token_to_chars(after - 1)
+        if None in ends or ends[0][0] != start or ends[1][1] != end:
+            return None
+        labels[first:after] = ids[first:after]
+    return labels
 
 
 def free_break(text: str) -> str:
