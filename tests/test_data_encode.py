@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
-from conftest import write_rows
+from conftest import ROOT, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,3 +134,31 @@ def test_only_some_chunks_are_read_ahead(tmp_path):
     next(parts)
     assert read == [CHUNK]
     parts.close()
+
+
+SLOW = """
+import os, sys, time
+sys.path[:0] = ["{root}"]
+from utils.data_encode import RowKind, encoded_parts
+
+def encode(texts):
+    print(os.getpid(), flush=True)
+    time.sleep(1000)
+
+kind = RowKind((".jsonl",), lambda row: row["text"], encode, {{}})
+list(encoded_parts(["{file}"], kind, "auto", 2))
+"""
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_run_that_is_killed(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
+    run = subprocess.Popen([sys.executable, "-c", SLOW.format(root=ROOT, file=file)], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
