@@ -1,0 +1,233 @@
+"""Merges a trained adapter into its base: whole weights that load without PEFT, and a Modelfile for Ollama.
+
+python -m utils.script.merge_lora --model_path output/sft-20260101-120000 --output_dir output/merged
+python -m utils.script.merge_lora --model_path output/merged --modelfile true
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loguru import logger
+
+from utils.check_run import FINISHED
+from utils.errors import UserError, raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags
+from utils.log import route_library_logs, setup_logging
+from utils.merge import MERGED, check_output_dir, load_merged, whole_or_nothing, write_json
+from utils.model import settle_generation
+from utils.modelfile import NAME, template_in, write_modelfile
+from utils.template import get_template
+from utils.tokenizer import load_tokenizer, set_format
+from utils.trained import Parts, TrainedArgs, check_trained
+from utils.weight_files import fingerprint
+
+
+@dataclass
+class MergeArgs(TrainedArgs):
+    """Flags of this command."""
+
+    output_dir: str | None = arg(None, "Where the merged model goes: a new or an empty folder.")
+    overwrite: bool = arg(False, "Replace what an earlier merge left in --output_dir.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = arg(
+        None, "The type of the merged weights. Default: the one the base is saved in."
+    )
+    max_shard_size: str = arg("5GB", "The largest weight file.")
+    modelfile: bool = arg(False, "Also write a Modelfile; of whole weights, nothing but that, into their own folder.")
+
+
+def parse(argv: list[str] | None = None) -> tuple[MergeArgs, Parts]:
+    """Reads the flags.
+
+    Returns:
+        the flags, and the base and adapters they mean.
+
+    Raises:
+        UserError: with every problem at once.
+    """
+    values, _, problems = read_flags(make_parser([MergeArgs], "utils.script.merge_lora", __doc__), argv)
+    args = MergeArgs(**values)
+    parts, found = check_trained(args)
+    problems += found + _check_shard_size(args.max_shard_size)
+    if parts and not parts.adapters:
+        problems += _check_whole(args, parts)
+    elif parts:
+        problems += _check_base_type(parts.base)
+        # files that are damaged have been named already, and their size cannot be told
+        problems += check_output_dir(args.output_dir, args.overwrite, parts, args.dtype, sized=not found)
+    raise_if_any(problems)
+    return args, parts
+
+
+def _check_shard_size(size: str) -> list[str]:
+    if re.fullmatch(r"[1-9]\d*[KMGT]B", size):
+        return []
+    return [f"--max_shard_size {size!r} is not a size; give a whole number with its unit, such as 5GB or 500MB"]
+
+
+def _check_whole(args: MergeArgs, parts: Parts) -> list[str]:
+    flag = f"--model_path {args.model_path!r}"
+    if not args.modelfile:
+        return [
+            f"{flag} holds whole weights, so there is nothing to merge: use it as it is, give adapters for it with "
+            "--adapter, or have a Modelfile written into it with --modelfile true"
+        ]
+    if args.output_dir is not None or args.dtype is not None:
+        name = "output_dir" if args.output_dir is not None else "dtype"
+        return [f"--{name} {getattr(args, name)!r} is for merging, and {flag} holds whole weights; leave it out"]
+    folder = Path(parts.base)
+    if not folder.is_dir():
+        return [f"{flag} is not a folder, so no Modelfile can be written into it; give a folder with the model"]
+    if (folder / NAME).exists() and not args.overwrite:
+        return [f"{flag} has a {NAME} already; give --overwrite true to replace it"]
+    return []
+
+
+def _check_base_type(base: str) -> list[str]:
+    file = _file_of(base, "config.json")
+    kind = json.loads(Path(file).read_text(encoding="utf-8")).get("quantization_config") if file else None
+    if not kind:
+        return []
+    method = kind.get("quant_method") if isinstance(kind, dict) else kind
+    return [
+        f"the base {base!r} is saved quantised ({method}), and weights of that type cannot take an adapter in exactly; "
+        "give the model it was made from as --base_model (with --allow_other_base true)"
+    ]
+
+
+def merge(args: MergeArgs, parts: Parts) -> Path:
+    """Writes the merged model into `--output_dir`: whole, or not at all.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: something cannot be loaded, merged or written, or `--modelfile` knows no form of the chat format.
+    """
+    folder = Path(args.output_dir).expanduser().resolve()
+    tokenizer = load_tokenizer(_home(parts), args.trust_remote_code, flag="--model_path")
+    template = _template(args, tokenizer, parts)
+    model = load_merged(args, parts, args.dtype)
+    model.generation_config = _generation_config(parts, model)
+    settle_generation(model)
+    if args.template_name:
+        set_format(tokenizer, get_template(args.template_name, tokenizer), model)
+    with whole_or_nothing(folder, f"--output_dir {args.output_dir!r}") as part:
+        model.save_pretrained(part, max_shard_size=args.max_shard_size)
+        tokenizer.save_pretrained(part)
+        # SentencePiece's own file, which the converters to GGUF read and transformers does not write
+        if vocabulary := _file_of(parts.base, "tokenizer.model"):
+            shutil.copyfile(vocabulary, part / "tokenizer.model")
+        if args.modelfile:
+            write_modelfile(part, template, tokenizer, model.generation_config.eos_token_id)
+        found = template.name if template else "auto" if tokenizer.chat_template else None
+        _write_settings(parts, part, args.template_name or _settings(parts).get("template_name") or found)
+        _write_origin(parts, part, str(model.dtype).removeprefix("torch."))
+    return folder
+
+
+def _home(parts: Parts) -> str:
+    """The folder whose tokenizer is the model's."""
+    has_one = (Path(parts.last()) / "tokenizer_config.json").is_file() or not parts.adapters
+    return parts.last() if has_one else parts.base
+
+
+def _template(args: MergeArgs, tokenizer, parts: Parts):
+    """The registered format the model speaks, None for another; it must be one where `--modelfile` is given."""
+    if args.template_name and args.template_name != "auto":
+        return get_template(args.template_name, tokenizer)
+    template = template_in(tokenizer, _settings(parts).get("template_name"))
+    if args.modelfile and template is None:
+        has = "is none of the registered ones" if tokenizer.chat_template else "is not saved with it"
+        raise UserError(
+            f"--modelfile true: the chat format of --model_path {args.model_path!r} {has}, and only those have a form "
+            "in Go's syntax. Name the one it speaks with --template_name, or leave --modelfile out: "
+            "convert_hf_to_gguf.py of llama.cpp takes the format as it is"
+        )
+    return template
+
+
+def _settings(parts: Parts) -> dict:
+    try:
+        return json.loads((Path(parts.last()) / FINISHED).read_text(encoding="utf-8"))["common"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _generation_config(parts: Parts, model):
+    """The run's own, with its stop tokens, or the base's."""
+    from transformers import GenerationConfig
+
+    if (Path(parts.last()) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(parts.last())
+    return model.generation_config
+
+
+def _file_of(model: str, name: str) -> str | None:
+    """A file of a folder, or of what a hub's name was downloaded to."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(model, name, local_files_only=True)
+    except OSError:
+        return None
+
+
+def _write_settings(parts: Parts, folder: Path, template_name: str | None) -> None:
+    """The last run's settings, by which a training that starts from the folder finds its chat format."""
+    file = Path(parts.last()) / FINISHED
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"common": {}}
+    if template_name:
+        values["common"]["template_name"] = template_name
+    write_json(folder / FINISHED, values)
+
+
+def _write_origin(parts: Parts, folder: Path, dtype: str) -> None:
+    """What the folder was merged of; written last."""
+    adapters = []
+    for path in parts.adapters:
+        with (Path(path) / "adapter_model.safetensors").open("rb") as opened:
+            adapters.append({"path": path, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+    write_json(
+        folder / MERGED,
+        {
+            "base": {"path": parts.base, "fingerprint": fingerprint(parts.base)},
+            "adapters": adapters,
+            "dtype": dtype,
+            "fingerprint": fingerprint(folder),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        },
+    )
+
+
+def add_modelfile(args: MergeArgs, parts: Parts) -> Path:
+    """Writes a Modelfile into a folder of whole weights; returns the folder."""
+    folder = Path(parts.base)
+    tokenizer = load_tokenizer(parts.base, args.trust_remote_code, flag="--model_path")
+    file = folder / "generation_config.json"
+    stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    write_modelfile(folder, _template(args, tokenizer, parts), tokenizer, stops)
+    if list(folder.glob("*/model*.safetensors")):
+        logger.warning(
+            "ollama create reads the weights in folders below {} as well; move its checkpoints away before", folder
+        )
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    setup_logging()
+    args, parts = parse(argv)
+    route_library_logs()
+    folder = merge(args, parts) if parts.adapters else add_modelfile(args, parts)
+    said = ["merged: {}", "talk to it:\n  python -m utils.script.infer --model_path {}"] if parts.adapters else []
+    said += ["make an Ollama model of it:\n  ollama create my-model -f {}/" + NAME] if args.modelfile else []
+    logger.info("\n".join(said).replace("{}", "{0}"), folder)
+
+
+if __name__ == "__main__":
+    run_command(main)
