@@ -1,0 +1,108 @@
+"""Counts how long the rows of a data set are in tokens, and keeps the counts, not the rows, in `lengths.json`.
+
+python -m llm_tricks.packing.count_lengths --data F --model_name_or_path M --template_name qwen2 --name NAME
+
+F is any file, folder or glob that `--train_data_path` takes (jsonl, json, csv, parquet; instructions, conversations or
+preference pairs), M a folder or a hub's name with a tokenizer, NAME what the set is to be called; a set of that name is
+replaced. The tokens are those the framework trains on: rendered by the template, tokenised as a whole. A pair is two
+rows, the prompt with either answer, as in a step of `dpo_single`. Rows the framework would refuse or skip, an empty
+answer say, are counted apart. `--source` and `--tokenizer_name` say in the file where the rows come from and what the
+tokenizer is called; without them these are F's and M's last parts.
+
+The sets of `lengths.json` were counted so, each with its own `--source`; the others are `alpaca_zh`, `multiturn` and
+`dpo_zh`:
+
+python -m llm_tricks.packing.count_lengths --data alpaca_data.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B \\
+    --template_name qwen2 --name alpaca_en --tokenizer_name Qwen2.5
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from utils.data_files import find_files, read_rows
+from utils.data_pairs import to_pair
+from utils.data_rows import BadRow, looks_like, to_messages
+from utils.errors import UserError, raise_if_any, run_command
+from utils.segments import IGNORED, count_answers
+from utils.template import get_template
+
+LENGTHS = Path(__file__).with_name("lengths.json")
+BATCH = 1000  # rows tokenised at once
+
+
+def conversations(row, template) -> list[list[dict]]:
+    """What a row brings to training: one conversation, two of a preference pair, none where it cannot be used."""
+    try:
+        if isinstance(row, dict) and looks_like(row) == "dpo":
+            pair = to_pair(row)
+            found = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
+        else:
+            found = [to_messages(row)]
+        for messages in found:
+            template.check(messages)
+    except (BadRow, UserError):
+        return []
+    return found
+
+
+def count(data: str, tokenizer, template) -> dict:
+    """The rows of `data`: how many, how many were left out, their tokens, and {length: rows}."""
+    files, problems = find_files(data, "--data")
+    raise_if_any(problems)
+    read = [[] if row.problem else conversations(row.value, template) for file in files for row in read_rows(file)]
+    usable = [messages for found in read for messages in found]
+    lengths, trained = Counter(), 0
+    for start in range(0, len(usable), BATCH):
+        for row in template.encode_batch(usable[start : start + BATCH], tokenizer):
+            lengths[len(row["input_ids"])] += 1
+            trained += sum(label != IGNORED for label in row["labels"])
+    return {
+        "rows": len(usable),
+        "rows_left_out": sum(not found for found in read),
+        "tokens": sum(length * rows for length, rows in lengths.items()),
+        "trained_tokens": trained,
+        "answers": sum(map(count_answers, usable)),
+        "histogram": dict(sorted(lengths.items())),
+    }
+
+
+def text_of(sets: dict) -> str:
+    """The file: a line a field, each histogram on one."""
+    named = []
+    for name, found in sets.items():
+        fields = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in found.items()
+        )
+        named.append(f" {json.dumps(name)}: {{\n{fields}\n }}")
+    return "{\n" + ",\n".join(named) + "\n}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Counts one set and puts it into the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("data", "model_name_or_path", "template_name", "name"):
+        parser.add_argument(f"--{flag}", required=True)
+    parser.add_argument("--source", help="where the rows come from, in words")
+    parser.add_argument("--tokenizer_name", help="what the tokenizer is called")
+    parser.add_argument("--out", type=Path, default=LENGTHS, help="default: lengths.json beside this script")
+    args = parser.parse_args(argv)
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    sets = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    sets[args.name] = {
+        "source": args.source or Path(args.data).name,
+        "tokenizer": args.tokenizer_name or Path(args.model_name_or_path).name,
+        "vocabulary": len(tokenizer),
+        "template": args.template_name,
+        **count(args.data, tokenizer, get_template(args.template_name, tokenizer)),
+    }
+    args.out.write_text(text_of(sets), encoding="utf-8")
+    print({key: value for key, value in sets[args.name].items() if key != "histogram"})
+
+
+if __name__ == "__main__":
+    run_command(main)
