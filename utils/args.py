@@ -9,6 +9,7 @@ from typing import Literal
 
 from utils.check_args import check_common, resolve_defaults
 from utils.check_deepspeed import check_deepspeed, settle_deepspeed
+from utils.check_evaluation import settle_evaluation
 from utils.check_run import check_together
 from utils.errors import UserError, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
@@ -72,6 +73,14 @@ class CommonArgs:
     )
     on_nan: Literal["stop", "skip"] = arg(
         "stop", "A loss or gradients that are not finite. stop: names the step and its rows. skip: leaves the step out."
+    )
+    early_stopping_patience: int | None = arg(
+        None,
+        "Stop after so many evaluations in a row that were no better than the best; 0 or none: never. "
+        "The best weights are kept (--load_best_model_at_end, --metric_for_best_model).",
+    )
+    early_stopping_threshold: float = arg(
+        0.0, "How much better than the best an evaluation must be to count (--early_stopping_patience)."
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
@@ -164,6 +173,7 @@ def parse_args(argv: list[str] | None = None):
     given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
     problems += check_precision(common, values, given)
     problems += resolve_defaults(common, values, given, recipe) + settle_deepspeed(values)
+    problems += settle_evaluation(common, values, given)
     problems += _replaced(recipe, values, given)
     problems += check_common(common, recipe)
     try:

@@ -1,10 +1,13 @@
 """What happens beside the training: figures for the log, and an orderly end on a signal."""
 
 import signal
+from math import isfinite, nan
+from pathlib import Path
 
 from loguru import logger
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
+from utils.checkpoints import read_manifest
 from utils.errors import Interrupted
 from utils.launch import any_process, command_of_launcher
 
@@ -18,6 +21,48 @@ class MetricsToLog(TrainerCallback):
                 f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()
             )
             logger.debug("step {}: {}", state.global_step, figures)
+
+
+class FindBest(TrainerCallback):
+    """Looks the best step up in the log of a run that goes on.
+
+    It may look for the best for the first time, or by another figure, or without the checkpoint that was it.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not (args.load_best_model_at_end and args.resume_from_checkpoint):
+            return
+        figure, folders = args.metric_for_best_model, (Path(args.output_dir), Path(args.resume_from_checkpoint).parent)
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        for entry in state.log_history:
+            there = [folder / f"checkpoint-{entry['step']}" for folder in folders]
+            whole = next((folder for folder in there if read_manifest(folder) is not None), None)
+            better = state.best_metric is None or (entry.get(figure, nan) > state.best_metric) == args.greater_is_better
+            if whole and isfinite(entry.get(figure, nan)) and better and entry[figure] != state.best_metric:
+                state.best_metric, state.best_global_step = entry[figure], entry["step"]
+                state.best_model_checkpoint = str(whole)
+
+
+class StopEarly(EarlyStoppingCallback):
+    """transformers' early stopping, which also goes on counting where a resumed run's checkpoint stopped."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if control.should_training_stop and state.global_step < state.max_steps:
+            logger.info(
+                "step {}: no better {} in {} evaluations than {:.6g} at step {}, training stops early",
+                state.global_step,
+                args.metric_for_best_model,
+                self.early_stopping_patience_counter,
+                state.best_metric,
+                state.best_global_step,
+            )
 
 
 class StopOnSignal(TrainerCallback):

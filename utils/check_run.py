@@ -21,7 +21,7 @@ WRITTEN = (
 
 def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
-    problems = _check_evaluation(common, train_args) + _check_output_dir(common, train_args)
+    problems = _check_output_dir(common, train_args)
     problems += _check_data_files(common) + _check_attention(common)
     problems += _check_trainer(train_args) + check_dpo(common, train_args)
     if common.cache_dir is not None:
@@ -51,16 +51,6 @@ def _check_attention(common) -> list[str]:
 
     if common.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         return ["--attn_implementation flash_attention_2 needs the flash-attn package and a GPU; use auto or sdpa"]
-    return []
-
-
-def _check_evaluation(common, train_args) -> list[str]:
-    wanted = train_args.eval_strategy != "no" or train_args.load_best_model_at_end
-    if wanted and not (common.eval_data_path or common.val_size):
-        return [
-            "evaluation is asked for (--eval_strategy, --load_best_model_at_end) without rows for it; "
-            "give --eval_data_path or --val_size"
-        ]
     return []
 
 

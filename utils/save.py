@@ -13,6 +13,7 @@ from loguru import logger
 from utils.check_run import FINISHED
 from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
 from utils.errors import UserError, is_about_the_disk
+from utils.evaluation import evaluation_lines, evaluation_summary
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
 from utils.tokenizer import set_format
@@ -71,9 +72,12 @@ def effective_args(args, train_args) -> dict:
 
 def prepare_trainer(trainer, tokenizer, template, args) -> None:
     """Makes every checkpoint, not only the last, speak and stop as trained."""
-    from utils.callbacks import MetricsToLog, StopOnSignal
+    from utils.callbacks import FindBest, MetricsToLog, StopEarly, StopOnSignal
 
     trainer.add_callback(MetricsToLog())
+    trainer.add_callback(FindBest())
+    if args.early_stopping_patience:
+        trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
     trainer.add_callback(StopOnSignal())
     if not trainer.args.push_to_hub:
         # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
@@ -177,8 +181,6 @@ def summarise(trainer, args, data, folder: Path) -> dict:
     """The figures a run ends with."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    accuracies = [entry["eval_rewards/accuracies"] for entry in history if "eval_rewards/accuracies" in entry]
     return {
         "folder": str(folder),
         "rows_trained": data.rows_trained(),
@@ -187,8 +189,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "steps_skipped": trainer.steps_skipped,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "eval_loss": eval_losses[-1] if eval_losses else None,
-        "eval_accuracy": accuracies[-1] if accuracies else None,
+        **evaluation_summary(trainer),
         "next": f"python -m utils.script.infer --model_path {folder}",
     }
 
@@ -202,19 +203,16 @@ def print_summary(summary: dict) -> None:
         return "not measured" if value is None else f"{value:.4f}"
 
     skipped = f", {summary['steps_skipped']:,} of them left out (--on_nan skip)" if summary["steps_skipped"] else ""
-    accuracy = summary["eval_accuracy"]
-    pairs = "" if accuracy is None else f"\n  evaluation pairs {100 * accuracy:.0f} % with the higher reward for chosen"
     logger.info(
         "\nfinished: {folder}\n"
         "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
         "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
-        "  evaluation loss  {evaluation}{pairs}\n"
+        "{evaluation}"
         "talk to it:\n  {next}",
         first=figure(summary["first_loss"]),
         last=figure(summary["last_loss"]),
-        evaluation=figure(summary["eval_loss"]),
-        pairs=pairs,
+        evaluation=evaluation_lines(summary),
         skipped=skipped,
         **summary,
     )

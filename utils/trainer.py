@@ -53,7 +53,7 @@ class Surviving:
         return super().create_optimizer(model)
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             # transformers would train one step more when a finished run is resumed
             self.control.should_training_stop = True
             return
@@ -82,6 +82,12 @@ class Surviving:
             ) from error
         if self.args.should_save:
             rotate(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # evaluated more often than saved, the best would have no checkpoint
+        return is_best
 
     def _how_to_go_on(self) -> str:
         return f"give the same command with --output_dir {self.args.output_dir} --resume_from_checkpoint true"

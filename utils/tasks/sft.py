@@ -1,9 +1,12 @@
 """Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
 
+import dataclasses
+
 from utils.data_collator import build_collator as _collator
 from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
+from utils.evaluation import CountsTokens, fill_up
 from utils.shorten import encode_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
 from utils.trainer import Surviving
@@ -42,7 +45,8 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     """TRL's SFTTrainer on rows that are prepared already."""
     from trl import SFTTrainer
 
-    class Trainer(Surviving, SFTTrainer):
+    class Trainer(CountsTokens, Surviving, SFTTrainer):
         pass
 
+    data = dataclasses.replace(data, eval=fill_up(data.eval, train_args))
     return make_trainer(Trainer, args, train_args, model, adapter, data, collator, tokenizer)
