@@ -132,3 +132,34 @@ def test_a_cut_off_base_stops_a_training_before_it_loads(refused, tiny_models, t
     rows = write_rows(tmp_path / "rows.jsonl", tiny.ROWS)
     said = refused(main_train.main, "--model_name_or_path", str(tmp_path / "model"), "--train_data_path", rows)
     assert "cut off" in said and str(file) in said
+
+
+def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_path):
+    from utils.checkpoints import MANIFEST
+
+    run = train("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / file).unlink()
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    said = problems_of(model_path=str(run))
+    assert "has not ended" in said and said.endswith(f"checkpoint {str(run / 'checkpoint-2')!r}")
+    assert not problems_of(model_path=str(run / "checkpoint-2"))
+
+
+def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(train, tiny_models):
+    from utils.trained import load_speaker
+
+    run = train()
+    (run / "generation_config.json").unlink()
+    args = TrainedArgs(model_path=str(run))
+    model, tokenizer = load_speaker(args, check_trained(args)[0])
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+def test_a_run_trained_with_special_tokens_in_messages_is_known(train):
+    from utils.trained import allows_special
+
+    for flags, allowed in (([], False), (["--allow_special_tokens_in_content", "true"], True)):
+        parts, _ = check_trained(TrainedArgs(model_path=str(train(*flags, output=f"run-{allowed}"))))
+        assert allows_special(parts) is allowed

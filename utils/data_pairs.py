@@ -42,6 +42,21 @@ def to_pair(row: Any) -> Pair:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
+    prompt, chosen, rejected = read_pair(row)
+    check_prompt(prompt)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(name, answer)
+    if chosen == rejected:
+        raise EqualPair("has chosen equal to rejected")
+    return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
+
+
+def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
+    """A row's prompt and its two answers, which may still be empty or the same.
+
+    Raises:
+        BadRow: a field is missing, or the two do not answer the same prompt.
+    """
     if "reject" in row and "rejected" not in row:
         row = {**row, "rejected": row["reject"]}
     elif "reject" in row:
@@ -56,12 +71,7 @@ def to_pair(row: Any) -> Pair:
     if prompt is None:
         prompt, chosen, rejected = _split(chosen, rejected)
         prompt = with_system(prompt, row)
-    _check_prompt(prompt)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        _check_answer(name, answer)
-    if chosen == rejected:
-        raise EqualPair("has chosen equal to rejected")
-    return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
+    return prompt, chosen, rejected
 
 
 def _read_prompt(row: dict) -> list[Message] | None:
@@ -130,7 +140,8 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _check_prompt(prompt: list[Message]) -> None:
+def check_prompt(prompt: list[Message]) -> None:
+    """A prompt ends with what the assistant answers to, and that is not blank."""
     if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"has a prompt that ends with {prompt[-1]['role']}, not with what the assistant answers to")
     if not prompt[-1]["content"].strip():

@@ -87,12 +87,19 @@ def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
 
 
 def set_format(tokenizer, template: Template, model) -> None:
-    """Writes a chat format into tokenizer and model, so that other programs speak it and stop with it.
+    """Writes a chat format into tokenizer and model, so that other programs speak it and stop with it."""
+    speak(tokenizer, template)
+    stop_at_eos(model, tokenizer)
 
-    Generation ends with the template's stop token, or with any that the model had before.
-    """
+
+def speak(tokenizer, template: Template) -> None:
+    """Writes a chat format and its stop token into a tokenizer."""
     tokenizer.chat_template = template.to_jinja()
     tokenizer.eos_token = template.stop_token()
+
+
+def stop_at_eos(model, tokenizer) -> None:
+    """Generation ends with the tokenizer's eos token, or with any that the model had before."""
     config = model.generation_config
     known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known]))

@@ -7,11 +7,12 @@ from pathlib import Path
 from loguru import logger
 
 from utils.check_args import check_model_path
+from utils.checkpoints import checkpoints_of, read_manifest
 from utils.errors import UserError
 from utils.flags import arg
 from utils.paths import project_path
 from utils.template import get_template, template_dict, unknown_template
-from utils.tokenizer import load_failure, load_tokenizer, set_format
+from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
 from utils.weight_files import check_weight_files, fingerprint
 
 
@@ -51,6 +52,9 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
         return None, ["--model_path is missing; give a run's folder, such as output/sft-…, or a base model"]
     given = [("--adapter", path.strip()) for path in (args.adapter or "").split(",") if path.strip()]
     problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    whole = [str(folder) for folder in checkpoints_of(Path(args.model_path)) if read_manifest(folder)]
+    if problems and whole:
+        problems = [f"--model_path {args.model_path!r} is a run that has not ended; give its checkpoint {whole[-1]!r}"]
     for flag, path in given:
         if not _is_adapter(path):
             problems.append(f"{flag} {path!r} has no adapter_config.json; give the folder of a run that has an adapter")
@@ -90,8 +94,17 @@ def _recorded_base(adapter: str) -> tuple[str, str | None]:
 
 def base_of_run(folder: str) -> dict:
     """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
+    return _noted(folder, "base")
+
+
+def allows_special(parts: Parts) -> bool:
+    """Whether the run was trained with special tokens in what messages say."""
+    return bool(_noted(parts.last(), "common").get("allow_special_tokens_in_content"))
+
+
+def _noted(folder: str, part: str) -> dict:
     try:
-        return json.loads((Path(folder) / "train_args.json").read_text(encoding="utf-8")).get("base") or {}
+        return json.loads((Path(folder) / "train_args.json").read_text(encoding="utf-8")).get(part) or {}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -156,14 +169,33 @@ def _with_adapter(model, path: str, merged: bool):
         raise UserError(load_failure("adapter", "--adapter or --model_path", path, error)) from error
 
 
-def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto"):
+def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):
     """Loads a model and a tokenizer that speak the format they were trained in.
 
+    Args:
+        args: the flags, for the messages.
+        parts: from `check_trained`.
+        dtype: of the weights; "auto" is the one they are saved in.
+        tokenizer: from `load_format`, where it is loaded already.
+
     Returns:
-        (model, tokenizer); the tokenizer has a chat template and pads on the left.
+        (model, tokenizer); the tokenizer has a chat template and pads on the left, the model stops at its eos token.
 
     Raises:
         UserError: they cannot be loaded, or have no chat format.
+    """
+    tokenizer = tokenizer or load_format(args, parts)
+    model = load_trained(args, parts, dtype)
+    if tokenizer.eos_token_id is not None:
+        stop_at_eos(model, tokenizer)  # an adapter from elsewhere brings no generation_config.json
+    return model, tokenizer
+
+
+def load_format(args: TrainedArgs, parts: Parts):
+    """Loads the tokenizer alone, with the chat format that the model was trained in, or that the flags name.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat format.
     """
     from utils.log import route_library_logs
 
@@ -178,8 +210,7 @@ def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto"):
             f"--model_path {args.model_path!r} has no chat format of its own; give one with --template_name, "
             "or the folder of a run"
         )
-    model = load_trained(args, parts, dtype)
     if args.template_name:
-        set_format(tokenizer, get_template(args.template_name, tokenizer), model)
+        speak(tokenizer, get_template(args.template_name, tokenizer))
     tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
-    return model, tokenizer
+    return tokenizer
