@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data.build.choice_rows import write_choices
 from data.build.dpo_rows import write_pairs
 from data.build.model import ROOT, export, pretrain, write_random_model
 from data.build.pretrain_text import write_text
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if "rows" in args.only:
         write_rows(data)
         write_pairs(data)
+        write_choices(data / "choices_data.jsonl")
         write_text(data / "pretrain_data.jsonl", SAMPLE_DOCUMENTS, SAMPLE_SEED)
         print(f"rows: written to {data}")
     if "text" in args.only:
