@@ -39,6 +39,7 @@ DPO = ["--train_args_path", "train_args/dpo/base.py"]
         (["--ld_alpha", "2"], "--ld_alpha 2.0 is not allowed"),
         (["--use_weighting", "true", "--loss_type", "aot"], "--use_weighting true"),
         (["--sync_ref_model", "true"], "--sync_ref_model true needs"),
+        (["--sync_ref_model", "true", "--train_mode", "full", "--resume_from_checkpoint", "."], "is in no checkpoint"),
         (["--sync_ref_model", "true", "--precompute_ref_log_probs", "true", "--train_mode", "full"], "give one"),
         (["--max_len", "300", "--max_prompt_length", "300"], "leaves no room"),
         (["--lora_dropout", "0.1"], "has no effect with --disable_dropout true"),

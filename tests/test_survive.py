@@ -401,10 +401,12 @@ def test_a_run_from_an_adapter_is_not_resumed_without_it(refused, train, begun, 
 
 
 def test_what_changes_the_steps_to_come_is_warned_of(train, begun, tiny_models):
-    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--seed", "7", "--save_strategy", "no"]
+    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--seed", "7", "--adam_beta2", "0.5"]
     folder = train(*flags)
     log = (folder / "train.log").read_text(encoding="utf-8")
     assert "resuming with seed 7, it was 42" in log and "resuming with max_steps 3, it was 2" in log
+    assert "resuming with adam_beta2 0.5, it was 0.999" in log
+    assert log.count("resuming with") == 3  # and what is the same is not warned of
 
 
 def test_a_finished_run_that_is_resumed_trains_no_step_more(train):

@@ -70,6 +70,11 @@ def _check_reference(common, train_args) -> list[str]:
         problems.append(
             "--sync_ref_model true changes the reference, --precompute_ref_log_probs true fixes it; give one"
         )
+    if train_args.sync_ref_model and train_args.resume_from_checkpoint:
+        problems.append(
+            f"--resume_from_checkpoint {train_args.resume_from_checkpoint!r} cannot go on with --sync_ref_model true: "
+            "the reference that moved with the training is in no checkpoint; train anew in another --output_dir"
+        )
     return problems
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils import weight_files
 from utils.check_deepspeed import zero_stage
 from utils.checkpoints import read_manifest
 from utils.errors import UserError
@@ -16,11 +17,17 @@ _SAME = (
     "task_type", "train_mode", "template_name", "max_len", "max_prompt_length", "train_on", "use_dora", "lora_rank",
     "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens", "val_size",
 )  # fmt: skip
-# with another of these it can be gone on from, but the steps to come are not those of the undisturbed run
-_SHOULD_BE_SAME = (
-    "beta", "loss_type", "weight_decay", "warmup_steps", "max_grad_norm", "label_smoothing", "packing",
-    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-    "num_train_epochs", "max_steps",
+# with another value of the recipe's it can be gone on from, but the steps to come are not those of the undisturbed run;
+# these say only how and where a run computes, writes and shows, or are compared above
+_MAY_DIFFER = (
+    "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "deepspeed", "deepspeed_plugin",
+    "optim", "disable_tqdm", "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size", "bf16", "fp16",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
+)  # fmt: skip
+_MAY_DIFFER_BY_NAME = (
+    "log", "save_", "eval_", "hub_", "push_to_hub", "trackio", "dataset_", "include_", "skip_memory", "batch_eval",
+    "prediction_loss", "dataloader_num", "dataloader_p", "dataloader_m", "ddp_", "precompute", "gradient_checkpointing",
+    "activation_", "torch_empty", "enable_jit", "restore_callback",
 )  # fmt: skip
 
 
@@ -43,22 +50,21 @@ def run_settings(args, train_args, data) -> dict:
     zero = train_args.deepspeed_plugin is not None
     must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
     must["the training rows"] = data.report.key[:12]
-    should = {name: str(getattr(train_args, name, None)) for name in _SHOULD_BE_SAME}
+    recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
+    counts = [name for name in recipe if name not in _MAY_DIFFER and not name.startswith(_MAY_DIFFER_BY_NAME)]
+    should = {name: str(getattr(train_args, name)) for name in counts}
     should |= {"processes": str(world_size()), "lora_dropout": str(args.lora_dropout), "precision": args.precision}
     return {"must": must, "should": should}
 
 
 def fingerprint(path: str) -> str:
-    """A short hash of a model folder's settings and weights, of samples where they are large; a hub's name as it is."""
-    folder, digest = Path(path), hashlib.sha256()
+    """A short hash of a model folder's settings and weights; a hub's name as it is."""
+    folder = Path(path)
     if not folder.is_dir():
         return path
-    for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as opened:
-            for place in range(0, file.stat().st_size, max(1, file.stat().st_size // 8)):
-                opened.seek(place)
-                digest.update(opened.read(65536))
+    digest = hashlib.sha256(str(weight_files.fingerprint(folder)).encode())
+    for file in sorted(folder.glob("*config.json")):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -82,7 +88,7 @@ def check_resume(args, train_args, data) -> None:
     if different:
         raise UserError(*different)
     for name, value in now["should"].items():
-        if then["should"].get(name) != value:
+        if then["should"].get(name, value) != value:
             logger.warning(
                 "resuming with {} {}, it was {}: the steps to come will differ", name, value, then["should"].get(name)
             )
