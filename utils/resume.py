@@ -21,8 +21,8 @@ _SAME = (
 # these say only how and where a run computes, writes and shows, or are compared above
 _MAY_DIFFER = (
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "deepspeed", "deepspeed_plugin",
-    "optim", "disable_tqdm", "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size", "bf16", "fp16",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
+    "optim", "disable_tqdm", "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size",
+    "bf16", "fp16", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
 )  # fmt: skip
 _MAY_DIFFER_BY_NAME = (
     "log", "save_", "eval_", "hub_", "push_to_hub", "trackio", "dataset_", "include_", "skip_memory", "batch_eval",
