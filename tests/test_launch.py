@@ -18,7 +18,7 @@ from benchmarks.matrix import COVERING, check, free_port, one_process, table, tw
 from utils.check_deepspeed import CONFIGS, NAMES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("## Several GPUs") : README.index("## When something")]
+SECTION = README[README.index("## Several GPUs") : README.index("## After training")]
 BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
 ONE_MACHINE, MORE_MACHINES = ([line.split("  #")[0].strip() for line in block.strip().splitlines()] for block in BLOCKS)
 SHORT = [
