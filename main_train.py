@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> dict:
     from utils.adapter import build_adapter
     from utils.model import load_model
     from utils.resume import check_resume
-    from utils.save import end_if_stopped, finish_run, open_run, prepare_trainer, print_summary
+    from utils.save import end_if_stopped, finish_run, keep_figures, note_start, open_run, prepare_trainer
+    from utils.summary import print_summary
     from utils.tasks import get_task
     from utils.template import get_template
     from utils.tokenizer import tokenizer_of
@@ -44,13 +45,15 @@ def main(argv: list[str] | None = None) -> dict:
     open_run(train_args, args)
     trainer = task.build_trainer(args, train_args, model, adapter, data, collator, tokenizer)
     prepare_trainer(trainer, tokenizer, template, args)
+    start = note_start(trainer, args, train_args, data, tokenizer)
 
     # ------------------------------------------------------------------ train
-    trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
-    end_if_stopped(trainer)
+    with keep_figures(trainer):
+        trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
+        end_if_stopped(trainer)
 
     # ------------------------------------------------------------------ save
-    summary = finish_run(trainer, args, train_args, data, tokenizer, template)
+    summary = finish_run(trainer, args, train_args, data, tokenizer, start)
     print_summary(summary)
     return summary
 

@@ -30,6 +30,8 @@ FLOW = [
     "precision",
     "flags",
     "recipe",
+    "record",
+    "config_file",
     "args",
     "tokenizer",
     "modelfile",
@@ -66,6 +68,9 @@ FLOW = [
     "tasks",
     "callbacks",
     "plot",
+    "samples",
+    "card",
+    "summary",
     "save",
     "script",
 ]

@@ -16,6 +16,7 @@ import main_train
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 FULL = {"config.json", "model.safetensors"}
 ALWAYS = {
+    "README.md",
     "chat_template.jinja",
     "generation_config.json",
     "loss.png",
@@ -301,12 +302,13 @@ def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny
     folder = tmp_path / "run"
     (folder / "old").mkdir(parents=True)
     for name in ("README.md", "notes.txt", "old/x", "runs", "model_ema.safetensors"):
-        if name.endswith("safetensors") and not flags:
-            continue
+        if name in ("README.md", "model_ema.safetensors") and not flags:
+            continue  # these are refused without the flag
         (folder / name).write_text("precious")
     train(*flags, "--save_strategy", "epoch")
     left = files_with_content(folder)
-    assert [left[name] for name in ("README.md", "notes.txt", "old/x", "runs")] == [b"precious"] * 4
+    names = ["notes.txt", "old/x", "runs", *(["README.md", "model_ema.safetensors"] if flags else [])]
+    assert [left[name] for name in names] == [b"precious"] * len(names)
 
 
 def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):

@@ -11,9 +11,11 @@ from utils.check_args import check_common, resolve_defaults
 from utils.check_deepspeed import check_deepspeed, settle_deepspeed
 from utils.check_evaluation import settle_evaluation
 from utils.check_run import check_together
+from utils.config_file import read_config
 from utils.errors import UserError, raise_if_any
 from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.launch import agree, join_deepspeed
+from utils.log import is_main_process
 from utils.paths import project_path
 from utils.precision import check_precision
 from utils.recipe import load_recipe
@@ -25,6 +27,11 @@ class CommonArgs:
 
     _argument_group_name = "common arguments (utils/args.py)"
 
+    config: str | None = arg(
+        None,
+        "Repeat a run: its train_args.json, whose settings count as flags. Flags given as well replace them; "
+        "output_dir, resume_from_checkpoint and push_to_hub are not taken over. Also a JSON object of flags.",
+    )
     train_args_path: str = arg("train_args/sft/base.py", "The recipe: a file with a dataclass TrainArgument.")
     model_name_or_path: str = arg(
         "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
@@ -81,6 +88,10 @@ class CommonArgs:
     )
     early_stopping_threshold: float = arg(
         0.0, "How much better than the best an evaluation must be to count (--early_stopping_patience)."
+    )
+    card_samples: int = arg(
+        3,
+        "How many questions of the validation rows (else the training rows) README.md shows with answers; 0 for none.",
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
@@ -162,11 +173,13 @@ def parse_args(argv: list[str] | None = None):
         UserError: with every problem at once.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _make_recipe_parser(
-        load_recipe(_recipe_path(argv), frozenset(f.name for f in dataclasses.fields(CommonArgs)))
-    )
+    config = read_config(_given_early(argv, "config"))
+    path = _given_early(argv, "train_args_path")
+    path = config.values.get("train_args_path", CommonArgs.train_args_path) if path is None else path
+    parser = _make_recipe_parser(load_recipe(path, frozenset(f.name for f in dataclasses.fields(CommonArgs))))
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]
+    problems += config.apply(values, given, (recipe, CommonArgs))
     common = CommonArgs(**_values_of(CommonArgs, values))
     common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
     # a precision set in the recipe counts as given
@@ -188,17 +201,19 @@ def parse_args(argv: list[str] | None = None):
         (train_args.output_dir, train_args.resume_from_checkpoint)
     )
     raise_if_any(problems)
+    if is_main_process():
+        config.warn(common)
     return common, train_args
 
 
-def _recipe_path(argv: list[str]) -> str:
-    """The recipe decides which flags there are, so its path is read before the others."""
-    path = CommonArgs.train_args_path
+def _given_early(argv: list[str], flag: str) -> str | None:
+    """The recipe decides which flags there are, so its path, and --config, are read before the others."""
+    found = None
     for group in split_flags(argv):
         name, _, value = group[0].partition("=")
-        if name in ("--train_args_path", "--train-args-path"):
-            path = value or (group[1] if len(group) > 1 else "")
-    return path
+        if name.replace("-", "_") == f"__{flag}":
+            found = value or (group[1] if len(group) > 1 else "")
+    return found
 
 
 def _values_of(dataclass_type: type, values: dict) -> dict:

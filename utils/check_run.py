@@ -14,7 +14,7 @@ from utils.errors import nearest
 FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
 # what a run writes beside its weights; a file of this name that lies there already would be lost
 WRITTEN = (
-    "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
+    "README.md", "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
     "tokenizer.json", "tokenizer_config.json", "train.log", "trainer_state.json", "training_args.bin",
 )  # fmt: skip
 
@@ -57,6 +57,7 @@ def _check_attention(common) -> list[str]:
 def _check_trainer(train_args) -> list[str]:
     """The trainer's figures that would only fail, or do nothing, once it runs."""
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     least = [
         ("per_device_train_batch_size", 1),
@@ -86,7 +87,12 @@ def _check_trainer(train_args) -> list[str]:
         problems.append("--use_liger_kernel true needs the package liger-kernel, which is not installed; leave it out")
     available = get_available_reporting_integrations()
     for name in train_args.report_to:
-        if name not in available:
+        if name in INTEGRATION_TO_CALLBACK and name not in available:
+            problems.append(
+                f"--report_to {name!r} needs a package that is not installed; install it (pip install {name}), or give "
+                f"one of {', '.join(available)}, none"
+            )
+        elif name not in available:
             problems.append(
                 f"--report_to {name!r} is not installed.{nearest(name, available)} "
                 f"Allowed here: none, {', '.join(available)}"

@@ -1,40 +1,215 @@
-"""The picture of a run: its figures over the steps."""
+"""The pictures: a run's figures over its steps, and several runs in one."""
 
+import math
+import os
 from pathlib import Path
 
-# what is drawn, one panel each, where the run has it: figure → (title, unit)
+# what is drawn, one panel each, where a run has it: figure → (title, unit, height in inches)
 _PANELS = {
-    "loss": ("Loss", "nats per trained token"),
-    "rewards/margins": ("Reward margin, chosen over rejected", "β · log-ratio"),
-    "rewards/accuracies": ("Pairs whose chosen answer has the higher reward", "share"),
+    "loss": ("Loss", "nats per trained token", 3.2),
+    "rewards/margins": ("Reward margin, chosen over rejected", "β · log-ratio", 2.0),
+    "rewards/accuracies": ("Pairs whose chosen answer has the higher reward", "share", 2.0),
+    "learning_rate": ("Learning rate", "", 1.1),
 }
+_TRAINING, _EVALUATION, _BAD = "#0072b2", "#d55e00", "#cc0000"  # told apart by the colour-blind too
+_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#56b4e9", "#444444")
+_DOTS_UNTIL = 30  # so many points are shown one by one
+_POINTS = 4000  # more than this many cannot be told apart on a picture of this width
+_LOG_FROM = 500  # a loss that falls by this factor is a flat line on a linear scale
 
 
-def plot_history(history: list[dict], path: Path) -> None:
-    """Draws training and evaluation figures over the steps.
+def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """A figure's steps and values; a step that was logged twice, before and after a resume, counts once.
+
+    `series([{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 3.0}], "loss")` → `([1], [2.5])`
+    """
+    found = {}
+    for entry in history:
+        if isinstance(entry.get(name), int | float) and "step" in entry:
+            found[entry["step"]] = float(entry[name])
+    steps = sorted(found)
+    return steps, [found[step] for step in steps]
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """The exponential moving average, each divided by the share of the weights it has seen (Adam's bias correction).
+
+    `smoothed([1.0, 3.0], 0.5)` → `[1.0, 2.333…]`. Values that are not finite are passed over.
+
+    Args:
+        values: in the order of the steps.
+        weight: of what came before, 0 to below 1; 0 leaves the values as they are.
+    """
+    average, seen, result = 0.0, 0, []
+    for value in values:
+        if math.isfinite(value):
+            average, seen = weight * average + (1 - weight) * value, seen + 1
+        result.append(average / (1 - weight**seen) if seen else math.nan)
+    return result
+
+
+def smoothing_for(points: int) -> float:
+    """The weight that suits so many points: an average over a twentieth of them; 0 where there are few."""
+    return 0.0 if points < 25 else round(min(0.99, 1 - 20 / points), 2)
+
+
+def plot_history(history: list[dict], path: Path, planned: int | None = None, smooth: float | None = None) -> None:
+    """Draws a run: training raw and smoothed, evaluation, learning rate; for DPO margins and accuracies.
 
     Args:
         history: the trainer's log, an entry for each line.
-        path: the PNG file.
+        path: the PNG file; it is there whole, or not at all.
+        planned: the steps the run was to have; the title says where it stopped before them.
+        smooth: the weight of the moving average; None for one that suits the number of points.
     """
+    last = max((entry.get("step", 0) for entry in history), default=0)
+    stopped = f", stopped at step {last:,} of {planned:,}" if planned and last < planned else ""
+    figure, panels = _panels([history], stopped)
+    for name, axes in panels.items():
+        if name == "learning_rate":
+            _draw_rate(axes, *series(history, name), "#555555")
+            continue
+        _draw_training(axes, *series(history, name), smooth, _TRAINING, "training")
+        _draw_evaluation(axes, *series(history, f"eval_{name}"), _EVALUATION, "evaluation")
+        _finish_panel(axes, name)
+    _save(figure, panels, path)
+
+
+def plot_runs(runs: dict[str, list[dict]], path: Path, smooth: float | None = None) -> None:
+    """Draws several runs in one picture, a colour each: training smoothed over pale, evaluation as dots on dashes.
+
+    Args:
+        runs: label → the trainer's log.
+        path: as in `plot_history`.
+        smooth: the weight of the moving average, the same for all; None for one that suits the longest history.
+    """
+    if smooth is None:
+        smooth = smoothing_for(max(len(series(history, "loss")[0]) for history in runs.values()))
+    figure, panels = _panels(list(runs.values()))
+    for name, axes in panels.items():
+        for number, (label, history) in enumerate(runs.items()):
+            colour = _RUNS[number % len(_RUNS)]
+            style = ("-", "--", ":")[number // len(_RUNS) % 3]
+            if name == "learning_rate":
+                _draw_rate(axes, *series(history, name), colour, style)
+                continue
+            _draw_training(axes, *series(history, name), smooth, colour, label, style)
+            _draw_evaluation(axes, *series(history, f"eval_{name}"), colour, None)
+        if name != "learning_rate":
+            _finish_panel(axes, name, outside=len(runs) > 3)
+    _save(figure, panels, path)
+
+
+def _panels(histories: list[list[dict]], stopped: str = ""):
+    """The figure, and the axes of every panel that one of the histories has something for."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    panels = {name: text for name, text in _PANELS.items() if name == "loss" or any(name in entry for entry in history)}
+    entries = [entry for history in histories for entry in history]
+    names = [name for name in _PANELS if name == "loss" or any(name in entry for entry in entries)]
+    heights = [_PANELS[name][2] for name in names]
     figure, rows = pyplot.subplots(
-        len(panels), figsize=(8, 1.5 + 3 * len(panels)), layout="constrained", sharex=True, squeeze=False
-    )
-    for axes, (name, (title, unit)) in zip(rows[:, 0], panels.items(), strict=True):
-        for key, label in ((name, "training"), (f"eval_{name}", "evaluation")):
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axes.set(ylabel=unit if len(panels) == 1 or name != "loss" else "nats per pair", title=title)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    rows[-1, 0].set(xlabel="step")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        len(names), figsize=(8, sum(heights) + 0.6), layout="constrained", sharex=True, squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    pairs = any("rewards/margins" in entry for entry in entries)
+    for name, axes in zip(names, rows[:, 0], strict=True):
+        title, unit, _ = _PANELS[name]
+        axes.set_title(title + stopped * (name == "loss"), loc="left", fontsize=11, weight="bold")
+        axes.set_ylabel("nats per pair" if pairs and name == "loss" else unit, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=10)
+    rows[-1, 0].set_xlabel("step", fontsize=10)
+    rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, dict(zip(names, rows[:, 0], strict=True))
+
+
+def _draw_training(axes, steps, values, smooth, colour, label, style="-") -> None:
+    weight = smoothing_for(len(values)) if smooth is None else smooth
+    shown, finite = _finite(steps, values)
+    dots = {"marker": "o", "markersize": 3.5} if len(finite) <= _DOTS_UNTIL else {}
+    if weight and finite:
+        axes.plot(*_thin(shown, finite), color=colour, alpha=0.4, linewidth=1)
+        steady = smoothed(finite, weight)
+        axes.plot(*_thin(shown, steady), color=colour, linewidth=2, linestyle=style, label=_smooth_label(label, weight))
+    elif finite:
+        axes.plot(*_thin(shown, finite), color=colour, linewidth=1.5, linestyle=style, label=label, **dots)
+    bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
+    if bad:
+        axes.plot(bad, [0.96] * len(bad), "x", color=_BAD, transform=axes.get_xaxis_transform(), label="not finite")
+
+
+def _draw_rate(axes, steps, values, colour, style="-") -> None:
+    shown, finite = _finite(steps, values)
+    dot = {"marker": "o", "markersize": 3.5} if len(finite) < 3 else {}
+    axes.plot(*_thin(shown, finite), color=colour, linewidth=1.5, linestyle=style, **dot)
+
+
+def _smooth_label(label: str, weight: float) -> str:
+    return f"{label}, moving average (weight {weight:g})"
+
+
+def _draw_evaluation(axes, steps, values, colour, label) -> None:
+    shown, finite = _finite(steps, values)
+    if not finite:
+        return
+    marker = {"marker": "o", "markersize": 5} if len(finite) <= 2 * _DOTS_UNTIL else {}
+    if label:
+        label += f", {finite[-1]:.4g} at last"
+    line = {"linewidth": 1.2, "linestyle": "--", "markeredgecolor": "white"}
+    axes.plot(*_thin(shown, finite), color=colour, label=label, **marker, **line)
+
+
+def _finish_panel(axes, name: str, outside: bool = False) -> None:
+    """The scale that suits, and a legend where such curves leave room."""
+    drawn = [value for line in axes.lines for value in line.get_ydata() if line.get_marker() != "x"]
+    if name == "loss" and drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_FROM:
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()}, log scale")
+    if name == "rewards/accuracies" and drawn:
+        axes.set_ylim(min(0.0, *drawn), 1.03)
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    if outside:
+        # many runs would cover the curves
+        if name == "loss":
+            axes.figure.set_figheight(axes.figure.get_figheight() + 0.25 * len(once))
+            axes.figure.legend(once.values(), once, loc="outside lower center", fontsize=9, frameon=False)
+        return
+    axes.legend(once.values(), once, loc="upper right" if name == "loss" else "lower right", fontsize=9, framealpha=0.7)
+
+
+def _finite(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    kept = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Of a long history the lowest and the highest point of each stretch, so that no spike is lost."""
+    if len(steps) <= _POINTS:
+        return steps, values
+    stretch = math.ceil(2 * len(steps) / _POINTS)
+    places = []
+    for start in range(0, len(steps), stretch):
+        part = range(start, min(start + stretch, len(steps)))
+        places += sorted({min(part, key=values.__getitem__), max(part, key=values.__getitem__)})
+    return [steps[place] for place in places], [values[place] for place in places]
+
+
+def _save(figure, panels: dict, path: Path) -> None:
+    """Writes beside and renames, so that a full disk leaves no half of a picture."""
+    from matplotlib import pyplot
+
+    temporary = Path(f"{path}.part")
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)
+    finally:
+        pyplot.close(figure)
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """What a run leaves behind, and the summary it ends with."""
 
-import dataclasses
-import importlib.metadata
+import contextlib
 import json
 import os
 import re
@@ -10,20 +9,21 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.check_run import FINISHED
 from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
 from utils.errors import UserError, is_about_the_disk
-from utils.evaluation import evaluation_lines, evaluation_summary
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.plot import plot_history
+from utils.record import BEGUN, effective_args, run_record, write_record
+from utils.samples import begin_samples, end_samples
+from utils.summary import summarise
 from utils.tokenizer import set_format
 from utils.trainer import refuse_broken_weights
-from utils.weight_files import fingerprint
 
 STATE = "trainer_state.json"
 _PISSA_START = "pissa_start"
 _WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def open_run(train_args, args) -> Path:
@@ -55,19 +55,21 @@ def open_run(train_args, args) -> Path:
 
 def _clear_finished(folder: Path) -> None:
     """Removes what an earlier run of this project left, and nothing else."""
-    names = [FINISHED, STATE, "train.log", "loss.png", "adapter_model.safetensors", "model.safetensors.index.json"]
+    names = [
+        FINISHED,
+        BEGUN,
+        STATE,
+        "train.log",
+        "loss.png",
+        "adapter_model.safetensors",
+        "model.safetensors.index.json",
+    ]
     shards = [path.name for path in folder.glob("*") if re.fullmatch(_WEIGHTS, path.name)]
+    names += [CARD] if is_own_card(folder / CARD) else []
     for name in names + shards:
         (folder / name).unlink(missing_ok=True)
     for old in checkpoints_of(folder):
         shutil.rmtree(old)
-
-
-def effective_args(args, train_args) -> dict:
-    """Every value the run used, by dataclass; no token, nothing from the environment."""
-    trainer = {name: value for name, value in train_args.to_dict().items() if "token" not in name or "tokens" in name}
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"common": dataclasses.asdict(args), "trainer": trainer, "versions": versions}
 
 
 def prepare_trainer(trainer, tokenizer, template, args) -> None:
@@ -79,15 +81,49 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     if args.early_stopping_patience:
         trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
     trainer.add_callback(StopOnSignal())
-    if not trainer.args.push_to_hub:
-        # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
-        trainer.create_model_card = lambda *args, **kwargs: None
+    # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
+    trainer.create_model_card = lambda *args, **kwargs: None
     model = trainer.model
     if template is not None:
         set_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
         # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
         model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
+
+
+def note_start(trainer, args, train_args, data, tokenizer) -> dict:
+    """Notes what is trained with what, before it is: a run that is stopped can be repeated and compared as well.
+
+    Returns:
+        the record, and the questions for the card with the answers before the training; empty on other processes.
+    """
+    if not is_main_process():
+        return {}
+    record = run_record(args, train_args, data)
+    try:
+        write_record(record, Path(train_args.output_dir) / BEGUN)
+    except OSError as error:
+        raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
+    samples, why_none = begin_samples(trainer, args, train_args, data, tokenizer)
+    return {"record": record, "samples": samples, "why_none": why_none}
+
+
+@contextlib.contextmanager
+def keep_figures(trainer):
+    """Writes the history and draws it however the training ends, and never hides how that was."""
+    try:
+        yield
+    finally:
+        if is_main_process() and trainer.state.log_history:
+            folder = Path(trainer.args.output_dir)
+            try:
+                trainer.state.save_to_json(str(folder / (STATE + ".part")))
+                os.replace(folder / (STATE + ".part"), folder / STATE)
+                plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
+            except Exception as error:
+                with contextlib.suppress(OSError):
+                    (folder / (STATE + ".part")).unlink(missing_ok=True)
+                logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
 
 
 def end_if_stopped(trainer) -> None:
@@ -97,8 +133,12 @@ def end_if_stopped(trainer) -> None:
             callback.raise_if_stopped(trainer.state, trainer.args.output_dir)
 
 
-def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
-    """Writes the run's folder: weights, tokenizer, arguments, state, plot.
+def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
+    """Writes the run's folder: weights, tokenizer, arguments, state, card.
+
+    Args:
+        trainer, args, train_args, data, tokenizer: of the run.
+        start: from `note_start`.
 
     Returns:
         the summary: folder, rows, losses, next command.
@@ -121,17 +161,42 @@ def finish_run(trainer, args, train_args, data, tokenizer, template) -> dict:
     (folder / "training_args.bin").unlink(missing_ok=True)
     if args.train_mode != "full":
         trainer.model.generation_config.save_pretrained(folder)
-    plot_history(trainer.state.log_history, folder / "loss.png")
-    summary = summarise(trainer, args, data, folder)
-    # an adapter fits these weights and no others of their shape
-    base = {"path": args.model_name_or_path, "fingerprint": fingerprint(args.model_name_or_path)}
-    text = json.dumps(
-        effective_args(args, train_args) | {"base": base, "summary": summary}, indent=2, ensure_ascii=False, default=str
-    )
-    temporary = folder / (FINISHED + ".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FINISHED)
-    return summary
+    record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
+    _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
+    write_record(record, folder / BEGUN)
+    os.replace(folder / BEGUN, folder / FINISHED)
+    if trainer.args.push_to_hub:
+        push_card(trainer, folder)
+    return record["summary"]
+
+
+def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) -> None:
+    """A card that cannot be written does not cost the run."""
+    samples = start["samples"]
+    why_none = end_samples(trainer, tokenizer, samples) or start["why_none"]
+    try:
+        changed = changed_settings(args, train_args)
+        shown = [] if why_none else samples
+        write_card(folder, card_text(start["record"], trainer.state.log_history, changed, shown, why_none, str(folder)))
+    except Exception as error:
+        logger.warning("the run's card cannot be written: {}: {}", type(error).__name__, error)
+
+
+def push_card(trainer, folder: Path) -> None:
+    """Adds what the trainer's own push, which comes with the weights, was too early for."""
+    from huggingface_hub import upload_folder
+
+    try:
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            allow_patterns=[CARD, FINISHED, "loss.png"],
+            commit_message="The run's card",
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+        )
+    except Exception as error:  # the hub and the network each raise their own
+        logger.warning("the run's card could not be pushed: {}: {}", type(error).__name__, error)
 
 
 def _save_weights(trainer, args, folder: Path) -> None:
@@ -175,44 +240,3 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
     config["init_lora_weights"] = True
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def summarise(trainer, args, data, folder: Path) -> dict:
-    """The figures a run ends with."""
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    return {
-        "folder": str(folder),
-        "rows_trained": data.rows_trained(),
-        "rows_dropped": data.report.dropped_rows(),
-        "steps": trainer.state.global_step,
-        "steps_skipped": trainer.steps_skipped,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        **evaluation_summary(trainer),
-        "next": f"python -m utils.script.infer --model_path {folder}",
-    }
-
-
-def print_summary(summary: dict) -> None:
-    """Prints the summary, on the first process only."""
-    if not summary:
-        return
-
-    def figure(value):
-        return "not measured" if value is None else f"{value:.4f}"
-
-    skipped = f", {summary['steps_skipped']:,} of them left out (--on_nan skip)" if summary["steps_skipped"] else ""
-    logger.info(
-        "\nfinished: {folder}\n"
-        "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
-        "  steps            {steps:,}{skipped}\n"
-        "  loss             {first} at first, {last} at last\n"
-        "{evaluation}"
-        "talk to it:\n  {next}",
-        first=figure(summary["first_loss"]),
-        last=figure(summary["last_loss"]),
-        evaluation=evaluation_lines(summary),
-        skipped=skipped,
-        **summary,
-    )

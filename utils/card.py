@@ -1,0 +1,234 @@
+"""The run card: README.md in the run's folder, in the form of a model card of the Hugging Face Hub."""
+
+import math
+import re
+from enum import Enum
+from pathlib import Path
+
+from loguru import logger
+
+from utils.samples import LONGEST, Sample
+
+CARD = "README.md"
+_MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
+# told elsewhere in the card, or of no meaning for the result
+_NOT_SETTINGS = (
+    "config", "train_args_path", "model_name_or_path", "adapter_name_or_path", "train_data_path", "eval_data_path",
+    "task_type", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "cache_dir", "local_rank", "precision",
+    "card_samples", "disable_tqdm", "deepspeed",
+)  # fmt: skip
+_MAIN = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "seed",
+)  # fmt: skip
+_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
+            "init_lora_weights", "loraplus_lr_ratio", "train_special_tokens")  # fmt: skip
+
+
+def changed_settings(args, train_args) -> dict[str, tuple]:
+    """Settings that differ from the defaults in the recipe and in utils/args.py: name → (default, value).
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+    """
+    import dataclasses
+
+    # what follows from the machine and from there being rows to evaluate is no setting
+    given = {name: getattr(train_args, name) for name in ("output_dir", "bf16", "fp16", "use_cpu")}
+    if train_args.eval_strategy == "no":
+        given["eval_strategy"] = "no"
+    defaults, values = type(train_args)(**given).to_dict(), train_args.to_dict()
+    for field in dataclasses.fields(args):
+        defaults[field.name], values[field.name] = field.default, getattr(args, field.name)
+    if args.max_prompt_length == args.max_len // 2:
+        defaults["max_prompt_length"] = args.max_prompt_length
+    return {
+        name: (defaults[name], value)
+        for name, value in values.items()
+        if name in defaults and value != defaults[name] and name not in _NOT_SETTINGS
+        and not name.endswith("_token") and not name.startswith("hub_")
+    }  # fmt: skip
+
+
+def write_card(folder: Path, text: str) -> Path:
+    """Writes the card; a README.md that is none of this project's stays, and the card goes beside it.
+
+    Returns:
+        the card's file.
+    """
+    path = folder / CARD
+    if path.exists() and not is_own_card(path):
+        path = folder / "run_card.md"
+        logger.warning("{} is not a run's card and stays as it is; the card is {}", folder / CARD, path.name)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a file is a card that a run wrote."""
+    return path.is_file() and _MARK.encode() in path.read_bytes()
+
+
+def card_text(
+    record: dict, history: list[dict], changed: dict, samples: list[Sample], no_samples: str, folder: str
+) -> str:
+    """The whole card.
+
+    Args:
+        record: what the run noted, with its summary.
+        history: the trainer's log.
+        changed: from `changed_settings`.
+        samples: questions and answers; `no_samples` says why there are none.
+        folder: the run's, for the command that repeats it.
+    """
+    common = record["common"]
+    title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
+    kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
+    parts = [
+        _front_matter(common), _MARK, f"# {title}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
+        "## Result", _table(_result(record, history)),
+        "## Base and data", _table(_base(record)), *_data(record),
+        "## Settings", _table(_settings(record)),
+        *_changed(changed),
+        "## Answers before and after", *_answers(samples, no_samples),
+        "## Machine", _table(_machine(record, history)),
+        "## Repeat it", f"```bash\n{record['start']['command']} --config {folder}/train_args.json\n```",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _changed(changed: dict[str, tuple]) -> list[str]:
+    if not changed:
+        return ["All settings are the recipe's defaults."]
+    rows = [(name, f"{_show(value)} (default: {_show(default)})") for name, (default, value) in changed.items()]
+    return ["Settings that differ from the recipe's defaults:", _table(rows)]
+
+
+def _front_matter(common: dict) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = common["model_name_or_path"]
+    data = ModelCardData(
+        # the Hub refuses a card whose base is a folder of someone's machine
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir() else None,
+        library_name="transformers" if common["train_mode"] == "full" else "peft",
+        pipeline_tag="text-generation",
+        tags=["llm-dojo", "trl", common["task_type"].partition("_")[0], common["train_mode"]],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _name(path: str) -> str:
+    return "/".join(Path(path).parts[-2:]) if not Path(path).is_absolute() else Path(path).name
+
+
+def _result(record: dict, history: list[dict]) -> list[tuple]:
+    summary = record["summary"]
+    losses = [
+        (entry["eval_loss"], entry["step"]) for entry in history if math.isfinite(entry.get("eval_loss", math.nan))
+    ]
+    best = min(losses, default=None)
+    rows = [
+        ("training loss", f"{_figure(summary['first_loss'])} at first, {_figure(summary['last_loss'])} at last"),
+        ("evaluation loss", f"{losses[0][0]:.4f} at first, {losses[-1][0]:.4f} at last, "
+         f"{best[0]:.4f} at best (step {best[1]:,})" if best else "not measured"),
+    ]  # fmt: skip
+    if summary.get("eval_accuracy") is not None:
+        rows.append(("evaluation pairs", f"{100 * summary['eval_accuracy']:.1f} % with the higher reward for chosen"))
+    if summary.get("best_kept"):
+        rows.append(("saved weights", f"of step {summary['best_step']:,}, the best by {summary['best_figure']}"))
+    skipped = f", {summary['steps_skipped']:,} left out (not finite)" if summary.get("steps_skipped") else ""
+    return [*rows, ("steps", f"{summary['steps']:,}{skipped}")]
+
+
+def _base(record: dict) -> list[tuple]:
+    common, base = record["common"], record["base"]
+    weights = f", weights `{base['fingerprint']}`" if base.get("fingerprint") else ""
+    rows = [("base", f"`{base['path']}`{weights}")]
+    if common["adapter_name_or_path"]:
+        rows.append(("goes on from the adapter", f"`{common['adapter_name_or_path']}`"))
+    template = "none: plain text" if common["task_type"] == "pretrain" else f"`{common['template_name']}`"
+    return [*rows, ("chat template", template)]
+
+
+def _data(record: dict) -> list[str]:
+    lines = ["| rows | read | kept | left out | tokens | trained tokens |", "|---|---|---|---|---|---|"]
+    files = ["| file | bytes | sha256 |", "|---|---|---|"]
+    for part, told in (("training", record["data"]["train"]), ("evaluation", record["data"].get("eval"))):
+        if told and "held_back" in told:
+            lines.append(f"| {part} | – | {told['held_back']:,}, held back of the training rows | – | – | – |")
+        elif told:
+            out = ", ".join(f"{count:,} {reason}" for reason, count in told["dropped"].items()) or "none"
+            out += f"; {told['shortened']:,} shortened" if told["shortened"] else ""
+            figures = f"{told['tokens']:,} | {told['trained_tokens']:,}"
+            lines.append(f"| {part} | {told['rows']:,} | {told['kept']:,} | {out} | {figures} |")
+            files += [f"| `{one['file']}` | {one['bytes']:,} | `{one['sha256']}` |" for one in told["files"]]
+    return ["\n".join(lines), "\n".join(files)]
+
+
+def _settings(record: dict) -> list[tuple]:
+    common, trainer = record["common"], record["trainer"]
+    names = [name for name in _MAIN if name != "max_steps" or trainer.get(name, -1) > 0]
+    rows = [("task, recipe", f"{common['task_type']}, `{common['train_args_path']}`")]
+    rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
+    rows += [("longest row", f"{common['max_len']:,} tokens")]
+    if common["train_mode"] != "full":
+        rows.append(("adapter", ", ".join(f"{name} {_show(common[name])}" for name in _ADAPTER)))
+    if trainer.get("deepspeed"):
+        rows.append(("DeepSpeed", _show(trainer["deepspeed"])))
+    return rows + [(name, _show(trainer[name])) for name in names if name in trainer]
+
+
+def _machine(record: dict, history: list[dict]) -> list[tuple]:
+    machine = record["hardware"]
+    end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    tokens = next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None)
+    rows = [
+        ("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB of memory"),
+        ("GPUs", ", ".join(machine["gpus"]) or "none"),
+        ("processes", record["start"]["processes"]),
+    ]
+    if end:
+        resumed = " (since it was resumed)" if record["trainer"].get("resume_from_checkpoint") else ""
+        rows.append(("training time", f"{end['train_runtime']:,.0f} s{resumed}"))
+    if tokens:
+        rows.append(("tokens seen", f"{tokens:,.0f}"))
+    if record["summary"].get("gpu_memory"):
+        rows.append(("GPU memory, peak of the first process", f"{record['summary']['gpu_memory'] / 2**30:.1f} GiB"))
+    libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [*rows, ("system", f"{machine['system']}, Python {machine['python']}"), ("libraries", libraries)]
+
+
+def _answers(samples: list[Sample], why_none: str) -> list[str]:
+    if not samples:
+        return [f"No answers: {why_none}."]
+    lines = [f"Greedy, at most {LONGEST} tokens. The questions are rows of the data, as the model sees them."]
+    for number, sample in enumerate(samples, 1):
+        lines.append(f"### {number}")
+        shown = [("", sample.prompt), ("Wanted:", sample.wanted), ("Before:", sample.before), ("After:", sample.after)]
+        for title, text in shown:
+            lines += [title, _fenced(text)] if title else [_fenced(text)]
+    return lines
+
+
+def _fenced(text: str) -> str:
+    text = text if len(text) <= 2000 else f"… {text[-2000:]}"
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text)  # an untrained model says anything
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _table(rows: list[tuple]) -> str:
+    lines = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _show(value) -> str:
+    value = value.value if isinstance(value, Enum) else value
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    return {"True": "true", "False": "false", "None": "none"}.get(text, text)
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

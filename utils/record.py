@@ -1,0 +1,117 @@
+"""What a run notes of itself: arguments, data files, base, versions and hardware. Read again by --config and others."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from utils.check_run import FINISHED
+from utils.launch import started_by_deepspeed, uses_fsdp, world_size
+from utils.weight_files import fingerprint
+
+BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def effective_args(args, train_args) -> dict:
+    """Every value the run uses, by dataclass; no token, nothing from the environment."""
+    trainer = {name: value for name, value in train_args.to_dict().items() if "token" not in name or "tokens" in name}
+    return {"common": dataclasses.asdict(args), "trainer": trainer, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """The libraries' versions."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def run_record(args, train_args, data) -> dict:
+    """What a run notes before it trains; its data files may change while it does.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+        data: the prepared rows.
+    """
+    # an adapter fits these weights and no others of their shape
+    base = {"path": args.model_name_or_path, "fingerprint": fingerprint(args.model_name_or_path)}
+    rows = {"train": _rows_record(data.report) | {"trained": data.rows_trained()}}
+    if data.eval is not None:
+        held_back = {"held_back": len(data.eval)}
+        rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
+    return effective_args(args, train_args) | {"base": base, "data": rows, "hardware": hardware(), "start": launcher()}
+
+
+def _rows_record(report) -> dict:
+    files = [
+        {"file": file, "bytes": Path(file).stat().st_size, "sha256": sha256_of(file)} for file in report.files
+    ]  # fmt: skip
+    names = ("rows", "kept", "dropped", "shortened", "tokens", "trained_tokens")
+    return {"files": files, **{name: getattr(report, name) for name in names}}
+
+
+def sha256_of(file: str) -> str:
+    """A file's hash, as `sha256sum` says it."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def launcher() -> dict:
+    """How many processes there are, and the words before `main_train.py` that start as many.
+
+    `{"processes": 2, "command": "torchrun --nproc_per_node 2 main_train.py"}`
+    """
+    count = world_size()
+    if started_by_deepspeed():
+        words = f"deepspeed --num_gpus {os.environ.get('LOCAL_SIZE', count)} main_train.py"
+    elif uses_fsdp():
+        words = f"accelerate launch --config_file train_args/accelerate_config/fsdp.yaml --num_processes {count} "
+        words += "main_train.py"
+    elif count > 1:
+        words = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count)} main_train.py"
+    else:
+        words = "python main_train.py"
+    return {"processes": count, "command": words}
+
+
+def hardware() -> dict:
+    """The machine: processor, cores, memory in bytes, GPUs, system, Python."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_record(record: dict, path: Path) -> None:
+    """Writes the record of a run as JSON."""
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict | None:
+    """The record of a finished run, or of one that began; None where there is none that can be read."""
+    for name in (FINISHED, BEGUN):
+        try:
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict):
+            return record
+    return None

@@ -1,0 +1,231 @@
+"""Draws several runs in one picture, and lists the settings and results in which they differ.
+
+python -m utils.script.compare_runs output/sft-a output/sft-b
+python -m utils.script.compare_runs output/sft-* --output compare.png --smooth 0.9
+
+A run that stopped before its end is drawn as far as its newest checkpoint, or its stop, tells.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.checkpoints import checkpoints_of
+from utils.errors import UserError, nearest, raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.log import setup_logging
+from utils.plot import plot_runs
+from utils.record import read_record
+
+STATE = "trainer_state.json"
+_A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
+# differ between any two runs, and say nothing of how they were trained
+_NOT_SETTINGS = (
+    "config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "card_samples",
+    "disable_tqdm",
+)  # fmt: skip
+_MISSING = "–"
+
+
+@dataclass
+class CompareArgs:
+    """Flags of this command."""
+
+    output: str = arg("compare.png", "The picture.")
+    overwrite: bool = arg(False, "Replace --output where it is there.")
+    smooth: float | None = arg(
+        None, "The weight of the moving average, 0 (none) to below 1. Default: one that suits the number of points."
+    )
+
+
+@dataclass
+class Run:
+    """A run as it is compared.
+
+    Attributes:
+        history: the trainer's log; `step` and `planned` how far it came and was to come.
+        record: its train_args.json; empty where it did not come to write one.
+    """
+
+    folder: Path
+    history: list[dict]
+    step: int
+    planned: int
+    record: dict = field(default_factory=dict)
+
+
+def split_folders(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Folders and flags, in any order; a flag takes one value.
+
+    `["a", "--smooth", "0.5", "b"]` → `(["a", "b"], ["--smooth", "0.5"])`
+    """
+    folders, flags = [], []
+    for group in split_flags(argv):
+        taken = 0 if not group[0].startswith("--") else 1 if "=" in group[0] else 2
+        flags += group[:taken]
+        folders += group[taken:]
+    return folders, flags
+
+
+def read_run(path: str) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        UserError: it is no run's, or nothing was logged in it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        siblings = [str(found) for found in folder.parent.glob("*")] if folder.parent.is_dir() else []
+        raise UserError(f"{path!r} is not a folder.{nearest(path, siblings)} Give runs' folders: {_A_RUN}")
+    states = [state for place in (folder, *checkpoints_of(folder)) if (state := _read_state(place / STATE))]
+    if not states:
+        below = sorted(str(found.parent) for found in folder.glob(f"*/{STATE}"))
+        hint = f" Runs in it: {', '.join(below[:5])}" if below else ""
+        raise UserError(f"{path!r} holds no run: {_A_RUN}.{hint}")
+    # the first of equals is the run's own, whose history ends with the time it took
+    state = max(states, key=lambda state: state["global_step"])
+    history = [entry for entry in state["log_history"] if isinstance(entry, dict)]
+    if not history:
+        raise UserError(f"{path!r} logged nothing: it stopped before its first --logging_steps")
+    return Run(folder, history, state["global_step"], state.get("max_steps", 0), read_record(folder) or {})
+
+
+def _read_state(file: Path) -> dict | None:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return state if isinstance(state["log_history"], list) and isinstance(state["global_step"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def label_runs(folders: list[Path]) -> list[str]:
+    """The shortest endings of the paths that tell the folders apart: `[a/run, b/run]` → `["a/run", "b/run"]`"""
+    parts = [folder.resolve().parts for folder in folders]
+    longest = max(map(len, parts))
+    length = next(n for n in range(1, longest + 1) if len({part[-n:] for part in parts}) == len(parts) or n == longest)
+    return [str(Path(*part[-length:])) for part in parts]
+
+
+def results(run: Run) -> dict[str, str]:
+    """What came of a run, as texts."""
+    losses = [entry["loss"] for entry in run.history if "loss" in entry]
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in run.history if _is_finite(entry.get("eval_loss"))}
+    pairs = [entry["eval_rewards/accuracies"] for entry in run.history if "eval_rewards/accuracies" in entry]
+    best = min(evaluated, key=evaluated.__getitem__, default=None)
+    time = next((entry["train_runtime"] for entry in reversed(run.history) if "train_runtime" in entry), None)
+    stopped = "" if run.step >= run.planned else f" of {run.planned:,} (stopped)"
+    return {
+        "steps": f"{run.step:,}{stopped}",
+        "training loss at last": f"{losses[-1]:.4f}" if losses else _MISSING,
+        "evaluation loss at last": f"{evaluated[max(evaluated)]:.4f}" if evaluated else _MISSING,
+        "evaluation loss at best": f"{evaluated[best]:.4f} (step {best:,})" if evaluated else _MISSING,
+        "evaluation pairs right at last": f"{100 * pairs[-1]:.1f} %" if pairs else _MISSING,
+        "training time": f"{time:,.1f} s" if time is not None else _MISSING,
+    }
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def settings(run: Run) -> dict:
+    """A run's settings, with what it was trained on and with; empty where it noted none."""
+    record = run.record
+    if not record:
+        return {}
+    found = {**record.get("trainer", {}), **record.get("common", {})}
+    found = {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
+    found["weights of the base"] = (record.get("base") or {}).get("fingerprint")
+    for part, told in (record.get("data") or {}).items():
+        hashes = [entry["sha256"][:12] for entry in told.get("files", [])]
+        found[f"sha256 of the {part} data"] = ", ".join(hashes) or None
+    found |= {f"{name} version": version for name, version in (record.get("versions") or {}).items()}
+    return found | {"processes": (record.get("start") or {}).get("processes")}
+
+
+def differing(runs: list[Run]) -> dict[str, list[str]]:
+    """The settings in which runs differ, as texts; a run that noted none has a dash."""
+    found = [settings(run) for run in runs]
+    told = [one for one in found if one]
+    rows = {}
+    for name in dict.fromkeys(name for one in told for name in one):
+        values = [one.get(name) for one in told]
+        if any(value != values[0] for value in values):
+            row = _shorten([one.get(name) for one in found if one])
+            rest = iter(row)
+            rows[name] = [next(rest) if one else _MISSING for one in found]
+    return rows
+
+
+def _shorten(values: list) -> list[str]:
+    """Values as texts; of paths only what follows the folders they share."""
+    texts = [_show(value) for value in values]
+    paths = {value for value in values if isinstance(value, str) and "/" in value}
+    if len(paths) > 1 and all("," not in path for path in paths):
+        try:
+            shared = os.path.commonpath(paths)
+        except ValueError:  # absolute and relative ones
+            return texts
+        if shared:
+            cut = {path: os.path.relpath(path, shared) for path in paths}
+            return [
+                cut.get(value, text) if isinstance(value, str) else text
+                for value, text in zip(values, texts, strict=True)
+            ]
+    return texts
+
+
+def _show(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def table(labels: list[str], runs: list[Run]) -> str:
+    """Results and differing settings in Markdown, a column for each run."""
+    told = [results(run) for run in runs]
+    rows = {name: [one[name] for one in told] for name in told[0]}
+    rows = {name: row for name, row in rows.items() if set(row) != {_MISSING}}
+    rows |= differing(runs)
+    lines = [["", *labels], ["---"] * (len(labels) + 1), *([name, *row] for name, row in rows.items())]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    setup_logging()
+    folders, flags = split_folders(list(sys.argv[1:] if argv is None else argv))
+    values, _, problems = read_flags(make_parser([CompareArgs], "utils.script.compare_runs", __doc__), flags)
+    args = CompareArgs(**values)
+    if len(folders) < 2:
+        problems.append(f"{len(folders)} folders are given; give at least two: compare_runs DIR DIR…")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        problems.append("a folder is given twice; give each once")
+    if args.smooth is not None and not 0 <= args.smooth < 1:
+        problems.append(f"--smooth {args.smooth} is not allowed; give at least 0 and below 1")
+    output = Path(args.output)
+    if output.suffix.lower() != ".png":
+        problems.append(f"--output {args.output!r} is not a .png")
+    elif output.is_dir() or not output.resolve().parent.is_dir():
+        problems.append(f"--output {args.output!r} cannot be written; give a file in a folder that is there")
+    elif output.exists() and not args.overwrite:
+        problems.append(f"--output {args.output!r} is there already; give another, or --overwrite true")
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            problems += error.problems
+    raise_if_any(problems)
+    labels = label_runs([run.folder for run in runs])
+    plot_runs({label: run.history for label, run in zip(labels, runs, strict=True)}, output, args.smooth)
+    print(table(labels, runs))
+    if any(not run.record for run in runs):
+        print("\nA run without train_args.json noted no settings.")
+    print(f"\nwritten: {output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
