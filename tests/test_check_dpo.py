@@ -107,6 +107,17 @@ def test_what_contradicts_the_adapter_is_refused(refused, tuned, flags, said):
     assert said in refused(main_train.main, *DPO, "--adapter_name_or_path", str(tuned), *flags)
 
 
+@pytest.mark.parametrize("place", [".", "checkpoint-1"])
+def test_a_base_whose_weights_have_changed_is_refused(refused, train, tmp_path, place):
+    base = tiny.save_tiny_model(tmp_path / "base")
+    run = train("--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", model=base)
+    start = [*DPO, "--adapter_name_or_path", str(run / place)]
+    assert parse_args(start)[0].model_name_or_path == base
+    tiny.save_tiny_model(tmp_path / "base", seed=5)
+    out = refused(main_train.main, *start, "--output_dir", str(tmp_path / "next"))
+    assert f"was trained on {base!r} with the weights" in out and "give the base it was trained on" in out
+
+
 def test_what_is_no_adapter_is_refused(refused, tiny_models, tmp_path, tuned):
     def said(path):
         return refused(main_train.main, *DPO, "--adapter_name_or_path", str(path))

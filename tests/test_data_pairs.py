@@ -1,5 +1,6 @@
 """Preference pairs: the formats, what is wrong with a row, the ids, the lengths."""
 
+import dataclasses
 import json
 
 import pytest
@@ -236,3 +237,17 @@ def test_lists_of_turns_stand_in_csv_as_json(tmp_path):
     rows = [row.value for row in read_rows(str(tmp_path / "pairs.csv"))]
     assert to_pair(rows[0]) == PAIR
     assert rows[1] == {"prompt": "1 + 2", "chosen": "3", "rejected": "[4]"}
+
+
+def test_a_pair_the_format_has_no_form_for_is_named_by_line(tiny_models, tmp_path):
+    from utils.args import parse_args
+    from utils.errors import UserError
+    from utils.tasks import get_task
+    from utils.tokenizer import load_tokenizer
+
+    rows = [*tiny.PAIRS, {"prompt": [USER, USER], "chosen": "a", "rejected": "b"}]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    args, train_args = parse_args([*DPO, "--train_data_path", data, "--model_name_or_path", tiny_models()])
+    template = dataclasses.replace(get_template("qwen"), alternate=True)
+    with pytest.raises(UserError, match="pairs.jsonl:9 turn 2 is user where template 'qwen' needs assistant"):
+        get_task("dpo_multi").load_datasets(args, train_args, template, load_tokenizer(tiny_models()))

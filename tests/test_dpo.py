@@ -237,6 +237,24 @@ def test_each_pair_counts_once_in_the_evaluation_figures(train_dpo, pairs_file, 
         assert figures["3"][f"eval_{name}"] == pytest.approx(figures["8"][f"eval_{name}"], rel=1e-4), name
 
 
+def test_a_kept_reference_that_is_cut_off_is_made_again(train_dpo, tmp_path):
+    flags = ["--precompute_ref_log_probs", "true", "--cache_dir", str(tmp_path / "cache")]
+    _, first = train_dpo(*flags, output="first")
+    (kept,) = (tmp_path / "cache").rglob("cache-*.arrow")
+    kept.write_bytes(kept.read_bytes()[:100])
+    _, again = train_dpo(*flags, output="again")
+    assert [step["loss"] for step in again] == [step["loss"] for step in first]
+
+
+def test_precomputed_reference_is_not_taken_from_a_run_of_another_precision(train_dpo, tmp_path):
+    """Trained in full the weights are float32's in both, and the arithmetic is not."""
+    flags = ["--precompute_ref_log_probs", "true", "--cache_dir", str(tmp_path / "cache"), *ADAPTERS["full"]]
+    for number, precision in enumerate(["bf16", "fp32"], 1):
+        _, steps = train_dpo(*flags, "--precision", precision, output=precision)
+        assert len(list((tmp_path / "cache").rglob("cache-*.arrow"))) == number
+    assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)  # the reference is float32's own
+
+
 def test_precomputed_reference_is_not_taken_from_a_run_with_other_lengths_weighed(train_dpo):
     for number, flags in enumerate([[], ["--ld_alpha", "0.2"]]):
         _, kept = train_dpo(*flags, output=f"kept-{number}")

@@ -150,7 +150,9 @@ def test_short_names_files_and_none(settle, tmp_path):
     assert [line[1] for line in found] == [*files, str(own), None, None]
 
 
-def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path):
+def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path, train, tiny_models):
+    adapter = str(train("--max_steps", "1", output="adapter"))
+
     def file(**changes):
         path = tmp_path / f"{uuid.uuid4().hex}.json"
         config = json.loads((CONFIGS / "ds_config_zero2.json").read_text())
@@ -177,6 +179,11 @@ def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path):
         (["--deepspeed", "zero2", "--on_nan", "skip"], "--on_nan skip"),
         (["--deepspeed", "zero3", "--init_lora_weights", "pissa"], "pissa"),
         (["--deepspeed", "zero3", "--train_special_tokens", "on"], "--train_special_tokens on"),
+        (["--deepspeed", file(train_batch_size=7)], "train_batch_size 7, and the flags make it 16; write"),
+        (
+            ["--deepspeed", "zero3", "--train_mode", "full", "--adapter_name_or_path", adapter],
+            "--train_mode full merges --adapter_name_or_path",
+        ),
     ]
     for (_, said), line in zip(cases, settle(*(case for case, _ in cases)), strict=True):
         assert line[0] == "refused" and said in line[1], (said, line)
@@ -287,6 +294,22 @@ def test_two_hosts_train_together(two_hosts, command, flags, tmp_path):
 
 def steps_epochs(folder: Path) -> float:
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["epoch"]
+
+
+def test_the_first_start_says_that_it_compiles(tmp_path, monkeypatch):
+    from loguru import logger
+
+    from utils.launch import _tell_of_first_build
+
+    said = []
+    monkeypatch.setattr(logger, "info", lambda text, *values: said.append(text.format(*values)))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    _tell_of_first_build()
+    assert f"compiles its operators at its first start, for minutes; it keeps them in {tmp_path}" in said.pop()
+    (tmp_path / "py311_cpu" / "op").mkdir(parents=True)
+    (tmp_path / "py311_cpu" / "op" / "op.so").touch()
+    _tell_of_first_build()
+    assert said == []
 
 
 def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_a_living_ones_is_not(tmp_path, monkeypatch):

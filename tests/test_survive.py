@@ -195,6 +195,29 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
     assert left.name == "checkpoint-2" and read_manifest(left)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
+    """Each writes its own shard: one message, no torso, the earlier checkpoint whole, and neither waits for the other."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        f"import os, resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"
+        "from utils.errors import run_command\nfrom utils.trainer import Surviving\nsave = Surviving._save_checkpoint\n"
+        "def limited(self, *args):\n"
+        f"    if os.environ['RANK'] == {rank!r} and self.state.global_step == 4:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "    save(self, *args)\n"
+        "Surviving._save_checkpoint = limited\n"
+        "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nrun_command(main_train.main)\n"
+    )
+    done = two_processes([str(script), *flags, "--output_dir", str(tmp_path / "run"), "--train_special_tokens", "off"])
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said[-3000:]
+    assert said.count("the checkpoint of step 4 cannot be written") == 1 and f"process {rank}: " in said
+    (left,) = checkpoints_of(tmp_path / "run")
+    assert left.name == "checkpoint-2" and read_manifest(left)
+
+
 def test_the_only_whole_checkpoint_is_never_rotated_away(tmp_path):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
@@ -274,6 +297,19 @@ def test_skipped_steps_leave_the_weights_and_are_counted(poisoned, train, tmp_pa
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert any("lora_B" in name and weight.any() for name, weight in weights.items())
+
+
+def test_steps_left_out_are_counted_also_after_a_resume(poisoned, train, tmp_path):
+    more = ["--on_nan", "skip", "--per_device_train_batch_size", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    more += ["--save_total_limit", "99", "--num_train_epochs", "2"]
+    whole = train(*more)
+    state = json.loads((whole / "trainer_state.json").read_text(encoding="utf-8"))
+    skipped = [entry["step"] for entry in state["log_history"] if "steps_skipped" in entry]
+    assert len(skipped) == 2
+    checkpoint = str(whole / f"checkpoint-{skipped[0]}")
+    folder = train(*more, "--resume_from_checkpoint", checkpoint, output="resumed")
+    summary = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["summary"]
+    assert summary["steps_skipped"] == 2
 
 
 def test_a_skipped_step_moves_nothing(poisoned, train):

@@ -1,5 +1,6 @@
 """Checks of the adapter's arguments, and what follows from an adapter to go on from."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from loguru import logger
 
 from utils.checkpoints import MANIFEST
 from utils.paths import project_path
+from utils.weight_files import fingerprint
 
 # a setting of ours → its name in adapter_config.json
 _SETTINGS = {
@@ -63,6 +65,7 @@ def start_from_adapter(common, given: set[str]) -> list[str]:
     if lacking:
         return [f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved"]
     problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
+    problems = problems or _check_weights(common, flag, Path(path))
     names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
     problems += [
         f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out"
@@ -114,6 +117,23 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
             "--model_name_or_path out, or give that base"
         ]
     return []
+
+
+def _check_weights(common, flag: str, folder: Path) -> list[str]:
+    """An adapter fits only the weights it was trained on; on others of the same shape it goes on without a word."""
+    run = folder.parent if (folder / MANIFEST).is_file() else folder
+    noted = {}
+    for file in run.glob("train_args.json*"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            noted = json.loads(file.read_text(encoding="utf-8")).get("base") or {}
+    then = noted.get("fingerprint")
+    now = fingerprint(common.model_name_or_path) if then else None
+    if now in (None, then):
+        return []
+    return [
+        f"{flag} was trained on {noted['path']!r} with the weights {then}, and {common.model_name_or_path!r} has {now}; "
+        "give the base it was trained on as --model_name_or_path"
+    ]
 
 
 def _settings_of_run(folder: Path) -> dict:

@@ -96,7 +96,7 @@ def check_deepspeed(common, train_args) -> list[str]:
         theirs, _, ours = mismatch.removeprefix("- ds ").partition(" vs hf ")
         key, _, value = theirs.partition("=")
         flag, _, flag_value = ours.rpartition("=")
-        ours = f"--{flag} is {flag_value}" if flag.isidentifier() else f"the flags make {flag_value} ({flag})"
+        ours = f"--{flag} is {flag_value}" if flag.isidentifier() else f"the flags make it {flag_value}"
         problems.append(
             f'--deepspeed says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same'
         )

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from utils.log import is_main_process
+
 
 def world_size() -> int:
     """How many processes train together; 1 for plain `python`."""
@@ -45,8 +47,22 @@ def join_deepspeed() -> None:
     import torch
 
     forget_dead_builds()
+    _tell_of_first_build()
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def _build_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _tell_of_first_build() -> None:
+    if is_main_process() and not any(_build_root().glob("**/*.so")):
+        from loguru import logger
+
+        logger.info("DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}", _build_root())
 
 
 def forget_dead_builds() -> None:
@@ -57,9 +73,8 @@ def forget_dead_builds() -> None:
     import psutil
     from filelock import FileLock
     from loguru import logger
-    from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = _build_root()
     with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-builds.lock"):
         locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
         if not locks:

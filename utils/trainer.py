@@ -1,15 +1,18 @@
 """What every trainer here adds to TRL's: LoRA+, checkpoints that are whole, and a stop at numbers that are none."""
 
+import contextlib
+import functools
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 from loguru import logger
 
 from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
-from utils.launch import all_of, any_process, wait_for_all
+from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
@@ -23,7 +26,6 @@ class Surviving:
         settings: what a checkpoint must have in common with a run that goes on from it.
         files: the data files, to name rows by.
         save_limit: how many checkpoints are kept; transformers' own limit would also remove whole ones at the end.
-        steps_skipped: how many steps were left out.
     """
 
     loraplus_lr_ratio: float | None = None
@@ -31,7 +33,6 @@ class Surviving:
     settings: dict = {}
     files: list[str] = []
     save_limit: int | None = None
-    steps_skipped = 0
     _skipped_in_a_row = 0
     _bad_loss: float | None = None
     _step_sources: list[int] = []
@@ -65,23 +66,78 @@ class Surviving:
         if self.args.should_save:
             (folder / MANIFEST).unlink(missing_ok=True)  # no checkpoint until it is written again
         wait_for_all()
-        try:
-            super()._save_checkpoint(model, trial)
-            wait_for_all()
-            if self.args.should_save:
-                mark_complete(folder, self.settings)
-        except Exception as error:
-            if not is_about_the_disk(error):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-            free = shutil.disk_usage(self.args.output_dir).free / 1e9
-            raise UserError(
-                f"the checkpoint of step {self.state.global_step} cannot be written: {error}. {free:.1f} GB are free "
-                f"on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: make "
-                f"room, then {self._how_to_go_on()}"
-            ) from error
+        self._write_or_give_up(folder, lambda: super(Surviving, self)._save_checkpoint(model, trial))
+        self._write_or_give_up(folder, lambda: self.args.should_save and self._complete(folder))
         if self.args.should_save:
             rotate(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
+
+    def _complete(self, folder: Path) -> None:
+        if self.is_deepspeed_enabled and not self.args.save_only_model:
+            (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+        mark_complete(folder, self.settings)
+
+    def _write_or_give_up(self, folder: Path, write) -> None:
+        """Writes a part of a checkpoint; where the disk of any process is full, all of them remove it and stop.
+
+        Raises:
+            UserError: on every process.
+        """
+        with self._failed_writes() as failed:
+            try:
+                write()
+            except Exception as error:
+                if not is_about_the_disk(error):
+                    raise
+                failed.append(error)
+        where = f"process {self.args.process_index}: " if world_size() > 1 else ""
+        told = all_of([f"{where}{error}" for error in failed[:1]])
+        if not told:
+            return
+        if is_first_here():
+            shutil.rmtree(folder, ignore_errors=True)
+        wait_for_all()
+        free = shutil.disk_usage(self.args.output_dir).free / 1e9
+        raise UserError(
+            f"the checkpoint of step {self.state.global_step} cannot be written: {'; '.join(told)}. {free:.1f} GB are "
+            f"free on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: make "
+            f"room, then {self._how_to_go_on()}"
+        )
+
+    @contextlib.contextmanager
+    def _failed_writes(self):
+        """Collects the errors of writes, each of several processes going on to where the others wait for it."""
+        import torch
+
+        failed: list[Exception] = []
+        if world_size() == 1:
+            yield failed
+            return
+
+        def going_on(write):
+            def attempt(*args, **kwargs):
+                try:
+                    return None if failed else write(*args, **kwargs)
+                except Exception as error:
+                    if not is_about_the_disk(error):
+                        raise
+                    failed.append(error)
+
+            return attempt
+
+        with contextlib.ExitStack() as patches:
+            for owner, name in ((torch, "save"), (self, "_save")):
+                patches.enter_context(patch.object(owner, name, going_on(getattr(owner, name))))
+            if self.is_deepspeed_enabled:
+                engine = self.model_wrapped
+                patches.enter_context(
+                    patch.object(engine, "_copy_recovery_script", going_on(engine._copy_recovery_script))
+                )
+                # its pointer to the newest state is written with the manifest, once all have written theirs
+                save = functools.wraps(engine.save_checkpoint)(
+                    functools.partial(engine.save_checkpoint, save_latest=False)
+                )
+                patches.enter_context(patch.object(engine, "save_checkpoint", save))
+            yield failed
 
     def _determine_best_metric(self, metrics, trial):
         is_best = super()._determine_best_metric(metrics, trial)
@@ -115,6 +171,11 @@ class Surviving:
         self._step_sources, self._bad_sources, self._bad_loss = [], [], None
         return norm
 
+    @property
+    def steps_skipped(self) -> int:
+        """How many steps were left out; kept in the history, which a resumed run goes on with."""
+        return sum("steps_skipped" in entry for entry in self.state.log_history)
+
     def _not_finite(self, norm) -> None:
         """Every process comes here in the same step; together they know the rows."""
         bad = all_of(self._bad_sources)
@@ -122,7 +183,7 @@ class Surviving:
         rows = name_sources(bad or all_of(self._step_sources), self.files)
         what = f"the loss is {self._bad_loss}" if bad else f"the gradients' norm is {float(norm)}"
         step = self.state.global_step + 1
-        self.steps_skipped += 1
+        self.state.log_history.append({"step": step, "steps_skipped": self.steps_skipped + 1})
         self._skipped_in_a_row += 1
         if self.on_nan == "skip" and self._skipped_in_a_row < SKIPPED_AT_MOST:
             logger.warning("step {}: {}, the step is left out; its rows are{}", step, what, rows)

@@ -9,6 +9,7 @@ from utils.data_files import SUFFIXES
 from utils.data_pairs import Pair, to_pair
 from utils.data_rows import BadRow
 from utils.errors import UserError
+from utils.launch import wait_for_all
 from utils.model import load_model
 from utils.segments import answer_starts, count_answers
 from utils.shorten_pairs import COLUMNS, encode_pairs_within
@@ -55,12 +56,10 @@ class PreparedPairs(Surviving):
 
     def _precompute_ref_logps(self, *inputs):
         self.settle_weights()  # TRL comes here before its constructor ends
-        try:
-            return super()._precompute_ref_logps(*inputs)
-        except pyarrow.ArrowInvalid:  # what was kept beside the rows is cut off
-            for kept in Path(inputs[0].cache_files[0]["filename"]).parent.glob("cache-*.arrow"):
-                kept.unlink()
-            return super()._precompute_ref_logps(*inputs)
+        if self.args.should_save:  # one process for all: each of them reads the same file
+            _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
+        wait_for_all()
+        return super()._precompute_ref_logps(*inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         result = super()._compute_loss(model, inputs, return_outputs)
@@ -69,6 +68,17 @@ class PreparedPairs(Surviving):
 
     def compute_ref_log_probs(self, model, inputs):
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
+
+
+def _remove_cut_off(folder: Path) -> None:
+    """Removes log-probabilities of the reference that were not kept whole, which TRL would fail on for good."""
+    import datasets
+
+    for kept in folder.glob("cache-*.arrow"):
+        try:
+            datasets.Dataset.from_file(str(kept))
+        except pyarrow.ArrowInvalid:
+            kept.unlink(missing_ok=True)
 
 
 def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer):
