@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
-    """Each writes its own shard: one message, no torso, the earlier checkpoint whole, and neither waits for the other."""
+    """Each writes its own shard: one message, no torso, the earlier checkpoint whole, and none waits for the other."""
     script = tmp_path / "full.py"
     script.write_text(
         f"import os, resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"

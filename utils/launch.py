@@ -62,7 +62,8 @@ def _tell_of_first_build() -> None:
     if is_main_process() and not any(_build_root().glob("**/*.so")):
         from loguru import logger
 
-        logger.info("DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}", _build_root())
+        said = "DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}"
+        logger.info(said, _build_root())
 
 
 def forget_dead_builds() -> None:

@@ -99,8 +99,8 @@ class Surviving:
         free = shutil.disk_usage(self.args.output_dir).free / 1e9
         raise UserError(
             f"the checkpoint of step {self.state.global_step} cannot be written: {'; '.join(told)}. {free:.1f} GB are "
-            f"free on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: make "
-            f"room, then {self._how_to_go_on()}"
+            f"free on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: "
+            f"make room, then {self._how_to_go_on()}"
         )
 
     @contextlib.contextmanager
