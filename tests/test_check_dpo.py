@@ -115,7 +115,7 @@ def test_a_base_whose_weights_have_changed_is_refused(refused, train, tmp_path, 
     assert parse_args(start)[0].model_name_or_path == base
     tiny.save_tiny_model(tmp_path / "base", seed=5)
     out = refused(main_train.main, *start, "--output_dir", str(tmp_path / "next"))
-    assert f"was trained on {base!r} with the weights" in out and "give the base it was trained on" in out
+    assert f"was trained on {base!r} with weights" in out and "give the base it was trained on" in out
 
 
 def test_what_is_no_adapter_is_refused(refused, tiny_models, tmp_path, tuned):

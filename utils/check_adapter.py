@@ -131,8 +131,8 @@ def _check_weights(common, flag: str, folder: Path) -> list[str]:
     if now in (None, then):
         return []
     return [
-        f"{flag} was trained on {noted['path']!r} with the weights {then}, and {common.model_name_or_path!r} has {now}; give "
-        "the base it was trained on as --model_name_or_path"
+        f"{flag} was trained on {noted['path']!r} with weights {then}, and {common.model_name_or_path!r} has {now}; "
+        "give the base it was trained on as --model_name_or_path"
     ]
 
 
