@@ -57,6 +57,7 @@ FLOW = [
     "assess",
     "assess_report",
     "resume",
+    "head",
     "trainer",
     "evaluation",
     "tasks.common",

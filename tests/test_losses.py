@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.data_collator import build_collator
+from utils.head import use_trained_positions
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 10, 11], "labels": [-100, -100, -100, 8, 9, 10, 11]},
@@ -62,6 +63,7 @@ def trainer_loss(model, batch, tmp_path):
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    use_trained_positions()
     trainer = SFTTrainer(
         model,
         config,
@@ -73,19 +75,32 @@ def trainer_loss(model, batch, tmp_path):
     return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
 
 
+def packed(rows):
+    """The rows in one, as `--packing true` makes them."""
+    ids, labels = (sum((row[name] for row in rows), []) for name in ("input_ids", "labels"))
+    return [{"input_ids": ids, "labels": labels, "seq_lengths": [len(row["input_ids"]) for row in rows]}]
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("padding_free", [True, False])
-def test_loss_and_gradients_are_those_of_rows_one_by_one(architecture, padding_free, tiny_models, tmp_path):
+@pytest.mark.parametrize(
+    "form", ["padding-free", "padded", "packed", "padding-free, head frozen", "padded, head frozen"]
+)
+def test_loss_and_gradients_are_those_of_rows_one_by_one(architecture, form, tiny_models, tmp_path):
     folder = tiny_models(architecture)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for each in (model, reference):
+        each.get_output_embeddings().weight.requires_grad_("frozen" not in form)
     expected = plain_loss(reference, ROWS)
     expected.backward()
-    loss = trainer_loss(model, build_collator(0, padding_free)(ROWS), tmp_path)
+    batch = build_collator(0, not form.startswith("padded"))(packed(ROWS) if form == "packed" else ROWS)
+    loss = trainer_loss(model, batch, tmp_path)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     gradients = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 

@@ -7,6 +7,7 @@ from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.evaluation import CountsTokens, fill_up
+from utils.head import use_trained_positions
 from utils.shorten import encode_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
 from utils.trainer import Surviving
@@ -44,6 +45,8 @@ def build_collator(args, train_args, tokenizer):
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
     """TRL's SFTTrainer on rows that are prepared already."""
     from trl import SFTTrainer
+
+    use_trained_positions()
 
     class Trainer(CountsTokens, Surviving, SFTTrainer):
         pass
