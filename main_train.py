@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     # ------------------------------------------------------------------ datasets and collator
     data = task.load_datasets(args, train_args, template, tokenizer)
     collator = task.build_collator(args, train_args, tokenizer)
-    check_resume(args, train_args, data)
+    resumed = check_resume(args, train_args, data)
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict:
     open_run(train_args, args)
     trainer = task.build_trainer(args, train_args, model, adapter, data, collator, tokenizer)
     prepare_trainer(trainer, tokenizer, template, args)
-    start = note_start(trainer, args, train_args, data, tokenizer)
+    start = note_start(trainer, args, train_args, data, tokenizer, resumed)
 
     # ------------------------------------------------------------------ train
     with keep_figures(trainer):

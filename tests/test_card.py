@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -231,15 +232,130 @@ def test_divided_weights_are_not_asked(monkeypatch):
     assert samples == [] and "ZeRO-3" in why
 
 
-def test_the_card_is_pushed_with_what_the_push_of_the_weights_lacked(monkeypatch, tmp_path):
-    pushed = {}
-    monkeypatch.setattr("huggingface_hub.upload_folder", lambda **options: pushed.update(options))
-    options = types.SimpleNamespace(hub_token="hf_x", hub_revision=None)
-    utils.save.push_card(types.SimpleNamespace(hub_model_id="me/run", args=options), tmp_path)
-    assert pushed["repo_id"] == "me/run" and "README.md" in pushed["allow_patterns"]
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes every upload; yields what each held: name → bytes."""
+    import fnmatch
 
-    def fail(**options):
-        raise OSError("no network")
+    import huggingface_hub
 
-    monkeypatch.setattr("huggingface_hub.upload_folder", fail)
-    utils.save.push_card(types.SimpleNamespace(hub_model_id="me/run", args=options), tmp_path)
+    uploads = []
+
+    def upload(*_, folder_path, ignore_patterns=(), **options):
+        files = {str(path.relative_to(folder_path)): path for path in Path(folder_path).rglob("*") if path.is_file()}
+        left_out = [ignore_patterns] if isinstance(ignore_patterns, str) else ignore_patterns
+        kept = [name for name in files if not any(fnmatch.fnmatch(name, f"{p}*" if p == "_*" else p) for p in left_out)]
+        uploads.append({name: files[name].read_bytes() for name in kept})
+
+    repo = types.SimpleNamespace(repo_id="me/run")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    return uploads
+
+
+def test_what_is_pushed_is_the_finished_run_and_no_token_ever(train, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    flags = [
+        "--push_to_hub",
+        "true",
+        "--hub_token",
+        "hf_SECRET",
+        "--init_lora_weights",
+        "pissa",
+        "--hub_strategy",
+        "end",
+    ]
+    folder = train(*FP32, *flags, "--save_strategy", "steps", "--save_steps", "2")
+    pushed = hub[-1]
+    wanted = {"README.md", "adapter_model.safetensors", "generation_config.json", "train_args.json", "loss.png"}
+    assert wanted <= pushed.keys()
+    assert pushed["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert not [name for name in pushed if "pissa" in name or "checkpoint" in name or name.endswith(".part")]
+    everything = [content for files in hub for content in files.values()]
+    everything += [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(b"hf_SECRET" in content for content in everything)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_before_anything_trains(
+    refused, monkeypatch, tmp_path, tiny_models, rows_file
+):
+    ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx2"})
+
+    def gone(*_, **__):
+        raise ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", gone)
+    run = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(tmp_path / "run")]
+    said = refused(main_train.main, *run, "--push_to_hub", "true", "--report_to", "none")
+    assert "--push_to_hub true: the hub cannot be used (ConnectError: no route)" in said
+
+
+def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeypatch):
+    """Not even for a moment: saving may fail right after it."""
+    from utils.trainer import Surviving
+
+    folder, seen = tmp_path / "run", []
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    (folder / "run_card.md").write_text("mine too")
+
+    def watched(self, *args, **kwargs):
+        super(Surviving, self).save_model(*args, **kwargs)
+        seen.append((folder / "README.md").read_text())
+
+    monkeypatch.setattr(Surviving, "save_model", watched, raising=False)
+    train("--overwrite_output_dir", "true")
+    assert seen and set(seen) == {"mine"}
+    assert [(folder / name).read_text() for name in ("README.md", "run_card.md")] == ["mine", "mine too"]
+
+
+def test_a_resume_with_other_settings_is_told(train):
+    more = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
+    train(*more)
+    folder = train(*more[:-1], "3", "--resume_from_checkpoint", "true", "--seed", "7")
+    card, record = card_of(folder), json.loads((folder / "train_args.json").read_text())
+    assert record["resumed"][0]["changed"]["seed"] == ["42", "7"]
+    assert "Resumed from `" in card and "seed 7 (it was 42)" in card and "one command does not repeat it" in card
+
+
+def test_a_changed_start_adapter_is_in_the_record_and_told(train, tmp_path):
+    from loguru import logger
+
+    start = train("--max_steps", "1", output="start")
+    pairs = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    folder = train(*DPO, "--adapter_name_or_path", str(start), "--max_steps", "1", data=pairs, output="dpo")
+    record = json.loads((folder / "train_args.json").read_text())
+    assert record["adapter"]["fingerprint"] in card_of(folder)
+    record["adapter"]["fingerprint"] = "abc"
+    (folder / "train_args.json").write_text(json.dumps(record))
+    said = []
+    number = logger.add(lambda line: said.append(str(line)), level="WARNING", format="{message}")
+    parse_args(["--config", str(folder)])
+    logger.remove(number)
+    assert "the adapter" in "".join(said) and "had the weights abc" in "".join(said)
+
+
+def test_secrets_of_a_recipe_are_not_recorded(tmp_path, train):
+    recipe = tmp_path / "own.py"
+    text = (ROOT / "train_args/sft/base.py").read_text(encoding="utf-8")
+    recipe.write_text(text + '    wandb_api_key: str = "sk-SECRET"\n    my_password: str = "sk-SECRET"\n')
+    folder = train("--train_args_path", str(recipe), "--max_steps", "1")
+    assert not any(b"sk-SECRET" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 main_train.py"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nnodes 2 --nproc_per_node 8 main_train.py"),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}, "deepspeed --num_gpus 2 main_train.py"),
+        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8", "CROSS_SIZE": "2"}, "deepspeed --hostfile hosts main_train.py"),
+    ],
+)
+def test_the_command_starts_as_many_processes(variables, command, monkeypatch):
+    from utils.record import launcher
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launcher()["command"] == command

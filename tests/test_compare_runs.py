@@ -1,7 +1,9 @@
 """Several runs in one picture, and a table of what differs."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,116 @@ def test_only_what_differs_is_in_the_table(tmp_path):
 def test_paths_are_shown_from_where_they_part(tmp_path):
     runs = [read_run(write_run(tmp_path / name, data=f"/home/x/{name}/rows.jsonl")) for name in "ab"]
     assert differing(runs) == {"train_data_path": ["a/rows.jsonl", "b/rows.jsonl"]}
+
+
+def change(folder, name="train_args.json", **parts):
+    """Changes a file of a run; a dictionary is added to the one that is there."""
+    file = Path(folder) / name
+    told = json.loads(file.read_text())
+    for part, value in parts.items():
+        told[part] = told[part] | value if isinstance(value, dict) and part in told else value
+    file.write_text(json.dumps(told))
+    return folder
+
+
+def test_a_setting_that_a_task_does_not_have_is_a_dash_and_no_difference_where_it_is_none(tmp_path):
+    a, b, c = (write_run(tmp_path / name) for name in "abc")
+    change(a, trainer={"packing": None, "max_steps": None})
+    change(b, trainer={"beta": 0.1, "loss_type": None, "max_steps": 7})
+    change(c, trainer={"beta": None, "max_steps": None}, base={"fingerprint": None}, start={})
+    found = differing([read_run(folder) for folder in (a, b, c)])
+    assert found == {
+        "max_steps": ["none", "7", "none"], "beta": ["–", "0.1", "none"], "weights of the base": ["f", "f", "–"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "hashes", "listed"),
+    [
+        (["data/base", "/home/x/data/base"], "ff", False),
+        (["./data/base/", "/home/x/data/base"], "ff", False),
+        (["../data/base", "/home/x/data/base"], "ff", False),
+        (["data/base", "/home/x/data/base"], "fg", True),
+        (["data/base", "/home/x/data/base"], [None, None], True),  # nothing tells that they are the same
+        (["data/base", "/home/x/data/another"], "ff", True),
+        (["/home/y/data/base", "/home/x/data/base"], "ff", True),
+    ],
+)
+def test_the_same_base_by_a_relative_and_an_absolute_path_is_no_difference(tmp_path, paths, hashes, listed):
+    runs = []
+    for name, path, found in zip("ab", paths, hashes, strict=True):
+        folder = change(write_run(tmp_path / name), base={"path": path, "fingerprint": found},
+                        common={"model_name_or_path": path}, adapter={"path": path, "fingerprint": found},
+                        data={"train": {"files": [{"file": path, "sha256": found}]}})  # fmt: skip
+        runs.append(read_run(change(folder, common={"adapter_name_or_path": path, "train_data_path": path})))
+    found = differing(runs)
+    names = {"model_name_or_path", "adapter_name_or_path", "train_data_path"}
+    assert names & found.keys() == (names if listed else set())
+    assert ("weights of the base" in found) == (hashes[0] != hashes[1])
+
+
+def test_the_time_of_a_resumed_run_says_that_it_is_its_last_parts(tmp_path):
+    whole, resumed = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    change(resumed, trainer={"resume_from_checkpoint": str(tmp_path / "b" / "checkpoint-2")})
+    found = cells(table(["a", "b"], [read_run(whole), read_run(resumed)]))
+    assert found["training time"] == ["12.5 s", "12.5 s (since it was resumed)"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"trainer": [1]}, {"common": "x"}, {"trainer": 3, "common": None, "base": [1], "data": "x"},
+        {"data": {"train": [1]}}, {"data": {"train": {"files": 3}}}, {"data": {"train": {"files": [{"file": "x"}, 4]}}},
+        {"start": "python"}, {"base": "b"}, {"adapter": 1}, {"data": {"train": {"files": [{"sha256": 5}]}}},
+    ],
+)  # fmt: skip
+def test_a_part_of_a_record_that_is_damaged_is_passed_over(tmp_path, damage, capsys):
+    a, b = write_run(tmp_path / "a"), change(write_run(tmp_path / "b"), trainer={"seed": 7}, common={"lora_rank": 8})
+    file = tmp_path / "b" / "train_args.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    main([a, b, "--output", str(tmp_path / "compare.png")])
+    found = cells(capsys.readouterr().out)
+    assert found["lora_rank"] == ["16", "–" if "common" in damage else "8"]
+    assert found["seed"] == ["42", "–" if "trainer" in damage else "7"]
+
+
+def test_a_record_of_which_nothing_can_be_read_is_as_none(tmp_path, capsys):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", learning_rate=2e-3)
+    (tmp_path / "b" / "train_args.json").write_text('{"trainer": [1]}')
+    main([a, b, "--output", str(tmp_path / "compare.png")])
+    said = capsys.readouterr().out
+    assert "learning_rate" not in said and "noted no settings" in said
+
+
+def test_what_is_damaged_of_a_history_is_passed_over(tmp_path, capsys, refused):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    for folder in (a, b):
+        state = json.loads((Path(folder) / "trainer_state.json").read_text())
+        more = [{"eval_loss": 0.1, "loss": 9.0}, {"step": "x", "loss": 9.0}, {"step": None, "eval_loss": 0.1}, 3,
+                {"step": 4, "loss": "x", "eval_loss": "x", "eval_rewards/accuracies": None, "train_runtime": "x"},
+                {"step": 4, "learning_rate": [1]}]  # fmt: skip
+        change(folder, "trainer_state.json", log_history=state["log_history"] + more, max_steps=None)
+    main([a, b, "--output", str(tmp_path / "compare.png")])
+    found = cells(capsys.readouterr().out)
+    assert found["steps"] == ["4", "4"] and found["training loss at last"] == ["0.5000", "0.5000"]
+    assert found["evaluation loss at best"] == ["0.6667 (step 3)"] * 2 and found["training time"] == ["12.5 s"] * 2
+    change(b, "trainer_state.json", log_history=more[:4])
+    said = refused(main, a, b, "--output", str(tmp_path / "other.png"))
+    assert f"{b!r} logged nothing" in said and "leave it out" in said
+
+
+def test_a_picture_that_cannot_be_written_is_told_with_the_remedy(tmp_path, refused, monkeypatch):
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    below_a_file = str(tmp_path / "a" / "train_args.json" / "x.png")
+    for path in ("/proc/x.png", str(tmp_path / ("x" * 300 + ".png")), below_a_file):
+        said = refused(main, *folders, "--output", path)
+        assert f"--output {path!r} cannot be written" in said and "give a file in a folder" in said
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compare, "plot_runs", full)
+    assert "No space left on device" in refused(main, *folders, "--output", str(tmp_path / "x.png"))
 
 
 def test_a_run_with_nothing_but_checkpoints_is_read_from_the_newest(tmp_path):

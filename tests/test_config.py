@@ -149,13 +149,26 @@ def test_problems_of_file_and_flags_come_together(changed, refused):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is no file"), ("{", "is not JSON"), ("[]", "is not a JSON object"), ('{"common": {}}', "must both be")],
+    [
+        (None, "is no file"),
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"common": {}}', "must be an object"),
+        ('{"train_args_path": 5}', "train_args_path is 5"),
+        ('{"train_args_path": null}', "train_args_path is None"),
+    ],
 )
 def test_files_that_are_none(tmp_path, refused, content, said):
     path = tmp_path / "train_args.json"
     if content is not None:
         path.write_text(content)
     assert said in refused(main_train.main, "--config", str(path))
+
+
+@pytest.mark.parametrize("part", ["hardware", "base", "data", "start", "versions", "adapter"])
+def test_a_part_of_another_type_is_named(changed, refused, part):
+    path = changed(lambda record: record.update({part: "broken"}))
+    assert f"{part!r} must be an object" in refused(main_train.main, "--config", path)
 
 
 def test_a_misspelt_file_shows_its_neighbour(run, refused):
@@ -184,13 +197,15 @@ def test_other_versions_data_and_base_are_told(run, changed, tmp_path, rows_file
         record["base"]["fingerprint"] = "abc"
         record["hardware"]["gpus"] = ["A GPU"]
         record["start"]["processes"] = 8
+        record["resumed"] = [{"from": "x/checkpoint-2", "changed": {"seed": ["42", "7"]}}]
 
     path = changed(change)
     (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")
     args, _ = parse_args(["--config", path])
     logger.remove(number)
     text = "".join(said)
-    for part in ("trl was 0.0.1, is", "gpus was ['A GPU'], is none", "it had 8 processes, now 1", "had the weights abc",
+    for part in ("trl was 0.0.1, is", "gpus was ['A GPU'], is none", "it had 8 processes, now 1",
+                 "had the weights abc", "resumed with another seed",
                  "rows.jsonl' has changed since (sha256"):  # fmt: skip
         assert part in text, part
     said.clear()

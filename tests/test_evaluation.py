@@ -228,6 +228,18 @@ def test_the_best_checkpoint_is_kept_and_its_weights_are_the_runs(kind, worsen, 
     assert f"best step        {best['step']} by eval_loss, saved is that step" in said
 
 
+def test_a_run_that_becomes_better_by_too_little_says_so(train, tmp_path, capfd):
+    rows = write_rows(tmp_path / "same.jsonl", tiny.ROWS)
+    flags = ["--eval_data_path", rows, "--eval_steps", "1", "--save_steps", "1", "--save_strategy", "steps"]
+    flags += ["--max_steps", "6", "--learning_rate", "1e-3", "--warmup_steps", "0"]
+    folder = train(*flags, "--early_stopping_patience", "2", "--early_stopping_threshold", "1.5")
+    losses = [entry["eval_loss"] for entry in evaluations(folder)]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True) and losses[0] != losses[-1], "it did not improve"
+    said = capfd.readouterr().err
+    assert "step 3: no evaluation was better by 1.5 than the best eval_loss before it, 2 times in a row" in said
+    assert "no better eval_loss" not in said
+
+
 def test_a_best_step_that_was_not_to_be_saved_is_saved(worsen):
     folder = worsen("--load_best_model_at_end", "true", "--save_steps", "8", "--max_steps", "16")
     best = summary_of(folder)["best_step"]

@@ -1,10 +1,12 @@
 """Talking to a run and answering files: what it sees, where it stops, commands, kills, and what is refused."""
 
+import importlib.machinery
 import io
 import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -281,6 +283,8 @@ def test_rows_that_cannot_be_answered_are_named_and_left_out(run_folder, tmp_pat
     for line, text in [(2, "has the fields ['text']"), (3, "the model's context is 512"), (4, "no form for tools"),
                        (5, "no such role: tool"), (6, "has an empty instruction")]:  # fmt: skip
         assert f"{file}:{line} " in told and text in told
+    named = [line.split(" ")[0] for line in told.replace("  ", "").splitlines() if line.strip().startswith(str(file))]
+    assert named == [f"{file}:{number}" for number in range(2, 7)]  # too long, or of no form: in the order of the file
     assert "5 of 7 rows cannot be answered" in told and "2 answers in" in told and "5 rows have none" in told
     kept = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["line"], row["messages"][0]["content"]) for row in kept] == [(1, "Be brief."), (7, "S")]
@@ -290,6 +294,45 @@ def test_rows_that_cannot_be_answered_are_named_and_left_out(run_folder, tmp_pat
     write_rows(file, rows[1:3])
     assert "none of the rows" in refused(infer.main, *flags)
     assert not list(tmp_path.glob("b.jsonl*"))
+
+
+def test_rows_of_several_files_are_named_in_the_order_they_are_read(run_folder, tmp_path, refused):
+    long, bad = {"instruction": "word " * 600}, {"text": "Hi"}
+    (tmp_path / "in").mkdir()
+    for name, rows in [("b.jsonl", [long, bad] * 6), ("a.jsonl", [bad, long]), ("b.jsonl:1 x.jsonl", [long])]:
+        write_rows(tmp_path / "in" / name, rows)
+    said = refused(infer.main, "--model_path", str(run_folder), "--input", str(tmp_path / "in"),
+                   "--output", str(tmp_path / "b.jsonl"))  # fmt: skip
+    named = [line.split("/in/")[1] for line in said.splitlines() if "/in/" in line]
+    wanted = [f"a.jsonl:{n} " for n in (1, 2)] + [f"b.jsonl:{n} " for n in range(1, 13)] + ["b.jsonl:1 x.jsonl:1 "]
+    assert len(named) == len(wanted)
+    assert all(line.startswith(start) for line, start in zip(named, wanted, strict=True)), named
+
+
+def test_merging_leaves_deepspeed_out(train, tmp_path, monkeypatch):
+    """What is merged is saved, for which accelerate would import it: seconds, and a warning of its own."""
+    import accelerate.utils.imports
+    import accelerate.utils.other
+
+    from utils.script import merge_lora
+
+    folder, asked = train(), []
+
+    class Watched(types.ModuleType):
+        def __getattr__(self, name):
+            if name == "DeepSpeedEngine":
+                asked.append(name)
+                return type(name, (), {})
+            raise AttributeError(name)
+
+    module = Watched("deepspeed")
+    module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+    # as in a process that has not trained
+    found = accelerate.utils.imports.is_deepspeed_available
+    monkeypatch.setattr(accelerate.utils.other, "is_deepspeed_available", found)
+    merge_lora.main(["--model_path", str(folder), "--output_dir", str(tmp_path / "merged")])
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and not asked
 
 
 KILLER = """

@@ -69,6 +69,7 @@ FLOW = [
     "tasks",
     "callbacks",
     "plot",
+    "pissa",
     "samples",
     "card",
     "summary",

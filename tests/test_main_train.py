@@ -311,6 +311,58 @@ def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny
     assert [left[name] for name in names] == [b"precious"] * len(names)
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    import types
+
+    from utils.check_args import new_folder
+    from utils.save import _claim_folder
+
+    monkeypatch.chdir(tmp_path)
+    name = "output/dpo_multi-20260101-000000"
+    runs = [types.SimpleNamespace(output_dir=new_folder(name)) for _ in range(3)]
+    assert {run.output_dir for run in runs} == {name}
+    for run in runs:
+        _claim_folder(run, may_exist=False)
+    assert [run.output_dir for run in runs] == [name, f"{name}_2", f"{name}_3"]
+    again = types.SimpleNamespace(output_dir=name)
+    _claim_folder(again, may_exist=True)
+    assert again.output_dir == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optim", "galore_adamw"], "--optim galore_adamw cannot be used"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr cannot be used"),
+        (["--card_samples", "-1"], "--card_samples -1"),
+    ],
+)
+def test_what_the_trainer_would_refuse_late_costs_no_earlier_run(train, refused, flags, said, tiny_models, rows_file):
+    folder = train("--max_steps", "1")
+    before = files_with_content(folder)
+    run = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder)]
+    assert said in refused(main_train.main, *run, "--overwrite_output_dir", "true", *flags)
+    assert files_with_content(folder) == before
+
+
+def test_a_run_that_fails_before_it_trains_leaves_the_earlier_one(train, monkeypatch):
+    import utils.tasks.sft
+
+    folder = train("--max_steps", "1")
+    before = files_with_content(folder)
+
+    def fails(*_):
+        raise RuntimeError("the trainer")
+
+    monkeypatch.setattr(utils.tasks.sft, "build_trainer", fails)
+    with pytest.raises(RuntimeError, match="the trainer"):
+        train("--max_steps", "1", "--overwrite_output_dir", "true")
+    after = files_with_content(folder)
+    assert {name: after[name] for name in before if name != "train.log"} == {
+        name: content for name, content in before.items() if name != "train.log"
+    }
+
+
 def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):
     import shutil
 

@@ -84,7 +84,9 @@ def test_raw_smoothed_evaluation_and_learning_rate(drawn, tmp_path):
     assert list(raw.get_ydata()) == [1.0 + 1 / s for s in range(1, 61)]
     assert list(steady.get_ydata()) == smoothed(list(raw.get_ydata()), smoothing_for(60))
     assert list(evaluation.get_xdata()) == list(range(1, 61, 10))
-    assert f"moving average (weight {smoothing_for(60):g})" in labels_of(drawn["loss"])[0]
+    assert labels_of(drawn["loss"]) == [
+        "training, 1.017 at last", f"moving average (weight {smoothing_for(60):g})", "evaluation, 1.5 at last",
+    ]  # fmt: skip
     assert "stopped" not in drawn["loss"].get_title("left")
     assert list(drawn["learning_rate"].lines[0].get_ydata())[:2] == [1e-3, 5e-4]
 
@@ -125,8 +127,26 @@ def test_entries_that_are_not_finite_are_marked_and_spare_the_rest(drawn, tmp_pa
 def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_scale(drawn, tmp_path):
     plot_history([{"step": s, "loss": 5 * 0.1**s} for s in range(5)], tmp_path / "loss.png")
     assert drawn["loss"].get_yscale() == "log" and "log scale" in drawn["loss"].get_ylabel()
+    assert labels_of(drawn["loss"]) == ["training, 0.0005 at last"]
     plot_history([{"step": s, "loss": s - 2.0} for s in range(5)], tmp_path / "loss.png")
     assert drawn["loss"].get_yscale() == "linear"
+
+
+def test_on_a_logarithmic_scale_the_average_is_the_logarithms(drawn, tmp_path):
+    """Of a loss that falls by the same factor with each step it runs along the curve, not far above it."""
+    falling = [{"step": s, "loss": 5 * 0.9**s} for s in range(100)]
+    plot_history(falling, tmp_path / "loss.png")
+    raw, steady = drawn["loss"].lines
+    wanted = [math.exp(value) for value in smoothed([math.log(y) for y in raw.get_ydata()], smoothing_for(100))]
+    assert drawn["loss"].get_yscale() == "log" and list(steady.get_ydata()) == pytest.approx(wanted, rel=1e-12)
+    # the evaluation decides on the scale too, and for every run of a picture the same holds
+    flat = [{"step": s, "loss": 5.0 + s % 2} for s in range(100)]
+    plot_runs({"a": flat, "b": [*flat, {"step": 9, "eval_loss": 1e-3}]}, tmp_path / "compare.png", smooth=0.5)
+    values = [math.log(5.0 + s % 2) for s in range(100)]
+    found = [line for line in drawn["loss"].lines if line.get_label().startswith(("a,", "b,"))]
+    for line in found:
+        assert list(line.get_ydata()) == pytest.approx([math.exp(value) for value in smoothed(values, 0.5)])
+    assert len(found) == 2
 
 
 def test_readable_at_the_width_of_a_readme(drawn, tmp_path):
@@ -161,13 +181,59 @@ def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_several_runs_have_a_colour_each(drawn, tmp_path):
     plot_runs({"a": history_of(60), "b": history_of(3), "c": []}, tmp_path / "compare.png", smooth=0.5)
     labels = labels_of(drawn["loss"])
-    assert [label.split(",")[0] for label in labels] == ["a", "b"] and "weight 0.5" in labels[0]
+    assert [label.split(",")[0] for label in labels] == ["a", "b", "training", "evaluation"]
+    assert "weight 0.5" in labels[0]
     assert len({line.get_color() for line in drawn["loss"].lines}) == 2
     plot_runs({"long": history_of(60), "short": history_of(30)}, tmp_path / "compare.png")
-    assert all(f"weight {smoothing_for(60):g}" in label for label in labels_of(drawn["loss"]))  # else they would differ
+    runs = labels_of(drawn["loss"])[:2]
+    assert all(f"weight {smoothing_for(60):g}" in label for label in runs)  # else they would differ
     plot_runs({str(n): history_of(3) for n in range(20)}, tmp_path / "many.png")
     styles = [(line.get_color(), line.get_linestyle()) for line in drawn["learning_rate"].lines]
     assert len(set(styles)) == 20
+
+
+def test_the_lines_of_training_and_of_evaluation_are_told_apart_in_grey(drawn, tmp_path):
+    bare = [{"step": s, "loss": 1.0} for s in range(1, 4)]
+    told = {"training": "-", "evaluation": "--"}
+    for runs, wanted in [({"a": history_of(60), "b": bare}, told), ({"a": bare, "b": bare}, {"training": "-"}),
+                         ({str(n): history_of(3) for n in range(5)}, told)]:  # fmt: skip
+        plot_runs(runs, tmp_path / "compare.png", smooth=0.5)
+        axes = drawn["loss"]
+        legend = axes.get_legend() or axes.figure.legends[0]
+        lines = dict(zip([text.get_text() for text in legend.get_texts()], legend.get_lines(), strict=True))
+        grey = {name: line for name, line in lines.items() if name in told}
+        assert {name: line.get_linestyle() for name, line in grey.items()} == wanted
+        assert {line.get_color() for line in grey.values()} == {"#555555"}
+        assert not {line.get_color() for line in axes.lines} & {"#555555"}
+        assert len(lines) == len(runs) + len(wanted)
+    # no training is drawn in the style of an evaluation, however many runs there are
+    plot_runs({str(n): bare for n in range(20)}, tmp_path / "compare.png")
+    assert "--" not in {line.get_linestyle() for line in drawn["loss"].lines}
+
+
+def fits(axes) -> bool:
+    """Whether the label is no longer than the axis beside it."""
+    axes.figure.draw_without_rendering()
+    return axes.yaxis.label.get_window_extent().height <= axes.get_window_extent().height
+
+
+def test_the_loss_of_tokens_and_of_pairs_has_its_own_unit(drawn, tmp_path):
+    tokens, pairs = history_of(3), history_of(3, **{"rewards/margins": 0.5})
+    for runs, unit in [
+        ([tokens, tokens], "nats per trained token"),
+        ([pairs, pairs], "nats per pair"),
+        ([pairs, tokens], "nats per trained token (SFT) or pair (DPO)"),
+        ([tokens, pairs, []], "nats per trained token (SFT) or pair (DPO)"),
+        ([pairs, []], "nats per pair"),
+    ]:
+        plot_runs({str(n): history for n, history in enumerate(runs)}, tmp_path / "compare.png")
+        axes = drawn["loss"]
+        assert axes.get_ylabel().replace("\n", " ") == unit
+        assert fits(axes)
+    low = [{"step": 4, "loss": 1e-4}]
+    plot_runs({"a": tokens + low, "b": pairs}, tmp_path / "compare.png")
+    assert drawn["loss"].get_ylabel().endswith("or pair (DPO), log scale")
+    assert fits(drawn["loss"])
 
 
 # ---------------------------------------------------------------------- runs that stop early

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import write_rows
 from safetensors.torch import load_file, save_file
 
-from utils.trained import TrainedArgs, base_of_run, check_trained, load_trained
+from utils.trained import TrainedArgs, allows_special, base_of_run, check_trained, load_trained
 from utils.weight_files import check_weight_files, fingerprint, read_header
 
 IDS = torch.arange(5, 25)[None]
@@ -57,6 +58,15 @@ def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(train, ti
     assert other in said and fingerprint(other) in said and fingerprint(base) in said and "--base_model" in said
     assert said == problems_of(model_path=other, adapter=str(run))
     assert not problems_of(model_path=other, adapter=str(run), allow_other_base=True)
+
+
+def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(train, tiny_models, tmp_path):
+    run = train("--save_strategy", "steps", "--save_steps", "2", "--allow_special_tokens_in_content", "true")
+    checkpoint = next(run.glob("checkpoint-*"))
+    other = tiny.save_tiny_model(tmp_path / "other", seed=3)
+    assert "was trained on" in problems_of(model_path=str(checkpoint), base_model=other)
+    parts, problems = check_trained(TrainedArgs(model_path=str(checkpoint)))
+    assert problems == [] and allows_special(parts)
 
 
 def test_a_base_that_is_gone_asks_for_its_new_place(train, tmp_path):

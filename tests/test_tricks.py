@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.tables import table_in
+from llm_tricks.experiment import run_experiment, with_origin
 from llm_tricks.notebook import execute, notebooks
 
 HERE = ROOT / "llm_tricks"
@@ -70,15 +71,28 @@ def test_a_notebook_runs_its_solutions_are_right_and_its_exercises_are_open(fold
         assert text_of(solved_one) == f"exercise {number}: right\n", text_of(solved_one)
 
 
+def heads_and_rows(text: str) -> tuple[list[str], list[str]]:
+    """The heads of the tables in a text, and the first cell of each other line."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    below = [number for number, line in enumerate(lines) if line.startswith("|---")]
+    rows = [n for n in range(len(lines)) if n not in below and n + 1 not in below]
+    return [lines[n - 1] for n in below], [lines[n].split("|")[1].strip() for n in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_script_runs_and_prints_the_table_of_its_readme(folder):
+def test_a_script_runs_and_prints_the_heads_and_rows_of_its_readmes_table(folder):
     ran = subprocess.run(
         [sys.executable, "-m", f"llm_tricks.{folder.name}.run"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
-    head = (folder / "README.md").read_text().split("<!-- table:")[1].splitlines()[2]
-    assert head.startswith("|") and head in ran.stdout
+    names = ("results.json", "results_long.json")  # where there is no short table, the printed one has fewer rows
+    kept = next(filter(None, (table_in(folder / "README.md", name) for name in names)))
+    heads, rows, printed_heads, printed_rows = (part for text in (kept, ran.stdout) for part in heads_and_rows(text))
+    assert heads and heads == printed_heads
+    if (folder / "results.json").exists():
+        assert printed_rows == rows
+    assert printed_rows and set(printed_rows) <= set(rows)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -90,7 +104,10 @@ def test_the_figures_of_a_readme_are_those_of_the_kept_results(folder):
         results = json.loads(file.read_text())
         assert results["seeds"] and results["versions"]["torch"]
         assert results["command"] in readme, "the command that makes the figures stands beside them"
-        assert table_in(folder / "README.md", file.name) == script["table"](results)
+        table = table_in(folder / "README.md", file.name)
+        assert table == with_origin(script["table"], results)
+        origin = table.splitlines()[-1]
+        assert origin.startswith(f"Seeds {', '.join(map(str, results['seeds']))}; torch {results['versions']['torch']}")
         assert f"]({file.stem}.png)" in readme and file.with_suffix(".png").is_file()
         assert script["figure"](results).axes
 
@@ -104,7 +121,7 @@ def test_a_readme_has_its_parts_and_what_it_points_to_is_there(folder):
     pointers = re.findall(r"^- \[`([^`]+)`\]\(\.\./\.\./[^)]+\): `([^`]+)`", text, flags=re.MULTILINE)
     assert pointers, "which line of the framework does the same"
     for file, line in pointers:
-        assert line in (ROOT / file).read_text(), f"{file} has no line {line!r}"
+        assert (ROOT / file).read_text().count(line) == 1, f"{line!r} is to be one place of {file}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (folder / target).exists(), target
     for command in re.findall(r"^python (.+?)(?:\s+#.*)?$", text, flags=re.MULTILINE):
@@ -127,3 +144,60 @@ def test_every_trick_is_in_the_index_and_has_a_notebook():
         text = page.read_text()
         for folder in FOLDERS:
             assert f"{folder.name}/" in text, f"{page} says nothing of {folder.name}"
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs a small experiment of a trick whose README has a table for the short form only; exit code and stderr."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "README.md").write_text("<!-- table: results.json -->\n\nold\n\n<!-- end of table -->\n")
+
+    def run(*flags, experiment=lambda seeds, long: {"runs": seeds}):
+        def figure(results):
+            import matplotlib.pyplot as plt
+
+            return plt.figure()
+
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+        try:
+            run_experiment(str(tmp_path / "small" / "run.py"), "", experiment, lambda results: "| a |", figure)
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, (tmp_path / "small")
+
+    return run
+
+
+def must_not_run(seeds, long):
+    raise AssertionError("the flags are wrong")
+
+
+@pytest.mark.parametrize("wrong", ["-1", "2147483648", "3 3"])
+def test_wrong_seeds_are_refused_before_the_experiment(script, wrong):
+    code, said = script("--seeds", "7", *wrong.split(), experiment=must_not_run)
+    assert code == 2 and f"--seeds {wrong.split()[0]}: allowed are whole numbers from 0 to 2147483647" in said
+
+
+def test_results_without_a_place_in_the_readme_are_refused_before_the_experiment(script):
+    code, said = script("--long", "--write", experiment=must_not_run)
+    assert code == 2 and "README.md has no table for results_long.json; here --write goes without --long" in said
+    assert script("--long")[0] == 0
+
+
+def test_a_missing_file_is_one_message(script):
+    def experiment(seeds, long):
+        return json.loads(Path("no/such/lengths.json").read_text())
+
+    code, said = script(experiment=experiment)
+    assert code == 2 and "no/such/lengths.json" in said and "Traceback" not in said
+
+
+def test_kept_results_say_their_seeds_and_packages(script):
+    for flags, command in (([], "--write"), (["--seeds", "5", "4"], "--write --seeds 5 4")):
+        code, folder = script("--write", *flags)
+        results = json.loads((folder / "results.json").read_text())
+        assert code == 0 and results["command"] == f"python -m llm_tricks.small.run {command}"
+        assert {"torch", "transformers", "peft", "trl", "datasets", "scikit-learn"} == set(results["versions"])
+        kept = table_in(folder / "README.md", "results.json").splitlines()
+        seeds = ", ".join(map(str, results["seeds"]))
+        assert kept[0] == "| a |" and kept[-1].startswith(f"Seeds {seeds}; torch {results['versions']['torch']}, ")

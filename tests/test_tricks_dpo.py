@@ -16,6 +16,7 @@ from utils.data_collator import build_pair_collator
 from utils.tasks import dpo_single
 
 nb = definitions("dpo")
+SCRIPT = runpy.run_path(str(ROOT / "llm_tricks" / "dpo" / "run.py"))
 NAMES = {"dpo": "sigmoid", "ipo": "ipo", "dpo_norm": "sigmoid_norm"}  # ours: TRL's
 
 
@@ -185,6 +186,25 @@ def test_the_rewards_of_a_changed_loss_are_dpos_and_the_line_for_the_framework_i
     for loss in (nb.cdpo_loss, nb.ipo_loss, nb.preference_loss):
         torch.testing.assert_close(loss(*four, beta=0.3)[1:], wanted)
     torch.testing.assert_close(nb.preference_loss(*four, beta=0.3)[0], nb.cdpo_loss(*four, beta=0.3, flipped=0.1)[0])
+
+
+@pytest.mark.parametrize("name", nb.LOSSES)
+def test_the_first_loss_of_a_training_is_that_of_its_batch(models, name):
+    policy, reference = models
+    pairs = random_pairs(8, count=nb.PAIRS_A_STEP)
+    (now, lengths), (before, _) = (nb.measure(model, pairs) for model in models)
+    loss, per_token = nb.LOSSES[name]
+    _, losses, _ = nb.train(policy, pairs, before, loss, 0.5, per_token, steps=1)
+    assert losses[0] == pytest.approx(nb.batch_loss(name, now, before, lengths, 0.5)[0].mean().item(), rel=1e-4)
+
+
+def test_pairs_turned_round_keep_the_reference_of_their_own_answers(models):
+    pairs = random_pairs(9)
+    reference = nb.measure(models[1], pairs)[0]
+    labelled, labels = SCRIPT["turned"](nb, pairs, reference, torch.tensor([True, False, False, True, False]))
+    swapped = [one["chosen_ids"] == two["rejected_ids"] for one, two in zip(labelled, pairs, strict=True)]
+    assert swapped == [True, False, False, True, False]
+    torch.testing.assert_close(labels, nb.measure(models[1], labelled)[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])

@@ -1,7 +1,10 @@
 """LoRA and DoRA of the notebook against PEFT's."""
 
+import runpy
+
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -68,3 +71,15 @@ def test_pefts_dora_starts_at_the_norm_of_each_output():
     model = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"], use_dora=True))
     theirs = model.base_model.model[0].lora_magnitude_vector["default"].weight
     torch.testing.assert_close(ours.m.squeeze(1), theirs)
+
+
+def test_the_parts_share_no_picture_and_every_adapter_has_the_same_scale():
+    parts = [set(range(1797)[part]) for part in (nb.BASE_PART, nb.TUNE_PART, nb.TEST_PART)]
+    assert [len(part) for part in parts] == [600, 300, 897] and len(set.union(*parts)) == 1797
+    script = runpy.run_path(str(ROOT / "llm_tricks" / "lora_dora" / "run.py"))
+    tune, choose = (set(range(1797)[script[name]]) for name in ("TUNE", "CHOOSE"))
+    assert tune | choose == parts[1] and not tune & choose
+    for kind in script["ADAPTERS"]:
+        layers = [layer for layer in nb.adapt(nb.network(), kind, 4) if isinstance(layer, nb.LoRALinear)]
+        assert [layer.scale for layer in layers] == [2, 2, 2], kind
+        assert kind == "lora" or {layer.norm_is_constant for layer in layers} == {kind == "dora"}, kind

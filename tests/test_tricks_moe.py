@@ -184,3 +184,22 @@ def test_the_language_model_does_not_look_ahead_and_learns():
     dense = nb.LanguageModel(20, experts=1, k=1, hidden=2 * nb.HIDDEN)
     routers = sum(layer.router.weight.numel() for layer in model.mixtures())
     assert nb.active_weights(model) == nb.active_weights(dense) + routers
+
+
+@pytest.mark.parametrize("name, loss", [("balance", nb.balancing_loss), ("z", nb.z_loss)])
+def test_training_adds_each_loss(name, loss):
+    text = torch.arange(600) % 20
+
+    def after(**losses):
+        torch.manual_seed(0)
+        model = nb.LanguageModel(20, experts=4, k=2)
+        nb.train(model, text, steps=30, **losses)
+        return sum(loss(routing).item() for routing in nb.evaluate(model, text)[1])
+
+    assert after(**{name: 1.0}) < after()
+
+
+def test_an_evaluation_drops_nothing():
+    model = nb.LanguageModel(20, experts=4, k=2, factor=0.5)
+    nb.evaluate(model, torch.arange(600) % 20)
+    assert all(layer.kept.all() for layer in model.mixtures())

@@ -10,7 +10,7 @@ from conftest import ROOT
 from datasets import Dataset
 from tiny import ARCHITECTURES, PAIRS, ROWS, byte_level_tokenizer, config_for
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import create_causal_mask
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
@@ -328,19 +328,20 @@ def test_the_kept_lengths_hold_counts_and_no_rows():
         assert "/" not in found["tokenizer"] and not found["source"].startswith("/")
 
 
-def test_lengths_are_counted_as_the_framework_encodes(tmp_path):
+COUNT = runpy.run_path(str(HERE / "count_lengths.py"))["main"]
+
+
+def test_lengths_are_counted_as_the_framework_encodes(tmp_path, tiny_models):
     from utils.data_rows import to_messages
     from utils.template import get_template
 
-    tokenizer = byte_level_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models())
     data, out = tmp_path / "rows.jsonl", tmp_path / "lengths.json"
     bad = [{"instruction": "Hi", "output": ""}, {"text": "no conversation"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *bad, PAIRS[0]]), encoding="utf-8")
-    main = runpy.run_path(str(HERE / "count_lengths.py"))["main"]
-    flags = ["--model_name_or_path", str(tmp_path / "model"), "--template_name", "qwen2", "--out", str(out)]
-    main([*flags, "--data", str(data), "--name", "some"])
-    main([*flags, "--data", str(data), "--name", "more", "--source", "somewhere"])
+    flags = ["--model_name_or_path", str(tiny_models()), "--template_name", "qwen2", "--out", str(out)]
+    COUNT([*flags, "--data", str(data), "--name", "some"])
+    COUNT([*flags, "--data", str(data), "--name", "more", "--source", "somewhere"])
     sets = json.loads(out.read_text(encoding="utf-8"))
     found = sets["some"]
     template = get_template("qwen2", tokenizer)
@@ -354,5 +355,30 @@ def test_lengths_are_counted_as_the_framework_encodes(tmp_path):
     assert (found["rows"], found["rows_left_out"], found["source"]) == (len(ROWS) + 2, 2, "rows.jsonl")
     assert sets["more"] == {**found, "source": "somewhere"}
     assert nb.read_lengths(str(out))["some"].tolist() == sorted(lengths)
-    with pytest.raises(UserError, match="does not exist"):
-        main([*flags, "--data", str(tmp_path / "none.jsonl"), "--name", "some"])
+
+
+def test_all_that_is_wrong_with_a_count_is_said_before_it_begins(tmp_path, tiny_models):
+    data, broken = tmp_path / "rows.jsonl", tmp_path / "broken.json"
+    data.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    byte_level_tokenizer().save_pretrained(tmp_path / "no_config")
+    right = {
+        "data": data, "model_name_or_path": tiny_models(), "template_name": "qwen2", "name": "some",
+        "out": tmp_path / "lengths.json",
+    }  # fmt: skip
+
+    def problems(**flags) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            COUNT([word for name, value in (right | flags).items() for word in (f"--{name}", str(value))])
+        return caught.value.problems
+
+    for value, said in (("[1]", "holds no sets"), ("{", "cannot be read"), ('{"some": 1}', "holds no sets")):
+        broken.write_text(value, encoding="utf-8")
+        assert said in problems(out=broken)[0] and broken.read_text(encoding="utf-8") == value
+    missing = tmp_path / "none"
+    found = problems(data=missing, model_name_or_path=missing, out=missing / "lengths.json")
+    assert len(found) == 3 and all(str(missing) in one for one in found), "all at once"
+    assert "make" in found[0] and "--data" in found[1] and "--model_name_or_path" in found[2]
+    assert "--out" in problems(out=tmp_path)[0]
+    assert "configuration" in problems(model_name_or_path=tmp_path / "no_config")[0]
+    assert "qwen3" in problems(template_name="qwenn3")[0]
+    assert not right["out"].exists()

@@ -200,12 +200,34 @@ def test_sums_are_right_and_no_held_out_sum_is_trained_in_either_order():
         assert not any(part & other for other in parts[number + 1 :])
 
 
-def test_reversals_are_reversed_and_held_out_ones_never_trained():
+def test_a_sum_with_one_wrong_digit_is_wrong(monkeypatch):
+    rows = nb.sums()[[5, 4711, 9999]]
+    written = rows.clone()
+    written[1, 8] += 1
+    monkeypatch.setattr(nb, "generate", lambda *_: written)
+    assert nb.right_sums(None, rows).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("task", ["copy", "reverse"])
+def test_sequences_are_copied_or_reversed_and_held_out_ones_never_trained(task):
     for held_out in (False, True):
-        source, target = nb.reversals(200, held_out)
+        source, target = nb.sequences(task, 200, held_out)
         assert source.shape == (200, 9) and target.shape == (200, 10)
         for one, two in zip(source.tolist(), target.tolist(), strict=True):
             symbols = one[: one.index(nb.END)]
             assert 4 <= len(symbols) <= 8
-            assert two == [nb.BEGIN, *symbols[::-1], nb.END] + [nb.PAD] * (8 - len(symbols))
+            written = symbols if task == "copy" else symbols[::-1]
+            assert two == [nb.BEGIN, *written, nb.END] + [nb.PAD] * (8 - len(symbols))
             assert (sum(symbol - nb.END - 1 for symbol in symbols) % 5 == 0) == held_out
+
+
+def test_a_sequence_with_one_wrong_symbol_is_wrong(monkeypatch):
+    def translate(_, source):
+        torch.manual_seed(0)
+        written = nb.sequences("copy", 8, held_out=True)[1]
+        written[3, 2] = 3 + (written[3, 2] - 2) % nb.SYMBOLS
+        return written
+
+    monkeypatch.setattr(nb, "translate", translate)
+    torch.manual_seed(0)
+    assert nb.share_right(None, "copy", 8) == 7 / 8

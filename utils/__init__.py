@@ -5,7 +5,7 @@ log → launch → errors → paths → weight_files → checkpoints → segment
 → check_run → precision → flags → recipe → record → config_file → args → tokenizer → modelfile → data_report →
 data_rows → data_pairs → prompts → shorten → shorten_pairs → data_encode → data_process → data_collator → adapter →
 model → trained → merge → generate → answers → chat → metrics → choices → contenders → assess → assess_report → resume
-→ head → trainer → evaluation → tasks → callbacks → plot → samples → card → summary → save → script
+→ head → trainer → evaluation → tasks → callbacks → plot → pissa → samples → card → summary → save → script
 
 A module imports only from those before it; `tests/test_layout.py` holds that.
 """

@@ -176,6 +176,8 @@ def parse_args(argv: list[str] | None = None):
     config = read_config(_given_early(argv, "config"))
     path = _given_early(argv, "train_args_path")
     path = config.values.get("train_args_path", CommonArgs.train_args_path) if path is None else path
+    if not isinstance(path, str):
+        raise UserError(f"--config {config.path!r}: train_args_path is {path!r}; give the path of a recipe")
     parser = _make_recipe_parser(load_recipe(path, frozenset(f.name for f in dataclasses.fields(CommonArgs))))
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]

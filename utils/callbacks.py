@@ -1,5 +1,6 @@
 """What happens beside the training: figures for the log, and an orderly end on a signal."""
 
+import shlex
 import signal
 from math import isfinite, nan
 from pathlib import Path
@@ -54,7 +55,18 @@ class StopEarly(EarlyStoppingCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if control.should_training_stop and state.global_step < state.max_steps:
+        if not control.should_training_stop or state.global_step >= state.max_steps:
+            return
+        if self.early_stopping_threshold:
+            logger.info(
+                "step {}: no evaluation was better by {:g} than the best {} before it, {} times in a row, training "
+                "stops early",
+                state.global_step,
+                self.early_stopping_threshold,
+                args.metric_for_best_model,
+                self.early_stopping_patience_counter,
+            )
+        else:
             logger.info(
                 "step {}: no better {} in {} evaluations than {:.6g} at step {}, training stops early",
                 state.global_step,
@@ -114,5 +126,5 @@ class StopOnSignal(TrainerCallback):
             raise Interrupted(
                 self.signum,
                 f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, give "
-                f"the same command with --output_dir {output_dir} --resume_from_checkpoint true",
+                f"the same command with --output_dir {shlex.quote(output_dir)} --resume_from_checkpoint true",
             )

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from enum import Enum
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def write_card(folder: Path, text: str) -> Path:
     if path.exists() and not is_own_card(path):
         path = folder / "run_card.md"
         logger.warning("{} is not a run's card and stays as it is; the card is {}", folder / CARD, path.name)
+    if path.exists() and not is_own_card(path):
+        logger.warning("{} is none either, so no card is written", path)
+        return path
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -85,15 +89,16 @@ def card_text(
     common = record["common"]
     title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
     kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
+    again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}"
     parts = [
         _front_matter(common), _MARK, f"# {title}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
         "## Result", _table(_result(record, history)),
         "## Base and data", _table(_base(record)), *_data(record),
         "## Settings", _table(_settings(record)),
-        *_changed(changed),
+        *_changed(changed), *_resumed(record),
         "## Answers before and after", *_answers(samples, no_samples),
         "## Machine", _table(_machine(record, history)),
-        "## Repeat it", f"```bash\n{record['start']['command']} --config {folder}/train_args.json\n```",
+        "## Repeat it", f"```bash\n{again}\n```",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -103,6 +108,16 @@ def _changed(changed: dict[str, tuple]) -> list[str]:
         return ["All settings are the recipe's defaults."]
     rows = [(name, f"{_show(value)} (default: {_show(default)})") for name, (default, value) in changed.items()]
     return ["Settings that differ from the recipe's defaults:", _table(rows)]
+
+
+def _resumed(record: dict) -> list[str]:
+    """Where a run went on from; with other settings, one command does not repeat it."""
+    lines = []
+    for one in record.get("resumed") or []:
+        changes = [f"{name} {now} (it was {before})" for name, (before, now) in one["changed"].items()]
+        other = f" with other settings, so that one command does not repeat it: {', '.join(changes)}" if changes else ""
+        lines.append(f"Resumed from `{one['from']}`{other}.")
+    return lines
 
 
 def _front_matter(common: dict) -> str:
@@ -148,6 +163,8 @@ def _base(record: dict) -> list[tuple]:
     rows = [("base", f"`{base['path']}`{weights}")]
     if common["adapter_name_or_path"]:
         rows.append(("goes on from the adapter", f"`{common['adapter_name_or_path']}`"))
+        if record.get("adapter", {}).get("fingerprint"):
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]}, weights `{record['adapter']['fingerprint']}`")
     template = "none: plain text" if common["task_type"] == "pretrain" else f"`{common['template_name']}`"
     return [*rows, ("chat template", template)]
 
@@ -192,8 +209,7 @@ def _machine(record: dict, history: list[dict]) -> list[tuple]:
     if end:
         resumed = " (since it was resumed)" if record["trainer"].get("resume_from_checkpoint") else ""
         rows.append(("training time", f"{end['train_runtime']:,.0f} s{resumed}"))
-    if tokens:
-        rows.append(("tokens seen", f"{tokens:,.0f}"))
+    rows += [("tokens seen", f"{tokens:,.0f}")] if tokens else []
     if record["summary"].get("gpu_memory"):
         rows.append(("GPU memory, peak of the first process", f"{record['summary']['gpu_memory'] / 2**30:.1f} GiB"))
     libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -33,7 +33,7 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> lis
         if common.eval_data_path is None and not common.val_size:
             common.eval_data_path = eval_sample
     if not values.get("output_dir"):
-        values["output_dir"] = _new_folder(f"output/{common.task_type}-{time.strftime('%Y%m%d-%H%M%S')}")
+        values["output_dir"] = new_folder(f"output/{common.task_type}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not (common.eval_data_path or common.val_size) and "eval_strategy" not in given:
         values["eval_strategy"] = "no"
     resume = str(values.get("resume_from_checkpoint")).lower()
@@ -46,12 +46,17 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> lis
     return problems
 
 
-def _new_folder(path: str) -> str:
-    """A run of its own folder, also when another began in the same second."""
-    number = 2
-    while Path(path).exists():
-        path, number = f"{path.split('_')[0]}_{number}", number + 1
-    return path
+def new_folder(path: str) -> str:
+    """A name that no folder has: `output/sft-20260101-000000` → the same, or with `_2`, `_3` … after it."""
+    found, number = path, 2
+    while Path(found).exists():
+        found, number = f"{path}_{number}", number + 1
+    return found
+
+
+def is_default_folder(path: str) -> bool:
+    """Whether a run's folder was named by its time, so that no other run may have it."""
+    return re.fullmatch(r"output/[a-z_]+-\d{8}-\d{6}(_\d+)?", path) is not None
 
 
 def check_common(common, recipe: type) -> list[str]:
@@ -131,6 +136,7 @@ def _check_numbers(common) -> list[str]:
     rules = [
         ("max_len", common.max_len >= 2, "a whole number of at least 2"),
         ("max_prompt_length", common.max_prompt_length >= 1, "a whole number of at least 1"),
+        ("card_samples", common.card_samples >= 0, "0 or more"),
         ("lora_rank", common.lora_rank >= 1, "a whole number of at least 1"),
         ("lora_alpha", common.lora_alpha > 0 and math.isfinite(common.lora_alpha), "a number above 0"),
         ("lora_dropout", 0 <= common.lora_dropout < 1, "at least 0 and below 1"),

@@ -40,6 +40,12 @@ def settle_deepspeed(values: dict) -> list[str]:
     return problems
 
 
+def short_name(given):
+    """The short name of one of this project's own files; anything else as it is."""
+    own = isinstance(given, str) and Path(given).parent == CONFIGS
+    return Path(given).stem.removeprefix("ds_config_") if own else given
+
+
 def _read(given) -> tuple[dict, str | None]:
     if isinstance(given, dict):
         return given, None

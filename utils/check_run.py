@@ -23,7 +23,7 @@ def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
     problems = _check_output_dir(common, train_args)
     problems += _check_data_files(common) + _check_attention(common)
-    problems += _check_trainer(train_args) + check_dpo(common, train_args)
+    problems += _check_trainer(train_args) + _check_optimizer(train_args) + check_dpo(common, train_args)
     if common.cache_dir is not None:
         problems += _check_writable(f"--cache_dir {common.cache_dir!r}", Path(common.cache_dir).expanduser())
     packing = getattr(train_args, "packing", False)
@@ -52,6 +52,30 @@ def _check_attention(common) -> list[str]:
     if common.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         return ["--attn_implementation flash_attention_2 needs the flash-attn package and a GPU; use auto or sdpa"]
     return []
+
+
+def _check_optimizer(train_args) -> list[str]:
+    """The trainer builds optimizer and schedule long after the model is loaded; here on a single weight."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    problems = []
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(train_args)
+    except ImportError as error:
+        problems.append(f"--optim {train_args.optim.value} cannot be used: {error}")
+    except ValueError:
+        pass  # some ask for the model, which is not there yet
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    options = train_args.lr_scheduler_kwargs or None
+    try:
+        get_scheduler(train_args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+    except (ValueError, TypeError, AttributeError) as error:
+        problems.append(
+            f"--lr_scheduler_type {train_args.lr_scheduler_type.value} cannot be used with --lr_scheduler_kwargs "
+            f"{options}: {error}"
+        )
+    return problems
 
 
 def _check_trainer(train_args) -> list[str]:

@@ -87,7 +87,9 @@ class ConfigFile:
         """Says in the log in what this machine, its data and its libraries differ from those of the run."""
         if not self.record:
             return
-        for text in [*self._other_machine(), *self._other_data(common)]:
+        changed = sorted({name for one in self.record.get("resumed") or [] for name in one["changed"]})
+        resumed = [f"it was resumed with another {', '.join(changed)}; only the last is repeated"] if changed else []
+        for text in [*resumed, *self._other_machine(), *self._other_data(common)]:
             logger.warning("--config {}: {}; the losses may differ", self.path, text)
 
     def _other_machine(self) -> list[str]:
@@ -107,11 +109,13 @@ class ConfigFile:
 
     def _other_data(self, common) -> list[str]:
         found = []
-        base = self.record.get("base") or {}
-        if "model_name_or_path" not in self.given and base.get("fingerprint"):
-            now = fingerprint(common.model_name_or_path)
-            if now not in (None, base["fingerprint"]):
-                found.append(f"the base {common.model_name_or_path!r} had the weights {base['fingerprint']}, has {now}")
+        for part, name in (("base", "model_name_or_path"), ("adapter", "adapter_name_or_path")):
+            then, path = (self.record.get(part) or {}).get("fingerprint"), getattr(common, name)
+            if name in self.given or not then or not path:
+                continue
+            now = fingerprint(path)
+            if now not in (None, then):
+                found.append(f"the {part} {path!r} had the weights {then}, has {now}")
         for part in ("train", "eval"):
             name = f"{part}_data_path"
             then = {entry["file"]: entry["sha256"] for entry in self._files(part)}
@@ -159,8 +163,9 @@ def read_config(path: str | None) -> ConfigFile:
     if "common" not in content and "trainer" not in content:
         return ConfigFile(path, {name.removeprefix("--"): value for name, value in content.items() if name != "config"})
     parts = [content.get(name) for name in ("trainer", "common")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{flag}: 'common' and 'trainer' must both be objects; give a run's whole train_args.json")
+    for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
+        if not isinstance(content.get(name, {} if name not in ("common", "trainer") else None), dict):
+            raise UserError(f"{flag}: {name!r} must be an object; give a run's whole train_args.json")
     left_out = _LEFT_OUT if (content.get("hardware") or {}).get("gpus") else _LEFT_OUT + _OF_THE_CPU
     values = {name: value for part in parts for name, value in part.items() if name not in left_out}
     if values.get("pad_to_multiple_of", 0) is None:

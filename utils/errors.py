@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
-from utils.launch import is_first_here, leave
+from utils.launch import is_first_here, leave, wait_for_all
 from utils.log import is_main_process
 
 
@@ -75,7 +75,8 @@ def run_command(main: Callable[[], object]) -> None:
         code = 2
     except Interrupted as stopped:
         if is_main_process():
-            print(stopped, file=sys.stderr)
+            print(stopped, file=sys.stderr, flush=True)
+        wait_for_all()  # launchers kill the rest once one has left, before it could say so
         code = 128 + stopped.signum
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

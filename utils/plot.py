@@ -12,7 +12,9 @@ _PANELS = {
     "learning_rate": ("Learning rate", "", 1.1),
 }
 _TRAINING, _EVALUATION, _BAD = "#0072b2", "#d55e00", "#cc0000"  # told apart by the colour-blind too
+_GREY = "#555555"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#56b4e9", "#444444")
+_STYLES = ("-", "-.", ":")  # "--" is the evaluation's
 _DOTS_UNTIL = 30  # so many points are shown one by one
 _POINTS = 4000  # more than this many cannot be told apart on a picture of this width
 _LOG_FROM = 500  # a loss that falls by this factor is a flat line on a linear scale
@@ -56,6 +58,8 @@ def smoothing_for(points: int) -> float:
 def plot_history(history: list[dict], path: Path, planned: int | None = None, smooth: float | None = None) -> None:
     """Draws a run: training raw and smoothed, evaluation, learning rate; for DPO margins and accuracies.
 
+    On a logarithmic scale the logarithm is smoothed: the mean of a loss that falls far lies high above its curve.
+
     Args:
         history: the trainer's log, an entry for each line.
         path: the PNG file; it is there whole, or not at all.
@@ -67,9 +71,10 @@ def plot_history(history: list[dict], path: Path, planned: int | None = None, sm
     figure, panels = _panels([history], stopped)
     for name, axes in panels.items():
         if name == "learning_rate":
-            _draw_rate(axes, *series(history, name), "#555555")
+            _draw_rate(axes, *series(history, name), _GREY)
             continue
-        _draw_training(axes, *series(history, name), smooth, _TRAINING, "training")
+        _set_scale(axes, [history], name)
+        _draw_training(axes, *series(history, name), smooth, _TRAINING)
         _draw_evaluation(axes, *series(history, f"eval_{name}"), _EVALUATION, "evaluation")
         _finish_panel(axes, name)
     _save(figure, panels, path)
@@ -87,16 +92,17 @@ def plot_runs(runs: dict[str, list[dict]], path: Path, smooth: float | None = No
         smooth = smoothing_for(max(len(series(history, "loss")[0]) for history in runs.values()))
     figure, panels = _panels(list(runs.values()))
     for name, axes in panels.items():
+        _set_scale(axes, list(runs.values()), name)
         for number, (label, history) in enumerate(runs.items()):
             colour = _RUNS[number % len(_RUNS)]
-            style = ("-", "--", ":")[number // len(_RUNS) % 3]
+            style = _STYLES[number // len(_RUNS) % len(_STYLES)]
             if name == "learning_rate":
                 _draw_rate(axes, *series(history, name), colour, style)
                 continue
-            _draw_training(axes, *series(history, name), smooth, colour, label, style)
+            _draw_training(axes, *series(history, name), smooth, colour, style, label)
             _draw_evaluation(axes, *series(history, f"eval_{name}"), colour, None)
         if name != "learning_rate":
-            _finish_panel(axes, name, outside=len(runs) > 3)
+            _finish_panel(axes, name, _kinds(runs.values()) if name == "loss" else {}, outside=len(runs) > 3)
     _save(figure, panels, path)
 
 
@@ -115,11 +121,10 @@ def _panels(histories: list[list[dict]], stopped: str = ""):
         len(names), figsize=(8, sum(heights) + 0.6), layout="constrained", sharex=True, squeeze=False,
         height_ratios=heights,
     )  # fmt: skip
-    pairs = any("rewards/margins" in entry for entry in entries)
     for name, axes in zip(names, rows[:, 0], strict=True):
         title, unit, _ = _PANELS[name]
         axes.set_title(title + stopped * (name == "loss"), loc="left", fontsize=11, weight="bold")
-        axes.set_ylabel("nats per pair" if pairs and name == "loss" else unit, fontsize=10)
+        axes.set_ylabel(_unit_of_loss(histories) if name == "loss" else unit, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
@@ -128,16 +133,50 @@ def _panels(histories: list[list[dict]], stopped: str = ""):
     return figure, dict(zip(names, rows[:, 0], strict=True))
 
 
-def _draw_training(axes, steps, values, smooth, colour, label, style="-") -> None:
+def _unit_of_loss(histories: list[list[dict]]) -> str:
+    pairs = {any("rewards/margins" in entry for entry in history) for history in histories if history}
+    if len(pairs) > 1:
+        return "nats per trained token (SFT)\nor pair (DPO)"
+    return "nats per pair" if True in pairs else _PANELS["loss"][1]
+
+
+def _kinds(histories) -> dict:
+    """What the lines of several runs mean, whatever their colour: label → a line for the legend."""
+    from matplotlib.lines import Line2D
+
+    styles = {"training": ("loss", "-"), "evaluation": ("eval_loss", "--")}
+    return {
+        label: Line2D([], [], color=_GREY, linestyle=style)
+        for label, (name, style) in styles.items()
+        if any(series(history, name)[0] for history in histories)
+    }
+
+
+def _set_scale(axes, histories: list[list[dict]], name: str) -> None:
+    """The scale that suits; it is needed before anything is smoothed."""
+    drawn = [series(history, kind)[1] for history in histories for kind in (name, f"eval_{name}")]
+    drawn = [value for values in drawn for value in values if math.isfinite(value)]
+    if name == "loss" and drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_FROM:
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()}, log scale")
+    if name == "rewards/accuracies" and drawn:
+        axes.set_ylim(min(0.0, *drawn), 1.03)
+
+
+def _draw_training(axes, steps, values, smooth, colour, style="-", label=None) -> None:
+    """The raw curve and, where there are points enough, its moving average; a label is that of several runs."""
     weight = smoothing_for(len(values)) if smooth is None else smooth
     shown, finite = _finite(steps, values)
+    raw = {"label": label or f"training, {finite[-1]:.4g} at last"} if finite else {}
     dots = {"marker": "o", "markersize": 3.5} if len(finite) <= _DOTS_UNTIL else {}
     if weight and finite:
-        axes.plot(*_thin(shown, finite), color=colour, alpha=0.4, linewidth=1)
-        steady = smoothed(finite, weight)
-        axes.plot(*_thin(shown, steady), color=colour, linewidth=2, linestyle=style, label=_smooth_label(label, weight))
+        axes.plot(*_thin(shown, finite), color=colour, alpha=0.4, linewidth=1, **({} if label else raw))
+        steady = {"label": f"{label}, " * bool(label) + f"moving average (weight {weight:g})", "linestyle": style}
+        log = axes.get_yscale() == "log"
+        average = [math.exp(v) for v in smoothed(map(math.log, finite), weight)] if log else smoothed(finite, weight)
+        axes.plot(*_thin(shown, average), color=colour, linewidth=2, **steady)
     elif finite:
-        axes.plot(*_thin(shown, finite), color=colour, linewidth=1.5, linestyle=style, label=label, **dots)
+        axes.plot(*_thin(shown, finite), color=colour, linewidth=1.5, linestyle=style, **raw, **dots)
     bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
     if bad:
         axes.plot(bad, [0.96] * len(bad), "x", color=_BAD, transform=axes.get_xaxis_transform(), label="not finite")
@@ -147,10 +186,6 @@ def _draw_rate(axes, steps, values, colour, style="-") -> None:
     shown, finite = _finite(steps, values)
     dot = {"marker": "o", "markersize": 3.5} if len(finite) < 3 else {}
     axes.plot(*_thin(shown, finite), color=colour, linewidth=1.5, linestyle=style, **dot)
-
-
-def _smooth_label(label: str, weight: float) -> str:
-    return f"{label}, moving average (weight {weight:g})"
 
 
 def _draw_evaluation(axes, steps, values, colour, label) -> None:
@@ -164,25 +199,21 @@ def _draw_evaluation(axes, steps, values, colour, label) -> None:
     axes.plot(*_thin(shown, finite), color=colour, label=label, **marker, **line)
 
 
-def _finish_panel(axes, name: str, outside: bool = False) -> None:
-    """The scale that suits, and a legend where such curves leave room."""
-    drawn = [value for line in axes.lines for value in line.get_ydata() if line.get_marker() != "x"]
-    if name == "loss" and drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_FROM:
-        axes.set_yscale("log")
-        axes.set_ylabel(f"{axes.get_ylabel()}, log scale")
-    if name == "rewards/accuracies" and drawn:
-        axes.set_ylim(min(0.0, *drawn), 1.03)
-    if not axes.get_legend_handles_labels()[0]:
-        return
+def _finish_panel(axes, name: str, more: dict | None = None, outside: bool = False) -> None:
+    """A legend where such curves leave room, with more lines than the drawn ones where they are given."""
     handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
+    if not handles:
+        return
+    # a run may be called like one of the others
+    once = [*dict(zip(labels, handles, strict=True)).items(), *(more or {}).items()]
+    labels, handles = zip(*once, strict=True)
     if outside:
         # many runs would cover the curves
         if name == "loss":
             axes.figure.set_figheight(axes.figure.get_figheight() + 0.25 * len(once))
-            axes.figure.legend(once.values(), once, loc="outside lower center", fontsize=9, frameon=False)
+            axes.figure.legend(handles, labels, loc="outside lower center", fontsize=9, frameon=False)
         return
-    axes.legend(once.values(), once, loc="upper right" if name == "loss" else "lower right", fontsize=9, framealpha=0.7)
+    axes.legend(handles, labels, loc="upper right" if name == "loss" else "lower right", fontsize=9, framealpha=0.7)
 
 
 def _finite(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

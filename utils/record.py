@@ -6,20 +6,28 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
+from utils.check_deepspeed import short_name
 from utils.check_run import FINISHED
 from utils.launch import started_by_deepspeed, uses_fsdp, world_size
 from utils.weight_files import fingerprint
 
 BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed")
+_SECRET = re.compile(r"(?<!s)token(?!s)|api_?key|secret|passw|credential")
 
 
 def effective_args(args, train_args) -> dict:
     """Every value the run uses, by dataclass; no token, nothing from the environment."""
-    trainer = {name: value for name, value in train_args.to_dict().items() if "token" not in name or "tokens" in name}
-    return {"common": dataclasses.asdict(args), "trainer": trainer, "versions": versions()}
+    parts = {"common": dataclasses.asdict(args), "trainer": train_args.to_dict()}
+    told = {
+        part: {name: value for name, value in values.items() if not _SECRET.search(name)}
+        for part, values in parts.items()
+    }
+    told["trainer"]["deepspeed"] = short_name(told["trainer"].get("deepspeed"))  # found again wherever the project lies
+    return told | {"versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +49,10 @@ def run_record(args, train_args, data) -> dict:
     if data.eval is not None:
         held_back = {"held_back": len(data.eval)}
         rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
-    return effective_args(args, train_args) | {"base": base, "data": rows, "hardware": hardware(), "start": launcher()}
+    record = effective_args(args, train_args) | {"base": base, "data": rows}
+    if args.adapter_name_or_path:
+        record["adapter"] = {"path": args.adapter_name_or_path, "fingerprint": fingerprint(args.adapter_name_or_path)}
+    return record | {"hardware": hardware(), "start": launcher()}
 
 
 def _rows_record(report) -> dict:
@@ -64,13 +75,16 @@ def launcher() -> dict:
     `{"processes": 2, "command": "torchrun --nproc_per_node 2 main_train.py"}`
     """
     count = world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", count)))
     if started_by_deepspeed():
-        words = f"deepspeed --num_gpus {os.environ.get('LOCAL_SIZE', count)} main_train.py"
+        where = f"--num_gpus {here}" if here == count else "--hostfile hosts"
+        words = f"deepspeed {where} main_train.py"
     elif uses_fsdp():
         words = f"accelerate launch --config_file train_args/accelerate_config/fsdp.yaml --num_processes {count} "
         words += "main_train.py"
     elif count > 1:
-        words = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count)} main_train.py"
+        machines = f"--nnodes {count // here} " if here != count else ""
+        words = f"torchrun {machines}--nproc_per_node {here} main_train.py"
     else:
         words = "python main_train.py"
     return {"processes": count, "command": words}
@@ -101,8 +115,10 @@ def _cpu_model() -> str:
 
 
 def write_record(record: dict, path: Path) -> None:
-    """Writes the record of a run as JSON."""
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Writes the record of a run as JSON, whole or not at all."""
+    temporary = path.with_name(path.name + "~")
+    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_record(folder: Path) -> dict | None:

@@ -68,8 +68,12 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_resume(args, train_args, data) -> None:
+def check_resume(args, train_args, data) -> list[dict]:
     """Refuses a checkpoint of another model, adapter or other rows, before any weights load.
+
+    Returns:
+        what is noted of the resuming, `[{"from": "output/sft/checkpoint-12", "changed": {"seed": ["42", "7"]}}]`;
+        empty for a run from the start.
 
     Raises:
         UserError: with every difference, then and now.
@@ -77,7 +81,7 @@ def check_resume(args, train_args, data) -> None:
     checkpoint = train_args.resume_from_checkpoint
     manifest = read_manifest(Path(checkpoint)) if checkpoint else None
     if manifest is None:
-        return
+        return []
     then, now = manifest["settings"], run_settings(args, train_args, data)
     different = [
         f"--resume_from_checkpoint {checkpoint!r} was made with {name} {then['must'].get(name)}, now: {value}. "
@@ -87,8 +91,11 @@ def check_resume(args, train_args, data) -> None:
     ]
     if different:
         raise UserError(*different)
-    for name, value in now["should"].items():
-        if then["should"].get(name, value) != value:
-            logger.warning(
-                "resuming with {} {}, it was {}: the steps to come will differ", name, value, then["should"].get(name)
-            )
+    changed = {
+        name: [then["should"][name], value]
+        for name, value in now["should"].items()
+        if then["should"].get(name, value) != value
+    }
+    for name, (before, value) in changed.items():
+        logger.warning("resuming with {} {}, it was {}: the steps to come will differ", name, value, before)
+    return [{"from": str(checkpoint), "changed": changed}]

@@ -100,13 +100,14 @@ def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
     model, args = trainer.model, trainer.args
     if not getattr(model, "is_quantized", False):
         model.to(args.device)  # DeepSpeed would only place it when it trains
+    rows = min(len(samples), args.per_device_eval_batch_size) or 1
     training, cached = model.training, model.config.use_cache
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         model.eval()
         model.config.use_cache = True
         with torch.random.fork_rng(devices=devices), trainer.accelerator.autocast():
-            found = dict(answer_all(model, tokenizer, [sample.ids for sample in samples], _HOW, len(samples) or 1))
+            found = dict(answer_all(model, tokenizer, [sample.ids for sample in samples], _HOW, rows))
     finally:
         model.train(training)
         model.config.use_cache = cached

@@ -4,42 +4,38 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 from loguru import logger
 
 from utils.card import CARD, card_text, changed_settings, is_own_card, write_card
+from utils.check_args import is_default_folder, new_folder
 from utils.check_run import FINISHED
 from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
 from utils.errors import UserError, is_about_the_disk
+from utils.launch import agree
 from utils.log import is_main_process, log_to_file, route_library_logs
+from utils.pissa import pissa_to_lora
 from utils.plot import plot_history
-from utils.record import BEGUN, effective_args, run_record, write_record
+from utils.record import BEGUN, effective_args, read_record, run_record, write_record
 from utils.samples import begin_samples, end_samples
 from utils.summary import summarise
 from utils.tokenizer import set_format
 from utils.trainer import refuse_broken_weights
 
 STATE = "trainer_state.json"
-_PISSA_START = "pissa_start"
+_PISSA_START = "_pissa_start"  # what begins so is never pushed
 _WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 
 
 def open_run(train_args, args) -> Path:
-    """Makes the run's folder, once nothing more can be refused, and opens its log.
-
-    With `--overwrite_output_dir` the marks of the finished run go, so that a crash does not
-    leave the old run's figures beside the new one's checkpoints.
-    """
-    folder = Path(train_args.output_dir)
+    """Makes the run's folder and opens its log."""
     route_library_logs()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
-        if is_main_process() and args.overwrite_output_dir and not train_args.resume_from_checkpoint:
-            _clear_finished(folder)
+        _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
+        folder = Path(train_args.output_dir)
         if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
             for newer in newer_than(train_args.resume_from_checkpoint, folder):
                 shutil.rmtree(newer)
@@ -48,9 +44,26 @@ def open_run(train_args, args) -> Path:
                 logger.warning("{} was not written to its end and is removed", name)
         log_to_file(str(folder / "train.log"))
     except OSError as error:
-        raise UserError(f"--output_dir {str(folder)!r} cannot be written: {error.strerror}") from error
+        raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
     return folder
+
+
+def _claim_folder(train_args, may_exist: bool) -> None:
+    """Makes the folder; one that is named by the time is this run's alone, if another began in the same second too."""
+    folder = train_args.output_dir
+    alone = is_default_folder(folder) and not may_exist
+    while is_main_process():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=not alone)
+            break
+        except FileExistsError:
+            if not alone:
+                raise
+            folder = new_folder(train_args.output_dir)
+            logger.info("another run began in the same second, so this one's folder is {}", folder)
+    train_args.output_dir = agree(folder)
+    Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
 
 
 def _clear_finished(folder: Path) -> None:
@@ -84,6 +97,8 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
     trainer.create_model_card = lambda *args, **kwargs: None
     model = trainer.model
+    if hasattr(model, "create_or_update_model_card"):  # PEFT's, a form to fill in
+        model.create_or_update_model_card = lambda *args, **kwargs: None
     if template is not None:
         set_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
@@ -91,8 +106,15 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
 
 
-def note_start(trainer, args, train_args, data, tokenizer) -> dict:
+def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
     """Notes what is trained with what, before it is: a run that is stopped can be repeated and compared as well.
+
+    With `--overwrite_output_dir` what a finished run left goes here, once nothing more can be refused, so that a crash
+    does not leave the old run's figures beside the new one's checkpoints.
+
+    Args:
+        trainer, args, train_args, data, tokenizer: of the run.
+        resumed: from `check_resume`.
 
     Returns:
         the record, and the questions for the card with the answers before the training; empty on other processes.
@@ -100,7 +122,13 @@ def note_start(trainer, args, train_args, data, tokenizer) -> dict:
     if not is_main_process():
         return {}
     record = run_record(args, train_args, data)
+    folder = Path(train_args.output_dir)
+    if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
+        record["resumed"] = resumed
     try:
+        if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
+            _clear_finished(folder)
+        (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         write_record(record, Path(train_args.output_dir) / BEGUN)
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
@@ -153,20 +181,26 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
             raise
         raise UserError(
             f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
-            f"command with --output_dir {folder} --resume_from_checkpoint true"
+            f"command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
         ) from error
     if not is_main_process():
         return {}
-    # pickled, and said again in readable form by train_args.json
-    (folder / "training_args.bin").unlink(missing_ok=True)
-    if args.train_mode != "full":
-        trainer.model.generation_config.save_pretrained(folder)
     record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
-    _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
-    write_record(record, folder / BEGUN)
-    os.replace(folder / BEGUN, folder / FINISHED)
+    try:
+        # pickled, and said again in readable form by train_args.json
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if args.train_mode != "full":
+            trainer.model.generation_config.save_pretrained(folder)
+        _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
+        write_record(record, folder / BEGUN)
+        os.replace(folder / BEGUN, folder / FINISHED)
+    except OSError as error:
+        raise UserError(
+            f"the weights are in --output_dir {str(folder)!r}, but the run's record cannot be written beside them: "
+            f"{error.strerror}. Make room; infer and merge_lora take the folder as it is"
+        ) from error
     if trainer.args.push_to_hub:
-        push_card(trainer, folder)
+        push_run(trainer, folder)
     return record["summary"]
 
 
@@ -182,61 +216,25 @@ def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) 
         logger.warning("the run's card cannot be written: {}: {}", type(error).__name__, error)
 
 
-def push_card(trainer, folder: Path) -> None:
-    """Adds what the trainer's own push, which comes with the weights, was too early for."""
+def push_run(trainer, folder: Path) -> None:
+    """Pushes the finished folder, as it stands: weights, tokenizer, stop tokens, card."""
     from huggingface_hub import upload_folder
 
     try:
         upload_folder(
             repo_id=trainer.hub_model_id,
             folder_path=folder,
-            allow_patterns=[CARD, FINISHED, "loss.png"],
-            commit_message="The run's card",
-            token=trainer.args.hub_token,
+            ignore_patterns=["checkpoint-*", "_*", "*.part", "*~", "training_args.bin"],
+            delete_patterns=["*.part", "training_args.bin"],  # of checkpoints that were pushed on the way
+            commit_message="The finished run",
             revision=trainer.args.hub_revision,
         )
     except Exception as error:  # the hub and the network each raise their own
-        logger.warning("the run's card could not be pushed: {}: {}", type(error).__name__, error)
+        logger.error("{} is whole, but could not be pushed: {}: {}", folder, type(error).__name__, error)
 
 
 def _save_weights(trainer, args, folder: Path) -> None:
-    card = folder / "README.md"
-    own_card = card.read_bytes() if card.is_file() else None
-    trainer.save_model()
-    if is_main_process() and card.is_file():
-        # PEFT's model card is a form to fill in; one that was there before stays
-        card.write_bytes(own_card) if own_card is not None else card.unlink()
+    trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
     if args.init_lora_weights == "pissa" and is_main_process():
         pissa_to_lora(folder, folder / _PISSA_START)
         shutil.rmtree(folder / _PISSA_START)
-
-
-def pissa_to_lora(folder: Path, start: Path) -> None:
-    """Rewrites a PiSSA adapter as a plain LoRA on the unchanged base, of twice the rank.
-
-    PiSSA trains W = (W0 - B0 A0) + B A, so against W0 (arXiv 2404.02948, appendix C)
-
-        W - W0 = B A - B0 A0 = [B | -B0] [A ; A0]
-
-    PEFT's own conversion loses trained token rows, which stand beside A and B.
-
-    Args:
-        folder: holds the trained adapter, and the new one afterwards.
-        start: holds the adapter as it was before training.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    weights, before = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
-    for name, weight in weights.items():
-        if "lora_A" in name:
-            weights[name] = torch.cat([weight, before[name]], dim=0)
-        elif "lora_B" in name:
-            weights[name] = torch.cat([weight, -before[name]], dim=1)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    # the scale stays: alpha / r, or alpha / sqrt(r) when rank-stabilised
-    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
-    config["r"] *= 2
-    config["init_lora_weights"] = True
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

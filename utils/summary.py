@@ -1,5 +1,6 @@
 """The figures a run ends with, for its folder and for the terminal."""
 
+import shlex
 from pathlib import Path
 
 from loguru import logger
@@ -21,7 +22,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "last_loss": losses[-1] if losses else None,
         **evaluation_summary(trainer),
         "gpu_memory": _gpu_memory(trainer),
-        "next": f"python -m utils.script.infer --model_path {folder}",
+        "next": f"python -m utils.script.infer --model_path {shlex.quote(str(folder))}",
     }
 
 

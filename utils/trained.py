@@ -7,10 +7,11 @@ from pathlib import Path
 from loguru import logger
 
 from utils.check_args import check_model_path
-from utils.checkpoints import checkpoints_of, read_manifest
+from utils.checkpoints import MANIFEST, checkpoints_of, read_manifest
 from utils.errors import UserError
 from utils.flags import arg
 from utils.paths import project_path
+from utils.record import read_record
 from utils.template import get_template, template_dict, unknown_template
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
 from utils.weight_files import check_weight_files, fingerprint
@@ -103,10 +104,10 @@ def allows_special(parts: Parts) -> bool:
 
 
 def _noted(folder: str, part: str) -> dict:
-    try:
-        return json.loads((Path(folder) / "train_args.json").read_text(encoding="utf-8")).get(part) or {}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    # a checkpoint's run notes it for all of them
+    run = Path(folder).parent if (Path(folder) / MANIFEST).is_file() else Path(folder)
+    found = (read_record(run) or {}).get(part)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_base(base: str, adapters: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import shlex
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -146,7 +147,8 @@ class Surviving:
         return is_best
 
     def _how_to_go_on(self) -> str:
-        return f"give the same command with --output_dir {self.args.output_dir} --resume_from_checkpoint true"
+        folder = shlex.quote(self.args.output_dir)
+        return f"give the same command with --output_dir {folder} --resume_from_checkpoint true"
 
     # ------------------------------------------------------------------ numbers that are none
     def training_step(self, model, inputs, num_items_in_batch=None):

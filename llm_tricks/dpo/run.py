@@ -1,6 +1,6 @@
 """DPO, cDPO, IPO and DPO per token on the preference pairs and the tiny model of this repository.
 
-python -m llm_tricks.dpo.run                   # ten steps, three seeds, under half a minute
+python -m llm_tricks.dpo.run                   # eight steps, three seeds, under half a minute
 python -m llm_tricks.dpo.run --long --write    # one pass over the pairs, three settings; keeps its results
 
 The model is fine-tuned on half chosen, half rejected answers first; that is start and reference of every run. A seed
@@ -49,6 +49,12 @@ def in_its_own_words(model, pairs: list[dict], end: int) -> dict:
     return {"length": mean(map(len, said)), "right": mean(right)}
 
 
+def turned(nb, pairs: list[dict], reference, flip) -> tuple[list[dict], torch.Tensor]:
+    """The pairs, those of `flip` [n] turned round, and the reference's log-probabilities [2n] in the same order."""
+    labelled = [nb.swapped(pair) if turn else pair for pair, turn in zip(pairs, flip, strict=True)]
+    return labelled, torch.where(flip.repeat(2), reference.roll(len(pairs)), reference)
+
+
 def experiment(seeds: list[int], long: bool) -> dict:
     """The figures of each setting, loss, β and seed."""
     nb = definitions("dpo")
@@ -67,14 +73,13 @@ def experiment(seeds: list[int], long: bool) -> dict:
     for seed in seeds:
         for setting, (share, rate) in SETTINGS.items() if long else [("rate 1e-4", (0.0, 1e-4))]:
             flip = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < share
-            labelled = [nb.swapped(pair) if turn else pair for pair, turn in zip(pairs, flip, strict=True)]
-            labels = torch.where(flip.repeat(2), reference.roll(len(pairs)), reference)
+            labelled, labels = turned(nb, pairs, reference, flip)
             for kind in nb.LOSSES:
                 for beta in BETAS[kind] if long else BETAS[kind][:1]:
                     loss, per_token = nb.LOSSES[kind]
                     if kind == "cdpo":  # it is told the share; a tenth where there is none
                         loss = partial(loss, flipped=share or 0.1)
-                    options = {"steps": 40 if long else 10, "lr": rate, "seed": seed}
+                    options = {"steps": 40 if long else 8, "lr": rate, "seed": seed}
                     model, _, _ = nb.train(start, labelled, labels, loss, beta, per_token, **options)
                     run = {"setting": setting, "kind": kind, "beta": beta, "seed": seed}
                     run["chosen_by"] = nb.figures(model, choose, by) if long else None

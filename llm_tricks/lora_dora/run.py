@@ -1,6 +1,6 @@
 """Full fine-tuning, LoRA and DoRA on digits that lie on their side.
 
-python -m llm_tricks.lora_dora.run --write           # 200 steps, three seeds, under half a minute
+python -m llm_tricks.lora_dora.run --write           # 150 steps, three seeds, under half a minute
 python -m llm_tricks.lora_dora.run --long --write    # 1,000 steps and one rank more, some minutes
 
 The learning rate of each method is the one that reads most of 60 held-back pictures right, on average over the seeds.
@@ -33,7 +33,7 @@ def experiment(seeds: list[int], long: bool) -> dict:
             for rate in RATES:
                 torch.manual_seed(seed)
                 model = nb.train(
-                    nb.adapt(base, kind, rank), *nb.digits(True, TUNE), steps=1000 if long else 200, lr=rate
+                    nb.adapt(base, kind, rank), *nb.digits(True, TUNE), steps=1000 if long else 150, lr=rate
                 )
                 run = {"kind": kind, "rank": rank, "rate": rate, "seed": seed}
                 run["weights"] = sum(w.numel() for w in model.parameters() if w.requires_grad)

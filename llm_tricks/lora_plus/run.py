@@ -106,11 +106,15 @@ def at_low_rate(by_ratio: dict[float, list[dict]]) -> list[dict]:
     return [run for runs in by_ratio.values() for run in runs if run["middle"] == low]
 
 
+def named(ratio: float) -> str:
+    return f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}"
+
+
 def table(results: dict) -> str:
     """The README's table."""
     found = settings(results)
-    ratios = [f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}" for ratio in next(iter(found.values()))]
-    lines = [f"| task | width | steps | | {' | '.join(f'λ = {ratio}' for ratio in ratios)} |"]
+    ratios = [f"λ = {named(ratio)}" for ratio in next(iter(found.values()))]
+    lines = [f"| task | width | steps | | {' | '.join(ratios)} |"]
     lines.append("|---" * (4 + len(ratios)) + "|")
     for key, by_ratio in found.items():
         best = list(chosen(by_ratio).values())
@@ -128,6 +132,7 @@ def table(results: dict) -> str:
 def figure(results: dict):
     """Loss and accuracy over the ratio, mean and range over the seeds; of the toy, the short training only."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     panels = {("toy", "training"): axes[0], ("toy", "held_out"): axes[1], ("digits", "test"): axes[2]}
@@ -141,10 +146,15 @@ def figure(results: dict):
             axis = panels[task, field]
             axis.errorbar(list(by_ratio), middle, spread, label=f"n = {width}, {steps} steps", marker="o", capsize=3)
             axis.set(xscale="log", xlabel="λ = η_B / η_A", title=f"{task}: {name}")
+            axis.set_xticks(list(by_ratio), map(named, by_ratio))
     for axis in axes:
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.legend(fontsize=7)
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
+    for axis in axes[:2]:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

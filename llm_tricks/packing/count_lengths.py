@@ -9,15 +9,25 @@ rows, the prompt with either answer, as in a step of `dpo_single`. Rows the fram
 answer say, are counted apart. `--source` and `--tokenizer_name` say in the file where the rows come from and what the
 tokenizer is called; without them these are F's and M's last parts.
 
-The sets of `lengths.json` were counted so, each with its own `--source`; the others are `alpaca_zh`, `multiturn` and
-`dpo_zh`:
+The four sets of `lengths.json` were counted so, with M a folder of Qwen/Qwen2.5-0.5B:
 
-python -m llm_tricks.packing.count_lengths --data alpaca_data.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B \\
-    --template_name qwen2 --name alpaca_en --tokenizer_name Qwen2.5
+python -m llm_tricks.packing.count_lengths --data alpaca_data.json --name alpaca_en \\
+    --source "Stanford Alpaca, alpaca_data.json, CC BY-NC 4.0" \\
+    --model_name_or_path M --template_name qwen2 --tokenizer_name Qwen2.5
+python -m llm_tricks.packing.count_lengths --data alpaca_zh_demo.json --name alpaca_zh \\
+    --source "LLaMA-Factory, data/alpaca_zh_demo.json, Apache-2.0" \\
+    --model_name_or_path M --template_name qwen2 --tokenizer_name Qwen2.5
+python -m llm_tricks.packing.count_lengths --data dummy_conversation.json --name multiturn \\
+    --source "FastChat, data/dummy_conversation.json (synthetic), 500 conversations, Apache-2.0" \\
+    --model_name_or_path M --template_name qwen2 --tokenizer_name Qwen2.5
+python -m llm_tricks.packing.count_lengths --data dpo_zh_demo.json --name dpo_zh \\
+    --source "LLaMA-Factory, data/dpo_zh_demo.json, 300 preference pairs, Apache-2.0" \\
+    --model_name_or_path M --template_name qwen2 --tokenizer_name Qwen2.5
 """
 
 import argparse
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +37,7 @@ from utils.data_rows import BadRow, looks_like, to_messages
 from utils.errors import UserError, raise_if_any, run_command
 from utils.segments import IGNORED, count_answers
 from utils.template import get_template
+from utils.tokenizer import load_failure, load_tokenizer
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 BATCH = 1000  # rows tokenised at once
@@ -47,10 +58,8 @@ def conversations(row, template) -> list[list[dict]]:
     return found
 
 
-def count(data: str, tokenizer, template) -> dict:
-    """The rows of `data`: how many, how many were left out, their tokens, and {length: rows}."""
-    files, problems = find_files(data, "--data")
-    raise_if_any(problems)
+def count(files: list[str], tokenizer, template) -> dict:
+    """The rows of the files: how many, how many were left out, their tokens, and {length: rows}."""
     read = [[] if row.problem else conversations(row.value, template) for file in files for row in read_rows(file)]
     usable = [messages for found in read for messages in found]
     lengths, trained = Counter(), 0
@@ -79,8 +88,42 @@ def text_of(sets: dict) -> str:
     return "{\n" + ",\n".join(named) + "\n}\n"
 
 
+def sets_in(file: Path) -> tuple[dict, list[str]]:
+    """What `--out` holds already, and why it cannot be read or written."""
+    if not file.parent.is_dir():
+        return {}, [f"--out {str(file)!r} lies in a folder that does not exist; make {str(file.parent)!r} first"]
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        return {}, [f"--out {str(file)!r} cannot be written; give a file you may write"]
+    if not file.exists():
+        return {}, []
+    try:
+        sets = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a folder; not UTF-8, not JSON
+        return {}, [f"--out {str(file)!r} cannot be read: {error}. Give another file, or remove this one"]
+    if isinstance(sets, dict) and all(isinstance(found, dict) for found in sets.values()):
+        return sets, []
+    return {}, [f"--out {str(file)!r} holds no sets this command wrote. Give another file, or remove this one"]
+
+
+def tokenizer_and_template(path: str, name: str) -> tuple:
+    """Both, fitted to each other.
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
+    try:
+        tokenizer = load_tokenizer(path)
+    except (OSError, ValueError) as error:  # the tokenizer is there, the model's configuration is not
+        raise UserError(load_failure("configuration", "--model_name_or_path", path, error)) from error
+    return tokenizer, get_template(name, tokenizer)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Counts one set and puts it into the file."""
+    """Counts one set and puts it into the file.
+
+    Raises:
+        UserError: all that is wrong with the flags, before anything is counted.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("data", "model_name_or_path", "template_name", "name"):
         parser.add_argument(f"--{flag}", required=True)
@@ -89,16 +132,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=LENGTHS, help="default: lengths.json beside this script")
     args = parser.parse_args(argv)
 
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    sets = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    sets, problems = sets_in(args.out)
+    files, missing = find_files(args.data, "--data")
+    try:
+        tokenizer, template = tokenizer_and_template(args.model_name_or_path, args.template_name)
+    except UserError as error:
+        missing += error.problems
+    raise_if_any(problems + missing)
     sets[args.name] = {
         "source": args.source or Path(args.data).name,
         "tokenizer": args.tokenizer_name or Path(args.model_name_or_path).name,
         "vocabulary": len(tokenizer),
         "template": args.template_name,
-        **count(args.data, tokenizer, get_template(args.template_name, tokenizer)),
+        **count(files, tokenizer, template),
     }
     args.out.write_text(text_of(sets), encoding="utf-8")
     print({key: value for key, value in sets[args.name].items() if key != "histogram"})

@@ -28,6 +28,11 @@ _NOT_SETTINGS = (
     "disable_tqdm",
 )  # fmt: skip
 _MISSING = "–"
+# a path → what tells that the same lies there, whether it is written relative or absolute
+_CONTENT = {
+    "model_name_or_path": "weights of the base", "adapter_name_or_path": "weights of the adapter",
+    "train_data_path": "sha256 of the train data", "eval_data_path": "sha256 of the eval data",
+}  # fmt: skip
 
 
 @dataclass
@@ -87,10 +92,12 @@ def read_run(path: str) -> Run:
         raise UserError(f"{path!r} holds no run: {_A_RUN}.{hint}")
     # the first of equals is the run's own, whose history ends with the time it took
     state = max(states, key=lambda state: state["global_step"])
-    history = [entry for entry in state["log_history"] if isinstance(entry, dict)]
+    history = [one for one in state["log_history"] if isinstance(one, dict) and isinstance(one.get("step"), int)]
     if not history:
-        raise UserError(f"{path!r} logged nothing: it stopped before its first --logging_steps")
-    return Run(folder, history, state["global_step"], state.get("max_steps", 0), read_record(folder) or {})
+        raise UserError(f"{path!r} logged nothing: it stopped before its first --logging_steps; leave it out")
+    planned = state.get("max_steps")
+    planned = planned if isinstance(planned, int) else 0
+    return Run(folder, history, state["global_step"], planned, read_record(folder) or {})
 
 
 def _read_state(file: Path) -> dict | None:
@@ -111,11 +118,13 @@ def label_runs(folders: list[Path]) -> list[str]:
 
 def results(run: Run) -> dict[str, str]:
     """What came of a run, as texts."""
-    losses = [entry["loss"] for entry in run.history if "loss" in entry]
+    losses, pairs, times = (
+        [entry[name] for entry in run.history if isinstance(entry.get(name), int | float)]
+        for name in ("loss", "eval_rewards/accuracies", "train_runtime")
+    )
     evaluated = {entry["step"]: entry["eval_loss"] for entry in run.history if _is_finite(entry.get("eval_loss"))}
-    pairs = [entry["eval_rewards/accuracies"] for entry in run.history if "eval_rewards/accuracies" in entry]
     best = min(evaluated, key=evaluated.__getitem__, default=None)
-    time = next((entry["train_runtime"] for entry in reversed(run.history) if "train_runtime" in entry), None)
+    resumed = " (since it was resumed)" if _part(run.record, "trainer").get("resume_from_checkpoint") else ""
     stopped = "" if run.step >= run.planned else f" of {run.planned:,} (stopped)"
     return {
         "steps": f"{run.step:,}{stopped}",
@@ -123,7 +132,7 @@ def results(run: Run) -> dict[str, str]:
         "evaluation loss at last": f"{evaluated[max(evaluated)]:.4f}" if evaluated else _MISSING,
         "evaluation loss at best": f"{evaluated[best]:.4f} (step {best:,})" if evaluated else _MISSING,
         "evaluation pairs right at last": f"{100 * pairs[-1]:.1f} %" if pairs else _MISSING,
-        "training time": f"{time:,.1f} s" if time is not None else _MISSING,
+        "training time": f"{times[-1]:,.1f} s{resumed}" if times else _MISSING,
     }
 
 
@@ -131,33 +140,52 @@ def _is_finite(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _part(record, name: str) -> dict:
+    """A part of a record; empty where it is not there, or is damaged."""
+    found = record.get(name) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def settings(run: Run) -> dict:
     """A run's settings, with what it was trained on and with; empty where it noted none."""
     record = run.record
     if not record:
         return {}
-    found = {**record.get("trainer", {}), **record.get("common", {})}
+    found = _part(record, "trainer") | _part(record, "common")
     found = {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
-    found["weights of the base"] = (record.get("base") or {}).get("fingerprint")
-    for part, told in (record.get("data") or {}).items():
-        hashes = [entry["sha256"][:12] for entry in told.get("files", [])]
-        found[f"sha256 of the {part} data"] = ", ".join(hashes) or None
-    found |= {f"{name} version": version for name, version in (record.get("versions") or {}).items()}
-    return found | {"processes": (record.get("start") or {}).get("processes")}
+    noted = {f"weights of the {part}": _part(record, part).get("fingerprint") for part in ("base", "adapter")}
+    for part, told in _part(record, "data").items():
+        files = told.get("files") if isinstance(told, dict) else None
+        files = files if isinstance(files, list) else []
+        hashes = [str(entry["sha256"])[:12] for entry in files if isinstance(entry, dict) and entry.get("sha256")]
+        noted[f"sha256 of the {part} data"] = ", ".join(hashes)
+    noted |= {f"{name} version": version for name, version in _part(record, "versions").items()}
+    noted["processes"] = _part(record, "start").get("processes")
+    return found | {name: value for name, value in noted.items() if value}
 
 
 def differing(runs: list[Run]) -> dict[str, list[str]]:
-    """The settings in which runs differ, as texts; a run that noted none has a dash."""
+    """The settings in which runs differ, as texts; a dash for what a run does not have, or did not note."""
     found = [settings(run) for run in runs]
     told = [one for one in found if one]
     rows = {}
     for name in dict.fromkeys(name for one in told for name in one):
-        values = [one.get(name) for one in told]
-        if any(value != values[0] for value in values):
-            row = _shorten([one.get(name) for one in found if one])
-            rest = iter(row)
-            rows[name] = [next(rest) if one else _MISSING for one in found]
+        values = [one.get(name) for one in told]  # what is not there differs from no value that is none
+        if any(value != values[0] for value in values) and not _is_one_place(name, told):
+            texts = iter(_shorten([one[name] for one in found if name in one]))
+            rows[name] = [next(texts) if name in one else _MISSING for one in found]
     return rows
+
+
+def _is_one_place(name: str, told: list[dict]) -> bool:
+    """Whether paths end alike and the same lies there: `data/base` and `/home/x/data/base`."""
+    contents = {one.get(_CONTENT.get(name)) for one in told}
+    paths = [one.get(name) for one in told]
+    if len(contents) > 1 or None in contents or not all(isinstance(path, str) for path in paths):
+        return False
+    parts = [[part for part in Path(path).parts if part != ".."] for path in paths]
+    longest = max(parts, key=len)
+    return all(part and part == longest[-len(part) :] for part in parts)
 
 
 def _shorten(values: list) -> list[str]:
@@ -194,6 +222,24 @@ def table(labels: list[str], runs: list[Run]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def _check_output(args: CompareArgs) -> list[str]:
+    output = Path(args.output)
+    if output.suffix.lower() != ".png":
+        return [f"--output {args.output!r} is not a .png"]
+    try:
+        if output.is_dir() or not output.resolve().parent.is_dir():
+            return [_unwritable(args.output)]
+        there = output.exists() and not args.overwrite
+    except OSError as error:  # a name that is too long
+        return [_unwritable(args.output, error)]
+    return [f"--output {args.output!r} is there already; give another, or --overwrite true"] if there else []
+
+
+def _unwritable(path: str, error: OSError | None = None) -> str:
+    why = f": {error.strerror or error}" if error else ""
+    return f"--output {path!r} cannot be written{why}; give a file in a folder that is there and can be written to"
+
+
 def main(argv: list[str] | None = None) -> None:
     setup_logging()
     folders, flags = split_folders(list(sys.argv[1:] if argv is None else argv))
@@ -205,13 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         problems.append("a folder is given twice; give each once")
     if args.smooth is not None and not 0 <= args.smooth < 1:
         problems.append(f"--smooth {args.smooth} is not allowed; give at least 0 and below 1")
-    output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        problems.append(f"--output {args.output!r} is not a .png")
-    elif output.is_dir() or not output.resolve().parent.is_dir():
-        problems.append(f"--output {args.output!r} cannot be written; give a file in a folder that is there")
-    elif output.exists() and not args.overwrite:
-        problems.append(f"--output {args.output!r} is there already; give another, or --overwrite true")
+    problems += _check_output(args)
     runs = []
     for folder in folders:
         try:
@@ -220,11 +260,14 @@ def main(argv: list[str] | None = None) -> None:
             problems += error.problems
     raise_if_any(problems)
     labels = label_runs([run.folder for run in runs])
-    plot_runs({label: run.history for label, run in zip(labels, runs, strict=True)}, output, args.smooth)
+    try:
+        plot_runs(dict(zip(labels, [run.history for run in runs], strict=True)), Path(args.output), args.smooth)
+    except OSError as error:
+        raise UserError(_unwritable(args.output, error)) from error
     print(table(labels, runs))
-    if any(not run.record for run in runs):
+    if not all(settings(run) for run in runs):
         print("\nA run without train_args.json noted no settings.")
-    print(f"\nwritten: {output}")
+    print(f"\nwritten: {Path(args.output)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ rows.
 """
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,8 @@ def answer_rows(args: InferArgs, parts: Parts) -> None:
     prompts = [_with_system(prompt, args.system) for prompt in prompts]
     tokenizer = load_format(args, parts)
     ids = _ids_of_all(args, parts, tokenizer, prompts, problems)
+    files, _ = find_files(args.input, "--input")
+    problems.sort(key=lambda problem: _place(problem, files))  # those found while reading come first
     _tell_problems(args, problems, len(ids))
     file = AnswerFile(args.output, settings_of(args, parts), set(ids), args.overwrite)
     try:
@@ -152,6 +155,15 @@ def _ids_of_all(
         except UserError as error:
             problems.append(f"{prompt.file}:{prompt.line} {error.problems[0]}")
     return found
+
+
+def _place(problem: str, files: list[str]) -> tuple[int, int]:
+    """Where a row that is named stands, `"b.jsonl:3 has …"` → (1, 3): its file's number, and the line in it."""
+    found = [(len(file), n) for n, file in enumerate(files) if re.match(rf"{re.escape(file)}:\d+ ", problem)]
+    if not found:
+        return len(files), 0
+    length, number = max(found)  # a file's name may begin with another's, and ":1 "
+    return number, int(problem[length + 1 :].partition(" ")[0])
 
 
 def _tell_problems(args: InferArgs, problems: list[str], answerable: int) -> None:

@@ -109,6 +109,9 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     Raises:
         UserError: something cannot be loaded, merged or written, or `--modelfile` knows no form of the chat format.
     """
+    from utils.tasks.common import _leave_deepspeed_out
+
+    _leave_deepspeed_out()  # saving asks whether the weights are in its hands
     folder = Path(args.output_dir).expanduser().resolve()
     tokenizer = load_tokenizer(_home(parts), args.trust_remote_code, flag="--model_path")
     template = _template(args, tokenizer, parts)

@@ -1,6 +1,7 @@
 """What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from utils.adapter import adapter_weights, settle_trainable
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
 from utils.resume import run_settings
+
+# whose errors are about the hub and the way to it
+_HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 @dataclass
@@ -104,8 +108,10 @@ def for_trl(train_args):
     if train_args.deepspeed_plugin is None:
         _leave_deepspeed_out()
     settled = copy.copy(train_args)
-    if not settled.push_to_hub:
-        settled.hub_token = None  # the trainer pickles its arguments into every checkpoint
+    if settled.hub_token:
+        # the trainer pickles its arguments into every checkpoint, and pushes them; the hub's client reads this instead
+        os.environ["HF_TOKEN"] = settled.hub_token
+    settled.hub_token = None
     settled.packing = settled.padding_free = False
     settled.max_length = None
     settled.remove_unused_columns = False  # the rows hold what the collators take, and no more
@@ -154,6 +160,13 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
+    except Exception as error:
+        if not train_args.push_to_hub or type(error).__module__.partition(".")[0] not in _HUB:
+            raise
+        raise UserError(
+            f"--push_to_hub true: the hub cannot be used ({type(error).__name__}: {error}); log in and try again, or "
+            "leave the flag out"
+        ) from error
     trainer.settle_weights()
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio

@@ -1,0 +1,81 @@
+"""The table of ratios, from the results of compare.py."""
+
+from statistics import median
+
+PEERS = ("TRL", "LLaMA-Factory")
+OURS = "LLM-Dojo"
+# what → (case, figure, turn, {peer: goal}); "more" where a larger ratio is better
+ROWS = [
+    ("training throughput, each with its defaults", "default", "throughput", {"TRL": 2.2, "LLaMA-Factory": 2.2}),
+    ("training throughput, each at its best (packed)", "best", "throughput", {"TRL": 1.1, "LLaMA-Factory": 1.1}),
+    ("peak memory, each with its defaults", "default", "peak", {"TRL": 0.5}),
+    ("vocabulary of 151,936: training throughput", "vocabulary", "throughput", {"TRL": 3.0}),
+    ("vocabulary of 151,936: peak memory", "vocabulary", "peak", {"TRL": 0.4}),
+    ("preparing all rows, first time", "preparing", "preparing", {"TRL": 3.0, "LLaMA-Factory": 3.0}),
+    ("starting again on prepared rows, to the first step", "preparing", "again", {"TRL": 3.0, "LLaMA-Factory": 3.0}),
+    ("from command to first step, 1,000 rows", "first step", "first_step", {"TRL": 0.6}),
+]
+LESS_IS_BETTER = ("peak", "first_step")
+
+
+def figure(results: dict, case: str, name: str, program: str, repeat: int) -> float | None:
+    """One figure of one run; a throughput in rows' trained tokens per second, times in seconds, memory in bytes."""
+    runs = {
+        run["turn"]: run
+        for run in results["runs"]
+        if (run["case"], run["program"], run["repeat"]) == (case, program, repeat) and "error" not in run
+    }
+    if name == "throughput":
+        run = runs.get("first")
+        # the first step's end starts the clock, so that its rows do not count
+        share = run and (run["steps"] - 1) / run["steps"]
+        return share * results["trained_tokens"][case] / run["training"] if run and run["training"] else None
+    if name == "again":
+        return 1 / runs["again"]["first_step"] if "again" in runs else None
+    if name == "preparing":
+        # what it takes beyond a start on few rows
+        few = figure(results, "first step", "first_step", program, repeat)
+        return 1 / (runs["first"]["first_step"] - few) if few and "first" in runs else None
+    return runs["first"][name] if "first" in runs else None
+
+
+def ratios(results: dict, case: str, name: str, peer: str) -> list[float]:
+    """This project's figure by the peer's, for each repeat."""
+    repeats = sorted({run["repeat"] for run in results["runs"] if run["case"] == case})
+    found = []
+    for repeat in repeats:
+        ours, theirs = (figure(results, case, name, program, repeat) for program in (OURS, peer))
+        if ours and theirs:
+            found.append(ours / theirs)
+    return found
+
+
+def table(results: dict) -> str:
+    """The goals and what was measured: median of the ratios, lowest and highest."""
+    lines = ["| ratio, this project : peer | goal | TRL | LLaMA-Factory |", "|---|---|---|---|"]
+    for what, case, name, goals in ROWS:
+        less = name in LESS_IS_BETTER
+        goal = next(iter(goals.values()))
+        cells = []
+        for peer in PEERS:
+            found = ratios(results, case, name, peer)
+            if not found:
+                cells.append("not measured")
+                continue
+            middle = median(found)
+            missed = peer in goals and (middle > goals[peer] if less else middle < goals[peer])
+            spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+            cells.append(f"{middle:.2f}{spread}{', goal missed' if missed else ''}")
+        lines.append(f"| {what} | {'at most' if less else 'at least'} {goal:g} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _conditions(results)])
+
+
+def _conditions(results: dict) -> str:
+    if "hardware" not in results:
+        return "Not measured yet."
+    machine = results["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    counts = {run["case"]: run["repeat"] + 1 for run in results["runs"]}
+    repeats = ", ".join(f"{case} {count}" for case, count in counts.items())
+    where = f"{machine['cpu']}, {results['threads']} threads; {versions}."
+    return f"{where} Median of the repeats ({repeats}), and their range."

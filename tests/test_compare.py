@@ -1,0 +1,130 @@
+"""The comparison with the peers: the clock, each program's words, and what the table makes of the figures."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from benchmarks import compare
+from benchmarks.compare_table import ratios, table
+from benchmarks.peers import Program, Work, environment, write_rows
+
+ROWS = [{"instruction": "Say hi.", "input": "", "output": "Hi."}, {"instruction": "1 + 2", "output": "3"}]
+
+
+def test_the_clock_notes_each_optimizer_step(tmp_path):
+    script = (
+        "import torch\nweight = torch.nn.Parameter(torch.ones(1))\noptimizer = torch.optim.AdamW([weight])\n"
+        "for _ in range(3):\n    weight.grad = torch.ones(1); optimizer.step()\n"
+    )
+    env = environment(Program("TRL", Path(sys.executable)), tmp_path / "clock", tmp_path, threads=1)
+    start = time.time()
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=120)
+    steps = [float(line) for line in (tmp_path / "clock").read_text().split()]
+    assert len(steps) == 3 and start < steps[0] <= steps[1] <= steps[2] < time.time()
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(base=tmp_path / "base", data=write_rows(tmp_path / "data", ROWS), max_steps=3)
+
+
+def test_all_programs_get_the_same_rows(work):
+    pairs = [json.loads(line) for line in (work.data / "trl" / "train.jsonl").read_text().splitlines()]
+    assert [[turn["role"] for turn in pair["prompt"] + pair["completion"]] for pair in pairs] == [
+        ["system", "user", "assistant"]
+    ] * 2
+    assert [pair["completion"][0]["content"] for pair in pairs] == ["Hi.", "3"]
+    assert [json.loads(line) for line in (work.data / "rows.jsonl").read_text().splitlines()] == ROWS
+    assert json.loads((work.data / "dataset_info.json").read_text()) == {"rows": {"file_name": "rows.jsonl"}}
+
+
+def test_our_words_and_trls_are_understood_and_say_the_same(work, tmp_path):
+    from trl.scripts.sft import make_parser
+
+    from utils.args import parse_args
+
+    def words(name):
+        return Program(name, Path("python")).command(work, tmp_path / "out" / "run")[1:]
+
+    tiny.save_tiny_model(tmp_path / "base")
+    common, ours = parse_args(words("LLM-Dojo")[1:])
+    _, theirs, model, _ = make_parser().parse_args_into_dataclasses(words("TRL")[2:])
+    for name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed", "bf16", "num_train_epochs"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert (common.lora_rank, common.lora_alpha, common.max_len) == (model.lora_r, model.lora_alpha, theirs.max_length)
+    settings = json.loads(Path(words("LLaMA-Factory")[-1]).read_text())
+    for name in ("learning_rate", "max_steps", "per_device_train_batch_size", "seed", "bf16", "num_train_epochs"):
+        assert settings[name] == getattr(ours, name), name
+    assert (settings["lora_rank"], settings["lora_alpha"]) == (8, 16) and settings["gradient_accumulation_steps"] == 1
+
+
+def test_a_command_that_fails_is_kept_with_what_it_said(tmp_path, monkeypatch):
+    program = Program("LLM-Dojo", Path(sys.executable))
+    monkeypatch.setattr(Program, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such rows')"])
+    found = compare.run(program, Work(tmp_path, tmp_path), tmp_path, threads=1)
+    assert found == {"error": "no such rows\n"}
+
+
+def made(case, program, repeat, turn="first", **figures):
+    return {"case": case, "program": program, "repeat": repeat, "turn": turn, **figures}
+
+
+RESULTS = {
+    "trained_tokens": {"default": 1000},
+    "runs": [
+        made("default", "LLM-Dojo", 0, steps=11, training=10, peak=4, first_step=5),
+        made("default", "TRL", 0, steps=11, training=25, peak=10, first_step=5),
+        made("default", "LLM-Dojo", 1, steps=11, training=10, peak=6, first_step=5),
+        made("default", "TRL", 1, steps=11, training=20, peak=10, first_step=5),
+        made("default", "LLaMA-Factory", 0, error="gone"),
+        made("first step", "LLM-Dojo", 0, first_step=4),
+        made("first step", "TRL", 0, first_step=10),
+        made("preparing", "LLM-Dojo", 0, first_step=14),
+        made("preparing", "LLM-Dojo", 0, turn="again", first_step=5),
+        made("preparing", "TRL", 0, first_step=50),
+        made("preparing", "TRL", 0, turn="again", first_step=10),
+    ],
+}
+
+
+def test_ratios_are_taken_within_a_repeat():
+    assert ratios(RESULTS, "default", "throughput", "TRL") == pytest.approx([2.5, 2.0])
+    assert ratios(RESULTS, "default", "peak", "TRL") == pytest.approx([0.4, 0.6])
+    assert ratios(RESULTS, "default", "throughput", "LLaMA-Factory") == []
+    assert ratios(RESULTS, "preparing", "preparing", "TRL") == pytest.approx([(50 - 10) / (14 - 4)])
+    assert ratios(RESULTS, "preparing", "again", "TRL") == pytest.approx([2.0])
+
+
+def test_the_table_says_what_was_missed_and_what_was_not_measured():
+    lines = table(RESULTS).splitlines()
+    assert "| at least 2.2 | 2.25 (2.00 to 2.50) | not measured |" in lines[2]
+    assert "| at most 0.5 | 0.50 (0.40 to 0.60) | not measured |" in lines[4]
+    assert "4.00 | not measured |" in lines[7] and "2.00, goal missed" in lines[8] and "| 0.40 |" in lines[9]
+
+
+def test_a_whole_case_of_this_project_alone(tmp_path):
+    """The script itself, on few rows; the peers are not installed by a test."""
+    data = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": f"Count to {number}.", "output": "one two three " * (number % 5 + 1)} for number in range(24)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = Program("LLM-Dojo", Path(sys.executable))
+    args = compare.parse(["--data", str(data), "--repeats", "1", "--threads", "1", "--folder", str(tmp_path)])
+    (found,) = compare.measure_case("default", [program], args, tmp_path)
+    assert found["steps"] == 3 and found["first_step"] > 0 and found["training"] > 0 and found["peak"] > 100e6
+    args.rows = len(rows)
+    assert compare.trained_tokens(tmp_path, "default", args) > len(rows)
+
+
+@pytest.mark.parametrize("argv", [[], ["--data", "nofile"], ["--only", "nothing"]])
+def test_wrong_flags_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        compare.parse(argv)
+    assert end.value.code == 2 and os.linesep in capsys.readouterr().err
