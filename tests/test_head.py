@@ -69,6 +69,19 @@ def test_bf16_is_as_near_to_float32_as_trls(scored):
         assert ours <= 1.2 * theirs + 1e-6
 
 
+def test_figures_it_does_not_have_are_left_to_trl(scored):
+    import trl.trainer.utils as of_trl
+
+    use_trained_positions()
+    hidden, weight, targets = scored
+    outputs = ("log_probs", "mean_logits", "log_sum_sq_probs")
+    given = (hidden, weight, None, targets, 1.0, 100, None, 1.0, outputs)
+    log_probs, _, sum_sq, mean, _ = of_trl._ChunkedLogProbFunction.apply(*given)
+    torch.testing.assert_close(log_probs, plain(*scored)[0])
+    torch.testing.assert_close(mean, (hidden @ weight.T).mean(dim=1))
+    assert sum_sq is not None
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 def test_only_labelled_positions_go_through_the_head(trained, tiny_models, monkeypatch):
     import trl.trainer.utils as of_trl

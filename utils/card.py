@@ -106,7 +106,7 @@ def card_text(
 def _changed(changed: dict[str, tuple]) -> list[str]:
     if not changed:
         return ["All settings are the recipe's defaults."]
-    rows = [(name, f"{_show(value)} (default: {_show(default)})") for name, (default, value) in changed.items()]
+    rows = [(name, f"{show(value)} (default: {show(default)})") for name, (default, value) in changed.items()]
     return ["Settings that differ from the recipe's defaults:", _table(rows)]
 
 
@@ -189,12 +189,11 @@ def _settings(record: dict) -> list[tuple]:
     names = [name for name in _MAIN if name != "max_steps" or trainer.get(name, -1) > 0]
     rows = [("task, recipe", f"{common['task_type']}, `{common['train_args_path']}`")]
     rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
-    rows += [("longest row", f"{common['max_len']:,} tokens")]
+    rows.append(("longest row", f"{common['max_len']:,} tokens"))
     if common["train_mode"] != "full":
-        rows.append(("adapter", ", ".join(f"{name} {_show(common[name])}" for name in _ADAPTER)))
-    if trainer.get("deepspeed"):
-        rows.append(("DeepSpeed", _show(trainer["deepspeed"])))
-    return rows + [(name, _show(trainer[name])) for name in names if name in trainer]
+        rows.append(("adapter", ", ".join(f"{name} {show(common[name])}" for name in _ADAPTER)))
+    rows += [("DeepSpeed", show(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
+    return rows + [(name, show(trainer[name])) for name in names if name in trainer]
 
 
 def _machine(record: dict, history: list[dict]) -> list[tuple]:
@@ -210,8 +209,8 @@ def _machine(record: dict, history: list[dict]) -> list[tuple]:
         resumed = " (since it was resumed)" if record["trainer"].get("resume_from_checkpoint") else ""
         rows.append(("training time", f"{end['train_runtime']:,.0f} s{resumed}"))
     rows += [("tokens seen", f"{tokens:,.0f}")] if tokens else []
-    if record["summary"].get("gpu_memory"):
-        rows.append(("GPU memory, peak of the first process", f"{record['summary']['gpu_memory'] / 2**30:.1f} GiB"))
+    if peak := record["summary"].get("gpu_memory"):
+        rows.append(("GPU memory, peak of the first process", f"{peak / 2**30:.1f} GiB"))
     libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [*rows, ("system", f"{machine['system']}, Python {machine['python']}"), ("libraries", libraries)]
 
@@ -240,7 +239,8 @@ def _table(rows: list[tuple]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _show(value) -> str:
+def show(value) -> str:
+    """A setting as a text: `True` → `true`, `None` → `none`, `["a", "b"]` → `a, b`."""
     value = value.value if isinstance(value, Enum) else value
     text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
     return {"True": "true", "False": "false", "None": "none"}.get(text, text)

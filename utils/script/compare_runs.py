@@ -13,11 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.card import show
 from utils.checkpoints import checkpoints_of
 from utils.errors import UserError, nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.log import setup_logging
-from utils.plot import plot_runs
+from utils.plot import plot_runs, series
 from utils.record import read_record
 
 STATE = "trainer_state.json"
@@ -95,9 +96,7 @@ def read_run(path: str) -> Run:
     history = [one for one in state["log_history"] if isinstance(one, dict) and isinstance(one.get("step"), int)]
     if not history:
         raise UserError(f"{path!r} logged nothing: it stopped before its first --logging_steps; leave it out")
-    planned = state.get("max_steps")
-    planned = planned if isinstance(planned, int) else 0
-    return Run(folder, history, state["global_step"], planned, read_record(folder) or {})
+    return Run(folder, history, state["global_step"], _part(state, "max_steps", int), read_record(folder) or {})
 
 
 def _read_state(file: Path) -> dict | None:
@@ -118,11 +117,10 @@ def label_runs(folders: list[Path]) -> list[str]:
 
 def results(run: Run) -> dict[str, str]:
     """What came of a run, as texts."""
-    losses, pairs, times = (
-        [entry[name] for entry in run.history if isinstance(entry.get(name), int | float)]
-        for name in ("loss", "eval_rewards/accuracies", "train_runtime")
-    )
-    evaluated = {entry["step"]: entry["eval_loss"] for entry in run.history if _is_finite(entry.get("eval_loss"))}
+    names = ("loss", "eval_rewards/accuracies", "train_runtime")
+    losses, pairs, times = (series(run.history, name)[1] for name in names)
+    losses_at = zip(*series(run.history, "eval_loss"), strict=True)
+    evaluated = {step: loss for step, loss in losses_at if math.isfinite(loss)}
     best = min(evaluated, key=evaluated.__getitem__, default=None)
     resumed = " (since it was resumed)" if _part(run.record, "trainer").get("resume_from_checkpoint") else ""
     stopped = "" if run.step >= run.planned else f" of {run.planned:,} (stopped)"
@@ -136,14 +134,10 @@ def results(run: Run) -> dict[str, str]:
     }
 
 
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _part(record, name: str) -> dict:
-    """A part of a record; empty where it is not there, or is damaged."""
+def _part(record, name: str, kind: type = dict):
+    """A part of a record; an empty one, or 0, where it is not there or is damaged."""
     found = record.get(name) if isinstance(record, dict) else None
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, kind) else kind()
 
 
 def settings(run: Run) -> dict:
@@ -155,10 +149,8 @@ def settings(run: Run) -> dict:
     found = {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
     noted = {f"weights of the {part}": _part(record, part).get("fingerprint") for part in ("base", "adapter")}
     for part, told in _part(record, "data").items():
-        files = told.get("files") if isinstance(told, dict) else None
-        files = files if isinstance(files, list) else []
-        hashes = [str(entry["sha256"])[:12] for entry in files if isinstance(entry, dict) and entry.get("sha256")]
-        noted[f"sha256 of the {part} data"] = ", ".join(hashes)
+        hashes = [_part(file, "sha256", str)[:12] for file in _part(told, "files", list)]
+        noted[f"sha256 of the {part} data"] = ", ".join(filter(None, hashes))
     noted |= {f"{name} version": version for name, version in _part(record, "versions").items()}
     noted["processes"] = _part(record, "start").get("processes")
     return found | {name: value for name, value in noted.items() if value}
@@ -190,26 +182,13 @@ def _is_one_place(name: str, told: list[dict]) -> bool:
 
 def _shorten(values: list) -> list[str]:
     """Values as texts; of paths only what follows the folders they share."""
-    texts = [_show(value) for value in values]
     paths = {value for value in values if isinstance(value, str) and "/" in value}
-    if len(paths) > 1 and all("," not in path for path in paths):
-        try:
-            shared = os.path.commonpath(paths)
-        except ValueError:  # absolute and relative ones
-            return texts
-        if shared:
-            cut = {path: os.path.relpath(path, shared) for path in paths}
-            return [
-                cut.get(value, text) if isinstance(value, str) else text
-                for value, text in zip(values, texts, strict=True)
-            ]
-    return texts
-
-
-def _show(value) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    alike = len(set(map(os.path.isabs, paths))) == 1  # absolute and relative ones share nothing
+    cut = {}
+    if len(paths) > 1 and alike and not any("," in path for path in paths):
+        shared = os.path.commonpath(paths) or "."
+        cut = {path: os.path.relpath(path, shared) for path in paths}
+    return [cut[value] if isinstance(value, str) and value in cut else show(value) for value in values]
 
 
 def table(labels: list[str], runs: list[Run]) -> str:
@@ -223,16 +202,13 @@ def table(labels: list[str], runs: list[Run]) -> str:
 
 
 def _check_output(args: CompareArgs) -> list[str]:
-    output = Path(args.output)
-    if output.suffix.lower() != ".png":
+    if Path(args.output).suffix.lower() != ".png":
         return [f"--output {args.output!r} is not a .png"]
-    try:
-        if output.is_dir() or not output.resolve().parent.is_dir():
-            return [_unwritable(args.output)]
-        there = output.exists() and not args.overwrite
-    except OSError as error:  # a name that is too long
-        return [_unwritable(args.output, error)]
-    return [f"--output {args.output!r} is there already; give another, or --overwrite true"] if there else []
+    if os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        return [_unwritable(args.output)]
+    if os.path.exists(args.output) and not args.overwrite:
+        return [f"--output {args.output!r} is there already; give another, or --overwrite true"]
+    return []
 
 
 def _unwritable(path: str, error: OSError | None = None) -> str:
