@@ -1,6 +1,6 @@
 """A mixture of experts with and without what balances it, beside dense models, on text of the project's own.
 
-python -m llm_tricks.moe.run --write           # 85 steps at one learning rate, three seeds, under half a minute
+python -m llm_tricks.moe.run --write           # 75 steps at one learning rate, three seeds, under half a minute
 python -m llm_tricks.moe.run --long --write    # 800 steps at two or three rates and more variants, some minutes
 
 Every tenth document is held back. Of this text the first half chooses each variant's learning rate, on average over the
@@ -67,7 +67,7 @@ def experiment(seeds: list[int], long: bool) -> dict:
     nb = definitions("moe")
     torch.set_num_threads(1)
     texts = nb.corpus(Path(__file__).resolve().parents[2])
-    steps, runs = 800 if long else 85, []
+    steps, runs = 800 if long else 75, []
     for seed in seeds:
         for name in VARIANTS if long else QUICK:
             for rate in rates_of(name) if long else QUICK_RATES:
