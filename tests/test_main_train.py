@@ -357,10 +357,14 @@ def test_a_run_that_fails_before_it_trains_leaves_the_earlier_one(train, monkeyp
     monkeypatch.setattr(utils.tasks.sft, "build_trainer", fails)
     with pytest.raises(RuntimeError, match="the trainer"):
         train("--max_steps", "1", "--overwrite_output_dir", "true")
-    after = files_with_content(folder)
-    assert {name: after[name] for name in before if name != "train.log"} == {
-        name: content for name, content in before.items() if name != "train.log"
-    }
+    assert files_with_content(folder) == before
+
+
+def test_a_run_that_replaces_another_has_a_log_of_its_own(train):
+    train("--max_steps", "1", "--seed", "7")
+    folder = train("--max_steps", "1", "--overwrite_output_dir", "true", "--seed", "8")
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert '"seed": 8' in log and '"seed": 7' not in log and "finished: " in log
 
 
 def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny_models, rows_file):

@@ -31,7 +31,7 @@ _WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 
 
 def open_run(train_args, args) -> Path:
-    """Makes the run's folder and opens its log."""
+    """Makes the run's folder; its log is opened once nothing more can be refused, and has what was said before."""
     route_library_logs()
     try:
         _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
@@ -42,7 +42,6 @@ def open_run(train_args, args) -> Path:
         if is_main_process() and train_args.resume_from_checkpoint:
             for name in remove_torsos(folder):
                 logger.warning("{} was not written to its end and is removed", name)
-        log_to_file(str(folder / "train.log"))
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
@@ -129,7 +128,8 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             _clear_finished(folder)
         (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
-        write_record(record, Path(train_args.output_dir) / BEGUN)
+        log_to_file(str(folder / "train.log"))
+        write_record(record, folder / BEGUN)
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     samples, why_none = begin_samples(trainer, args, train_args, data, tokenizer)
