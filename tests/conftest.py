@@ -50,6 +50,25 @@ def write_rows(path, rows):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run that knows three rows by heart, tiny.LEARNED: of whole weights, its base noted, long enough trained."""
+    import main_train
+
+    folder = tmp_path_factory.mktemp("learned")
+    rows = [{"instruction": question, "output": answer} for question, answer in tiny.LEARNED]
+    main_train.main(
+        [
+            "--model_name_or_path", tiny.save_tiny_model(folder / "base"),
+            "--train_data_path", write_rows(folder / "rows.jsonl", rows), "--output_dir", str(folder / "run"),
+            "--num_train_epochs", "60", "--learning_rate", "3e-3", "--report_to", "none",
+            "--train_mode", "full", "--save_strategy", "no",
+            "--disable_tqdm", "true", "--precision", "fp32",
+        ]
+    )  # fmt: skip
+    return folder / "run"
+
+
 @pytest.fixture
 def train(tiny_models, rows_file, tmp_path):
     """Runs main_train.py in this process on a tiny model; returns the run's folder."""

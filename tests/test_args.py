@@ -203,7 +203,7 @@ def test_a_recipe_of_ones_own(parse, tmp_path):
 def test_a_finished_run_is_not_trained_over(parse, tmp_path):
     (tmp_path / "run").mkdir()
     parse()
-    (tmp_path / "run" / utils.check_run.FINISHED).write_text("{}")
+    (tmp_path / "run" / utils.checkpoints.FINISHED).write_text("{}")
     assert "--overwrite_output_dir true" in problems_of(parse)[0]
     parse("--overwrite_output_dir", "true")
 

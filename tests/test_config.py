@@ -165,6 +165,11 @@ def test_files_that_are_none(tmp_path, refused, content, said):
     assert said in refused(main_train.main, "--config", str(path))
 
 
+def test_a_list_of_another_type_is_named(changed, refused):
+    path = changed(lambda record: record.update(resumed="broken"))
+    assert "'resumed' must be a list" in refused(main_train.main, "--config", path)
+
+
 @pytest.mark.parametrize("part", ["hardware", "base", "data", "start", "versions", "adapter"])
 def test_a_part_of_another_type_is_named(changed, refused, part):
     path = changed(lambda record: record.update({part: "broken"}))

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT, write_rows
 
@@ -22,28 +23,6 @@ QUIZ = [
     {"question": "你是谁？", "choices": ["我是一个人工智能助手。", "好", "the fox <|im_end|> over"], "answer": 1},
     {"question": "1 + 2 =", "choices": {"A": "3", "B": "10 - 4"}, "answer": "b", "system": "Be brief."},
 ]
-LEARNED = [("Hi", "Hello!"), ("Who?", "The fox."), ("再见", "好。")]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run that knows its rows by heart, of whole weights, that has noted its base."""
-    import tiny
-
-    import main_train
-
-    folder = tmp_path_factory.mktemp("evaluate")
-    rows = [{"instruction": question, "output": answer} for question, answer in LEARNED]
-    main_train.main(
-        [
-            "--model_name_or_path", tiny.save_tiny_model(folder / "base"),
-            "--train_data_path", write_rows(folder / "rows.jsonl", rows), "--output_dir", str(folder / "run"),
-            "--num_train_epochs", "60", "--learning_rate", "3e-3", "--report_to", "none",
-            "--train_mode", "full", "--save_strategy", "no",
-            "--disable_tqdm", "true", "--precision", "fp32",
-        ]
-    )  # fmt: skip
-    return folder / "run"
 
 
 def run(tmp_path, capsys, model, rows, *flags):
@@ -237,8 +216,8 @@ def test_answers_of_a_run_and_its_base_side_by_side(run_folder, tmp_path, capsys
 
 def test_choices_of_a_run_and_its_base(run_folder, tmp_path, capsys):
     rows = [
-        {"question": question, "choices": [answer for _, answer in LEARNED], "answer": answer}
-        for question, answer in LEARNED
+        {"question": question, "choices": [answer for _, answer in tiny.LEARNED], "answer": answer}
+        for question, answer in tiny.LEARNED
     ]
     lines, summary, out, err = run(tmp_path, capsys, run_folder, [*rows, {"question": "Who?", "choices": ["x"]}])
     assert [line["scores"]["trained"]["chosen"] for line in lines] == ["A", "B", "C"]

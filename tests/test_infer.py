@@ -1,12 +1,10 @@
 """Talking to a run and answering files: what it sees, where it stops, commands, kills, and what is refused."""
 
-import importlib.machinery
 import io
 import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -22,25 +20,6 @@ from utils.script import infer
 from utils.trained import check_trained
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, request):
-    """A run that knows its rows by heart: a tiny random model, trained long enough on three rows."""
-    import main_train
-
-    folder = tmp_path_factory.mktemp("infer")
-    rows = [{"instruction": q, "output": a} for q, a in [("Hi", "Hello!"), ("Who?", "The fox."), ("再见", "好。")]]
-    main_train.main(
-        [
-            "--model_name_or_path", tiny.save_tiny_model(folder / "base"),
-            "--train_data_path", write_rows(folder / "rows.jsonl", rows), "--output_dir", str(folder / "run"),
-            "--num_train_epochs", "60", "--learning_rate", "3e-3", "--report_to", "none",
-            "--train_mode", "full", "--save_strategy", "no",
-            "--disable_tqdm", "true", "--precision", "fp32",
-        ]
-    )  # fmt: skip
-    return folder / "run"
-
-
 def load(**values):
     args = infer.InferArgs(**values)
     return infer.load_chat(args, check_trained(args)[0])
@@ -53,7 +32,7 @@ def said(capsys, *flags):
 
 
 def test_a_prompt_is_answered_as_trained_and_stops(run_folder, capsys):
-    for prompt, answer in [("Hi", "Hello!"), ("Who?", "The fox."), ("再见", "好。")]:
+    for prompt, answer in tiny.LEARNED:
         assert said(capsys, "--model_path", str(run_folder), "--prompt", prompt) == answer + "\n"
 
 
@@ -307,32 +286,6 @@ def test_rows_of_several_files_are_named_in_the_order_they_are_read(run_folder, 
     wanted = [f"a.jsonl:{n} " for n in (1, 2)] + [f"b.jsonl:{n} " for n in range(1, 13)] + ["b.jsonl:1 x.jsonl:1 "]
     assert len(named) == len(wanted)
     assert all(line.startswith(start) for line, start in zip(named, wanted, strict=True)), named
-
-
-def test_merging_leaves_deepspeed_out(train, tmp_path, monkeypatch):
-    """What is merged is saved, for which accelerate would import it: seconds, and a warning of its own."""
-    import accelerate.utils.imports
-    import accelerate.utils.other
-
-    from utils.script import merge_lora
-
-    folder, asked = train(), []
-
-    class Watched(types.ModuleType):
-        def __getattr__(self, name):
-            if name == "DeepSpeedEngine":
-                asked.append(name)
-                return type(name, (), {})
-            raise AttributeError(name)
-
-    module = Watched("deepspeed")
-    module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
-    monkeypatch.setitem(sys.modules, "deepspeed", module)
-    # as in a process that has not trained
-    found = accelerate.utils.imports.is_deepspeed_available
-    monkeypatch.setattr(accelerate.utils.other, "is_deepspeed_available", found)
-    merge_lora.main(["--model_path", str(folder), "--output_dir", str(tmp_path / "merged")])
-    assert (tmp_path / "merged" / "model.safetensors").is_file() and not asked
 
 
 KILLER = """

@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_trains(command, flags, tmp_path):
     config = json.loads((tmp_path / "run" / "train_args.json").read_text(encoding="utf-8"))["trainer"]["deepspeed"]
     wanted = re.search(r"--deepspeed (\w+)", command)
     name = wanted[1] if wanted else "zero2" if command.startswith("deepspeed") else None
-    assert config == (str(CONFIGS / f"ds_config_{name}.json") if name else None)
+    assert config == name  # by its short name, which is found again wherever the project lies
     rows = json.loads((tmp_path / "run" / "train_args.json").read_text(encoding="utf-8"))["summary"]
     assert rows["steps"] == 2 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "train.log").read_text(encoding="utf-8").count("step 1: loss") == 1

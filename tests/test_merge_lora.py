@@ -1,8 +1,11 @@
 """Merging: the same logits as with the adapter, a folder that every loader takes, and what is refused."""
 
 import hashlib
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -446,3 +449,27 @@ def test_what_a_killed_merge_left_is_cleared_and_put_back(tmp_path):
     with merging.whole_or_nothing(folder, "--output_dir x") as written:
         (written / "new").write_text("whole")
     assert listing(tmp_path).keys() == {"merged/new"}
+
+
+def test_merging_leaves_deepspeed_out(train, tmp_path, monkeypatch):
+    """What is merged is saved, for which accelerate would import it: seconds, and a warning of its own."""
+    import accelerate.utils.imports
+    import accelerate.utils.other
+
+    folder, asked = train(), []
+
+    class Watched(types.ModuleType):
+        def __getattr__(self, name):
+            if name == "DeepSpeedEngine":
+                asked.append(name)
+                return type(name, (), {})
+            raise AttributeError(name)
+
+    module = Watched("deepspeed")
+    module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+    # as in a process that has not trained
+    found = accelerate.utils.imports.is_deepspeed_available
+    monkeypatch.setattr(accelerate.utils.other, "is_deepspeed_available", found)
+    merge_lora.main(["--model_path", str(folder), "--output_dir", str(tmp_path / "merged")])
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and not asked

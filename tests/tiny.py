@@ -115,6 +115,8 @@ ROWS = [
     {"instruction": "Goodbye.", "output": "再见！祝您生活愉快。"},
 ]
 
+# question → answer, for runs that are to know them by heart
+LEARNED = [("Hi", "Hello!"), ("Who?", "The fox."), ("再见", "好。")]
 PAIRS = [
     {"prompt": "What is the capital of France?", "chosen": "Paris is.", "rejected": "The lazy dog jumps over Paris."},
     {"prompt": "Say hello.", "chosen": "Hello, quick brown fox!", "rejected": "No."},

@@ -1,5 +1,6 @@
 """The run card: README.md in the run's folder, in the form of a model card of the Hugging Face Hub."""
 
+import dataclasses
 import math
 import re
 import shlex
@@ -33,8 +34,6 @@ def changed_settings(args, train_args) -> dict[str, tuple]:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
     """
-    import dataclasses
-
     # what follows from the machine and from there being rows to evaluate is no setting
     given = {name: getattr(train_args, name) for name in ("output_dir", "bf16", "fp16", "use_cpu")}
     if train_args.eval_strategy == "no":
@@ -158,15 +157,16 @@ def _result(record: dict, history: list[dict]) -> list[tuple]:
 
 
 def _base(record: dict) -> list[tuple]:
-    common, base = record["common"], record["base"]
-    weights = f", weights `{base['fingerprint']}`" if base.get("fingerprint") else ""
-    rows = [("base", f"`{base['path']}`{weights}")]
-    if common["adapter_name_or_path"]:
-        rows.append(("goes on from the adapter", f"`{common['adapter_name_or_path']}`"))
-        if record.get("adapter", {}).get("fingerprint"):
-            rows[-1] = (rows[-1][0], f"{rows[-1][1]}, weights `{record['adapter']['fingerprint']}`")
+    common = record["common"]
+    rows = [("base", _with_weights(record["base"]))]
+    if "adapter" in record:
+        rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
     template = "none: plain text" if common["task_type"] == "pretrain" else f"`{common['template_name']}`"
     return [*rows, ("chat template", template)]
+
+
+def _with_weights(noted: dict) -> str:
+    return f"`{noted['path']}`" + (f", weights `{noted['fingerprint']}`" if noted.get("fingerprint") else "")
 
 
 def _data(record: dict) -> list[str]:

@@ -1,12 +1,11 @@
 """Checks of the adapter's arguments, and what follows from an adapter to go on from."""
 
-import contextlib
 import json
 from pathlib import Path
 
 from loguru import logger
 
-from utils.checkpoints import MANIFEST
+from utils.checkpoints import FINISHED, MANIFEST, noted_by_run
 from utils.paths import project_path
 from utils.weight_files import fingerprint
 
@@ -65,7 +64,7 @@ def start_from_adapter(common, given: set[str]) -> list[str]:
     if lacking:
         return [f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved"]
     problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
-    problems = problems or _check_weights(common, flag, Path(path))
+    problems = problems or _check_weights(common, flag, path)
     names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
     problems += [
         f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out"
@@ -119,20 +118,17 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[str]:
     return []
 
 
-def _check_weights(common, flag: str, folder: Path) -> list[str]:
+def _check_weights(common, flag: str, folder: str) -> list[str]:
     """An adapter fits only the weights it was trained on; on others of the same shape it goes on without a word."""
-    run = folder.parent if (folder / MANIFEST).is_file() else folder
-    noted = {}
-    for file in run.glob("train_args.json*"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            noted = json.loads(file.read_text(encoding="utf-8")).get("base") or {}
+    noted = noted_by_run(folder, "base")
     then = noted.get("fingerprint")
     now = fingerprint(common.model_name_or_path) if then else None
     if now in (None, then):
         return []
+    base = common.model_name_or_path
     return [
-        f"{flag} was trained on {noted['path']!r} with weights {then}, and {common.model_name_or_path!r} has {now}; "
-        "give the base it was trained on as --model_name_or_path"
+        f"{flag} was trained on {noted.get('path')!r} with weights {then}, and {base!r} has {now}; give the base it "
+        "was trained on as --model_name_or_path"
     ]
 
 
@@ -140,7 +136,7 @@ def _settings_of_run(folder: Path) -> dict:
     """The settings of a finished run, or of a checkpoint."""
     if (folder / MANIFEST).is_file():
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["must"]
-    return json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["common"]
+    return json.loads((folder / FINISHED).read_text(encoding="utf-8"))["common"]
 
 
 def template_of_run(common, given: set[str]) -> None:

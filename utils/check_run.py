@@ -7,11 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
-from utils.checkpoints import checkpoints_of, newer_than, read_manifest
+from utils.checkpoints import FINISHED, checkpoints_of, newer_than, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
-FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
 # what a run writes beside its weights; a file of this name that lies there already would be lost
 WRITTEN = (
     "README.md", "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: each ends with a list of its files, written last.
+"""Checkpoints that are whole or not there: each ends with a list of its files, written last. And a run's record.
 
 A process can die at any moment, also between two files of a checkpoint or in the middle of one.
 What `complete.json` lists, with sizes, was there before it; a folder without it is a torso.
@@ -10,6 +10,28 @@ import shutil
 from pathlib import Path
 
 MANIFEST = "complete.json"
+FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
+BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
+STATE = "trainer_state.json"
+
+
+def read_record(run: Path) -> dict | None:
+    """The record of a finished run, or of one that began; None where there is none that can be read."""
+    for name in (FINISHED, BEGUN):
+        try:
+            record = json.loads((run / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict):
+            return record
+    return None
+
+
+def noted_by_run(folder: str | Path, part: str) -> dict:
+    """A part of what a run noted of itself, by its folder or that of a checkpoint; empty where it did not."""
+    folder = Path(folder)
+    found = (read_record(folder.parent if (folder / MANIFEST).is_file() else folder) or {}).get(part)
+    return found if isinstance(found, dict) else {}
 
 
 def checkpoints_of(run: Path) -> list[Path]:

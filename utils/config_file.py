@@ -9,10 +9,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from loguru import logger
 
-from utils.check_run import FINISHED
+from utils.checkpoints import BEGUN, FINISHED
 from utils.data_files import TEXT_SUFFIXES, find_files
 from utils.errors import UserError, nearest
-from utils.record import BEGUN, LIBRARIES, hardware, launcher, sha256_of, versions
+from utils.record import LIBRARIES, hardware, launcher, sha256_of, versions
 from utils.weight_files import fingerprint
 
 # of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to
@@ -93,16 +93,16 @@ class ConfigFile:
             logger.warning("--config {}: {}; the losses may differ", self.path, text)
 
     def _other_machine(self) -> list[str]:
-        then = self.record.get("versions") or {}
+        then = self.record["versions"]
         now = versions()
         found = [
             f"{name} was {then[name]}, is {now[name]}" for name in LIBRARIES if then.get(name, now[name]) != now[name]
         ]
-        machine, here = self.record.get("hardware") or {}, hardware()
+        machine, here = self.record["hardware"], hardware()
         for name in ("cpu", "gpus"):
             if machine.get(name, here[name]) != here[name]:
                 found.append(f"{name} was {machine[name] or 'none'}, is {here[name] or 'none'}")
-        count, processes = (self.record.get("start") or {}).get("processes"), launcher()["processes"]
+        count, processes = self.record["start"].get("processes"), launcher()["processes"]
         if count not in (None, processes):
             found.append(f"it had {count} processes, now {processes}, so a step has other rows")
         return found
@@ -110,7 +110,7 @@ class ConfigFile:
     def _other_data(self, common) -> list[str]:
         found = []
         for part, name in (("base", "model_name_or_path"), ("adapter", "adapter_name_or_path")):
-            then, path = (self.record.get(part) or {}).get("fingerprint"), getattr(common, name)
+            then, path = self.record[part].get("fingerprint"), getattr(common, name)
             if name in self.given or not then or not path:
                 continue
             now = fingerprint(path)
@@ -136,7 +136,7 @@ class ConfigFile:
         return found
 
     def _files(self, part: str) -> list[dict]:
-        return ((self.record.get("data") or {}).get(part) or {}).get("files") or []
+        return (self.record["data"].get(part) or {}).get("files") or []
 
 
 def read_config(path: str | None) -> ConfigFile:
@@ -163,10 +163,13 @@ def read_config(path: str | None) -> ConfigFile:
     if "common" not in content and "trainer" not in content:
         return ConfigFile(path, {name.removeprefix("--"): value for name, value in content.items() if name != "config"})
     parts = [content.get(name) for name in ("trainer", "common")]
+    content = dict.fromkeys(("base", "adapter", "data", "hardware", "start", "versions"), {}) | content
     for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
-        if not isinstance(content.get(name, {} if name not in ("common", "trainer") else None), dict):
+        if not isinstance(content.get(name), dict):
             raise UserError(f"{flag}: {name!r} must be an object; give a run's whole train_args.json")
-    left_out = _LEFT_OUT if (content.get("hardware") or {}).get("gpus") else _LEFT_OUT + _OF_THE_CPU
+    if not isinstance(content.get("resumed", []), list):
+        raise UserError(f"{flag}: 'resumed' must be a list; give a run's whole train_args.json")
+    left_out = _LEFT_OUT if content["hardware"].get("gpus") else _LEFT_OUT + _OF_THE_CPU
     values = {name: value for part in parts for name, value in part.items() if name not in left_out}
     if values.get("pad_to_multiple_of", 0) is None:
         del values["pad_to_multiple_of"]  # TRL's "auto" has become this, and nothing here takes it

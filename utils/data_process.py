@@ -22,6 +22,7 @@ from utils.data_files import find_files
 from utils.data_report import SHOWN, TOO_LONG, DataReport, refuse_nothing_left
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import is_first_here
+from utils.record import sha256_of
 
 _FORMAT_VERSION = 3  # raise it when a change here makes other ids or labels of the same row
 
@@ -46,7 +47,8 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
-    content = _content_key(files, kind, on_bad_row)
+    hashes = {file: sha256_of(file) for file in files}
+    content = _content_key(hashes, kind, on_bad_row)
     # the names stand in the report, so they are part of what is kept
     folder = _cache_root(cache_dir) / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
@@ -67,7 +69,7 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
                 ) from error
             logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
     dataset, report = prepared
-    report.key, report.files = content, files
+    report.key, report.files, report.hashes = content, files, hashes
     report.log(name)
     return dataset, report
 
@@ -125,12 +127,11 @@ def _cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
 
 
-def _content_key(files: list[str], kind: RowKind, on_bad_row: str) -> str:
+def _content_key(hashes: dict[str, str], kind: RowKind, on_bad_row: str) -> str:
     parts = {"version": _FORMAT_VERSION, "on_bad_row": on_bad_row, **kind.key}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for file in files:
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for sha in hashes.values():
+        digest.update(bytes.fromhex(sha))
     return digest.hexdigest()[:32]
 
 

@@ -37,7 +37,7 @@ class DataReport:
         dropped: reason → how many rows.
         places: `"file reason"` → the lines of the first hundred such rows.
         key: a hash of everything the prepared rows depend on.
-        files: the files, in the order that `source_of` numbers them.
+        files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
@@ -49,6 +49,7 @@ class DataReport:
     places: dict[str, list[int]] = field(default_factory=dict)
     key: str = ""
     files: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
     shortened: int = 0
     shortened_at: dict[str, list[int]] = field(default_factory=dict)
 

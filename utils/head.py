@@ -3,6 +3,7 @@
 TRL scores every position where there is no Triton, prompts and padding too, and computes each tile of logits twice.
 """
 
+import functools
 from types import SimpleNamespace
 
 TILE = 8_000_000  # logits at once, some 50 MB with what is computed of them
@@ -44,6 +45,12 @@ def frozen_head(hidden, weight, targets):
         log-probabilities [N], differentiable in `hidden`; entropies in nats [N]; whether the target is the likeliest
         token [N].
     """
+    return _frozen_head().apply(hidden, weight, targets)
+
+
+@functools.cache
+def _frozen_head():
+    """The autograd function, made once: torch is imported where it is used."""
     import torch
 
     class FrozenHead(torch.autograd.Function):
@@ -53,7 +60,7 @@ def frozen_head(hidden, weight, targets):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
             states, head = hidden.to(dtype), weight.to(dtype)
             rows = min(len(states), max(1, TILE // len(head)))
-            room = [torch.empty(rows, len(head), dtype=kind) for kind in (dtype, torch.float32)]
+            room = [torch.empty(rows, len(head), dtype=of) for of in (dtype, torch.float32)]
             parts = [
                 _score(*tile, head, *(buffer[: len(tile[0])] for buffer in room))
                 for tile in zip(states.split(rows), targets.split(rows), strict=True)
@@ -69,7 +76,7 @@ def frozen_head(hidden, weight, targets):
             (gradient,) = ctx.saved_tensors
             return (towards[:, None] * gradient).to(ctx.dtype), None, None
 
-    return FrozenHead.apply(hidden, weight, targets)
+    return FrozenHead
 
 
 def _score(states, targets, head, logits, odds):

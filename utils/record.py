@@ -10,11 +10,9 @@ import re
 from pathlib import Path
 
 from utils.check_deepspeed import short_name
-from utils.check_run import FINISHED
 from utils.launch import started_by_deepspeed, uses_fsdp, world_size
 from utils.weight_files import fingerprint
 
-BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed")
 _SECRET = re.compile(r"(?<!s)token(?!s)|api_?key|secret|passw|credential")
 
@@ -57,7 +55,7 @@ def run_record(args, train_args, data) -> dict:
 
 def _rows_record(report) -> dict:
     files = [
-        {"file": file, "bytes": Path(file).stat().st_size, "sha256": sha256_of(file)} for file in report.files
+        {"file": file, "bytes": Path(file).stat().st_size, "sha256": report.hashes[file]} for file in report.files
     ]  # fmt: skip
     names = ("rows", "kept", "dropped", "shortened", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}
@@ -119,15 +117,3 @@ def write_record(record: dict, path: Path) -> None:
     temporary = path.with_name(path.name + "~")
     temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def read_record(folder: Path) -> dict | None:
-    """The record of a finished run, or of one that began; None where there is none that can be read."""
-    for name in (FINISHED, BEGUN):
-        try:
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict):
-            return record
-    return None

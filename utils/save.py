@@ -12,20 +12,18 @@ from loguru import logger
 
 from utils.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.check_args import is_default_folder, new_folder
-from utils.check_run import FINISHED
-from utils.checkpoints import checkpoints_of, newer_than, remove_torsos
+from utils.checkpoints import BEGUN, FINISHED, STATE, checkpoints_of, newer_than, read_record, remove_torsos
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import agree
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.pissa import pissa_to_lora
 from utils.plot import plot_history
-from utils.record import BEGUN, effective_args, read_record, run_record, write_record
+from utils.record import effective_args, run_record, write_record
 from utils.samples import begin_samples, end_samples
 from utils.summary import summarise
 from utils.tokenizer import set_format
 from utils.trainer import refuse_broken_weights
 
-STATE = "trainer_state.json"
 _PISSA_START = "_pissa_start"  # what begins so is never pushed
 _WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from loguru import logger
 
 from utils.check_args import check_model_path
-from utils.checkpoints import MANIFEST, checkpoints_of, read_manifest
+from utils.checkpoints import checkpoints_of, noted_by_run, read_manifest
 from utils.errors import UserError
 from utils.flags import arg
 from utils.paths import project_path
-from utils.record import read_record
 from utils.template import get_template, template_dict, unknown_template
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
 from utils.weight_files import check_weight_files, fingerprint
@@ -95,19 +94,12 @@ def _recorded_base(adapter: str) -> tuple[str, str | None]:
 
 def base_of_run(folder: str) -> dict:
     """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
-    return _noted(folder, "base")
+    return noted_by_run(folder, "base")
 
 
 def allows_special(parts: Parts) -> bool:
     """Whether the run was trained with special tokens in what messages say."""
-    return bool(_noted(parts.last(), "common").get("allow_special_tokens_in_content"))
-
-
-def _noted(folder: str, part: str) -> dict:
-    # a checkpoint's run notes it for all of them
-    run = Path(folder).parent if (Path(folder) / MANIFEST).is_file() else Path(folder)
-    found = (read_record(run) or {}).get(part)
-    return found if isinstance(found, dict) else {}
+    return bool(noted_by_run(parts.last(), "common").get("allow_special_tokens_in_content"))
 
 
 def _check_base(base: str, adapters: list[str]) -> list[str]:

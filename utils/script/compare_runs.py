@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.card import show
-from utils.checkpoints import checkpoints_of
+from utils.checkpoints import STATE, checkpoints_of, read_record
 from utils.errors import UserError, nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.log import setup_logging
 from utils.plot import plot_runs, series
-from utils.record import read_record
 
-STATE = "trainer_state.json"
 _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
 # differ between any two runs, and say nothing of how they were trained
 _NOT_SETTINGS = (

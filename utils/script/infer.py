@@ -11,7 +11,6 @@ with the answer, so that the file can be trained on, and answered again, as it i
 rows.
 """
 
-import hashlib
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from utils.flags import arg, make_parser, read_flags
 from utils.generate import GenerateArgs, answer_all, check_generate, prompt_ids
 from utils.log import setup_logging
 from utils.prompts import Prompt, read_prompts
+from utils.record import sha256_of
 from utils.trained import Parts, TrainedArgs, allows_special, check_trained, load_format, load_speaker
 from utils.weight_files import fingerprint
 
@@ -200,8 +200,7 @@ def _only(args: InferArgs, kind: type) -> dict:
 
 
 def _hash_of(file: str | Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    return sha256_of(file)[:16]
 
 
 def row_of(prompt: Prompt, answer: str) -> dict:

@@ -4,7 +4,6 @@ python -m utils.script.merge_lora --model_path output/sft-20260101-120000 --outp
 python -m utils.script.merge_lora --model_path output/merged --modelfile true
 """
 
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -15,13 +14,15 @@ from typing import Literal
 
 from loguru import logger
 
-from utils.check_run import FINISHED
+from utils.checkpoints import FINISHED, noted_by_run
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
+from utils.launch import leave_deepspeed_out
 from utils.log import route_library_logs, setup_logging
 from utils.merge import MERGED, check_output_dir, load_merged, whole_or_nothing, write_json
 from utils.model import settle_generation
 from utils.modelfile import NAME, template_in, write_modelfile
+from utils.record import sha256_of
 from utils.template import get_template
 from utils.tokenizer import load_tokenizer, set_format
 from utils.trained import Parts, TrainedArgs, check_trained
@@ -109,9 +110,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     Raises:
         UserError: something cannot be loaded, merged or written, or `--modelfile` knows no form of the chat format.
     """
-    from utils.tasks.common import _leave_deepspeed_out
-
-    _leave_deepspeed_out()  # saving asks whether the weights are in its hands
+    leave_deepspeed_out()  # saving asks whether the weights are in its hands
     folder = Path(args.output_dir).expanduser().resolve()
     tokenizer = load_tokenizer(_home(parts), args.trust_remote_code, flag="--model_path")
     template = _template(args, tokenizer, parts)
@@ -129,7 +128,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
         if args.modelfile:
             write_modelfile(part, template, tokenizer, model.generation_config.eos_token_id)
         found = template.name if template else "auto" if tokenizer.chat_template else None
-        _write_settings(parts, part, args.template_name or _settings(parts).get("template_name") or found)
+        _write_settings(parts, part, args.template_name or _trained_template(parts) or found)
         _write_origin(parts, part, str(model.dtype).removeprefix("torch."))
     return folder
 
@@ -144,7 +143,7 @@ def _template(args: MergeArgs, tokenizer, parts: Parts):
     """The registered format the model speaks, None for another; it must be one where `--modelfile` is given."""
     if args.template_name and args.template_name != "auto":
         return get_template(args.template_name, tokenizer)
-    template = template_in(tokenizer, _settings(parts).get("template_name"))
+    template = template_in(tokenizer, _trained_template(parts))
     if args.modelfile and template is None:
         has = "is none of the registered ones" if tokenizer.chat_template else "is not saved with it"
         raise UserError(
@@ -155,11 +154,8 @@ def _template(args: MergeArgs, tokenizer, parts: Parts):
     return template
 
 
-def _settings(parts: Parts) -> dict:
-    try:
-        return json.loads((Path(parts.last()) / FINISHED).read_text(encoding="utf-8"))["common"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _trained_template(parts: Parts) -> str | None:
+    return noted_by_run(parts.last(), "common").get("template_name")
 
 
 def _generation_config(parts: Parts, model):
@@ -192,10 +188,7 @@ def _write_settings(parts: Parts, folder: Path, template_name: str | None) -> No
 
 def _write_origin(parts: Parts, folder: Path, dtype: str) -> None:
     """What the folder was merged of; written last."""
-    adapters = []
-    for path in parts.adapters:
-        with (Path(path) / "adapter_model.safetensors").open("rb") as opened:
-            adapters.append({"path": path, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+    adapters = [{"path": path, "sha256": sha256_of(f"{path}/adapter_model.safetensors")} for path in parts.adapters]
     write_json(
         folder / MERGED,
         {

@@ -10,6 +10,7 @@ from loguru import logger
 from utils.adapter import adapter_weights, settle_trainable
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
+from utils.launch import leave_deepspeed_out
 from utils.resume import run_settings
 
 # whose errors are about the hub and the way to it
@@ -106,7 +107,7 @@ def use_padding_free(args, train_args) -> bool:
 def for_trl(train_args):
     """The recipe as TRL's trainer is to see it: rows are prepared, packed and collated already."""
     if train_args.deepspeed_plugin is None:
-        _leave_deepspeed_out()
+        leave_deepspeed_out()
     settled = copy.copy(train_args)
     if settled.hub_token:
         # the trainer pickles its arguments into every checkpoint, and pushes them; the hub's client reads this instead
@@ -119,13 +120,6 @@ def for_trl(train_args):
         settled.ddp_find_unused_parameters = False  # every trained weight has its part in every step
     settled.dataset_kwargs = {"skip_prepare_dataset": True}
     return settled
-
-
-def _leave_deepspeed_out() -> None:
-    """Without its launcher DeepSpeed has no part in a run, yet accelerate would import it: seconds for nothing."""
-    import accelerate.utils.other
-
-    accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer, **more):
