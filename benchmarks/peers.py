@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # the index has no CPU build of torchaudio, which LLaMA-Factory imports and does not use for text
 INSTALL = {
-    "TRL": (ROOT / "requirements.txt", []),
+    "TRL": ["torch", "transformers", "trl", "peft", "datasets", "accelerate"],  # in this project's versions
     "LLaMA-Factory": (None, ["torch==2.13.0", "llamafactory==0.9.5"]),
 }
 STAND_IN = "torchaudio"
@@ -142,7 +142,7 @@ def _llamafactory(work: Work, out: Path) -> list[str]:
     if work.packing:
         settings |= {"packing": True, "neat_packing": True, "disable_gradient_checkpointing": True}
     out.parent.mkdir(parents=True, exist_ok=True)
-    file = out.with_suffix(".json")
+    file = out.with_suffix(".yaml")  # JSON is YAML, and its reader of .json fails
     file.write_text(json.dumps(settings))
     return ["-m", "llamafactory.cli", "train", str(file)]
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 # a module may import those before it, never those after
 FLOW = [
+    "imports",
     "log",
     "launch",
     "errors",

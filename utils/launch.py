@@ -52,13 +52,6 @@ def join_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
-def leave_deepspeed_out() -> None:
-    """Without its launcher DeepSpeed has no part in a run, yet accelerate would import it: seconds for nothing."""
-    import accelerate.utils.other
-
-    accelerate.utils.other.is_deepspeed_available = lambda: False
-
-
 def _build_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 

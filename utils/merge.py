@@ -12,6 +12,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.errors import UserError, is_about_the_disk
+from utils.imports import import_peft
 from utils.tokenizer import load_failure
 from utils.trained import Parts, TrainedArgs
 from utils.weight_files import read_header, weight_files
@@ -38,6 +39,7 @@ def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None):
     Raises:
         UserError: base or adapter cannot be loaded, do not fit each other, or give weights that are not finite.
     """
+    import_peft()
     import torch
     from transformers import AutoModelForCausalLM
 

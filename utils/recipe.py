@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 from utils.check_args import KNOWN_TASKS
 from utils.errors import UserError, nearest
+from utils.imports import import_peft
 from utils.paths import ROOT, project_path
 
 
@@ -22,6 +23,7 @@ def load_recipe(path: str, ours: frozenset[str] = frozenset()) -> type:
     Raises:
         UserError: no such file, or no dataclass `TrainArgument` made for a task.
     """
+    import_peft()
     from transformers import TrainingArguments
 
     file = Path(project_path(path))

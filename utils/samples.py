@@ -20,18 +20,20 @@ class Sample:
     Attributes:
         ids: the tokens the answer follows.
         wanted: how the row goes on.
-        before, after: the answers of the model as the training found and left it.
+        before, after: the answers of the model as the training found and left it; None until they are made.
     """
 
     ids: list[int]
     prompt: str
     wanted: str
-    before: str = ""
-    after: str = ""
+    before: str | None = None
+    after: str | None = None
 
 
 def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Sample], str]:
     """Chooses the questions and has them answered by the model as the training finds it.
+
+    Where that is the base, which lies unchanged under its adapter, this can wait, so that the training begins sooner.
 
     Returns:
         the samples, and why there are none.
@@ -45,16 +47,25 @@ def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Samp
         places = [number * len(rows) // args.card_samples for number in range(args.card_samples)]
         samples = [_sample(*split_row(rows[place]), tokenizer) for place in dict.fromkeys(places)]
         chosen = [sample for sample in samples if sample.ids and room_for(trainer.model, sample.ids, _HOW) > 0]
-        for sample, text in zip(chosen, _answers(trainer, tokenizer, chosen), strict=True):
-            sample.before = text
+        if not _begins_as_base(trainer.model, args):
+            for sample, text in zip(chosen, _answers(trainer, tokenizer, chosen), strict=True):
+                sample.before = text
         return chosen, "" if chosen else "no row leaves room for an answer"
     except Exception as error:  # a card must never cost a run
         logger.warning("the run's card will show no answers: {}: {}", type(error).__name__, error)
         return [], f"they could not be made ({type(error).__name__})"
 
 
+def _begins_as_base(model, args) -> bool:
+    """Whether the model without its adapter is what the training found: a new adapter adds nothing at its start."""
+    from peft import PeftModel
+
+    # PiSSA's start is taken out of the base, whose weights are others from then on
+    return isinstance(model, PeftModel) and not args.adapter_name_or_path and args.init_lora_weights == "default"
+
+
 def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
-    """Has the questions answered by the trained model.
+    """Has the questions answered by the trained model, and by its base if that was put off.
 
     Returns:
         why there are no answers, if there are none.
@@ -62,6 +73,10 @@ def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
     try:
         for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
             sample.after = text
+        if any(sample.before is None for sample in samples):
+            with trainer.model.disable_adapter():
+                for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
+                    sample.before = text
         return ""
     except Exception as error:
         logger.warning("the run's card shows no answers: {}: {}", type(error).__name__, error)

@@ -10,6 +10,7 @@ from utils.check_args import check_model_path
 from utils.checkpoints import checkpoints_of, noted_by_run, read_manifest
 from utils.errors import UserError
 from utils.flags import arg
+from utils.imports import import_peft
 from utils.paths import project_path
 from utils.template import get_template, template_dict, unknown_template
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
@@ -135,6 +136,7 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     Raises:
         UserError: there is no such model, or the adapter does not fit it.
     """
+    import_peft()
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 

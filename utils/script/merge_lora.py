@@ -17,7 +17,7 @@ from loguru import logger
 from utils.checkpoints import FINISHED, noted_by_run
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
-from utils.launch import leave_deepspeed_out
+from utils.imports import leave_deepspeed_out
 from utils.log import route_library_logs, setup_logging
 from utils.merge import MERGED, check_output_dir, load_merged, whole_or_nothing, write_json
 from utils.model import settle_generation

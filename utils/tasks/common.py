@@ -10,7 +10,7 @@ from loguru import logger
 from utils.adapter import adapter_weights, settle_trainable
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
-from utils.launch import leave_deepspeed_out
+from utils.imports import leave_deepspeed_out
 from utils.resume import run_settings
 
 # whose errors are about the hub and the way to it
