@@ -1,5 +1,6 @@
 """The programs that are compared: how each is installed, and how each is told to do the same work."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# the index has no CPU build of torchaudio, which LLaMA-Factory imports and does not use for text
 INSTALL = {
     "TRL": ["torch", "transformers", "trl", "peft", "datasets", "accelerate"],  # in this project's versions
-    "LLaMA-Factory": (None, ["torch==2.13.0", "llamafactory==0.9.5"]),
+    "LLaMA-Factory": ["torch", "llamafactory==0.9.5"],
 }
-STAND_IN = "torchaudio"
+# what LLaMA-Factory requires and does not use for text, and what of it has no build that fits a CPU's torch:
+# torchaudio is imported, so an empty module stands in; transformers leaves torchvision out where there is none
+STAND_IN, LEFT_OUT = "torchaudio", "torchvision"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def install(name: str, folder: Path) -> Path:
     """Makes a peer's virtual environment; returns its Python."""
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
-        requirements, packages = INSTALL[name]
-        words = ["-r", str(requirements)] if requirements else packages
+        # a name alone stands for this project's own version
+        words = [
+            one if "==" in one else f"{one}=={importlib.metadata.version(one).partition('+')[0]}"
+            for one in INSTALL[name]
+        ]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *words], check=True)
         if name == "LLaMA-Factory":
@@ -77,7 +82,7 @@ def install(name: str, folder: Path) -> Path:
 def _stand_in(python: Path) -> None:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
-    subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", STAND_IN], check=False)
+    subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", STAND_IN, LEFT_OUT], check=False)
     (packages / f"{STAND_IN}.py").write_text("")
 
 

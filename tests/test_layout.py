@@ -46,6 +46,7 @@ FLOW = [
     "data_process",
     "data_collator",
     "adapter",
+    "attention",
     "model",
     "trained",
     "merge",

@@ -5,6 +5,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from utils.attention import use_row_attention
 from utils.data_collator import build_collator
 from utils.head import use_trained_positions
 
@@ -64,6 +65,7 @@ def trainer_loss(model, batch, tmp_path):
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     use_trained_positions()
+    use_row_attention()
     trainer = SFTTrainer(
         model,
         config,

@@ -180,6 +180,7 @@ def settle_trainable(model, one_type: bool, start: dict | None) -> None:
         start: the weights the adapter came with, from `adapter_weights`.
     """
     _show_head_bias(model)
+    _leave_casts_to_autocast()
     if not one_type:
         # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
         # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
@@ -223,6 +224,20 @@ def _show_head_bias(model) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head.register_parameter("bias", getattr(head.original_module, "bias", None))
+
+
+def _leave_casts_to_autocast() -> None:
+    """Spares each adapter a float32 copy of its input, which autocast would only turn back: time, and a copy kept."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def cast(layer, x, dtype):
+        kept = (
+            x is None or torch.is_autocast_enabled(x.device.type) or not getattr(layer, "cast_input_dtype_enabled", 1)
+        )
+        return x if kept else x.to(dtype)
+
+    BaseTunerLayer._cast_input_dtype = cast
 
 
 def _token_rows(model, tokens: list[int]) -> dict[str, list[int]]:

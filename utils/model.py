@@ -3,6 +3,7 @@
 from loguru import logger
 
 from utils.adapter import ADAPTERS
+from utils.attention import use_row_attention
 from utils.errors import UserError
 from utils.launch import uses_fsdp
 from utils.tokenizer import load_failure
@@ -41,6 +42,7 @@ def load_model(args, train_args):
         options["attn_implementation"] = args.attn_implementation
     if adapter.quantised:
         options |= quantised(compute_dtype, train_args)
+    use_row_attention()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own

@@ -1,0 +1,72 @@
+"""Rows end to end are attended to one at a time: the same sums as under one block-diagonal mask."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from utils.attention import _find_blocks, use_row_attention
+
+MODULE = torch.nn.Module()
+
+
+def mask_of(lengths, window=None):
+    mask = torch.block_diag(*[torch.ones(length, length) for length in lengths]).tril().bool()
+    if window:
+        mask &= torch.ones_like(mask).triu(1 - window)
+    return mask[None, None]
+
+
+def attend(mask, split):
+    use_row_attention()
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, 2, mask.shape[-1], 8, generator=generator).requires_grad_() for _ in range(3)]
+    function = AttentionInterface()["sdpa"] if split else sdpa_attention_forward
+    output = function(MODULE, *states, mask)[0]
+    (output * torch.randn(output.shape, generator=generator)).sum().backward()
+    return [output.detach(), *(state.grad for state in states)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[7], [1, 6], [4, 1, 1, 9], [2, 30, 5]])
+def test_the_same_as_under_one_mask(lengths, window):
+    for ours, theirs in zip(*(attend(mask_of(lengths, window), split) for split in (True, False)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_where_the_rows_lie():
+    found = _find_blocks(mask_of([4, 1, 6], window=5))
+    assert [(start, end) for start, end, _ in found] == [(0, 4), (4, 5), (5, 11)]
+    assert [mask is None for _, _, mask in found] == [True, True, False]  # only the last is longer than the window
+
+
+def test_a_mask_of_another_kind_is_left_as_it_is():
+    mask = mask_of([4, 4])
+    mask[0, 0, 6, 1] = True  # a token that looks into another row
+    assert _find_blocks(mask) == []
+    for ours, theirs in zip(attend(mask, True), attend(mask, False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_start_without_bitsandbytes_that_finds_it_when_it_is_needed():
+    code = """
+import sys
+from utils.imports import import_peft
+import_peft()
+from peft import LoraConfig, get_peft_model
+from peft.import_utils import is_bnb_available
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_bitsandbytes_available
+tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+get_peft_model(LlamaForCausalLM(tiny), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+assert "bitsandbytes" not in sys.modules
+assert is_bnb_available() and is_bitsandbytes_available()
+import bitsandbytes
+from peft.tuners.lora import model
+assert model.is_bnb_available() and model.is_bnb_4bit_available()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,70 @@
+"""Rows that stand end to end: each is attended to by itself, rather than all of them under one mask.
+
+Under PyTorch's attention such rows get a block-diagonal mask of tokens × tokens, most of which is masked and computed
+all the same: for n rows of one length n times the arithmetic. The blocks give the same sums one at a time. The mask
+itself says where they lie, so whatever a model masks within a row, a sliding window say, stays masked.
+"""
+
+# tokens a row on average from which a GPU, which must be told of every block, gets them one at a time; not measured
+GPU_BLOCKS_FROM = 512
+
+
+def use_row_attention() -> None:
+    """Teaches every model of this process whose attention is `sdpa`; other masks take the way they took."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        blocks = _blocks_of(attention_mask)
+        if len(blocks) < 2 or kwargs.get("position_bias") is not None or query.shape[2] != key.shape[2]:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        import torch
+
+        dtype = query.dtype
+        if query.device.type == "cpu":
+            # in bf16 its backward pass compiles a kernel for every length of a row, of megabytes, and is no faster
+            query, key, value = query.float(), key.float(), value.float()
+        outputs = []
+        for start, end, mask in blocks:
+            rows = (states[:, :, start:end] for states in (query, key, value))
+            outputs.append(sdpa_attention_forward(module, *rows, mask, **kwargs)[0])
+        return torch.cat(outputs, dim=1).to(dtype), None
+
+    AttentionInterface.register("sdpa", attend)
+
+
+def _blocks_of(mask) -> list[tuple]:
+    """`start, end, mask` of each row; the mask None where it is the plain causal one. Found once for all layers.
+
+    `[[1,0,0], [1,1,0], [0,0,1]]` → `[(0, 2, None), (2, 3, None)]`
+
+    Args:
+        mask: bool of shape (1, 1, tokens, tokens), or any other mask, or None, which have no blocks.
+    """
+    import torch
+
+    if torch.compiler.is_compiling() or mask is None or mask.dtype != torch.bool:
+        return []
+    if mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        return []
+    if not hasattr(mask, "row_blocks"):
+        mask.row_blocks = _find_blocks(mask)
+    return mask.row_blocks
+
+
+def _find_blocks(mask) -> list[tuple]:
+    allowed = mask[0, 0]
+    length = len(allowed)
+    # a row begins with the token that does not see the one before it
+    starts = [0, *((~allowed.diagonal(-1)).nonzero().flatten() + 1).tolist(), length]
+    if mask.is_cuda and length < GPU_BLOCKS_FROM * (len(starts) - 1):
+        return []
+    blocks, within = [], 0
+    for start, end in zip(starts, starts[1:], strict=False):
+        block = mask[:, :, start:end, start:end]
+        count = int(block.sum())
+        within += count
+        causal = count == (end - start) * (end - start + 1) // 2 and not block.triu(1).any()
+        blocks.append((start, end, None if causal else block))
+    # something is seen across rows: then the mask is no block-diagonal one
+    return blocks if within == int(allowed.sum()) else []
