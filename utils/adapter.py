@@ -232,10 +232,7 @@ def _leave_casts_to_autocast() -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def cast(layer, x, dtype):
-        kept = (
-            x is None or torch.is_autocast_enabled(x.device.type) or not getattr(layer, "cast_input_dtype_enabled", 1)
-        )
-        return x if kept else x.to(dtype)
+        return x if x is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     BaseTunerLayer._cast_input_dtype = cast
 
