@@ -112,8 +112,8 @@ def _has_gpu() -> bool:
 def _ours(work: Work, out: Path) -> list[str]:
     return [
         "main_train.py", "--model_name_or_path", str(work.base), "--train_data_path", str(work.data / "rows.jsonl"),
-        "--template_name", "qwen2.5", "--max_len", str(work.max_len), "--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0",
-        "--num_train_epochs", "1", "--max_steps", str(work.max_steps or -1), "--learning_rate", "1e-4",
+        "--template_name", "qwen2.5", "--max_len", str(work.max_len), "--lora_rank", "8", "--lora_alpha", "16",
+        "--lora_dropout", "0", "--num_train_epochs", "1", "--max_steps", str(work.max_steps or -1), "--learning_rate", "1e-4",
         "--per_device_train_batch_size", str(work.rows_a_step), "--packing", str(work.packing).lower(),
         "--seed", str(work.seed), "--precision", "bf16", "--logging_steps", "10", "--save_strategy", "no",
         "--report_to", "none", "--output_dir", str(out), "--cache_dir", str(out.parent / "cache"),
@@ -126,7 +126,8 @@ def _trl(work: Work, out: Path) -> list[str]:
     workers = ["--dataset_num_proc", str(work.prepare_with)] if work.prepare_with else []
     return [
         "-m", "trl.scripts.sft", "--model_name_or_path", str(work.base), "--dataset_name", str(work.data / "trl"),
-        "--use_peft", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0", "--lora_target_modules", *LINEAR, "--dtype", "bfloat16",
+        "--use_peft", "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0",
+        "--lora_target_modules", *LINEAR, "--dtype", "bfloat16",
         "--max_length", str(work.max_len), "--num_train_epochs", "1", "--max_steps", str(work.max_steps or -1),
         "--learning_rate", "1e-4", "--per_device_train_batch_size", str(work.rows_a_step), "--seed", str(work.seed),
         "--bf16", "true", "--use_cpu", str(not _has_gpu()).lower(),
@@ -138,7 +139,8 @@ def _trl(work: Work, out: Path) -> list[str]:
 def _llamafactory(work: Work, out: Path) -> list[str]:
     settings = {
         "stage": "sft", "do_train": True, "model_name_or_path": str(work.base), "finetuning_type": "lora",
-        "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0, "lora_target": "all", "dataset": "rows", "dataset_dir": str(work.data),
+        "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0, "lora_target": "all",
+        "dataset": "rows", "dataset_dir": str(work.data),
         "template": "qwen", "cutoff_len": work.max_len, "num_train_epochs": 1, "max_steps": work.max_steps or -1,
         "learning_rate": 1e-4, "per_device_train_batch_size": work.rows_a_step, "gradient_accumulation_steps": 1,
         "seed": work.seed, "bf16": True, "use_cpu": not _has_gpu(),
