@@ -113,9 +113,10 @@ def _ours(work: Work, out: Path) -> list[str]:
     return [
         "main_train.py", "--model_name_or_path", str(work.base), "--train_data_path", str(work.data / "rows.jsonl"),
         "--template_name", "qwen2.5", "--max_len", str(work.max_len), "--lora_rank", "8", "--lora_alpha", "16",
-        "--lora_dropout", "0", "--num_train_epochs", "1", "--max_steps", str(work.max_steps or -1), "--learning_rate", "1e-4",
-        "--per_device_train_batch_size", str(work.rows_a_step), "--packing", str(work.packing).lower(),
-        "--seed", str(work.seed), "--precision", "bf16", "--logging_steps", "10", "--save_strategy", "no",
+        "--lora_dropout", "0", "--num_train_epochs", "1", "--max_steps", str(work.max_steps or -1),
+        "--learning_rate", "1e-4", "--per_device_train_batch_size", str(work.rows_a_step),
+        "--packing", str(work.packing).lower(), "--seed", str(work.seed),
+        "--precision", "bf16", "--logging_steps", "10", "--save_strategy", "no",
         "--report_to", "none", "--output_dir", str(out), "--cache_dir", str(out.parent / "cache"),
         "--train_special_tokens", "off", "--on_bad_row", "drop",
     ]  # fmt: skip

@@ -128,3 +128,13 @@ def test_wrong_flags_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as end:
         compare.parse(argv)
     assert end.value.code == 2 and os.linesep in capsys.readouterr().err
+
+
+def test_shares_of_a_step():
+    """Each operator counts in one group, and the shares add up to all of the time."""
+    from benchmarks.profile_steps import shares
+
+    times = {"aten::mm": 6.0, "aten::_scaled_dot_product_flash_attention_for_cpu": 2.0, "aten::embedding": 2.0}
+    found = dict(shares(times))
+    assert (found["matrix products"], found["attention"], found["the rest"]) == (0.6, 0.2, 0.2)
+    assert sum(found.values()) == 1.0

@@ -1,0 +1,71 @@
+"""Where the time of a training step goes: torch's profiler over ten steps of a run.
+
+    python -m benchmarks.profile_steps --train_data_path alpaca_en_52k.jsonl    # any flags of main_train.py
+
+Prints the groups below as shares of the time that torch's own operators took; it writes nothing but the run.
+"""
+
+import sys
+
+from main_train import main as train
+from utils.errors import run_command
+
+SKIPPED, PROFILED = 3, 10  # steps; the first ones make buffers and kernels
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_int_mm"),
+    "attention": ("attention",),
+    "element by element": ("aten::mul", "aten::add", "aten::silu", "aten::div", "aten::sub", "aten::pow", "aten::exp"),
+    "copies and types": ("aten::copy_", "aten::_to_copy", "aten::cat", "aten::fill_"),
+    "optimizer": ("Optimizer", "_foreach", "_fused"),
+}
+
+
+def group_of(operator: str) -> str:
+    """`group_of("aten::addmm")` → `"matrix products"`; what belongs to none is `"the rest"`."""
+    fits = (name for name, words in GROUPS.items() if any(word in operator for word in words))
+    return next(fits, "the rest")
+
+
+def shares(times: dict[str, float]) -> list[tuple[str, float]]:
+    """Time of each operator → share of each group, the largest first."""
+    found = dict.fromkeys([*GROUPS, "the rest"], 0.0)
+    for operator, time in times.items():
+        found[group_of(operator)] += time
+    whole = sum(found.values()) or 1.0
+    return sorted(((name, time / whole) for name, time in found.items()), key=lambda pair: -pair[1])
+
+
+def main() -> None:
+    import torch
+
+    import utils.save
+    from utils.imports import import_peft
+
+    import_peft()
+    from transformers import TrainerCallback
+
+    profiler = torch.profiler.profile()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == SKIPPED:
+                profiler.start()
+            if state.global_step == SKIPPED + PROFILED:
+                profiler.stop()
+
+    prepare = utils.save.prepare_trainer
+
+    def prepare_and_watch(trainer, *given):
+        prepare(trainer, *given)
+        trainer.add_callback(Watch())
+
+    utils.save.prepare_trainer = prepare_and_watch
+    train([*sys.argv[1:], "--max_steps", str(SKIPPED + PROFILED)])
+    times = {event.key: event.self_cpu_time_total + event.self_device_time_total for event in profiler.key_averages()}
+    print(f"{sum(times.values()) / PROFILED / 1000:.0f} ms a step in torch's operators")
+    for name, share in shares(times):
+        print(f"{share:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    run_command(main)
