@@ -136,9 +136,9 @@ def greedy(folder, adapter, prompt: str) -> str:
 QUICK = ["--num_train_epochs", "10", "--learning_rate", "1e-2"]
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_answers_are_those_of_the_base_and_of_the_run(train, tiny_models, mode):
-    folder = train(*FP32, *QUICK, "--train_mode", mode, "--train_special_tokens", "off")
+@pytest.mark.parametrize(("mode", "more"), [("lora", ()), ("lora", ("--init_lora_weights", "pissa")), ("full", ())])
+def test_answers_are_those_of_the_base_and_of_the_run(train, tiny_models, mode, more):
+    folder = train(*FP32, *QUICK, "--train_mode", mode, "--train_special_tokens", "off", *more)
     card = card_of(folder)
     before, after, wanted = (answers_of(card, title) for title in ("Before:", "After:", "Wanted:"))
     prompts = [part.split("\n```")[0] for part in card.split("```text\n")[1::4]]
