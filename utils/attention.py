@@ -65,6 +65,7 @@ def _find_blocks(mask) -> list[tuple]:
         count = int(block.sum())
         within += count
         causal = count == (end - start) * (end - start + 1) // 2 and not block.triu(1).any()
-        blocks.append((start, end, None if causal else block))
+        # a copy: a view would hold the mask that holds it, and neither would ever be freed
+        blocks.append((start, end, None if causal else block.clone()))
     # something is seen across rows: then the mask is no block-diagonal one
     return blocks if within == int(allowed.sum()) else []

@@ -48,8 +48,7 @@ def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Samp
         samples = [_sample(*split_row(rows[place]), tokenizer) for place in dict.fromkeys(places)]
         chosen = [sample for sample in samples if sample.ids and room_for(trainer.model, sample.ids, _HOW) > 0]
         if not _begins_as_base(trainer.model, args):
-            for sample, text in zip(chosen, _answers(trainer, tokenizer, chosen), strict=True):
-                sample.before = text
+            _answer(trainer, tokenizer, chosen, "before")
         return chosen, "" if chosen else "no row leaves room for an answer"
     except Exception as error:  # a card must never cost a run
         logger.warning("the run's card will show no answers: {}: {}", type(error).__name__, error)
@@ -71,12 +70,10 @@ def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
         why there are no answers, if there are none.
     """
     try:
-        for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
-            sample.after = text
+        _answer(trainer, tokenizer, samples, "after")
         if any(sample.before is None for sample in samples):
             with trainer.model.disable_adapter():
-                for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
-                    sample.before = text
+                _answer(trainer, tokenizer, samples, "before")
         return ""
     except Exception as error:
         logger.warning("the run's card shows no answers: {}: {}", type(error).__name__, error)
@@ -106,6 +103,11 @@ def split_row(row: dict) -> tuple[list[int], list[int]]:
 def _sample(ids: list[int], wanted: list[int], tokenizer) -> Sample:
     # the prompt with its special tokens: it is what the model sees
     return Sample(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False), text_of(tokenizer, wanted))
+
+
+def _answer(trainer, tokenizer, samples: list[Sample], when: str) -> None:
+    for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
+        setattr(sample, when, text)
 
 
 def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
