@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
-from utils.imports import import_seldom_collecting
+from utils.imports import import_seldom_collecting, limit_kernel_caches
 from utils.launch import is_first_here, leave, wait_for_all
 from utils.log import is_main_process
 
@@ -68,6 +68,7 @@ def run_command(main: Callable[[], object]) -> None:
     """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
     code = 0
     import_seldom_collecting()
+    limit_kernel_caches()
     try:
         main()
     except UserError as error:
