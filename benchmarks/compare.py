@@ -11,6 +11,7 @@ machine slows all. Results go to benchmarks/results/compare.json, each run with 
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare_table import table  # noqa: E402
+from benchmarks.compare_table import OURS, table  # noqa: E402
 from benchmarks.peers import Program, Work, environment, programs, write_rows  # noqa: E402
 from benchmarks.tables import write_table  # noqa: E402
 
@@ -45,6 +46,7 @@ CASES = {
     "preparing": ("small", None, {"max_steps": 1, "prepare_with": 2}, True),
 }
 WHOLE_RUNS = ("default", "best", "vocabulary")  # of the others only the time to the first step counts
+MANY, MANY_ROWS = "many rows", (100_000, 1_000_000)  # this project's memory, whatever the number of rows
 
 
 def make_base(shape: str, folder: Path, data: Path) -> Path:
@@ -123,6 +125,29 @@ def measure_case(case: str, some: list[Program], args, folder: Path) -> list[dic
     return found
 
 
+def measure_many_rows(some: list[Program], args, folder: Path) -> list[dict]:
+    """This project's peak memory on few and on many rows, which it prepares and begins to train on."""
+    found, ours = [], [program for program in some if program.name == OURS]
+    for repeat, count, program in itertools.product(range(args.repeats), args.many_rows, ours):
+        data = folder / f"data-{count}"
+        if not data.exists():
+            write_rows(data, endless_rows(args.data, count))
+        scratch = Path(tempfile.mkdtemp(dir=folder))
+        work = Work(make_base("small", folder / "small", args.data), data, max_steps=3)
+        measured = run(program, work, scratch, args.threads)
+        found.append({"case": MANY, "program": OURS, "repeat": repeat, "turn": str(count), **measured})
+        print(json.dumps(found[-1]), flush=True)
+        shutil.rmtree(scratch)
+    return found
+
+
+def endless_rows(data: Path, count: int):
+    """`count` rows, those of `data` again and again, each with a number of its own."""
+    rows = [row for row in map(json.loads, data.read_text(encoding="utf-8").splitlines()) if row["output"].strip()]
+    for number, row in enumerate(itertools.islice(itertools.cycle(rows), count)):
+        yield row | {"instruction": f"{row['instruction']} ({number})"}
+
+
 def trained_tokens(folder: Path, case: str, args) -> int:
     """How many labels the rows of a case have, which is the same for every program."""
     from transformers import AutoTokenizer
@@ -149,10 +174,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/compare.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--data", type=Path, help="alpaca rows, a jsonl file")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="the cases to run")
+    parser.add_argument("--only", nargs="+", choices=[*CASES, MANY], default=[*CASES, MANY], help="the cases to run")
     parser.add_argument("--programs", nargs="+", help="those to run; all three by default")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, help="rows at most, to try the script out")
+    parser.add_argument("--many_rows", type=int, nargs=2, default=MANY_ROWS, help="of the case of that name")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "compare", help="models, rows, environments")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -171,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         some = [one for one in programs(args.folder) if not args.programs or one.name in args.programs]
         kept |= machine(args.threads)
         for case in args.only:
-            found = measure_case(case, some, args, args.folder)
+            given = (some, args, args.folder)
+            found = measure_many_rows(*given) if case == MANY else measure_case(case, *given)
             kept["runs"] = [one for one in kept["runs"] if one["case"] != case] + found
             if case in WHOLE_RUNS:
                 kept["trained_tokens"][case] = trained_tokens(args.folder, case, args)

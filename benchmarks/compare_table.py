@@ -16,6 +16,7 @@ ROWS = [
     ("from command to first step, 1,000 rows", "first step", "first_step", {"TRL": 0.6}),
 ]
 LESS_IS_BETTER = ("peak", "first_step")
+MANY_GOAL = 1.1
 
 
 def figure(results: dict, case: str, name: str, program: str, repeat: int) -> float | None:
@@ -59,15 +60,30 @@ def table(results: dict) -> str:
         cells = []
         for peer in PEERS:
             found = ratios(results, case, name, peer)
-            if not found:
-                cells.append("not measured")
-                continue
-            middle = median(found)
-            missed = peer in goals and (middle > goals[peer] if less else middle < goals[peer])
-            spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
-            cells.append(f"{middle:.2f}{spread}{', goal missed' if missed else ''}")
+            cells.append(_said(found, goals.get(peer), less) if found else "not measured")
         lines.append(f"| {what} | {'at most' if less else 'at least'} {goal:g} | {' | '.join(cells)} |")
+    lines.append(
+        f"| peak memory with 1,000,000 rows, by that with 100,000 | at most {MANY_GOAL} | {_many(results)} | |"
+    )
     return "\n".join([*lines, "", _conditions(results)])
+
+
+def _many(results: dict) -> str:
+    """The peer of many rows is this project itself on fewer."""
+    peaks: dict[int, dict[str, int]] = {}
+    for run in results["runs"]:
+        if run["case"] == "many rows" and "error" not in run:
+            peaks.setdefault(run["repeat"], {})[run["turn"]] = run["peak"]
+    found = [peak["1000000"] / peak["100000"] for peak in peaks.values() if len(peak) == 2]
+    return f"{_said(found, MANY_GOAL, less=True)} (itself)" if found else "not measured"
+
+
+def _said(found: list[float], goal: float | None, less: bool) -> str:
+    """The median, the range where there is one, and whether it misses the goal."""
+    middle = median(found)
+    missed = goal is not None and (middle > goal if less else middle < goal)
+    spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+    return f"{middle:.2f}{spread}{', goal missed' if missed else ''}"
 
 
 def _conditions(results: dict) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def _stand_in(python: Path) -> None:
     (packages / f"{STAND_IN}.py").write_text("")
 
 
-def write_rows(folder: Path, rows: list[dict]) -> Path:
+def write_rows(folder: Path, rows: Iterable[dict]) -> Path:
     """Writes alpaca rows for each program: as they are, as prompt and completion, and with LLaMA-Factory's index."""
     from utils.data_rows import to_messages
 

@@ -108,6 +108,16 @@ def test_the_table_says_what_was_missed_and_what_was_not_measured():
     assert "4.00 | not measured |" in lines[7] and "2.00, goal missed" in lines[8] and "| 0.40 |" in lines[9]
 
 
+def test_many_rows_are_set_beside_fewer_of_the_same_repeat():
+    runs = [
+        made("many rows", "LLM-Dojo", repeat, turn=turn, peak=peak)
+        for repeat, peaks in enumerate([(10, 10), (10, 12)])
+        for turn, peak in zip(("100000", "1000000"), peaks, strict=True)
+    ]
+    assert table(RESULTS | {"runs": runs}).splitlines()[10].endswith("| at most 1.1 | 1.10 (1.00 to 1.20) (itself) | |")
+    assert "| not measured | |" in table(RESULTS)
+
+
 def test_a_whole_case_of_this_project_alone(tmp_path):
     """The script itself, on few rows; the peers are not installed by a test."""
     data = tmp_path / "rows.jsonl"
@@ -116,9 +126,15 @@ def test_a_whole_case_of_this_project_alone(tmp_path):
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = Program("LLM-Dojo", Path(sys.executable))
-    args = compare.parse(["--data", str(data), "--repeats", "1", "--threads", "1", "--folder", str(tmp_path)])
+    args = compare.parse(
+        ["--data", str(data), "--repeats", "1", "--threads", "1", "--folder", str(tmp_path), "--many_rows", "12", "48"]
+    )
     (found,) = compare.measure_case("default", [program], args, tmp_path)
     assert found["steps"] == 3 and found["first_step"] > 0 and found["training"] > 0 and found["peak"] > 100e6
+    few, many = compare.measure_many_rows([program], args, tmp_path)
+    assert (few["turn"], many["turn"], many["steps"]) == ("12", "48", 3) and few["peak"] > 100e6
+    numbered = (tmp_path / "data-48" / "rows.jsonl").read_text().splitlines()
+    assert len(set(numbered)) == 48
     args.rows = len(rows)
     assert compare.trained_tokens(tmp_path, "default", args) > len(rows)
 

@@ -9,7 +9,10 @@ from conftest import ROOT
 from utils.imports import KERNELS_KEPT, limit_kernel_caches
 
 CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-COMMANDS = ["main_train", *(f"utils.script.{path.stem}" for path in sorted((ROOT / "utils" / "script").glob("[a-z]*.py")))]
+COMMANDS = [
+    "main_train",
+    *(f"utils.script.{path.stem}" for path in sorted((ROOT / "utils" / "script").glob("[a-z]*.py"))),
+]
 
 
 @pytest.mark.parametrize("module", COMMANDS)
