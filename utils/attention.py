@@ -24,19 +24,21 @@ def use_row_attention() -> None:
         if query.device.type == "cpu":
             # in bf16 its backward pass compiles a kernel for every length of a row, of megabytes, and is no faster
             query, key, value = query.float(), key.float(), value.float()
-        outputs = []
-        for start, end, mask in blocks:
-            rows = (states[:, :, start:end] for states in (query, key, value))
-            outputs.append(sdpa_attention_forward(module, *rows, mask, **kwargs)[0])
+        # split at once: the gradient of a slice would be as long as all rows together
+        lengths = [length for length, _ in blocks]
+        rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        outputs = [
+            sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, (_, mask) in zip(rows, blocks, strict=True)
+        ]
         return torch.cat(outputs, dim=1).to(dtype), None
 
     AttentionInterface.register("sdpa", attend)
 
 
 def _blocks_of(mask) -> list[tuple]:
-    """`start, end, mask` of each row; the mask None where it is the plain causal one. Found once for all layers.
+    """Length and mask of each row; the mask None where it is the plain causal one. Found once for all layers.
 
-    `[[1,0,0], [1,1,0], [0,0,1]]` → `[(0, 2, None), (2, 3, None)]`
+    `[[1,0,0], [1,1,0], [0,0,1]]` → `[(2, None), (1, None)]`
 
     Args:
         mask: bool of shape (1, 1, tokens, tokens), or any other mask, or None, which have no blocks.
@@ -66,6 +68,6 @@ def _find_blocks(mask) -> list[tuple]:
         within += count
         causal = count == (end - start) * (end - start + 1) // 2 and not block.triu(1).any()
         # a copy: a view would hold the mask that holds it, and neither would ever be freed
-        blocks.append((start, end, None if causal else block.clone()))
+        blocks.append((end - start, None if causal else block.clone()))
     # something is seen across rows: then the mask is no block-diagonal one
     return blocks if within == int(allowed.sum()) else []
