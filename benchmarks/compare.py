@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare_table import OURS, table  # noqa: E402
+from benchmarks.compare_table import OURS, in_chinese, table  # noqa: E402
 from benchmarks.peers import Program, Work, environment, programs, write_rows  # noqa: E402
 from benchmarks.tables import write_table  # noqa: E402
 
@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table(kept))
     if args.output == RESULTS:
         for page in (ROOT / "README.md", ROOT / "README_zh.md", ROOT / "benchmarks" / "README.md"):
-            write_table(page, "results/compare.json", table(kept))
+            written = in_chinese(table(kept)) if page.stem.endswith("zh") else table(kept)
+            write_table(page, "results/compare.json", written)
 
 
 if __name__ == "__main__":

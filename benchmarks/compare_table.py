@@ -16,6 +16,29 @@ ROWS = [
     ("from command to first step, 1,000 rows", "first step", "first_step", {"TRL": 0.6}),
 ]
 LESS_IS_BETTER = ("peak", "first_step")
+MANY_ROWS = "peak memory with 1,000,000 rows, by that with 100,000"
+# the words of the table, for README_zh.md
+CHINESE = {
+    "ratio, this project : peer": "本项目与同类之比",
+    "goal": "目标",
+    "training throughput, each with its defaults": "训练吞吐量，各用默认设置",
+    "training throughput, each at its best (packed)": "训练吞吐量，各用最佳设置（打包）",
+    "peak memory, each with its defaults": "峰值内存，各用默认设置",
+    "vocabulary of 151,936: training throughput": "词表 151,936：训练吞吐量",
+    "vocabulary of 151,936: peak memory": "词表 151,936：峰值内存",
+    "preparing all rows, first time": "首次处理全部数据",
+    "starting again on prepared rows, to the first step": "用已处理的数据重新启动，到第一步",
+    "from command to first step, 1,000 rows": "从命令到第一步，1,000 行",
+    MANY_ROWS: "1,000,000 行的峰值内存，与 100,000 行之比",
+    "at least": "至少",
+    "at most": "至多",
+    "goal missed": "未达到",
+    "not measured": "未测量",
+    "itself": "与自身比",
+    "threads": "线程",
+    "Median of the repeats": "各轮的中位数",
+    "and their range": "及其范围",
+}
 MANY_GOAL = 1.1
 
 
@@ -49,6 +72,13 @@ def ratios(results: dict, case: str, name: str, peer: str) -> list[float]:
         if ours and theirs:
             found.append(ours / theirs)
     return found
+
+
+def in_chinese(text: str) -> str:
+    """The table with the words of `CHINESE`, the longest first."""
+    for words in sorted(CHINESE, key=len, reverse=True):
+        text = text.replace(words, CHINESE[words])
+    return text
 
 
 def table(results: dict) -> str:

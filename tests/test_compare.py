@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from conftest import ROOT
 
 from benchmarks import compare
-from benchmarks.compare_table import ratios, table
+from benchmarks.compare_table import CHINESE, in_chinese, ratios, table
 from benchmarks.peers import Program, Work, environment, write_rows
+from benchmarks.tables import table_in
 
 ROWS = [{"instruction": "Say hi.", "input": "", "output": "Hi."}, {"instruction": "1 + 2", "output": "3"}]
 
@@ -154,3 +156,15 @@ def test_shares_of_a_step():
     found = dict(shares(times))
     assert (found["matrix products"], found["attention"], found["the rest"]) == (0.6, 0.2, 0.2)
     assert sum(found.values()) == 1.0
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "benchmarks/README.md"])
+def test_the_pages_show_what_was_measured(page):
+    written = table(json.loads(compare.RESULTS.read_text()))
+    written = in_chinese(written) if page == "README_zh.md" else written
+    assert table_in(ROOT / page, "results/compare.json") == written
+
+
+def test_the_chinese_table_leaves_no_english_words_of_its_own():
+    left = in_chinese(table(RESULTS)).split("Median")[0]
+    assert not [words for words in CHINESE if words in left] and "2.00, 未达到" in left
