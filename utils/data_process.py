@@ -150,8 +150,9 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
         report = _write_rows(files, kind, on_bad_row, scratch / "encoded.arrow", workers)
         dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
         if kind.pack:
-            dataset = kind.pack(dataset)
-        dataset.save_to_disk(str(scratch / "rows"))
+            kind.pack(dataset).save_to_disk(str(scratch / "rows"))
+        else:
+            _keep_as_written(dataset, scratch / "encoded.arrow", scratch / "rows")
         sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
         report_file = scratch / "rows" / "report.json"
         report_file.write_text(json.dumps({**asdict(report), "sizes": sizes}), encoding="utf-8")
@@ -165,6 +166,18 @@ def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, wor
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return load_from_disk(str(folder)), report
+
+
+def _keep_as_written(dataset, file: Path, folder: Path) -> None:
+    """A folder for `load_from_disk` of an Arrow file; `save_to_disk` would read it all into memory, and write it again.
+
+    Args:
+        dataset: the rows of the file.
+        file: moved into the folder.
+    """
+    dataset.select(range(1)).save_to_disk(str(folder))
+    (first_row,) = folder.glob("*.arrow")
+    file.replace(first_row)
 
 
 def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, workers: int | None) -> DataReport:
