@@ -24,6 +24,7 @@ from utils.errors import UserError, is_about_the_disk
 from utils.launch import is_first_here
 from utils.record import sha256_of
 
+_BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
 _FORMAT_VERSION = 3  # raise it when a change here makes other ids or labels of the same row
 
 
@@ -189,14 +190,24 @@ def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, wo
     import pyarrow
     from datasets.arrow_writer import ArrowWriter
 
-    report, refused = DataReport(), []
+    report, refused, batches = DataReport(), [], []
+
+    def write():
+        rows = pyarrow.Table.from_batches(batches)
+        writer.write_table(rows, writer_batch_size=rows.num_rows)
+        batches.clear()
+
     with ArrowWriter(path=str(path)) as writer, closing(encoded_parts(files, kind, on_bad_row, workers)) as parts:
         for part in parts:
             _count(report, part)
             refused += part.refused
             if part.batch is not None and not refused:
-                writer.write_table(pyarrow.Table.from_batches([part.batch]))
+                batches.append(part.batch)
+            if len(batches) == _BATCHES:
+                write()
         _refuse(refused, report, kind, files)
+        if batches:
+            write()
         writer.finalize()
     return report
 
