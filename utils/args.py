@@ -98,7 +98,7 @@ class CommonArgs:
         "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = arg(
-        "auto", "The attention code. auto: what transformers chooses for the model, SDPA in nearly all cases."
+        "auto", "The attention code. auto: flash attention where GPU, package and model have it, else mostly SDPA."
     )
     trust_remote_code: bool = arg(False, "Run Python code that comes with the model. Off: such code is never run.")
 
