@@ -122,7 +122,7 @@ def test_a_step_with_nothing_to_train_has_a_loss_of_zero_and_gradients(tiny_mode
 
 @pytest.mark.slow
 def test_a_compiled_step_has_the_same_figures(scored):
-    """Under --torch_compile, whose compiler refuses what the frozen head writes in place, TRL's own function is taken."""
+    """Under --torch_compile, which refuses what the frozen head writes in place, TRL's own function is taken."""
     import trl.trainer.utils as of_trl
 
     use_trained_positions()

@@ -284,6 +284,23 @@ def test_attention_is_the_one_asked_for(train, monkeypatch):
     assert kept["trainer"].model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [([], True), (["--gradient_checkpointing", "false"], False), (["--activation_checkpointing", "false"], False)],
+)
+def test_large_models_are_checkpointed_unless_told_otherwise(flags, on, train, monkeypatch):
+    import utils.model
+    import utils.save
+
+    kept = {}
+    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
+    train("--max_steps", "1", *flags, output="small")
+    assert not kept["trainer"].model.is_gradient_checkpointing
+    monkeypatch.setattr(utils.model, "CHECKPOINTING_FROM", 1)
+    train("--max_steps", "1", *flags, output="large")
+    assert kept["trainer"].model.is_gradient_checkpointing == kept["trainer"].args.gradient_checkpointing == on
+
+
 @pytest.fixture
 def loaded(tiny_models):
     return AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.bfloat16)

@@ -195,6 +195,10 @@ def parse_args(argv: list[str] | None = None):
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
+    if all(values.get(name) is None for name in checkpointing):
+        for name in checkpointing:  # transformers makes false of what was left to utils/model.py
+            setattr(train_args, name, None)
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
