@@ -11,10 +11,12 @@ from loguru import logger
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
 from utils.adapter import ADAPTERS, impossible_tokens
 from utils.args import CommonArgs
 from utils.data_collator import build_collator, build_pair_collator
+from utils.log import setup_logging
 from utils.model import settle_attention
 
 MODES = {
@@ -295,10 +297,10 @@ def test_large_models_are_checkpointed_unless_told_otherwise(flags, on, train, m
     kept = {}
     monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
     train("--max_steps", "1", *flags, output="small")
-    assert not kept["trainer"].model.is_gradient_checkpointing
+    assert not kept["trainer"].model.is_activation_checkpointing
     monkeypatch.setattr(utils.model, "CHECKPOINTING_FROM", 1)
     train("--max_steps", "1", *flags, output="large")
-    assert kept["trainer"].model.is_gradient_checkpointing == kept["trainer"].args.gradient_checkpointing == on
+    assert kept["trainer"].model.is_activation_checkpointing == kept["trainer"].args.gradient_checkpointing == on
 
 
 @pytest.fixture
@@ -316,6 +318,7 @@ def with_flash(monkeypatch):
 def settled(model, precision="bf16", device="cuda"):
     """What `auto` makes of the attention, and what the log says of it."""
     said = []
+    setup_logging()  # which also takes what transformers warns of
     sink = logger.add(said.append, format="{message}")
     settle_attention(model, precision, torch.device(device))
     logger.remove(sink)
@@ -324,8 +327,14 @@ def settled(model, precision="bf16", device="cuda"):
 
 
 def test_auto_takes_flash_attention_where_it_is(loaded, with_flash, monkeypatch):
-    monkeypatch.setattr(type(loaded), "_check_and_adjust_attn_implementation", lambda self, wanted, **_: wanted)
+    def adjust(self, wanted, **_):
+        logging.get_logger("transformers").warning("the weights are float32")  # no false alarm reaches the log
+        return wanted
+
+    monkeypatch.setattr(type(loaded), "_check_and_adjust_attn_implementation", adjust)
+    told = logging.get_verbosity()
     assert settled(loaded) == ("flash_attention_2", "attention is flash_attention_2")
+    assert logging.get_verbosity() == told
 
 
 @pytest.mark.parametrize(

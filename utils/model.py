@@ -82,13 +82,20 @@ def settle_attention(model, precision: str, device) -> None:
         precision: bf16, fp16 or fp32, of the arithmetic.
         device: torch.device of the training.
     """
+    from transformers.utils import logging
+
     chosen, reason = model.config._attn_implementation, _no_flash_attention(model, precision, device)
     if reason is None:
+        told = logging.get_verbosity()
+        # it would warn of float32 weights, which autocast takes care of, and of a model that is not on the GPU yet
+        logging.set_verbosity_error()
         try:
             model.set_attn_implementation("flash_attention_2")
         except Exception as error:  # a build that does not fit its torch raises whatever it likes
             reason = f"{type(error).__name__}: {error}"
             model.set_attn_implementation(chosen)
+        finally:
+            logging.set_verbosity(told)
     why = "" if reason is None else f" (no flash attention: {reason})"
     logger.info("attention is {}{}", model.config._attn_implementation, why)
 
