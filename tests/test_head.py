@@ -118,3 +118,20 @@ def test_a_step_with_nothing_to_train_has_a_loss_of_zero_and_gradients(tiny_mode
     log_probs = model(ids, labels=torch.full_like(ids, -100), fused_lm_head=True).log_probs
     log_probs.sum().backward()
     assert log_probs.eq(0).all() and model.model.norm.weight.grad.eq(0).all()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_has_the_same_figures(scored):
+    """Under --torch_compile, which refuses what the frozen head writes in place, TRL's own function is taken."""
+    import trl.trainer.utils as of_trl
+
+    use_trained_positions()
+
+    def step(hidden, weight, targets):
+        outputs = ("log_probs", "entropy", "is_top1")
+        return of_trl._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 256, None, 1.0, outputs)[0]
+
+    found, expected = torch.compile(step)(*scored), plain(*scored)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (ours,), (theirs,) = (torch.autograd.grad(one.sum(), scored[0]) for one in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -98,7 +98,7 @@ class CommonArgs:
         "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = arg(
-        "auto", "The attention code. auto: what transformers chooses for the model, SDPA in nearly all cases."
+        "auto", "The attention code. auto: flash attention where GPU, package and model have it, else mostly SDPA."
     )
     trust_remote_code: bool = arg(False, "Run Python code that comes with the model. Off: such code is never run.")
 
@@ -195,6 +195,10 @@ def parse_args(argv: list[str] | None = None):
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
+    if all(values.get(name) is None for name in checkpointing):
+        for name in checkpointing:  # transformers makes false of what was left to utils/model.py
+            setattr(train_args, name, None)
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds

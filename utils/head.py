@@ -22,9 +22,12 @@ def use_trained_positions() -> None:
 
 def _apply(scored, hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
     """TRL's function where the head is trained or its logits are changed, ours where it is frozen."""
+    import torch
+
     plain = bias is None and not weight.requires_grad and (temperature, softcap, scale) == (1.0, None, 1.0)
     asked = set(outputs) <= {"log_probs", "entropy", "is_top1"}  # DPO asks for more
-    if not plain or not asked or hidden.device.type != "cpu" or not len(hidden):
+    compiling = torch.compiler.is_compiling()  # then what is written in place here is refused
+    if not plain or not asked or compiling or hidden.device.type != "cpu" or not len(hidden):
         return scored(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
     log_probs, entropy, is_top1 = frozen_head(hidden, weight, targets)
     return log_probs, entropy, None, None, is_top1

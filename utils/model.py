@@ -51,6 +51,8 @@ def load_model(args, train_args):
     settle_generation(model)
     if adapter.quantised:
         _keep_quantised_weights(model)
+    if args.attn_implementation == "auto":
+        settle_attention(model, args.precision, train_args.device)
     _settle_checkpointing(model, train_args)
     return _with_trained_adapter(model, args) if args.adapter_name_or_path else model
 
@@ -67,6 +69,57 @@ def _with_trained_adapter(model, args):
     # where the base lies now, for whoever loads the run
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
     return model if lora else model.merge_and_unload().requires_grad_(True)
+
+
+def settle_attention(model, precision: str, device) -> None:
+    """Under `auto`: FlashAttention-2 (arXiv 2307.08691) where it can be had, else what transformers chose.
+
+    Its kernels take rows that stand end to end as they are: transformers hands them the rows' lengths, from the
+    collator or from positions that start again, so that no mask of tokens × tokens is made.
+
+    Args:
+        model: as loaded; only its configuration changes.
+        precision: bf16, fp16 or fp32, of the arithmetic.
+        device: torch.device of the training.
+    """
+    from transformers.utils import logging
+
+    chosen, reason = model.config._attn_implementation, _no_flash_attention(model, precision, device)
+    if reason is None:
+        told = logging.get_verbosity()
+        # it would warn of float32 weights, which autocast takes care of, and of a model that is not on the GPU yet
+        logging.set_verbosity_error()
+        try:
+            model.set_attn_implementation("flash_attention_2")
+        except Exception as error:  # a build that does not fit its torch raises whatever it likes
+            reason = f"{type(error).__name__}: {error}"
+            model.set_attn_implementation(chosen)
+        finally:
+            logging.set_verbosity(told)
+    why = "" if reason is None else f" (no flash attention: {reason})"
+    logger.info("attention is {}{}", model.config._attn_implementation, why)
+
+
+def _no_flash_attention(model, precision: str, device) -> str | None:
+    """Why FlashAttention-2 cannot be used; None where nothing speaks against it."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    known = getattr(model, "_compatible_flash_implementations", None)
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if not is_flash_attn_2_available():
+        return "the package flash-attn is not installed"
+    if precision == "fp32":
+        return "its kernels are for bf16 and fp16"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    able = model._supports_flash_attn and model._can_set_attn_implementation()
+    if not able or (known is not None and "flash_attention_2" not in known):
+        return f"{type(model).__name__} does not support it"
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return f"its heads have {head} dimensions, more than 256" if head > 256 else None
 
 
 def settle_generation(model) -> None:
