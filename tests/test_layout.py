@@ -33,6 +33,8 @@ FLOW = [
     "recipe",
     "record",
     "config_file",
+    "replaced",
+    "sources",
     "args",
     "tokenizer",
     "modelfile",
