@@ -36,6 +36,7 @@ FLOW = [
     "replaced",
     "sources",
     "args",
+    "idle",
     "tokenizer",
     "modelfile",
     "data_report",
@@ -78,6 +79,8 @@ FLOW = [
     "card",
     "summary",
     "save",
+    "plan",
+    "explain",
     "script",
 ]
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))
