@@ -81,6 +81,7 @@ FLOW = [
     "save",
     "plan",
     "explain",
+    "explain_report",
     "script",
 ]
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))

@@ -176,7 +176,7 @@ def parse_with_sources(argv: list[str] | None = None):
     sources = Sources(recipe, CommonArgs)
     sources.note_flags(parser, argv, values, given)
     problems += config.apply(values, given, (recipe, CommonArgs))
-    sources.note_config(config, values, given)
+    sources.note_config(config, values)
     common, found = _settle(values, given, recipe, sources)
     problems += found
     try:

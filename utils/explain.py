@@ -43,7 +43,7 @@ class Explained:
         idle: name → why it does nothing here.
         plan: from `utils.plan.plan`.
         weights: how many there are and are trained; None where that can't be told.
-        deepspeed: key of its file → (value, where from).
+        deepspeed: from `deepspeed_values`; empty without DeepSpeed.
     """
 
     args: Any
@@ -54,7 +54,7 @@ class Explained:
     idle: dict[str, str]
     plan: dict
     weights: dict | None
-    deepspeed: dict[str, tuple]
+    deepspeed: dict
 
     def as_json(self) -> dict:
         """The same as an object for other programs."""
@@ -64,10 +64,10 @@ class Explained:
         }
         return {
             "task": self.args.task_type,
-            "plan": self.plan,
+            "plan": {name: _without_list(part) for name, part in self.plan.items()},
             "weights": self.weights and {name: self.weights[name] for name in ("all", "trained")},
             "values": values,
-            "deepspeed": {name: {"value": value, "from": where} for name, (value, where) in self.deepspeed.items()},
+            "deepspeed": self.deepspeed,
             "idle": self.idle,
         }
 
@@ -88,7 +88,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     tokenizer = tokenizer_of(args)
     template = get_template(args.template_name, tokenizer) if task.USES_TEMPLATE else None
     data = task.load_datasets(args, train_args, template, tokenizer)
-    counted, evaluated = weights(args), len(data.eval) if data.eval is not None else 0
+    counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
     padded = args.task_type == "dpo_multi" or not use_padding_free(args, train_args)
     planned = plan(train_args, measure(data.train), evaluated, processes, padded)
     case = Case(
@@ -117,6 +117,11 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     )
 
 
+def _without_list(part):
+    """When a run evaluates, say, without the list of every step of it."""
+    return {name: value for name, value in part.items() if name != "steps"} if isinstance(part, dict) else part
+
+
 def _source_as_json(source: Source | None) -> dict:
     if source is None:
         return {}
@@ -124,14 +129,17 @@ def _source_as_json(source: Source | None) -> dict:
     return {"kind": source.kind, "from": source.where, **before}
 
 
-def deepspeed_values(train_args, counted: dict | None, steps: int, processes: int) -> dict[str, tuple]:
-    """Every value that DeepSpeed's file sets, `auto` as what it becomes: key → (value, where from).
+def deepspeed_values(train_args, counted: dict | None, steps: int, processes: int) -> dict:
+    """Every value that DeepSpeed's file sets, `auto` as what it becomes.
 
     Args:
         train_args: the recipe's TrainArgument.
         counted: from `weights`; without it what depends on the model stays `auto`.
         steps: of the run.
         processes: how many train together.
+
+    Returns:
+        `{"file": "zero2", "values": {"zero_optimization.stage": {"value": 2, "from": "zero2"}}}`, empty without a file.
     """
     given = train_args.deepspeed
     if not given:
@@ -148,12 +156,13 @@ def deepspeed_values(train_args, counted: dict | None, steps: int, processes: in
             raise UserError(f"--deepspeed {name} does not go with the flags: {error}") from error
     filled, found = _flat(settled.config), {}
     for key, value in _flat(given).items():
-        now = filled.get(key, value)
-        if key == "train_batch_size" and value == "auto":
-            now = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * processes
-        where = f"{name}: {key}"
-        found[key] = (now, f'{where} is "auto": {_AUTO.get(key, "DeepSpeed decides")}' if value == "auto" else where)
-    return found
+        now, where = filled.get(key, value), name
+        if value == "auto":
+            where = f'{name}, "auto": {_AUTO.get(key, "DeepSpeed decides")}'
+            if key == "train_batch_size":
+                now = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * processes
+        found[key] = {"value": now, "from": where}
+    return {"file": name, "values": found}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -164,7 +173,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return found
 
 
-def weights(args) -> dict | None:
+def weights(args, train_args) -> dict | None:
     """How many weights there are and how many are trained, of a model without values; None where they can't be told.
 
     The embeddings that `--train_special_tokens auto` may train as well are not counted: only the values tell.
@@ -175,7 +184,9 @@ def weights(args) -> dict | None:
     import torch
     from peft import PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import deepspeed
 
+    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would divide the model, which has no values
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         with torch.device("meta"):
@@ -192,4 +203,7 @@ def weights(args) -> dict | None:
             model = get_peft_model(model, adapter)
     except Exception:  # the hub, and each model's own code, raise their own
         return None
+    finally:
+        if train_args.deepspeed:
+            deepspeed.set_hf_deepspeed_config(train_args.hf_deepspeed_config)
     return found | {"trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad)}

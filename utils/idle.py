@@ -127,7 +127,8 @@ TABLE = [
     Idle(("prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches", "batch_eval_metrics",
           "include_for_metrics", "eval_use_gather_object"),
          lambda c: not c.dpo or not c.evaluates, "evaluation adds its figures up and keeps no predictions"),
-    Idle(("early_stopping_threshold",), lambda c: not c.early_stopping_patience, "--early_stopping_patience is not set"),
+    Idle(("early_stopping_threshold",), lambda c: not c.early_stopping_patience,
+         "--early_stopping_patience is not set"),
     Idle(("metric_for_best_model",), lambda c: not c.evaluates, "nothing is evaluated"),
     Idle(("greater_is_better",), lambda c: not c.evaluates or not c.metric_for_best_model,
          "no evaluation is compared with another (--metric_for_best_model)"),
@@ -152,7 +153,8 @@ TABLE = [
          "DistributedDataParallel has no part in it: one process, DeepSpeed or FSDP"),
     Idle(("ddp_backend", "ddp_timeout"), lambda c: c.processes == 1 and not c.deepspeed, "there is one process"),
     Idle(("fsdp_config",), lambda c: not c.fsdp, "--fsdp is not set"),
-    Idle(("do_train", "do_eval", "do_predict"), lambda c: True, "main_train.py trains, and asks --eval_strategy"),
+    Idle(("do_train", "do_predict"), lambda c: True, "main_train.py trains, and nothing else"),
+    Idle(("do_eval",), lambda c: not c.evaluates, "--eval_strategy and rows for it are what counts"),
     *(Idle((old,), lambda c: True, f"it is replaced by --{new}") for old, new in REPLACED_FLAGS.items()),
 ]  # fmt: skip
 

@@ -140,6 +140,8 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
         "passes_per_update": train_args.gradient_accumulation_steps,
         "rows": len(rows.tokens),
         "examples": int(rows.examples.sum()),
+        # so that all processes have as many; less than 0: left out by --dataloader_drop_last
+        "rows_repeated": sum(len(batch) for one in updates for part in one for batch in part) - len(rows.tokens),
         **_sizes(updates[:steps], rows, padded),
         "warmup_steps": train_args.get_warmup_steps(steps),
         "learning_rate": _rates(train_args, steps),

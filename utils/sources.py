@@ -19,7 +19,7 @@ _LIBRARIES = {"trl": "TRL's", "transformers": "transformers'"}
 _ADAPTER = "adapter_config.json of --adapter_name_or_path {adapter_name_or_path}"
 # (step, name) → what a value follows from; the values as they are after the step stand in the braces
 _REASONS = {
-    ("precision", "precision"): "--precision auto, --bf16, --fp16 and what this machine computes in",
+    ("precision", "precision"): "--precision auto: what this machine computes in",
     ("precision", "bf16"): "--precision {precision}",
     ("precision", "fp16"): "--precision {precision}",
     ("precision", "use_cpu"): "this machine has no GPU",
@@ -54,7 +54,7 @@ _OTHERWISE = {
     "defaults": "other values",
     "deepspeed": "DeepSpeed's launcher, where --deepspeed is not given",
     "evaluation": "what the evaluation needs",
-    "trainer": "the parent classes, which fill it in",
+    "trainer": "TrainingArguments, which fills it in",
 }
 
 
@@ -110,11 +110,10 @@ class Sources(dict):
                 self[name] = Source("flag", shlex.join(group))
         self._values = dict(values)
 
-    def note_config(self, config, values: dict, given: set[str]) -> None:
+    def note_config(self, config, values: dict) -> None:
         """Notes what the file of `--config` set."""
         for name in config.values:
-            changed = name in self._values and not same(self._values[name], values[name])
-            if name not in config.given and (changed or name in given):
+            if name in self._values.keys() - config.given and not same(self._values[name], values[name]):
                 part = next((part for part in ("common", "trainer") if name in config.record.get(part, ())), None)
                 self[name] = Source("config", f"{config.path}: {f'{part}.' if part else ''}{name}")
         self._values = dict(values)
@@ -133,10 +132,15 @@ class Sources(dict):
         told = {name: _as_flag(value) for name, value in now.items()}
         for name in self.keys() & now.keys():
             if not same(self._values[name], now[name]):
-                text = _REASONS.get((step, name), _OTHERWISE[step]).format_map(told)
+                text = self._precision(step, name) or _REASONS.get((step, name), _OTHERWISE[step]).format_map(told)
                 kind = "launcher" if step == "deepspeed" and started_by_deepspeed() else "derived"
                 self[name] = Source(kind, text, step, self[name])
         self._values = now
+
+    def _precision(self, step: str, name: str) -> str | None:
+        """The flag or line that says the precision by the trainer's own names."""
+        asked = [self[one].where for one in ("bf16", "fp16") if one in self and self[one].chosen]
+        return asked[0] if asked and (step, name) == ("precision", "precision") else None
 
 
 def default_source(dataclass_type: type, name: str) -> Source:
@@ -190,7 +194,7 @@ def _as_flag(value) -> str:
 
 
 def same(one, other) -> bool:
-    """Whether two forms say the same: `"epoch"` and its enum, `"a"` and `["a"]`, `'{"b": 1}'` and its dict, two paths."""
+    """Whether two forms say the same: `"epoch"` and its enum, `"a"` and `["a"]`, `'{"b": 1}'` and its dict."""
     one, other = _plain(one), _plain(other)
     if isinstance(one, str) and isinstance(other, str):
         return one == other or other.endswith("/" + one.removeprefix("~/"))  # found below home, or below the project
@@ -205,5 +209,7 @@ def _plain(value):
             return value
     if isinstance(value, list) and len(value) == 1:
         return _plain(value[0])
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
     value = short_name(value.value if isinstance(value, Enum) else value)
     return None if value == [] or str(value).lower() in ("", "none") else value
