@@ -41,6 +41,7 @@ class Explained:
         values: name → value, every one of them but secrets.
         sources: name → where it comes from.
         idle: name → why it does nothing here.
+        unannotated: what the recipe assigns without a type, which a dataclass ignores: name → file and line.
         plan: from `utils.plan.plan`.
         weights: how many there are and are trained; None where that can't be told.
         deepspeed: from `deepspeed_values`; empty without DeepSpeed.
@@ -52,6 +53,7 @@ class Explained:
     values: dict[str, Any]
     sources: dict[str, Source]
     idle: dict[str, str]
+    unannotated: dict[str, str]
     plan: dict
     weights: dict | None
     deepspeed: dict
@@ -69,6 +71,7 @@ class Explained:
             "values": values,
             "deepspeed": self.deepspeed,
             "idle": self.idle,
+            "unannotated": self.unannotated,
         }
 
 
@@ -91,26 +94,17 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
     padded = args.task_type == "dpo_multi" or not use_padding_free(args, train_args)
     planned = plan(train_args, measure(data.train), evaluated, processes, padded)
-    case = Case(
-        args,
-        train_args,
-        processes,
-        rows_to_evaluate=evaluated > 0,
-        experts=counted is None or hasattr(counted["config"].get_text_config(), "output_router_logits"),
-    )
+    case = Case(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
     values = json.loads(json.dumps(settings["trainer"] | settings["common"], default=str))
-    ignored = {
-        name: f"{where} gives it no type, so that a dataclass takes no notice: write `{name}: … = …`"
-        for name, where in unannotated(type(train_args)).items()
-    }
     return Explained(
         args,
         train_args,
         data,
         values,
         {name: source for name, source in sources.items() if name in values},
-        {name: why for name, why in (idle_settings(case) | ignored).items() if name in values},
+        {name: why for name, why in idle_settings(case).items() if name in values},
+        unannotated(type(train_args)),
         planned,
         counted,
         deepspeed_values(train_args, counted, planned["steps"], processes),

@@ -102,7 +102,7 @@ def _tokens(plan: dict) -> str:
     share = 100 * trained["mean"] / tokens["mean"]
     return (
         f"{tokens['mean']:,.0f} an update on average, {share:.0f} % of them trained; at most {tokens['largest']:,} "
-        f"(update {tokens['at']:,}); {tokens['mean'] * plan['steps']:,.0f} in the whole run"
+        f"in the first epoch (update {tokens['at']:,}); {tokens['mean'] * plan['steps']:,.0f} in the whole run"
     )
 
 
@@ -178,11 +178,15 @@ def idle_lines(explained, everything: bool) -> list[str]:
     hidden = 0
     for name, why in explained.idle.items():
         source = explained.sources[name]
-        if everything or source.chosen or name not in explained.values:
+        if everything or source.chosen:
             reasons.setdefault(why, []).append(f"{name} {show(explained.values[name])} ({_where(source)})")
         else:
             hidden += 1
     lines = [f"  {', '.join(names)}\n    {why}" for why, names in reasons.items()]
+    lines += [
+        f"  {name} at {where}\n    it has no type there (`{name}: … = …`), so that the dataclass ignores it"
+        for name, where in explained.unannotated.items()
+    ]
     if not lines:
         return [
             f"Everything that was set has an effect here; {hidden} settings that nobody set have none (--all true)."

@@ -21,14 +21,12 @@ class Case:
         train: the recipe's TrainArgument.
         processes: how many train together.
         rows_to_evaluate: whether there are validation rows.
-        experts: whether the model is a mixture of experts.
     """
 
     args: Any
     train: Any
     processes: int = 1
     rows_to_evaluate: bool = True
-    experts: bool = False
 
     def __getattr__(self, name: str):
         """A setting, by its name as a flag; the value of an enum, None where the recipe has no such field."""
@@ -74,7 +72,6 @@ TABLE = [
     Idle(("lora_target_modules", "init_lora_weights", "train_special_tokens"),
          lambda c: c.train_mode == "full" or c.adapter_name_or_path,
          "it is for a new adapter, and this run has none, or goes on from one"),
-    Idle(("router_aux_loss_coef",), lambda c: not c.experts, "the model is no mixture of experts"),
     # ------------------------------------------------------------------ rows
     Idle(("max_prompt_length",), lambda c: not c.dpo, "only the tasks dpo_multi and dpo_single have pairs"),
     Idle(("template_name", "allow_special_tokens_in_content", "train_special_tokens"),
