@@ -12,7 +12,7 @@ _GROUPS = {
     "derived": "derived from other values",
     "library": "the libraries' defaults",
 }
-_WIDEST = 48  # a longer value is shown on a line of its own
+_WIDEST = 48  # a longer value pushes its source to the right
 
 
 def text_of(explained, everything: bool, diff: dict | None) -> str:
@@ -57,7 +57,7 @@ def _weights(counted: dict | None) -> str:
 def _rows(explained) -> str:
     plan, report = explained.plan, explained.data.report
     packed = f" in {plan['rows']:,} packed rows" if explained.values.get("packing") else ""
-    text = f"{plan['examples']:,} of {report.rows:,} train{packed}"
+    text = f"{explained.data.rows_trained():,} of {report.rows:,} train{packed}"
     text += f", {report.dropped_rows():,} are left out ({report.counts()})" if report.dropped else ""
     more = plan["rows_repeated"]
     if more:

@@ -113,7 +113,7 @@ class Sources(dict):
     def note_config(self, config, values: dict) -> None:
         """Notes what the file of `--config` set."""
         for name in config.values:
-            if name in self._values.keys() - config.given and not same(self._values[name], values[name]):
+            if name in self._values and not same(self._values[name], values[name]):
                 part = next((part for part in ("common", "trainer") if name in config.record.get(part, ())), None)
                 self[name] = Source("config", f"{config.path}: {f'{part}.' if part else ''}{name}")
         self._values = dict(values)
