@@ -15,6 +15,7 @@ from safetensors import safe_open
 import main_train
 from utils.args import parse_with_sources
 from utils.explain import explain
+from utils.explain_report import text_of
 from utils.idle import TABLE, Case, idle_settings
 from utils.plan import first_epoch, measure
 from utils.replaced import REPLACED_FLAGS
@@ -401,22 +402,32 @@ def test_all_problems_at_once(refused, tmp_path):
     assert "holds flags and no run" in refused(main, "--diff", str(flags))
 
 
-@pytest.mark.slow
-def test_deepspeeds_file_with_auto_resolved(flags_for, tmp_path):
-    """ZeRO-3 joins processes, so in a process of its own."""
-    flags = flags_for("--deepspeed", "zero3", "--gradient_accumulation_steps", "2", "--max_steps", "5", *FULL)
-    done = subprocess.run(
-        [sys.executable, "-m", "utils.script.explain", *flags, "--processes", "4", "--json", "true"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout[done.stdout.index("{") :])
-    values = found["deepspeed"]["values"]
-    written = json.loads((ROOT / "train_args/deepspeed_config/ds_config_zero3.json").read_text())
-    assert found["deepspeed"]["file"] == "zero3"
-    assert values["zero_optimization.stage"] == {"value": written["zero_optimization"]["stage"], "from": "zero3"}
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_file_with_auto_resolved(flags_for, stage):
+    """As transformers reads it; the processes need not be joined for that."""
+    from transformers.integrations import deepspeed
+
+    args, train_args, sources = parse_with_sources(flags_for("--gradient_accumulation_steps", "2", *FULL))
+    file = ROOT / f"train_args/deepspeed_config/ds_config_zero{stage}.json"
+    train_args.deepspeed = str(file)
+    train_args.hf_deepspeed_config = deepspeed.HfTrainerDeepSpeedConfig(str(file))
+    train_args.hf_deepspeed_config.trainer_config_process(train_args)
+    try:
+        found = explain(args, train_args, sources, 4)
+        assert deepspeed.is_deepspeed_zero3_enabled() == (stage == 3)  # as it was before
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    values, name = found.deepspeed["values"], f"zero{stage}"
+    written = json.loads(file.read_text())
+    assert found.deepspeed["file"] == name
+    for key, value in written["zero_optimization"].items():
+        if value != "auto":
+            assert values[f"zero_optimization.{key}"] == {"value": value, "from": name}
     assert values["train_batch_size"]["value"] == 16 * 2 * 4
-    assert values["gradient_clipping"]["value"] == 1.0 and "--max_grad_norm" in values["gradient_clipping"]["from"]
-    assert values["zero_optimization.reduce_bucket_size"]["value"] == 64 * 64  # tiny.config_for's hidden size
-    assert values["zero_optimization.stage3_param_persistence_threshold"]["value"] == 640
-    assert found["weights"]["all"] > 64 * 500  # ZeRO-3 would have left each process a part
+    assert values["gradient_clipping"] == {"value": 1.0, "from": f'{name}, "auto": --max_grad_norm'}
+    assert "auto" not in [one["value"] for one in values.values()]
+    if stage == 3:  # by the hidden size of tiny.config_for
+        assert values["zero_optimization.reduce_bucket_size"]["value"] == 64 * 64
+        assert values["zero_optimization.stage3_param_persistence_threshold"]["value"] == 640
+    assert found.weights["all"] > 64 * 500  # ZeRO-3 would have left each process a part
+    assert "Values of DeepSpeed's file" in text_of(found, False, None)
