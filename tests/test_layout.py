@@ -33,7 +33,10 @@ FLOW = [
     "recipe",
     "record",
     "config_file",
+    "replaced",
+    "sources",
     "args",
+    "idle",
     "tokenizer",
     "modelfile",
     "data_report",
@@ -76,6 +79,9 @@ FLOW = [
     "card",
     "summary",
     "save",
+    "plan",
+    "explain",
+    "explain_report",
     "script",
 ]
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))

@@ -19,6 +19,8 @@ from utils.log import is_main_process
 from utils.paths import project_path
 from utils.precision import check_precision
 from utils.recipe import load_recipe
+from utils.replaced import REPLACED_FLAGS, check_replaced
+from utils.sources import Sources
 
 
 @dataclass
@@ -125,25 +127,6 @@ class CommonArgs:
     )
 
 
-# flags of the parent classes that another flag replaces here: given, they would do nothing
-REPLACED_FLAGS = {
-    "max_length": "max_len",
-    "chat_template_path": "template_name",
-    "eos_token": "template_name",
-    "pad_token": "template_name",
-    "truncation_mode": "max_len",
-    "completion_only_loss": "template_name (labels cover the answers and their stop tokens)",
-    "assistant_only_loss": "template_name (labels cover the answers and their stop tokens)",
-    "dataset_text_field": "train_data_path (the fields are listed in README.md)",
-    "dataset_kwargs": "train_data_path",
-    "packing_strategy": "packing (best fit, on whole rows)",
-    "eval_packing": "packing",
-    "pad_to_multiple_of": "padding_free",
-    "shuffle_dataset": "seed (rows are shuffled in every epoch)",
-    "model_init_kwargs": "precision, attn_implementation and trust_remote_code",
-}
-
-
 def _make_recipe_parser(recipe: type):
     # CommonArgs comes last: it wins where TRL has a field of the same name
     parser = make_parser(
@@ -172,6 +155,15 @@ def parse_args(argv: list[str] | None = None):
     Raises:
         UserError: with every problem at once.
     """
+    return parse_with_sources(argv)[:2]
+
+
+def parse_with_sources(argv: list[str] | None = None):
+    """As `parse_args`, and says of each value where it came from.
+
+    Returns:
+        (CommonArgs, TrainArgument, Sources)
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     config = read_config(_given_early(argv, "config"))
     path = _given_early(argv, "train_args_path")
@@ -181,16 +173,12 @@ def parse_args(argv: list[str] | None = None):
     parser = _make_recipe_parser(load_recipe(path, frozenset(f.name for f in dataclasses.fields(CommonArgs))))
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]
+    sources = Sources(recipe, CommonArgs)
+    sources.note_flags(parser, argv, values, given)
     problems += config.apply(values, given, (recipe, CommonArgs))
-    common = CommonArgs(**_values_of(CommonArgs, values))
-    common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
-    # a precision set in the recipe counts as given
-    given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
-    problems += check_precision(common, values, given)
-    problems += resolve_defaults(common, values, given, recipe) + settle_deepspeed(values)
-    problems += settle_evaluation(common, values, given)
-    problems += _replaced(recipe, values, given)
-    problems += check_common(common, recipe)
+    sources.note_config(config, values)
+    common, found = _settle(values, given, recipe, sources)
+    problems += found
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
@@ -207,9 +195,31 @@ def parse_args(argv: list[str] | None = None):
         (train_args.output_dir, train_args.resume_from_checkpoint)
     )
     raise_if_any(problems)
+    sources.note_step("trainer", train_args, common)
     if is_main_process():
         config.warn(common)
-    return common, train_args
+    return common, train_args, sources
+
+
+def _settle(values: dict, given: set[str], recipe: type, sources: Sources) -> tuple[CommonArgs, list[str]]:
+    """Fills in what depends on other values and on the machine.
+
+    Returns:
+        the common arguments, and the problems.
+    """
+    common = CommonArgs(**_values_of(CommonArgs, values))
+    common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
+    # a precision set in the recipe counts as given
+    given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
+    problems = check_precision(common, values, given)
+    sources.note_step("precision", values, common)
+    problems += resolve_defaults(common, values, given, recipe)
+    sources.note_step("defaults", values, common)
+    problems += settle_deepspeed(values)
+    sources.note_step("deepspeed", values, common)
+    problems += settle_evaluation(common, values, given)
+    sources.note_step("evaluation", values, common)
+    return common, problems + check_replaced(recipe, values, given) + check_common(common, recipe)
 
 
 def _given_early(argv: list[str], flag: str) -> str | None:
@@ -224,12 +234,3 @@ def _given_early(argv: list[str], flag: str) -> str | None:
 
 def _values_of(dataclass_type: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(dataclass_type) if f.init and f.name in values}
-
-
-def _replaced(recipe: type, values: dict, given: set[str]) -> list[str]:
-    problems = []
-    parent = {f.name: f.default for f in dataclasses.fields(recipe.__mro__[1])}
-    for old, new in REPLACED_FLAGS.items():
-        if old in given or (old in parent and values.get(old) != parent[old]):
-            problems.append(f"--{old} has no effect here; use --{new}")
-    return problems

@@ -9,10 +9,10 @@ LOSS_TYPES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
+READ_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 _ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
 # dpo_single's loss is its own: what would change TRL's does nothing there
-_FOR_MULTI = {
+FOR_MULTI = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
     "label_smoothing": 0.0,
@@ -44,7 +44,7 @@ def check_dpo(common, train_args) -> list[str]:
         return problems + [
             f"--{name} {getattr(train_args, name)} has no effect in dpo_single, whose loss is written out in "
             "utils/tasks/dpo_single.py; use --task_type dpo_multi, or change preference_loss there"
-            for name, neutral in _FOR_MULTI.items()
+            for name, neutral in FOR_MULTI.items()
             if getattr(train_args, name) != neutral
         ]
     return problems + _check_losses(train_args)
@@ -115,10 +115,10 @@ def _check_losses(train_args) -> list[str]:
             f"--loss_type {name} goes only with --f_divergence_type reverse_kl, not {train_args.f_divergence_type}"
             for name in sorted(set(losses) & _ONLY_REVERSE_KL)
         ]
-    if smoothing and not _SMOOTHED & set(losses):
+    if smoothing and not READ_SMOOTHING & set(losses):
         problems.append(
             f"--label_smoothing {smoothing} has no effect with --loss_type {' '.join(losses)}; it is read by "
-            f"{', '.join(sorted(_SMOOTHED))}"
+            f"{', '.join(sorted(READ_SMOOTHING))}"
         )
     if not 0 <= smoothing < 0.5:
         problems.append(f"--label_smoothing {smoothing} is not allowed; give at least 0 and below 0.5")

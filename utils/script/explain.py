@@ -1,0 +1,75 @@
+"""Says what a run would do, and where each of its values comes from. Takes every flag of main_train.py.
+
+python -m utils.script.explain
+python -m utils.script.explain --train_mode full --lora_rank 8 --max_steps 100 --processes 8
+python -m utils.script.explain --config output/sft/train_args.json --learning_rate 1e-3 --diff output/sft
+python -m utils.script.explain --json true > run.json
+
+Rows are prepared as for a run, which then finds them prepared; no weights are loaded and nothing is trained. What
+main_train.py would refuse is refused here as well.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+
+from utils.args import parse_with_sources
+from utils.errors import UserError, raise_if_any, run_command
+from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.launch import world_size
+from utils.log import is_main_process, setup_logging
+
+
+@dataclass
+class ExplainArgs:
+    """Flags of this command; all others are main_train.py's."""
+
+    all: bool = arg(False, "Show every value, those that nobody set and the idle ones included.")
+    json: bool = arg(False, "Print one JSON object with everything, for other programs; messages go to stderr.")
+    diff: str | None = arg(None, "A run's folder, or its train_args.json: show what differs from it.")
+    processes: int | None = arg(None, "For how many processes to plan. Default: as many as were started.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = {"--all", "--json", "--diff", "--processes", "--help", "-h"}
+    groups = split_flags(argv)
+    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
+    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    setup_logging()
+    parser = make_parser([ExplainArgs], "utils.script.explain", __doc__)
+    values, _, problems = read_flags(parser, mine)
+    asked = ExplainArgs(**values)
+    if asked.processes is not None and asked.processes < 1:
+        problems.append(f"--processes {asked.processes} is not allowed; give a whole number of at least 1")
+
+    from utils.script.explain_diff import compare, read_then
+
+    try:
+        then = read_then(asked.diff)
+    except UserError as error:
+        problems += error.problems
+    try:
+        args, train_args, sources = parse_with_sources(rest)
+    except UserError as error:
+        problems += error.problems
+    raise_if_any(problems)
+
+    from utils.explain import explain
+    from utils.explain_report import text_of
+    from utils.log import route_library_logs
+
+    route_library_logs()
+    explained = explain(args, train_args, sources, asked.processes or world_size())
+    diff = compare(asked.diff, then, explained) if then is not None else None
+    if not is_main_process():
+        return
+    if asked.json:
+        told = explained.as_json() | ({"diff": diff} if diff is not None else {})
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        print(text_of(explained, asked.all, diff))
+
+
+if __name__ == "__main__":
+    run_command(main)
