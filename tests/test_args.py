@@ -132,6 +132,7 @@ def test_all_problems_come_at_once(parse, also):
         (["--precision", "fp16"], "CUDA"),
         (["--train_args_path", "train_args/sft/bse.py"], "train_args/sft/base.py"),
         (["--eval_strategy", "steps"], "--eval_data_path or --val_size"),
+        (["--eval_on_start", "true"], "--eval_on_start true"),
         (["--val_size", "2.5"], "a share below 1 or a number of rows"),
         (["--resume_from_checkpoint", "nowhere"], "'nowhere' is not a checkpoint"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),

@@ -237,7 +237,7 @@ NOT_IDLE = [
     ("run_name", "no --report_to", [], {"report_to": ["wandb"]}),
     ("project", "it is for", [], {"report_to": ["trackio"]}),
     ("hub_model_id", "--push_to_hub", [], {"push_to_hub": True}),
-    ("activation_checkpointing_kwargs", "--gradient", [], ["--gradient_checkpointing", "true"]),
+    ("activation_checkpointing_kwargs", "--gradient", ["--gradient_checkpointing", "false"], []),
     ("liger_kernel_config", "--use_liger", [], {"use_liger_kernel": True}),
     ("torch_empty_cache_steps", "without a GPU", [], {"use_cpu": False}),
     ("average_tokens_across_devices", "there is one", [], {"processes": 2}),
@@ -431,3 +431,11 @@ def test_deepspeeds_file_with_auto_resolved(flags_for, stage):
         assert values["zero_optimization.stage3_param_persistence_threshold"]["value"] == 640
     assert found.weights["all"] > 64 * 500  # ZeRO-3 would have left each process a part
     assert "Values of DeepSpeed's file" in text_of(found, False, None)
+
+
+def test_checkpointing_is_told_as_the_models_size_decides_it(explained, monkeypatch):
+    monkeypatch.setattr("utils.model.CHECKPOINTING_FROM", 10)
+    found = explained()
+    assert found.values["gradient_checkpointing"] is True and "weights" in found.sources["gradient_checkpointing"].where
+    asked = explained("--gradient_checkpointing", "false")
+    assert asked.values["gradient_checkpointing"] is False and asked.sources["gradient_checkpointing"].kind == "flag"

@@ -69,12 +69,13 @@ def _asked(common, values: dict, early: bool) -> list[str]:
     flags += ["--load_best_model_at_end true"] if values.get("load_best_model_at_end") and not early else []
     flags += ["--save_strategy best"] if _text(values, "save_strategy") == "best" else []
     flags += [f"--eval_strategy {_text(values, 'eval_strategy')}"] if _text(values, "eval_strategy") != "no" else []
+    flags += ["--eval_on_start true"] if values.get("eval_on_start") else []
     return flags
 
 
 def _ask_for_none(values: dict) -> None:
     """Takes back what cannot be had, so that the other problems can be told as well."""
-    values.update(load_best_model_at_end=False, eval_strategy="no", metric_for_best_model=None)
+    values.update(load_best_model_at_end=False, eval_strategy="no", metric_for_best_model=None, eval_on_start=False)
     if _text(values, "save_strategy") == "best":
         values["save_strategy"] = "no"
 

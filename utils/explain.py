@@ -11,6 +11,7 @@ from utils.adapter import ADAPTERS, build_adapter
 from utils.check_deepspeed import short_name
 from utils.errors import UserError
 from utils.idle import Case, idle_settings
+from utils.model import CHECKPOINTING_FROM, settle_checkpointing
 from utils.plan import measure, plan
 from utils.record import effective_args
 from utils.sources import Source, Sources, unannotated
@@ -94,6 +95,10 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
     padded = args.task_type == "dpo_multi" or not use_padding_free(args, train_args)
     planned = plan(train_args, measure(data.train), evaluated, processes, padded)
+    if counted is not None and settle_checkpointing(counted["all"], train_args):
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
+            sources[name] = Source("derived", where, "model", sources[name])
     case = Case(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
     values = json.loads(json.dumps(settings["trainer"] | settings["common"], default=str))

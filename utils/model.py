@@ -178,10 +178,18 @@ def _keep_quantised_weights(model) -> None:
 
 
 def _settle_checkpointing(model, train_args) -> None:
-    if train_args.gradient_checkpointing is None:
-        # ZeRO-3 leaves each process a part, and the whole's size beside it
-        size = max(model.num_parameters(), sum(getattr(weight, "ds_numel", 0) for weight in model.parameters()))
-        wanted = size >= CHECKPOINTING_FROM
-        # two names of one thing in transformers; the second is the newer
-        train_args.gradient_checkpointing = train_args.activation_checkpointing = wanted
-        logger.info("gradient checkpointing is {} for {:,} weights", "on" if wanted else "off", size)
+    # ZeRO-3 leaves each process a part, and the whole's size beside it
+    size = max(model.num_parameters(), sum(getattr(weight, "ds_numel", 0) for weight in model.parameters()))
+    if settle_checkpointing(size, train_args):
+        logger.info(
+            "gradient checkpointing is {} for {:,} weights", "on" if train_args.gradient_checkpointing else "off", size
+        )
+
+
+def settle_checkpointing(size: int, train_args) -> bool:
+    """Turns gradient checkpointing on for a model of so many weights, or off; returns whether that was left open."""
+    if train_args.gradient_checkpointing is not None:
+        return False
+    # two names of one thing in transformers; the second is the newer
+    train_args.gradient_checkpointing = train_args.activation_checkpointing = size >= CHECKPOINTING_FROM
+    return True
