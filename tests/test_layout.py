@@ -76,6 +76,12 @@ FLOW = [
     "card",
     "summary",
     "save",
+    "proof_figures",
+    "proof_subject",
+    "proofs_loss",
+    "proofs_model",
+    "proofs_runs",
+    "proofs",
     "script",
 ]
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))

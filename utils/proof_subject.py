@@ -7,7 +7,6 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,89 +15,13 @@ from loguru import logger
 from utils.adapter import ADAPTERS, build_adapter
 from utils.data_files import read_rows
 from utils.errors import UserError
-from utils.launch import world_size
 from utils.model import load_model, with_trained_adapter
+from utils.proof_figures import Gradients, logits_of
 from utils.save import prepare_trainer
 from utils.tasks import get_task
 from utils.tasks.common import Data
 from utils.template import get_template
 from utils.tokenizer import tokenizer_of
-
-POSITIONS = 64  # of each row so many logits are compared, the last ones: a large vocabulary makes them large
-
-
-class DoesNotApply(Exception):
-    """A proof that says nothing in this setting; its text completes "does not apply: …"."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One figure, come to in two ways.
-
-    Attributes:
-        what: the figure's name.
-        expected: the one way's; `found` the other's.
-        difference: between the two, in the unit of `tolerance`.
-        tolerance: the largest difference that rounding explains.
-        unit: "relative", or what the figures count.
-    """
-
-    what: str
-    expected: float
-    found: float
-    difference: float
-    tolerance: float
-    unit: str = "relative"
-
-    @property
-    def holds(self) -> bool:
-        return self.difference <= self.tolerance  # not for nan
-
-
-def relative(what: str, expected: float, found: float, tolerance: float) -> Measure:
-    """Two figures, by |found - expected| / |expected|."""
-    difference = abs(found - expected) / abs(expected) if expected else abs(found)
-    return Measure(what, expected, found, difference, tolerance)
-
-
-@dataclass
-class Verdict:
-    """What a proof came to.
-
-    Attributes:
-        measures: the figures; none where it does not apply.
-        why_not: why it does not apply.
-        failure: why it could not be brought to its end.
-        notes: what else a reader should know.
-    """
-
-    measures: list[Measure] = field(default_factory=list)
-    why_not: str | None = None
-    failure: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def holds(self) -> bool | None:
-        """None where it does not apply."""
-        if self.why_not is not None:
-            return None
-        return self.failure is None and bool(self.measures) and all(measure.holds for measure in self.measures)
-
-
-@dataclass
-class Gradients:
-    """What a step comes to.
-
-    Attributes:
-        loss: the mean over the trained tokens, or pairs.
-        of: name → gradient of each trained weight.
-    """
-
-    loss: float
-    of: dict[str, Any]
-
-    def norm(self) -> float:
-        return sum(float(gradient.double().square().sum()) for gradient in self.of.values()) ** 0.5
 
 
 class Subject:
@@ -108,15 +31,17 @@ class Subject:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
         count: how many rows are used.
-        flags: of main_train.py, as given, for proofs that run it.
+        dropout: of the adapters, as the user has it; `args` has none, or no two steps could be compared.
+        flags: of main_train.py, for proofs that run it.
         scratch: a folder that is removed afterwards.
 
     Raises:
         UserError: fewer than two rows can be trained on.
     """
 
-    def __init__(self, args, train_args, count: int, flags: list[str], scratch: Path):
-        self.args, self.train_args, self.flags, self.scratch = args, train_args, flags, scratch
+    def __init__(self, args, train_args, count: int, dropout: float, flags: list[str], scratch: Path):
+        self.args, self.train_args = args, train_args
+        self.dropout, self.flags, self.scratch = dropout, flags, scratch
         self.task = get_task(args.task_type)
         self.tokenizer = tokenizer_of(args)
         self.template = get_template(args.template_name, self.tokenizer) if self.task.USES_TEMPLATE else None
@@ -131,25 +56,29 @@ class Subject:
         data = self.task.load_datasets(self.args, self.train_args, self.template, self.tokenizer)
         if len(data.train) < 2:
             raise UserError(
-                f"--train_data_path {self.args.train_data_path!r} has {len(data.train)} row to train on, and the proofs "
-                "need two at least; give more rows"
+                f"--train_data_path {self.args.train_data_path!r} has one row to train on, and the proofs need two at "
+                "least; give more rows"
             )
         lengths = [length_of(row) for row in data.train]
         places = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
         count = min(count, len(places))
         chosen = sorted(places[round(i * (len(places) - 1) / (count - 1))] for i in range(count))
+        lengths = [lengths[place] for place in chosen]
         logger.info(
             "proved on {} rows of {} to {} tokens: line {} of {}",
-            count, min(lengths[i] for i in chosen), max(lengths[i] for i in chosen),
-            ", ".join(str(data.train[i]["source"][0] & ((1 << 40) - 1)) for i in chosen),
+            count, min(lengths), max(lengths), ", ".join(str(place_of(data.train[i])[1]) for i in chosen),
             ", ".join(data.report.files),
         )  # fmt: skip
+        if len(set(lengths)) == 1:
+            logger.warning(
+                "all of these rows are of one length, which puts padding and accumulation hardly to the test"
+            )
         return dataclasses.replace(data, train=data.train.select(chosen), eval=None)
 
     @functools.cached_property
     def raw_rows(self) -> list[Any]:
         """The rows as they stand in their files, one for each of `rows`."""
-        places = [divmod(row["source"][0], 1 << 40) for row in self.rows]
+        places = [place_of(row) for row in self.rows]
         found: dict = {}
         for number in {number for number, _ in places}:
             lines = {line for file, line in places if file == number}
@@ -186,13 +115,13 @@ class Subject:
             model = with_trained_adapter(model, args)
         adapter = build_adapter(args, model, self.tokenizer, self.template)
         collator = self.collator(train_args.padding_free)
-        trainer = self.task.build_trainer(
-            args, train_args, model, adapter, self.data, collator, self.tokenizer
-        )
+        trainer = self.task.build_trainer(args, train_args, model, adapter, self.data, collator, self.tokenizer)
         prepare_trainer(trainer, self.tokenizer, self.template, args)
         if train_args.gradient_checkpointing:
             trainer.model.gradient_checkpointing_enable(train_args.gradient_checkpointing_kwargs)
-        trainer.aux_loss_enabled = False  # a router's balance is of a batch, and of no row or token
+        if trainer.aux_loss_enabled:
+            logger.info("the balance of the model's experts is left out: it is of a whole batch, and not of its tokens")
+            trainer.aux_loss_enabled = False
         leave_dropout_out(trainer.model)
         self._stir(trainer.model)
         return trainer
@@ -264,6 +193,11 @@ class Subject:
         return Gradients(loss, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
 
 
+def place_of(row: dict) -> tuple[int, int]:
+    """The number of a row's file, and its line there."""
+    return divmod(row["source"][0], 1 << 40)
+
+
 def length_of(row: dict) -> int:
     """A row's tokens, or those of a pair's longer side."""
     if "input_ids" in row:
@@ -288,29 +222,6 @@ def leave_dropout_out(model) -> None:
                 setattr(module, name, 0.0)
 
 
-def logits_of(model, rows: list[dict]) -> list:
-    """The logits of each row's last positions, row by row, on the CPU, [at most `POSITIONS`, vocabulary] each."""
-    import torch
-
-    was_training, found = model.training, []
-    model.eval()
-    with torch.no_grad():
-        for row in rows:
-            ids = row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]
-            inputs = torch.tensor([ids], device=model.device)
-            found.append(model(input_ids=inputs, use_cache=False).logits[0, -POSITIONS:].float().cpu())
-    model.train(was_training)
-    return found
-
-
-def same_logits(what: str, expected: list, found: list, tolerance: float) -> Measure:
-    """The largest difference of any logit, relative to the largest logit."""
-    size = max(float(one.abs().max()) for one in expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
-    other = max(float(one.abs().max()) for one in found)
-    return Measure(what, size, other, difference / size, tolerance)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leaves out what the preparing of rows says, where rows are prepared that were prepared before."""
@@ -322,10 +233,3 @@ def quiet() -> Iterator[None]:
     finally:
         for name in names:
             logger.enable(name)
-
-
-def refuse_launchers() -> list[str]:
-    """The proofs start processes of their own."""
-    if world_size() == 1:
-        return []
-    return ["prove starts the processes it needs by itself; start it by plain python, without a launcher"]

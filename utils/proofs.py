@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from utils.errors import UserError
-from utils.proof_subject import DoesNotApply, Measure, Subject, Verdict
+from utils.proof_figures import DoesNotApply, Measure, ProofFailed, Verdict
+from utils.proof_subject import Subject
 from utils.proofs_loss import GRADIENTS, LOSS, ONE_WEIGHT, accumulation, packed, padding_free
 from utils.proofs_model import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
-from utils.proofs_runs import RANKS, SAVED, RunFailed, ranks, resumed
+from utils.proofs_runs import RANKS, SAVED, ranks, resumed
 
 
 class Proof(NamedTuple):
@@ -22,7 +23,7 @@ class Proof(NamedTuple):
         says: what holds.
         how: by what it is shown.
         tolerance: how far the figures may be apart, and why.
-        function: comes to the figures; raises `DoesNotApply`, or `RunFailed`.
+        function: comes to the figures; raises `DoesNotApply`, or `ProofFailed`.
     """
 
     says: str
@@ -32,8 +33,8 @@ class Proof(NamedTuple):
 
 
 _SUMS = (
-    f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients' norm, {ONE_WEIGHT:g} of one weight's gradient: float32 sums "
-    "in another order"
+    f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients' norm, {ONE_WEIGHT:g} of one weight's gradient: "
+    "float32 sums in another order"
 )
 # what runs processes of its own comes last: the model has left the memory by then
 PROOFS = {
@@ -98,17 +99,19 @@ class Outcome:
     seconds: float
 
 
-def run_proofs(names: list[str], subject: Subject) -> Iterator[Outcome]:
+def run_proofs(names: list[str], subject: Subject, begins: Callable[[str], object]) -> Iterator[Outcome]:
     """Tries proofs in the order of the table, and yields what each came to as soon as it is known.
 
     Args:
         names: of `PROOFS`.
         subject: the model, rows and settings.
+        begins: told the name of each before it is tried.
 
     Raises:
         UserError: the model cannot be loaded, or does not fit the memory.
     """
     for name in (name for name in PROOFS if name in names):
+        begins(name)
         started = time.monotonic()
         verdict = _try(PROOFS[name], subject)
         yield Outcome(name, PROOFS[name], verdict, time.monotonic() - started)
@@ -121,7 +124,7 @@ def _try(proof: Proof, subject: Subject) -> Verdict:
         return Verdict(proof.function(subject))
     except DoesNotApply as why:
         return Verdict(why_not=str(why))
-    except RunFailed as why:
+    except ProofFailed as why:
         return Verdict(failure=str(why))
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -4,7 +4,8 @@ import copy
 import dataclasses
 
 from utils.data_collator import build_collator
-from utils.proof_subject import DoesNotApply, Gradients, Measure, Subject, quiet, relative
+from utils.proof_figures import DoesNotApply, Gradients, Measure, ProofFailed, relative, worst
+from utils.proof_subject import Subject, quiet
 from utils.tasks.common import use_padding_free
 
 # float32 has 7 digits, and a sum of a thousand terms in another order loses one or two of them
@@ -61,18 +62,17 @@ def accumulation(subject: Subject) -> list[Measure]:
 
 def compare(expected: Gradients, found: Gradients) -> list[Measure]:
     """Loss, norm of the gradients, and the gradient of the weight that differs most, |g' - g| / |g|."""
-    whole, worst = expected.norm(), Measure("gradient of no weight", 0, 0, 0, ONE_WEIGHT)
-    if expected.of.keys() != found.of.keys():
-        names = sorted(expected.of.keys() ^ found.of.keys())
-        raise AssertionError(f"only one of the two ways gives {names[0]} a gradient")
+    if other := sorted(expected.of.keys() ^ found.of.keys()):
+        raise ProofFailed(f"only one of the two ways gives {other[0]} a gradient")
+    whole = expected.norm()
+    least = max(_SMALL * whole, 1e-30)
+    each = []
     for name, gradient in expected.of.items():
-        other = found.of[name].detach().cpu()
-        size = float(gradient.norm())
-        difference = float((other - gradient).norm()) / max(size, _SMALL * whole, 1e-30)
-        if not difference <= worst.difference:
-            worst = Measure(f"gradient of {name}", size, float(other.norm()), difference, ONE_WEIGHT)
+        ours, size = found.of[name].detach().cpu(), float(gradient.norm())
+        difference = float((ours - gradient).norm()) / max(size, least)
+        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, ONE_WEIGHT))
     return [
         relative("loss", expected.loss, found.loss, LOSS),
         relative("norm of all gradients", whole, found.norm(), GRADIENTS),
-        worst,
+        worst(each),
     ]

@@ -7,10 +7,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.data_rows import BadRow
 from utils.generate import GenerateArgs, generate_ids, prompt_ids
 from utils.merge import load_merged, size_of
-from utils.proof_subject import DoesNotApply, Measure, Subject, length_of, logits_of, same_logits, trained
 from utils.prompts import to_prompt
+from utils.proof_figures import DoesNotApply, Measure, logits_of, same_logits
+from utils.proof_subject import Subject, length_of, place_of, trained
 from utils.save import save_weights
 from utils.trained import Parts, TrainedArgs, load_trained
 
@@ -95,29 +97,49 @@ def stops(subject: Subject) -> list[Measure]:
         raise DoesNotApply("preferences do not teach a format; prove it with the recipe that does")
     if subject.template is None:
         raise DoesNotApply("plain text has no answers")
-    asked = sorted(range(len(subject.rows)), key=lambda place: length_of(subject.rows[place]))[:_ASKED]
-    rows = [subject.rows[place] for place in asked]
-    trainer, tokenizer = subject.trainer, subject.tokenizer
+    asked = _askable(subject)[:_ASKED]
+    if not asked:
+        raise DoesNotApply("none of the rows has a question and, at its end, an answer that is trained whole")
+    rows = [row for row, _ in asked]
     subject.unstir()
     loss, steps, seconds = _learn(subject, rows)
-    trainer.model.eval()
-    stopped = longest = 0
-    for place, row in zip(asked, rows, strict=True):
-        messages, tools, _ = to_prompt(subject.raw_rows[place])
-        special = subject.args.allow_special_tokens_in_content
-        prompt = prompt_ids(trainer.model, tokenizer, messages, tools, special)
-        limit = sum(label != -100 for label in row["labels"]) + _MARGIN
-        options = GenerateArgs(max_new_tokens=limit)
-        (answer,) = generate_ids(trainer.model, tokenizer, [prompt], options, [0])
-        stopped += tokenizer.eos_token_id in answer
-        longest = max(longest, limit)
+    subject.trainer.model.eval()
+    limits = [sum(label != -100 for label in row["labels"]) + _MARGIN for row in rows]
+    stopped = sum(_stops(subject, raw, limit) for (_, raw), limit in zip(asked, limits, strict=True))
     if stopped < len(rows) and loss > BY_HEART and seconds >= SECONDS:
         raise DoesNotApply(
             f"{steps} steps in {seconds:.0f} s did not teach the model {len(rows)} rows (loss {loss:.2f}), so how it "
             "ends them says nothing"
         )
-    what = f"answers that end within {longest} tokens, after {steps} steps (loss {loss:.3f})"
+    what = f"answers that end within {max(limits)} tokens, after {steps} steps (loss {loss:.3f})"
     return [Measure(what, len(rows), stopped, len(rows) - stopped, 0, f"of {len(rows)}")]
+
+
+def _askable(subject: Subject) -> list[tuple[dict, dict]]:
+    """Rows that end with an answer and were not shortened, as prepared and as they stand, the shortest first."""
+    shortened = {
+        (number, line)
+        for number, file in enumerate(subject.data.report.files)
+        for line in subject.data.report.shortened_at.get(f"{file} was shortened", [])
+    }
+    found = []
+    for row, raw in zip(subject.rows, subject.raw_rows, strict=True):
+        try:
+            answer = to_prompt(raw)[2]
+        except BadRow:  # it has earlier answers, and no question at its end
+            continue
+        if answer and place_of(row) not in shortened:
+            found.append((row, raw))
+    return sorted(found, key=lambda pair: length_of(pair[0]))
+
+
+def _stops(subject: Subject, raw: dict, limit: int) -> bool:
+    """Whether the stop token comes within `limit` tokens of the answer to a row's question, greedily."""
+    model, tokenizer = subject.trainer.model, subject.tokenizer
+    messages, tools, _ = to_prompt(raw)
+    prompt = prompt_ids(model, tokenizer, messages, tools, subject.args.allow_special_tokens_in_content)
+    (answer,) = generate_ids(model, tokenizer, [prompt], GenerateArgs(max_new_tokens=limit), [0])
+    return tokenizer.eos_token_id in answer
 
 
 def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:

@@ -1,10 +1,10 @@
 """Proofs by whole runs of main_train.py, each in processes of its own: resumed, and on two ranks."""
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +14,8 @@ from pathlib import Path
 from utils.checkpoints import STATE, checkpoints_of
 from utils.merge import size_of
 from utils.paths import ROOT
-from utils.proof_subject import DoesNotApply, Measure, Subject, relative
+from utils.proof_figures import DoesNotApply, Measure, ProofFailed, relative, worst
+from utils.proof_subject import Subject
 
 STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
 # Adam divides by the gradient's size: where that is next to nothing, rounding turns a weight's step round
@@ -24,18 +25,15 @@ RESUMED_GPU = 1e-4  # kernels of a GPU add up in an order of their own each time
 _ON_CPU_AT_MOST = 4e9  # bytes of weights in float32 with which a CPU trains in minutes
 
 
-class RunFailed(Exception):
-    """A run of main_train.py ended with an error; the text is what it said."""
-
-
 def resumed(subject: Subject) -> list[Measure]:
     """A run that goes on from its third step's checkpoint against one that was never interrupted."""
     _needs_room(subject)
-    whole = _undisturbed(subject, cpu=False)
+    dropout = ["--lora_dropout", str(subject.dropout)]
+    whole = _undisturbed(subject, dropout)
     checkpoint = next((path for path in checkpoints_of(whole) if path.name == f"checkpoint-{SAVED}"), None)
     if checkpoint is None:
-        raise RunFailed(f"it left no checkpoint of step {SAVED}")
-    again = _train(subject, "resumed", ["--resume_from_checkpoint", str(checkpoint)])
+        raise ProofFailed(f"it left no checkpoint of step {SAVED}")
+    again = _train(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
     tolerance = RESUMED_GPU if _gpus() else RESUMED
     return [
         *_same_history("loss", whole, again, tolerance, first=SAVED + 1),
@@ -58,23 +56,24 @@ def ranks(subject: Subject) -> list[Measure]:
     if cpu and size_of(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
         raise DoesNotApply("there is one GPU, and the model is too large to train on the CPU in minutes")
     _needs_room(subject)
-    whole = _undisturbed(subject, cpu)
-    two = _train(subject, "ranks", ["--save_strategy", "no"], processes=2, cpu=cpu)
+    none = ["--lora_dropout", "0.0"]
+    whole = _undisturbed(subject, none, cpu)
+    two = _train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
     return [*_same_history("loss", whole, two, RANKS), *_same_history("grad_norm", whole, two, RANKS)]
 
 
-def _undisturbed(subject: Subject, cpu: bool) -> Path:
-    """The run of one process that others are compared with, made once."""
-    name = "undisturbed-cpu" if cpu else "undisturbed"
+def _undisturbed(subject: Subject, flags: list[str], cpu: bool = False) -> Path:
+    """The run of one process that others are compared with, made once for each dropout and device."""
+    name = f"undisturbed-{flags[-1]}{'-cpu' if cpu else ''}"
     folder = subject.scratch / name
-    return folder if (folder / STATE).is_file() else _train(subject, name, [], cpu=cpu)
+    return folder if (folder / STATE).is_file() else _train(subject, name, flags, cpu=cpu)
 
 
 def _train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
     """Runs main_train.py with the user's flags on the rows chosen, two a step; returns the run's folder.
 
     Raises:
-        RunFailed: with the last lines it printed.
+        ProofFailed: with the last lines it printed.
     """
     from tqdm import tqdm
 
@@ -96,7 +95,7 @@ def _train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu
     with tqdm(total=STEPS, desc=f"run: {name}", leave=False) as bar:
         code = _run([*launcher, *flags], _environment(processes, cpu), tail, bar)
     if code:
-        raise RunFailed(f"the run {name!r} ended with exit code {code}: {_error_in(list(tail))}")
+        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {_error_in(list(tail))}")
     return folder
 
 
@@ -104,7 +103,6 @@ def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
     """Runs a command to its end, its steps shown; whatever ends this process ends that one and its children too."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
     ) as process:  # fmt: skip
         try:
             for line in process.stdout:
@@ -113,8 +111,19 @@ def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
                     bar.update()
             return process.wait()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # the group that was begun with it
+            _end(process.pid)
             raise
+
+
+def _end(pid: int) -> None:
+    """Ends a process and all that it started; a launcher's workers are in sessions of their own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in [first, *first.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _error_in(lines: list[str]) -> str:
@@ -186,10 +195,12 @@ def _same_history(figure: str, expected: Path, found: Path, tolerance: float, fi
         for folder in (expected, found)
     )
     if theirs.keys() != ours.keys():
-        raise RunFailed(f"the one run logged the {figure} of the steps {sorted(theirs)}, the other {sorted(ours)}")
+        raise ProofFailed(f"the one run logged the {figure} of the steps {sorted(theirs)}, the other {sorted(ours)}")
     words = {"grad_norm": "norm of all gradients"}
-    each = [relative(f"{words.get(figure, figure)} of step {step}", theirs[step], ours[step], tolerance) for step in ours]
-    return sorted(each, key=lambda measure: -measure.difference)[:1]
+    each = [
+        relative(f"{words.get(figure, figure)} of step {step}", theirs[step], ours[step], tolerance) for step in ours
+    ]
+    return [worst(each)] if each else []
 
 
 def _same_weights(expected: Path, found: Path, tolerance: float) -> Measure:
@@ -198,7 +209,7 @@ def _same_weights(expected: Path, found: Path, tolerance: float) -> Measure:
 
     names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (expected, found)]
     if names[0] != names[1] or not names[0]:
-        raise RunFailed(f"the one run saved {names[0]}, the other {names[1]}")
+        raise ProofFailed(f"the one run saved {names[0]}, the other {names[1]}")
     sizes, others, differences = 0.0, 0.0, 0.0
     for name in names[0]:
         with safe_open(expected / name, "pt") as theirs, safe_open(found / name, "pt") as ours:

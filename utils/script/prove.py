@@ -11,6 +11,7 @@ that applies; 1: one does not; 2: the input cannot be used.
 """
 
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -20,8 +21,9 @@ from pathlib import Path
 from loguru import logger
 
 from utils.args import parse_args
-from utils.errors import UserError, nearest, raise_if_any, run_command
+from utils.errors import nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.launch import world_size
 from utils.log import setup_logging
 
 # a proof computes in float32 and in folders of its own; the flags given last count
@@ -29,10 +31,8 @@ _OF_ALL = [
     "--precision", "fp32", "--bf16", "false", "--fp16", "false", "--overwrite_output_dir", "false",
     "--resume_from_checkpoint", "false", "--report_to", "none", "--push_to_hub", "false", "--card_samples", "0",
     "--eval_data_path", "", "--val_size", "0", "--eval_strategy", "no", "--load_best_model_at_end", "false",
-    "--early_stopping_patience", "0", "--lora_dropout", "0",
+    "--early_stopping_patience", "0",
 ]  # fmt: skip
-# of those recipes that have them; rows are packed by the proof of packing alone
-_IF_THERE = {"packing": "false", "neftune_noise_alpha": "0"}
 _NOT_IN_THIS_PROCESS = ["--deepspeed", "none", "--fsdp", ""]
 
 
@@ -55,7 +55,6 @@ def parse(argv: list[str] | None = None) -> tuple[ProveArgs, list[str]]:
     Raises:
         UserError: with every problem at once.
     """
-    from utils.proof_subject import refuse_launchers
     from utils.proofs import PROOFS
 
     own = {f"--{one.name}" for one in fields(ProveArgs)} | {"--help", "-h"}
@@ -64,40 +63,51 @@ def parse(argv: list[str] | None = None) -> tuple[ProveArgs, list[str]]:
     rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
     values, _, problems = read_flags(make_parser([ProveArgs], "utils.script.prove", __doc__), mine)
     args = ProveArgs(**values)
-    for name in (args.only or []):
+    for name in args.only or []:
         if name not in PROOFS:
             problems.append(f"--only {name!r} is no proof.{nearest(name, PROOFS)} Allowed: {', '.join(PROOFS)}")
     if args.rows < 2:
         problems.append(f"--rows {args.rows} is not allowed; give a whole number of at least 2")
-    raise_if_any(problems + refuse_launchers())
+    if world_size() > 1:
+        problems.append("prove starts the processes it needs by itself; start it by plain python, without a launcher")
+    raise_if_any(problems)
     return args, rest
 
 
-def settle(flags: list[str], scratch: Path):
-    """The flags as the proofs need them.
+def settle(flags: list[str], count: int, scratch: Path):
+    """Reads main_train.py's flags, sets what the proofs need otherwise, and prepares the rows.
 
     Args:
         flags: main_train.py's, as given.
+        count: how many rows are used.
         scratch: a folder that is removed afterwards.
 
     Returns:
-        (CommonArgs, TrainArgument, the flags with those that the proofs set behind them)
+        utils.proof_subject.Subject
+
+    Raises:
+        UserError: with every problem of the flags, or rows that cannot be used.
     """
     own = ["--output_dir", str(scratch / "run"), *_OF_ALL]
     args, train_args = parse_args([*flags, *own, *_NOT_IN_THIS_PROCESS])
-    there = {one.name for one in fields(train_args)}
-    own += [word for name, value in _IF_THERE.items() if name in there for word in (f"--{name}", value)]
+
+    from utils.log import route_library_logs
+    from utils.proof_subject import Subject
+
+    route_library_logs()
     if args.attn_implementation == "flash_attention_2":
         logger.info("flash attention has no float32; the proofs use --attn_implementation sdpa")
+        args.attn_implementation = "sdpa"
         own += ["--attn_implementation", "sdpa"]
-    here = [*flags, *own, *_NOT_IN_THIS_PROCESS, *_if_there(there, "precompute_ref_log_probs", "false")]
-    args, train_args = parse_args(here)
+    if hasattr(train_args, "packing"):
+        train_args.packing = False  # rows are packed by the proof of that alone
+        own += ["--packing", "false"]
+    if train_args.neftune_noise_alpha is not None:
+        own += ["--neftune_noise_alpha", "0"]  # noise for the embeddings: no two steps could be compared
+    train_args.precompute_ref_log_probs = False
     train_args._n_gpu = min(train_args.n_gpu, 1)  # one of several is enough; the proof of two ranks takes two
-    return args, train_args, [*flags, *own]
-
-
-def _if_there(there: set[str], name: str, value: str) -> list[str]:
-    return [f"--{name}", value] if name in there else []
+    dropout, args.lora_dropout = args.lora_dropout, 0.0
+    return Subject(args, train_args, count, dropout, [*flags, *own], scratch)
 
 
 def show_list() -> str:
@@ -134,13 +144,13 @@ def _measure(measure) -> str:
 
 def as_json(outcomes: list, subject) -> dict:
     """All that was found; `holds` is null for a proof that does not apply."""
+    from utils.proof_subject import place_of
+
     return {
         "holds": all(outcome.verdict.holds is not False for outcome in outcomes),
         "model": subject.args.model_name_or_path,
         "rows": [
-            {"file": subject.data.report.files[source >> 40], "line": source & ((1 << 40) - 1)}
-            for row in subject.rows
-            for source in row["source"]
+            {"file": subject.data.report.files[number], "line": line} for number, line in map(place_of, subject.rows)
         ],
         "proofs": [
             {
@@ -150,35 +160,38 @@ def as_json(outcomes: list, subject) -> dict:
                 "does_not_apply": outcome.verdict.why_not,
                 "failure": outcome.verdict.failure,
                 "seconds": round(outcome.seconds, 1),
-                "measures": [asdict(one) | {"holds": one.holds} for one in outcome.verdict.measures],
+                "measures": [_finite(asdict(one)) | {"holds": one.holds} for one in outcome.verdict.measures],
             }
             for outcome in outcomes
         ],
     }
 
 
+def _finite(values: dict) -> dict:
+    """JSON has no form for what is no number."""
+    return {name: None if value != value or value in (math.inf, -math.inf) else value for name, value in values.items()}
+
+
 def prove(args: ProveArgs, flags: list[str], scratch: Path) -> bool:
     """Tries the proofs and prints what they come to; returns whether all hold that apply."""
-    settled = settle(flags, scratch)
+    from tqdm import tqdm
 
-    from utils.proof_subject import Subject
+    subject = settle(flags, args.rows, scratch)
+
     from utils.proofs import PROOFS, run_proofs
 
-    subject = Subject(settled[0], settled[1], args.rows, settled[2], scratch)
     names, outcomes = args.only or list(PROOFS), []
-    for outcome in run_proofs(names, subject):
-        outcomes.append(outcome)
-        if args.json:
-            logger.info("{} of {}: {}", len(outcomes), len(set(names)), lines_of(outcome))
-        else:
-            print(lines_of(outcome), flush=True)
-    failed = [outcome.name for outcome in outcomes if outcome.verdict.holds is False]
+    with tqdm(total=len(set(names)), unit="proof", leave=False) as bar:
+        for outcome in run_proofs(names, subject, bar.set_description):
+            outcomes.append(outcome)
+            tqdm.write(lines_of(outcome), file=sys.stderr if args.json else sys.stdout)
+            bar.update()
+    failed = sum(outcome.verdict.holds is False for outcome in outcomes)
     if args.json:
         print(json.dumps(as_json(outcomes, subject), indent=2, ensure_ascii=False))
     else:
         held = sum(outcome.verdict.holds is True for outcome in outcomes)
-        apart = sum(outcome.verdict.holds is None for outcome in outcomes)
-        print(f"{held} hold, {len(failed)} do not, {apart} do not apply")
+        print(f"{held} hold, {failed} do not, {len(outcomes) - held - failed} do not apply")
     return not failed
 
 
