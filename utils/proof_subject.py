@@ -65,7 +65,7 @@ class Subject:
         chosen = sorted(places[round(i * (len(places) - 1) / (count - 1))] for i in range(count))
         lengths = [lengths[place] for place in chosen]
         logger.info(
-            "proved on {} rows of {} to {} tokens: line {} of {}",
+            "proved in float32 on {} rows of {} to {} tokens: line {} of {}",
             count, min(lengths), max(lengths), ", ".join(str(place_of(data.train[i])[1]) for i in chosen),
             ", ".join(data.report.files),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from utils.proof_figures import DoesNotApply, Measure, ProofFailed, Verdict
 from utils.proof_subject import Subject
 from utils.proofs_loss import GRADIENTS, LOSS, ONE_WEIGHT, accumulation, packed, padding_free
 from utils.proofs_model import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
-from utils.proofs_runs import RANKS, SAVED, ranks, resumed
+from utils.proofs_runs import RANKS, RANKS_GRADIENTS, SAVED, ranks, resumed
 
 
 class Proof(NamedTuple):
@@ -83,7 +83,7 @@ PROOFS = {
     "ranks": Proof(
         "one rank = two ranks",
         "main_train.py on one process and on two, the same rows a step: losses and gradients' norms",
-        f"{RANKS:g}: Adam's first steps go by a gradient's sign, which rounding may turn",
+        f"{RANKS:g} of the losses, {RANKS_GRADIENTS:g} of the gradients' norms: float32 sums in another order",
         ranks,
     ),
 }

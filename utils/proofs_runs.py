@@ -1,7 +1,6 @@
 """Proofs by whole runs of main_train.py, each in processes of its own: resumed, and on two ranks."""
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -18,8 +17,10 @@ from utils.proof_figures import DoesNotApply, Measure, ProofFailed, relative, wo
 from utils.proof_subject import Subject
 
 STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
-# Adam divides by the gradient's size: where that is next to nothing, rounding turns a weight's step round
-RANKS = 1e-4
+# the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small
+WARMUP = STEPS
+RANKS = 1e-5  # float32 sums in another order
+RANKS_GRADIENTS = 1e-4  # over all layers, forward and back
 RESUMED = 0.0  # the same sums in the same order
 RESUMED_GPU = 1e-4  # kernels of a GPU add up in an order of their own each time
 _ON_CPU_AT_MOST = 4e9  # bytes of weights in float32 with which a CPU trains in minutes
@@ -33,7 +34,7 @@ def resumed(subject: Subject) -> list[Measure]:
     checkpoint = next((path for path in checkpoints_of(whole) if path.name == f"checkpoint-{SAVED}"), None)
     if checkpoint is None:
         raise ProofFailed(f"it left no checkpoint of step {SAVED}")
-    again = _train(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
+    again = train(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
     tolerance = RESUMED_GPU if _gpus() else RESUMED
     return [
         *_same_history("loss", whole, again, tolerance, first=SAVED + 1),
@@ -58,18 +59,18 @@ def ranks(subject: Subject) -> list[Measure]:
     _needs_room(subject)
     none = ["--lora_dropout", "0.0"]
     whole = _undisturbed(subject, none, cpu)
-    two = _train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
-    return [*_same_history("loss", whole, two, RANKS), *_same_history("grad_norm", whole, two, RANKS)]
+    two = train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
+    return [*_same_history("loss", whole, two, RANKS), *_same_history("grad_norm", whole, two, RANKS_GRADIENTS)]
 
 
 def _undisturbed(subject: Subject, flags: list[str], cpu: bool = False) -> Path:
     """The run of one process that others are compared with, made once for each dropout and device."""
     name = f"undisturbed-{flags[-1]}{'-cpu' if cpu else ''}"
     folder = subject.scratch / name
-    return folder if (folder / STATE).is_file() else _train(subject, name, flags, cpu=cpu)
+    return folder if (folder / STATE).is_file() else train(subject, name, flags, cpu=cpu)
 
 
-def _train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
+def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
     """Runs main_train.py with the user's flags on the rows chosen, two a step; returns the run's folder.
 
     Raises:
@@ -85,7 +86,7 @@ def _train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu
         "--output_dir", str(folder), "--max_steps", str(STEPS), "--per_device_train_batch_size", str(2 // processes),
         "--gradient_accumulation_steps", "1", "--logging_strategy", "steps", "--logging_steps", "1",
         "--save_strategy", "steps", "--save_steps", str(SAVED), "--save_total_limit", "0", "--save_only_model", "false",
-        "--warmup_steps", "0", "--disable_tqdm", "true", *more,
+        "--warmup_steps", str(WARMUP), "--disable_tqdm", "true", *more,
     ]  # fmt: skip
     launcher = [sys.executable, str(ROOT / "main_train.py")]
     if processes > 1:
@@ -111,11 +112,11 @@ def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
                     bar.update()
             return process.wait()
         except BaseException:
-            _end(process.pid)
+            end(process.pid)
             raise
 
 
-def _end(pid: int) -> None:
+def end(pid: int) -> None:
     """Ends a process and all that it started; a launcher's workers are in sessions of their own."""
     import psutil
 
@@ -183,7 +184,6 @@ def _own_dropout(subject: Subject) -> str | None:
     return next((f"{name} {getattr(config, name)}" for name in names if getattr(config, name)), None)
 
 
-@functools.cache
 def _history(folder: Path) -> list[dict]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
 
