@@ -181,6 +181,16 @@ def test_answers_that_were_never_taught_to_stop_are_seen(proved, monkeypatch):
     assert code == 1 and holding(proofs) == {"padding_free": True, "stops": False}
 
 
+def test_a_proof_that_breaks_does_not_end_the_others(proved, monkeypatch):
+    def broken(subject):
+        raise ValueError("no such\nform")
+
+    monkeypatch.setattr("utils.proofs_loss._pack", broken)
+    proofs, code = proved(only=["packed", "accumulation"])
+    assert code == 1 and holding(proofs) == {"packed": False, "accumulation": True}
+    assert proofs["packed"]["failure"] == "ValueError: no such form"
+
+
 # ---------------------------------------------------------------------- runs of their own
 FAULTS = {
     # the checkpoint's moments of Adam are not read

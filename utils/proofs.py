@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from loguru import logger
+
 from utils.errors import UserError
 from utils.proof_figures import DoesNotApply, Measure, ProofFailed, Verdict
 from utils.proof_subject import Subject
-from utils.proofs_loss import GRADIENTS, LOSS, ONE_WEIGHT, accumulation, packed, padding_free
+from utils.proofs_loss import GRADIENTS, LOSS, accumulation, packed, padding_free
 from utils.proofs_model import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
-from utils.proofs_runs import RANKS, RANKS_GRADIENTS, SAVED, ranks, resumed
+from utils.proofs_runs import SAVED, ranks, resumed
 
 
 class Proof(NamedTuple):
@@ -32,10 +34,7 @@ class Proof(NamedTuple):
     function: Callable[[Subject], list[Measure]]
 
 
-_SUMS = (
-    f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients' norm, {ONE_WEIGHT:g} of one weight's gradient: "
-    "float32 sums in another order"
-)
+_SUMS = f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients: float32 sums in another order"
 # what runs processes of its own comes last: the model has left the memory by then
 PROOFS = {
     "padding_free": Proof(
@@ -83,7 +82,7 @@ PROOFS = {
     "ranks": Proof(
         "one rank = two ranks",
         "main_train.py on one process and on two, the same rows a step: losses and gradients' norms",
-        f"{RANKS:g} of the losses, {RANKS_GRADIENTS:g} of the gradients' norms: float32 sums in another order",
+        _SUMS,
         ranks,
     ),
 }
@@ -122,6 +121,8 @@ def _try(proof: Proof, subject: Subject) -> Verdict:
 
     try:
         return Verdict(proof.function(subject))
+    except UserError:
+        raise
     except DoesNotApply as why:
         return Verdict(why_not=str(why))
     except ProofFailed as why:
@@ -131,3 +132,6 @@ def _try(proof: Proof, subject: Subject) -> Verdict:
             f"{len(subject.rows)} rows of {subject.args.model_name_or_path!r} in float32 do not fit the GPU's memory; "
             "give a smaller --rows or a smaller --max_len, or leave these proofs out with --only"
         ) from error
+    except Exception as error:  # a model's own code raises its own, and the other proofs may hold
+        logger.opt(exception=error).debug("{}", proof.says)
+        return Verdict(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

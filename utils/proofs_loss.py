@@ -10,8 +10,7 @@ from utils.tasks.common import use_padding_free
 
 # float32 has 7 digits, and a sum of a thousand terms in another order loses one or two of them
 LOSS = 1e-5
-GRADIENTS = 1e-4  # sums over all rows and layers, forward and back
-ONE_WEIGHT = 1e-3  # a single weight has fewer terms to even its rounding out
+GRADIENTS = 1e-4  # of all weights, and of each: through all layers, forward and back
 _SMALL = 1e-3  # of the whole gradient's norm; what is smaller than that is measured against it
 
 
@@ -70,7 +69,7 @@ def compare(expected: Gradients, found: Gradients) -> list[Measure]:
     for name, gradient in expected.of.items():
         ours, size = found.of[name].detach().cpu(), float(gradient.norm())
         difference = float((ours - gradient).norm()) / max(size, least)
-        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, ONE_WEIGHT))
+        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, GRADIENTS))
     return [
         relative("loss", expected.loss, found.loss, LOSS),
         relative("norm of all gradients", whole, found.norm(), GRADIENTS),

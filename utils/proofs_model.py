@@ -16,7 +16,7 @@ from utils.proof_subject import Subject, length_of, place_of, trained
 from utils.save import save_weights
 from utils.trained import Parts, TrainedArgs, load_trained
 
-MERGED = 1e-4  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
+MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
 STEPS, SECONDS = 200, 600  # the most that a model is trained to know rows by heart
 BY_HEART = 0.05  # nats a token: the right one is 95 % likely
 _ASKED = 4  # so many rows are learned and asked

@@ -15,12 +15,11 @@ from utils.merge import size_of
 from utils.paths import ROOT
 from utils.proof_figures import DoesNotApply, Measure, ProofFailed, relative, worst
 from utils.proof_subject import Subject
+from utils.proofs_loss import GRADIENTS, LOSS
 
 STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
 # the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small
 WARMUP = STEPS
-RANKS = 1e-5  # float32 sums in another order
-RANKS_GRADIENTS = 1e-4  # over all layers, forward and back
 RESUMED = 0.0  # the same sums in the same order
 RESUMED_GPU = 1e-4  # kernels of a GPU add up in an order of their own each time
 _ON_CPU_AT_MOST = 4e9  # bytes of weights in float32 with which a CPU trains in minutes
@@ -60,7 +59,7 @@ def ranks(subject: Subject) -> list[Measure]:
     none = ["--lora_dropout", "0.0"]
     whole = _undisturbed(subject, none, cpu)
     two = train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
-    return [*_same_history("loss", whole, two, RANKS), *_same_history("grad_norm", whole, two, RANKS_GRADIENTS)]
+    return [*_same_history("loss", whole, two, LOSS), *_same_history("grad_norm", whole, two, GRADIENTS)]
 
 
 def _undisturbed(subject: Subject, flags: list[str], cpu: bool = False) -> Path:

@@ -201,9 +201,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print(show_list())
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleared away
-    with tempfile.TemporaryDirectory(prefix="llm_dojo-prove-") as scratch:
-        holds = prove(args, flags, Path(scratch))
+    # so that folders and processes are cleared away
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(prefix="llm_dojo-prove-") as scratch:
+            holds = prove(args, flags, Path(scratch))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not holds:
         sys.exit(1)
 
