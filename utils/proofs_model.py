@@ -111,7 +111,8 @@ def stops(subject: Subject) -> list[Measure]:
             f"{steps} steps in {seconds:.0f} s did not teach the model {len(rows)} rows (loss {loss:.2f}), so how it "
             "ends them says nothing"
         )
-    what = f"answers that end within {max(limits)} tokens, after {steps} steps (loss {loss:.3f})"
+    known = "known by heart" if loss <= BY_HEART else "not yet known by heart"
+    what = f"answers that end within {max(limits)} tokens, after {steps} steps {known} (loss {loss:.3f})"
     return [Measure(what, len(rows), stopped, len(rows) - stopped, 0, f"of {len(rows)}")]
 
 
@@ -134,12 +135,12 @@ def _askable(subject: Subject) -> list[tuple[dict, dict]]:
 
 
 def _stops(subject: Subject, raw: dict, limit: int) -> bool:
-    """Whether the stop token comes within `limit` tokens of the answer to a row's question, greedily."""
+    """Whether an answer to a row's question, not an empty one, ends by the stop token within `limit` tokens."""
     model, tokenizer = subject.trainer.model, subject.tokenizer
     messages, tools, _ = to_prompt(raw)
     prompt = prompt_ids(model, tokenizer, messages, tools, subject.args.allow_special_tokens_in_content)
     (answer,) = generate_ids(model, tokenizer, [prompt], GenerateArgs(max_new_tokens=limit), [0])
-    return tokenizer.eos_token_id in answer
+    return tokenizer.eos_token_id in answer[1:]
 
 
 def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
