@@ -82,6 +82,12 @@ FLOW = [
     "plan",
     "explain",
     "explain_report",
+    "proof_figures",
+    "proof_subject",
+    "proofs_loss",
+    "proofs_model",
+    "proofs_runs",
+    "proofs",
     "script",
 ]
 SOURCES = sorted((ROOT / "utils").rglob("*.py"))

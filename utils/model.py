@@ -54,10 +54,10 @@ def load_model(args, train_args):
     if args.attn_implementation == "auto":
         settle_attention(model, args.precision, train_args.device)
     _settle_checkpointing(model, train_args)
-    return _with_trained_adapter(model, args) if args.adapter_name_or_path else model
+    return with_trained_adapter(model, args) if args.adapter_name_or_path else model
 
 
-def _with_trained_adapter(model, args):
+def with_trained_adapter(model, args):
     """The model under an adapter that was trained before, to go on with; merged where every weight is trained."""
     from peft import PeftModel
 

@@ -172,7 +172,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     folder = Path(trainer.args.output_dir)
     refuse_broken_weights(trainer)
     try:
-        _save_weights(trainer, args, folder)
+        save_weights(trainer, args, folder)
         trainer.save_state()
     except Exception as error:
         if not is_about_the_disk(error):
@@ -231,7 +231,7 @@ def push_run(trainer, folder: Path) -> None:
         logger.error("{} is whole, but could not be pushed: {}: {}", folder, type(error).__name__, error)
 
 
-def _save_weights(trainer, args, folder: Path) -> None:
+def save_weights(trainer, args, folder: Path) -> None:
     trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
     if args.init_lora_weights == "pissa" and is_main_process():
         pissa_to_lora(folder, folder / _PISSA_START)

@@ -1,0 +1,77 @@
+"""Proofs that a step is the same step however its rows are laid out: padded, end to end, packed, accumulated."""
+
+import copy
+import dataclasses
+
+from utils.data_collator import build_collator
+from utils.proof_figures import DoesNotApply, Gradients, Measure, ProofFailed, relative, worst
+from utils.proof_subject import Subject, quiet
+from utils.tasks.common import use_padding_free
+
+# float32 has 7 digits, and a sum of a thousand terms in another order loses one or two of them
+LOSS = 1e-5
+GRADIENTS = 1e-4  # of all weights, and of each: through all layers, forward and back
+_SMALL = 1e-3  # of the whole gradient's norm; what is smaller than that is measured against it
+
+
+def padding_free(subject: Subject) -> list[Measure]:
+    """Rows end to end against rows padded."""
+    if subject.args.task_type == "dpo_multi":
+        raise DoesNotApply("TRL's preference loss takes padded rows only; --task_type dpo_single has both forms")
+    settled = copy.copy(subject.train_args)
+    settled.padding_free = True
+    if not use_padding_free(subject.args, settled):
+        raise DoesNotApply("with --trust_remote_code true rows are always padded")
+    return compare(subject.reference, subject.step([subject.collator(padding_free=True)(subject.rows)]))
+
+
+def packed(subject: Subject) -> list[Measure]:
+    """Rows that `--packing true` puts into one, against rows padded."""
+    if subject.prefers:
+        raise DoesNotApply("pairs are not packed")
+    if subject.args.trust_remote_code:
+        raise DoesNotApply("--packing true does not go with --trust_remote_code true")
+    rows = _pack(subject)
+    collate = build_collator(subject.tokenizer.pad_token_id, padding_free=True)
+    return compare(subject.reference, subject.step([collate(rows)]))
+
+
+def _pack(subject: Subject) -> list[dict]:
+    """The same rows, packed as the task packs them."""
+    length = subject.args.max_len
+    if subject.args.task_type == "pretrain":
+        # texts may go on in the next row, which is meant to be another loss; here all of them fit
+        length = sum(len(row["input_ids"]) for row in subject.rows)
+    args = dataclasses.replace(
+        subject.args, max_len=length, train_data_path=subject.rows_file(), eval_data_path=None, val_size=0.0,
+        cache_dir=str(subject.scratch / "packed"),
+    )  # fmt: skip
+    settled = copy.copy(subject.train_args)
+    settled.packing = settled.padding_free = True
+    with quiet():
+        data = subject.task.load_datasets(args, settled, subject.template, subject.tokenizer)
+    return list(data.train)
+
+
+def accumulation(subject: Subject) -> list[Measure]:
+    """Rows one at a time, their gradients accumulated, against one batch of all of them."""
+    collate = subject.collator(subject.train_args.padding_free)
+    return compare(subject.reference, subject.step([collate([row]) for row in subject.rows]))
+
+
+def compare(expected: Gradients, found: Gradients) -> list[Measure]:
+    """Loss, norm of the gradients, and the gradient of the weight that differs most, |g' - g| / |g|."""
+    if other := sorted(expected.of.keys() ^ found.of.keys()):
+        raise ProofFailed(f"only one of the two ways gives {other[0]} a gradient")
+    whole = expected.norm()
+    least = max(_SMALL * whole, 1e-30)
+    each = []
+    for name, gradient in expected.of.items():
+        ours, size = found.of[name].detach().cpu(), float(gradient.norm())
+        difference = float((ours - gradient).norm()) / max(size, least)
+        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, GRADIENTS))
+    return [
+        relative("loss", expected.loss, found.loss, LOSS),
+        relative("norm of all gradients", whole, found.norm(), GRADIENTS),
+        worst(each),
+    ]
