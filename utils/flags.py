@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import field
+from dataclasses import field, fields
 
 from utils.errors import nearest
 
@@ -48,6 +48,23 @@ def split_flags(argv: list[str]) -> list[list[str]]:
         else:
             groups[-1].append(word)
     return groups
+
+
+def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
+    """Parts the flags of a command that takes those of main_train.py as well.
+
+    Args:
+        argv: the flags; the command line's by default.
+        own: the dataclass with the command's own.
+
+    Returns:
+        the command's own, `--help` among them; the rest.
+    """
+    names = {f"--{one.name}" for one in fields(own)} | {"--help", "-h"}
+    groups = split_flags(list(sys.argv[1:] if argv is None else argv))
+    mine = [word for group in groups if group[0].split("=")[0] in names for word in group]
+    rest = [word for group in groups if group[0].split("=")[0] not in names for word in group]
+    return mine, rest
 
 
 def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[str]]:

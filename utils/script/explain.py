@@ -10,12 +10,11 @@ main_train.py would refuse is refused here as well.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 
 from utils.args import parse_with_sources
 from utils.errors import UserError, raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.flags import arg, make_parser, read_flags, split_own
 from utils.launch import world_size
 from utils.log import is_main_process, setup_logging
 
@@ -31,11 +30,7 @@ class ExplainArgs:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    own = {"--all", "--json", "--diff", "--processes", "--help", "-h"}
-    groups = split_flags(argv)
-    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
-    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    mine, rest = split_own(argv, ExplainArgs)
     setup_logging()
     parser = make_parser([ExplainArgs], "utils.script.explain", __doc__)
     values, _, problems = read_flags(parser, mine)

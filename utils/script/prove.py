@@ -15,14 +15,14 @@ import math
 import signal
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loguru import logger
 
 from utils.args import parse_args
 from utils.errors import nearest, raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.flags import arg, make_parser, read_flags, split_own
 from utils.launch import world_size
 from utils.log import setup_logging
 
@@ -57,10 +57,7 @@ def parse(argv: list[str] | None = None) -> tuple[ProveArgs, list[str]]:
     """
     from utils.proofs import PROOFS
 
-    own = {f"--{one.name}" for one in fields(ProveArgs)} | {"--help", "-h"}
-    groups = split_flags(list(sys.argv[1:] if argv is None else argv))
-    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
-    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    mine, rest = split_own(argv, ProveArgs)
     values, _, problems = read_flags(make_parser([ProveArgs], "utils.script.prove", __doc__), mine)
     args = ProveArgs(**values)
     for name in args.only or []:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from utils.args import parse_args
 from utils.errors import raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.flags import arg, make_parser, read_flags, split_own
 from utils.log import setup_logging
 
 _COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green, as far as the terminal has it
@@ -72,11 +72,7 @@ def census(lengths: list[int], max_len: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    own = {"--rows", "--ids", "--help", "-h"}
-    groups = split_flags(argv)
-    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
-    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    mine, rest = split_own(argv, ShowDataArgs)
     setup_logging()
     values, _, problems = read_flags(make_parser([ShowDataArgs], "utils.script.show_data", __doc__), mine)
     shown = ShowDataArgs(**values)
