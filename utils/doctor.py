@@ -159,10 +159,13 @@ def _attempt(examined: Examined, what: str, make):
 
 
 def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> Any:
-    """The rows as the training prepares them; those that stop it are left out here, and told."""
-    forgiving = dataclasses.replace(
-        args, on_bad_row="drop", overlong="drop" if args.overlong == "error" else args.overlong
-    )
+    """The rows as the training prepares them; those that stop it are left out here, and told.
+
+    Returns:
+        Data, or None where none can be had.
+    """
+    overlong = "drop" if args.overlong == "error" else args.overlong
+    forgiving = dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
     alone = dataclasses.replace(forgiving, eval_data_path=None, val_size=0.0)
     problems: list[str] = []
     for attempt in (args, forgiving, alone):
@@ -171,13 +174,21 @@ def _prepare(examined: Examined, args, train_args, task, template, tokenizer) ->
         except UserError as error:
             problems = error.problems
             continue
+        if attempt is alone:
+            examined.findings += map(_preparation_finding, problems)
         examined.findings += report_findings(data.report, args)
         examined.findings += report_findings(data.eval_report, args) if data.eval_report else []
-        if attempt is alone and (args.eval_data_path or args.val_size):
-            examined.findings += [Finding("ROW_UNREADABLE", problem) for problem in problems]
         return data
-    examined.findings += [Finding("ROW_UNREADABLE", problem) for problem in problems]
+    examined.findings += map(_preparation_finding, problems)
     return None
+
+
+def _preparation_finding(problem: str) -> Finding:
+    """What stops the preparation even where bad rows are left out."""
+    problem = " ".join(problem.split())
+    if "keeps a trained token" in problem or "holds no row" in problem:
+        return Finding("ROW_NOTHING_TRAINED", problem, severity=ERROR)
+    return Finding("ROW_UNREADABLE" if "cannot be used:" in problem else "ARGUMENTS", problem)
 
 
 def _census(examined: Examined, args, data, tokenizer, aside: set[str]) -> None:
@@ -194,7 +205,7 @@ def _census(examined: Examined, args, data, tokenizer, aside: set[str]) -> None:
         )
     examined.rows = len(train.sources) + len(train.problems)
     examined.eval_rows = len(held_back.sources) + len(held_back.problems) if held_back else 0
-    if data is None:  # else the preparation has told of them
+    if not any(finding.code.startswith("ROW_") for finding in examined.findings) and data is None:
         for census in filter(None, (train, held_back)):
             examined.findings += problem_findings(census, args)
     if data is not None and data.eval is not None and data.eval_report is None:

@@ -10,7 +10,8 @@ from utils.doctor_text import SCRIPTS
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding, Places
 
-_STRAY = 0.01  # below this share of the rows a script is a stray one, from it on one of several
+_STRAY = 0.01  # below this share of the rows a script is a stray one
+_MIXED = 0.03  # from this share of the rows on it is one of several
 _DIFFER = 0.1  # from this share of answers in another script than their questions, that is told
 _LATIN = SCRIPTS.index("Latin")
 _REASONS = 5  # so many are told
@@ -64,9 +65,9 @@ def _in_both(train: Census, held_back: Census) -> list[Finding]:
 
 def _flagged(census: Census) -> list[Finding]:
     what = {
-        "UNICODE_BROKEN": "hold broken Unicode",
-        "INVISIBLE_CHARACTERS": "hold invisible characters",
-        "SPECIAL_TOKEN_IN_CONTENT": "hold the text of a special token",
+        "UNICODE_BROKEN": "broken Unicode",
+        "INVISIBLE_CHARACTERS": "invisible characters",
+        "SPECIAL_TOKEN_IN_CONTENT": "the text of a special token",
     }
     findings = []
     for code, found in census.flags.items():
@@ -74,7 +75,7 @@ def _flagged(census: Census) -> list[Finding]:
         named = ", ".join(f"{detail} ({count:,})" for detail, count in kinds.most_common(5))
         named += ", …" if len(kinds) > 5 else ""
         places = census.places([source for source, _ in found])
-        findings.append(Finding(code, f"{_rows(len(found))} {what[code]}: {named}", places))
+        findings.append(Finding(code, f"{_rows(len(found))} with {what[code]}: {named}", places))
     return findings
 
 
@@ -102,7 +103,7 @@ def _scripts(census: Census) -> list[Finding]:
     counts[0] = 0
     total = max(1, int(counts.sum()))
     main = {SCRIPTS[script]: counts[script] / total for script in counts.argsort()[::-1]}
-    main = {name: share for name, share in main.items() if share >= _STRAY}
+    main = {name: share for name, share in main.items() if share >= _MIXED}
     both = (question != 0) & (answer != 0)
     differ = (both & (question != answer)).sum() / max(1, both.sum())
     if len(main) < 2 and differ < _DIFFER:

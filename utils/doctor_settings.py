@@ -107,12 +107,14 @@ def _positions(args, config, data) -> list[Finding]:
     there = positions_of(config)
     if there is None:
         return []
-    parts = [data.train] + ([data.eval] if data.eval is not None else [])
-    rows = [int(count) for part in parts for count in longest(part, args.task_type.startswith("dpo"))]
-    over = sum(count > there for count in rows)
+    import numpy
+
+    parts = [data.train] + ([data.eval] if data.eval_report is not None else [])
+    rows = numpy.concatenate([longest(part, args.task_type.startswith("dpo")) for part in parts])
+    over = int((rows > there).sum())
     if not over:
         return []
-    message = f"{over:,} rows are longer than the model's {there:,} positions, the longest {max(rows):,} tokens"
+    message = f"{over:,} rows are longer than the model's {there:,} positions, the longest {rows.max():,} tokens"
     shape = shape_of(args)
     ends = shape is not None and shape.position_table
     message += "; its table of positions ends there" if ends else "; it was not trained on those beyond"

@@ -8,7 +8,7 @@ from utils.finding_codes import CODES, ERROR, NOTE, WARNING
 
 _RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
 _EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}
-_LINES = 10  # so many line numbers are shown for each file
+_LINES = 30  # so many line numbers are shown for each file
 _KEPT = 1000  # so many are kept
 
 

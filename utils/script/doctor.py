@@ -25,6 +25,7 @@ from utils.paths import ROOT
 
 CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
 _SAID_HERE = "utils.data_report"  # what it logs is in the report
+_TOLD = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
 # without what these say there is no other run to look at
 _NEEDED = ("train_args_path", "config", "task_type", "model_name_or_path", "train_data_path", "eval_data_path")
 
@@ -82,7 +83,8 @@ def _argument_findings(problems: list[str]) -> list[Finding]:
     ]
 
 
-def _examine(argv: list[str], processes: int) -> tuple[Examined, CommonArgs | None]:
+def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
+    """What was found, and what was looked at."""
     args, train_args, problems, aside = read_what_can_be(argv)
     if args is None:
         examined = Examined()
@@ -95,7 +97,8 @@ def _examine(argv: list[str], processes: int) -> tuple[Examined, CommonArgs | No
         finally:
             logger.enable(_SAID_HERE)
     examined.findings[:0] = _argument_findings(problems)
-    return examined, args
+    before = {"rows": examined.rows, "eval_rows": examined.eval_rows, "set_aside": sorted(aside)}
+    return examined, before | {name: getattr(args, name) for name in _TOLD if args is not None}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,20 +118,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"written: {CODES_PAGE.relative_to(ROOT)}")
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # libraries print now and then
-        examined, args = _examine(rest, flags.processes)
-    print(_report(examined, args, flags.json))
+        examined, before = _examine(rest, flags.processes)
+    print(as_json(examined.findings, before) if flags.json else as_text(examined.findings, _line(before)))
     return exit_code(examined.findings)
 
 
-def _report(examined: Examined, args: CommonArgs | None, as_data: bool) -> str:
-    what = {"rows": examined.rows, "eval_rows": examined.eval_rows}
-    if args is not None:
-        names = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
-        what |= {name: getattr(args, name) for name in names}
-    if as_data:
-        return as_json(examined.findings, what)
-    line = f"looked at {examined.rows:,} training rows and {examined.eval_rows:,} validation rows"
-    return as_text(examined.findings, line)
+def _line(before: dict) -> str:
+    line = f"looked at {before['rows']:,} training rows and {before['eval_rows']:,} validation rows"
+    aside = ", ".join(f"--{name}" for name in before["set_aside"])
+    return line + (f", with {aside} left at the default" if aside else "")
 
 
 if __name__ == "__main__":

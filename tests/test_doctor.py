@@ -1,0 +1,395 @@
+"""The doctor: each code has a small planted defect that raises it and no other, and a clean corpus raises none."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import main_train
+import pytest
+import tiny
+from conftest import ROOT, write_rows
+
+from utils import doctor_sizes
+from utils.args import parse_args
+from utils.doctor import quick_findings
+from utils.doctor_settings import deepspeed_keys
+from utils.doctor_tokens import token_findings
+from utils.finding_codes import CODES
+from utils.findings import catalogue
+from utils.script import doctor
+from utils.template import get_template
+
+CLEAN = [
+    {"instruction": f"What is {first} plus {second}?", "output": f"{first} plus {second} is {first + second}."}
+    for first in range(10)
+    for second in range(4)
+]
+# of the two answers now one is the longer, now the other
+CLEAN_PAIRS = [
+    {
+        "prompt": row["instruction"],
+        "chosen": row["output"],
+        "rejected": ("No. ", "I do not know that at all. ")[i % 2] * 3,
+    }
+    for i, row in enumerate(CLEAN)
+]
+CHINESE = [{"instruction": f"{number}的后面是几？", "output": f"后面是{number + 1}。"} for number in range(40)]
+LONG = "the quick brown fox " * 60
+
+
+class Patient:
+    """A run to look at: flags, rows and a model, each to be spoilt."""
+
+    def __init__(self, folder, tiny_models, monkeypatch):
+        self.folder, self.models, self.monkeypatch = folder, tiny_models, monkeypatch
+
+    def write(self, rows, name="rows.jsonl"):
+        return write_rows(self.folder / name, rows)
+
+    def flags(self, *more, rows=CLEAN, model=None):
+        return ["--model_name_or_path", model or self.models(), "--train_data_path", self.write(rows),
+                "--output_dir", str(self.folder / "run"), "--cache_dir", str(self.folder / "cache"), *more]  # fmt: skip
+
+    def pairs(self, rows):
+        return ["--train_args_path", "train_args/dpo/base.py", *self.flags(rows=rows)]
+
+    def model(self, change):
+        """A tiny model whose tokenizer `change` has spoilt; returns its folder."""
+        tokenizer = change()
+        return tiny.save_tiny_model(self.folder / "model", tokenizer=tokenizer)
+
+
+@pytest.fixture
+def patient(tmp_path, tiny_models, monkeypatch):
+    return Patient(tmp_path, tiny_models, monkeypatch)
+
+
+@pytest.fixture
+def report(capsys):
+    """Runs the command; returns its exit code and its JSON report."""
+
+    def run(*argv):
+        capsys.readouterr()
+        code = doctor.main(["--json", "true", *argv])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+# ------------------------------------------------------------------ a planted defect for each code
+# each returns the command's flags, or the findings where no command can be given the defect on this machine
+
+
+def _deepspeed_with_optimizer(patient):
+    file = patient.folder / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}))
+    return patient.flags("--deepspeed", str(file))
+
+
+def _fp16_with_bf16_model(patient):
+    folder = patient.folder / "bf16"
+    tiny.save_tiny_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    args, train_args = parse_args(patient.flags(model=str(folder)))
+    args = dataclasses.replace(args, precision="fp16")  # which parse_args refuses without a GPU
+    return quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
+
+
+def _full_disk(patient):
+    patient.monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    return patient.flags()
+
+
+def _little_memory(patient):
+    estimate = SimpleNamespace(total=10**15, host=0)
+    patient.monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: estimate)
+    return patient.flags()
+
+
+def _tokenizer(**changes):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def _without_im_start():
+    """`<|im_start|>` is several pieces here."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tiny.byte_level_tokenizer().backend_tokenizer.to_str())
+    token = next(token for token in state["added_tokens"] if token["content"] == "<|im_start|>")
+    state["added_tokens"].remove(token)
+    state["model"]["vocab"]["unused"] = state["model"]["vocab"].pop("<|im_start|>")
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def _bos_twice():
+    form = get_template("yi").to_jinja()
+    return _tokenizer(bos_token="<|endoftext|>", chat_template="{{ bos_token }}{{ bos_token }}" + form)
+
+
+def _sets_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = _tokenizer(bos_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def _stop_untrained(patient):
+    from datasets import Dataset
+
+    tokenizer = tiny.byte_level_tokenizer()
+    ids = tokenizer("Hello<|im_end|>")["input_ids"]
+    rows = {"input_ids": [ids], "labels": [[*ids[:-1], -100]], "source": [[7]]}
+    args = SimpleNamespace(task_type="sft")
+    return token_findings(Dataset.from_dict(rows), ["rows.jsonl"], args, tokenizer, "<|im_end|>")
+
+
+def _not_json(patient):
+    flags = patient.flags()
+    with open(patient.folder / "rows.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"instruction": "Hi", \n')
+    return flags
+
+
+def _row(**row):
+    return [*CLEAN, {"instruction": "Say hello.", "output": "Hello.", **row}]
+
+
+DEFECTS = {
+    "ARGUMENTS": lambda p: p.flags("--lora_rank", "0"),
+    "DEEPSPEED_SHADOWS": _deepspeed_with_optimizer,
+    "FP16_MODEL_IS_BF16": _fp16_with_bf16_model,
+    "LEARNING_RATE_UNUSUAL": lambda p: p.flags("--learning_rate", "0.5"),
+    "WARMUP_TOO_LONG": lambda p: p.flags("--warmup_steps", "0.9"),
+    "LAST_BATCH_SHORT": lambda p: p.flags("--gradient_accumulation_steps", "2"),
+    "DISK_TOO_SMALL": _full_disk,
+    "MEMORY_TOO_SMALL": _little_memory,
+    "MAX_LEN_OVER_POSITIONS": lambda p: p.flags(
+        rows=_row(instruction=LONG), model=p.models("qwen2", max_position_embeddings=128)
+    ),
+    "TEMPLATE_TOKEN_SPLIT": lambda p: p.flags(model=p.model(_without_im_start)),
+    "TEMPLATE_DIFFERS": lambda p: p.flags(
+        model=p.model(lambda: _tokenizer(chat_template=get_template("yi").to_jinja()))
+    ),
+    "PAD_IS_STOP": lambda p: p.flags("--template_name", "default"),
+    "BOS_DOUBLE": lambda p: p.flags("--template_name", "auto", model=p.model(_bos_twice)),
+    "BOS_MISSING": lambda p: p.flags(model=p.model(_sets_bos)),
+    "STOP_NOT_TRAINED": _stop_untrained,
+    "ROW_UNREADABLE": _not_json,
+    "ROW_NOTHING_TRAINED": lambda p: p.flags(rows=_row(output=" ")),
+    "ROW_TOO_LONG": lambda p: p.flags("--max_len", "100", rows=_row(output=LONG)),
+    "ROW_SHORTENED": lambda p: p.flags("--max_len", "100", rows=_row(instruction=LONG)),
+    "DUPLICATE_ROWS": lambda p: p.flags(
+        rows=[*CLEAN, {"instruction": "What is  3 plus 2? ", "output": "3 plus 2 is 5."}]
+    ),
+    "EVAL_IN_TRAIN": lambda p: p.flags("--eval_data_path", p.write([CLEAN[3], *_row()[-1:]], "eval.jsonl")),
+    "PAIR_EQUAL": lambda p: p.pairs([*CLEAN_PAIRS, {"prompt": "Hi", "chosen": "Hello.", "rejected": "Hello."}]),
+    "PAIR_LENGTH_BIAS": lambda p: p.pairs([{**pair, "rejected": "No."} for pair in CLEAN_PAIRS]),
+    "SPECIAL_TOKEN_IN_CONTENT": lambda p: p.flags(rows=_row(output="Hello.<|im_end|>")),
+    "UNICODE_BROKEN": lambda p: p.flags(rows=_row(output="A cafÃ© is a place to drink coffee.")),
+    "INVISIBLE_CHARACTERS": lambda p: p.flags(rows=_row(output="Hel\u200blo.")),
+    "LANGUAGE_STRAY": lambda p: p.flags(
+        rows=[
+            *({**row, "instruction": f"{i}: {row['instruction']}"} for i in range(3) for row in CLEAN),
+            {"instruction": "Как дела?", "output": "Хорошо, спасибо."},
+        ]  # fmt: skip
+    ),
+    "LANGUAGES_MIXED": lambda p: p.flags(rows=[*CLEAN, *CHINESE]),
+    "NOT_EXAMINED": lambda p: p.flags("--train_data_path", "nowhere.jsonl"),
+}
+
+
+def test_each_code_has_a_planted_defect():
+    assert set(DEFECTS) == set(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_planted_defect_raises_exactly_its_code(patient, report, code):
+    planted = DEFECTS[code](patient)
+    if planted and not isinstance(planted[0], str):
+        found, severities = {finding.code for finding in planted}, {finding.severity for finding in planted}
+    else:
+        exit_code, said = report(*planted)
+        found, severities = ({finding[key] for finding in said["findings"]} for key in ("code", "severity"))
+        assert exit_code == said["exit_code"] == {"note": 0, "warning": 1, "error": 2}[min(severities)]
+    if code == "NOT_EXAMINED":  # what hides the rest is told as well
+        assert found == {"ARGUMENTS", code}
+    else:
+        assert found == {code}
+        assert severities == {CODES[code].severity}
+
+
+def test_a_clean_corpus_raises_none(patient, report):
+    assert report(*patient.flags())[1]["findings"] == []
+    assert report(*patient.pairs(CLEAN_PAIRS))[1]["findings"] == []
+    code, said = report(*patient.flags("--val_size", "0.2"))
+    assert (code, said["verdict"], said["examined"]["rows"]) == (0, "clean", 40)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "pretrain", "dpo"])
+def test_the_samples_are_ready_to_train(recipe, tmp_path, report):
+    """They are of two languages, which is told; nothing stands against them."""
+    flags = ("--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"))
+    code, said = report("--train_args_path", f"train_args/{recipe}/base.py", *flags)
+    assert code == 0
+    assert {finding["code"] for finding in said["findings"]} == {"LANGUAGES_MIXED"}
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def test_places_and_counts(patient, report):
+    rows = _row(output="") + [{"instruction": 7, "output": "x"}, {"instruction": "Hi", "output": "Caf\ufffd"}]
+    code, said = report(*patient.flags(rows=[*rows, {"instruction": "Go\u202e", "output": "No"}]))
+    assert code == 2
+    assert {f["code"]: [(p["count"], p["lines"]) for p in f["places"]] for f in said["findings"]} == {
+        "ROW_UNREADABLE": [(1, [42])],
+        "ROW_NOTHING_TRAINED": [(1, [41])],
+        "UNICODE_BROKEN": [(1, [43])],
+        "INVISIBLE_CHARACTERS": [(1, [44])],
+    }
+    assert said["findings"][0]["places"][0]["file"] == str(patient.folder / "rows.jsonl")
+
+
+def test_on_bad_row_decides_how_bad(patient, report):
+    flags = patient.flags(rows=_row(output=""))
+    assert [report(*flags, "--on_bad_row", choice)[0] for choice in ("auto", "drop", "error")] == [1, 1, 2]
+    flags = _not_json(patient)
+    assert [report(*flags, "--on_bad_row", choice)[0] for choice in ("auto", "drop")] == [2, 1]
+
+
+def test_broken_arguments_do_not_hide_the_rows(patient, report):
+    flags = patient.flags("--lora_rank", "0", "--learning_rat", "1", "--max_grad_norm", "-1", rows=_row(output=""))
+    (patient.folder / "run").mkdir()
+    (patient.folder / "run" / "train.log").write_text("of another run")
+    code, said = report(*flags)
+    problems = [f["message"] for f in said["findings"] if f["code"] == "ARGUMENTS"]
+    for part in ("--lora_rank 0", "--learning_rat is not a flag", "--max_grad_norm -1", "already holds 'train.log'"):
+        assert sum(part in problem for problem in problems) == 1, problems
+    assert [f["code"] for f in said["findings"] if f["code"] != "ARGUMENTS"] == ["ROW_NOTHING_TRAINED"]
+    assert said["examined"]["set_aside"] == ["learning_rat", "lora_rank", "max_grad_norm", "output_dir"]
+
+
+def test_rows_are_looked_at_without_a_model(patient, report):
+    code, said = report(*patient.flags(rows=_row(output="Hel\u200blo."), model="nowhere/at/all"))
+    assert {f["code"] for f in said["findings"]} == {"ARGUMENTS", "NOT_EXAMINED", "INVISIBLE_CHARACTERS"}
+    code, said = report(*patient.flags(rows=_row(output=""), model="nowhere/at/all"))
+    assert [f["places"][0]["lines"] for f in said["findings"] if f["code"] == "ROW_NOTHING_TRAINED"] == [[41]]
+
+
+def test_a_file_that_is_cut_off_is_told_once(patient, report):
+    file = patient.folder / "cut.json"
+    file.write_text(json.dumps(CLEAN)[:-9])
+    code, said = report(*patient.flags("--train_data_path", str(file)))
+    assert (code, [f["code"] for f in said["findings"]]) == (2, ["ROW_UNREADABLE"])
+
+
+def test_rows_held_back_that_repeat_trained_ones(patient, report):
+    said = report(*patient.flags("--val_size", "20", rows=[*CLEAN, *CLEAN]))[1]
+    assert "EVAL_IN_TRAIN" in {finding["code"] for finding in said["findings"]}
+
+
+def test_text_for_a_person(patient, capsys):
+    assert doctor.main(patient.flags("--learning_rate", "0.5", rows=_row(output=""))) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "warning LEARNING_RATE_UNUSUAL"
+    assert f"  {patient.folder}/rows.jsonl: line 41" in lines
+    assert lines[-2] == "looked at 41 training rows and 0 validation rows"
+    assert lines[-1] == "verdict: 0 errors, 2 warnings, 0 notes – it will train; look at the warnings first"
+
+
+def test_help_and_own_flags(capsys, refused):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--help"])
+    assert stop.value.code == 0
+    assert "--processes" in capsys.readouterr().out
+    assert "--processes -1 is not allowed" in refused(doctor.main, "--processes", "-1")
+
+
+def test_the_page_of_codes_is_not_stale():
+    """utils/script/doctor.md is what `doctor --write_codes true` would write."""
+    assert doctor.CODES_PAGE.read_text(encoding="utf-8") == catalogue()
+    assert doctor.CODES_PAGE.is_relative_to(ROOT)
+
+
+# ------------------------------------------------------------------ the quick part of main_train.py
+
+
+class Loaded(Exception):
+    pass
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr("utils.model.load_model", load)
+
+
+def test_main_train_stops_on_errors_before_the_weights(patient, no_weights, refused):
+    said = refused(main_train.main, *_full_disk(patient), "--template_name", "default")
+    assert "DISK_TOO_SMALL: 3 checkpoints" in said
+    assert "PAD_IS_STOP" not in said.partition("error")[2]  # a warning, in the log
+    with pytest.raises(Loaded):
+        main_train.main([*patient.flags(), "--doctor", "off"])
+
+
+def test_main_train_goes_on_with_warnings(patient, no_weights, capsys):
+    with pytest.raises(Loaded):
+        main_train.main([*patient.flags(), "--learning_rate", "0.5"])
+    said = capsys.readouterr().err
+    assert said.count("LEARNING_RATE_UNUSUAL") == 1
+    assert "python -m utils.script.doctor" in said
+
+
+def test_looking_changes_no_random_number(patient):
+    import torch
+
+    args, train_args = parse_args(patient.flags())
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    doctor_sizes.model_shape.cache_clear()
+    quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
+    assert torch.equal(torch.rand(3), wanted)
+
+
+# ------------------------------------------------------------------ sizes and settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_path, mode):
+    run = train("--train_mode", mode, "--save_strategy", "epoch", "--train_special_tokens", "off")
+    args, train_args = parse_args(
+        ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--train_mode", mode,
+         "--output_dir", str(tmp_path / "other")]
+    )  # fmt: skip
+    one, finished = doctor_sizes.checkpoint_bytes(args, train_args, doctor_sizes.shape_of(args))
+    (checkpoint, *_) = sorted(run.glob("checkpoint-*"))
+    names = ("adapter_model.safetensors", "model.safetensors", "optimizer.pt")
+    written = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name in names}
+    assert sum(written.values()) == pytest.approx(one, rel=0.15)  # names and figures of each tensor beside the numbers
+    assert written["model.safetensors" if mode == "full" else "adapter_model.safetensors"] == pytest.approx(
+        finished, rel=0.15
+    )
+
+
+def test_deepspeed_keys_that_pass_the_arguments():
+    config = SimpleNamespace(config={"tensorboard": {"enabled": True}, "activation_checkpointing": {}})
+    messages = [finding.message for finding in deepspeed_keys(SimpleNamespace(hf_deepspeed_config=config))]
+    assert len(messages) == 2
+    assert "--report_to" in messages[0]
+    assert "--gradient_checkpointing" in messages[1]
+    assert deepspeed_keys(SimpleNamespace(hf_deepspeed_config=None)) == []
