@@ -4,11 +4,11 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
-import main_train
 import pytest
 import tiny
 from conftest import ROOT, write_rows
 
+import main_train
 from utils import doctor_sizes
 from utils.args import parse_args
 from utils.doctor import quick_findings
@@ -340,7 +340,7 @@ def no_weights(monkeypatch):
 def test_main_train_stops_on_errors_before_the_weights(patient, no_weights, refused):
     said = refused(main_train.main, *_full_disk(patient), "--template_name", "default")
     assert "DISK_TOO_SMALL: 3 checkpoints" in said
-    assert "PAD_IS_STOP" not in said.partition("error")[2]  # a warning, in the log
+    assert "PAD_IS_STOP" not in said.partition("error: ")[2]  # a warning, in the log
     with pytest.raises(Loaded):
         main_train.main([*patient.flags(), "--doctor", "off"])
 

@@ -50,7 +50,9 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     for finding in warnings:
         logger.warning("doctor: {}", finding.line())
     if errors:
-        raise UserError(*(f"{finding.line()}\n   → {finding.remedy}" for finding in errors), _SAYS_MORE)
+        problems = [f"{finding.line()}\n     → {finding.remedy}" for finding in errors]
+        problems[-1] += f"\n   {_SAYS_MORE}"
+        raise UserError(*problems)
     if warnings:
         logger.info(_SAYS_MORE)
 

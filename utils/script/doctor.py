@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loguru import logger
 
-from utils.args import CommonArgs, parse_args
+from utils.args import parse_args
 from utils.doctor import Examined, diagnose
 from utils.doctor_settings import is_about_deepspeed_keys
 from utils.errors import UserError, raise_if_any, run_command
