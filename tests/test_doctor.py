@@ -76,6 +76,20 @@ def report(capsys):
     return run
 
 
+class Loaded(Exception):
+    pass
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """main_train.py comes as far as the weights, and no farther."""
+
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr("utils.model.load_model", load)
+
+
 # ------------------------------------------------------------------ a planted defect for each code
 # each returns the command's flags, or the findings where no command can be given the defect on this machine
 
@@ -299,6 +313,31 @@ def test_rows_held_back_that_repeat_trained_ones(patient, report):
     assert "EVAL_IN_TRAIN" in {finding["code"] for finding in said["findings"]}
 
 
+def test_a_check_that_fails_stops_nothing(patient, no_weights, report, monkeypatch):
+    monkeypatch.setattr("utils.doctor.template_findings", lambda *_: 1 / 0)
+    code, said = report(*patient.flags())
+    assert (code, [f["code"] for f in said["findings"]]) == (0, ["NOT_EXAMINED"])
+    assert "ZeroDivisionError" in said["findings"][0]["message"]
+    with pytest.raises(Loaded):
+        main_train.main(patient.flags())
+
+
+@pytest.mark.parametrize("task", ["sft", "pretrain", "dpo"])
+def test_how_long_the_rows_are_that_do_not_fit(patient, report, tokenizer, task):
+    """The figures are those of the tokenizer on the whole row."""
+    template = get_template("qwen", tokenizer)
+    row = {"sft": _row(output=LONG)[-1], "pretrain": {"text": LONG},
+           "dpo": {"prompt": "Say hello.", "chosen": LONG, "rejected": "No."}}[task]  # fmt: skip
+    messages = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": LONG}]
+    text = LONG + tokenizer.eos_token if task == "pretrain" else template.render(messages)
+    wanted = len(tokenizer(text)["input_ids"])
+    recipe = ("--train_args_path", f"train_args/{task}/base.py", *(("--packing", "false") if task != "dpo" else ()))
+    clean = {"sft": CLEAN, "pretrain": [{"text": r["output"]} for r in CLEAN], "dpo": CLEAN_PAIRS}[task]
+    said = report(*patient.flags(*recipe, "--max_len", "100", rows=[*clean, row]))[1]
+    message = next(f["message"] for f in said["findings"] if f["code"] == "ROW_TOO_LONG")
+    assert f"1 of them measured: {wanted} to {wanted} tokens" in message
+
+
 def test_text_for_a_person(patient, capsys):
     assert doctor.main(patient.flags("--learning_rate", "0.5", rows=_row(output=""))) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -323,18 +362,6 @@ def test_the_page_of_codes_is_not_stale():
 
 
 # ------------------------------------------------------------------ the quick part of main_train.py
-
-
-class Loaded(Exception):
-    pass
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def load(*_):
-        raise Loaded
-
-    monkeypatch.setattr("utils.model.load_model", load)
 
 
 def test_main_train_stops_on_errors_before_the_weights(patient, no_weights, refused):

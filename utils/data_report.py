@@ -105,6 +105,12 @@ class DataReport:
         return _name_lines(self.places)
 
 
+def split_place(place: str, files: list[str]) -> tuple[str, str]:
+    """`"a.jsonl has an empty output"` → `("a.jsonl", "has an empty output")`"""
+    file = max((file for file in files if place.startswith(f"{file} ")), key=len)
+    return file, place[len(file) + 1 :]
+
+
 def _name_lines(places: dict[str, list[int]]) -> str:
     lines = []
     for place, numbers in list(places.items())[:SHOWN]:

@@ -1,9 +1,10 @@
 """What follows from the census of the rows and from the report of their preparation."""
 
 from collections import Counter
+from collections.abc import Callable
 
 from utils.data_pairs import EqualPair
-from utils.data_report import TOO_LONG, DataReport
+from utils.data_report import TOO_LONG, DataReport, split_place
 from utils.data_rows import EmptyRow
 from utils.doctor_census import Census
 from utils.doctor_text import SCRIPTS
@@ -118,12 +119,13 @@ def _scripts(census: Census) -> list[Finding]:
 # ------------------------------------------------------------------ rows that are left out or shortened
 
 
-def report_findings(report: DataReport, args) -> list[Finding]:
+def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[int]]], str]) -> list[Finding]:
     """What became of the rows, as the training's own preparation says it.
 
     Args:
         report: of rows that were prepared, if need be with `--on_bad_row drop`.
         args: CommonArgs, which say what stops a run.
+        measure: places → how long the rows there are.
     """
     kinds = {
         "malformed": ("ROW_UNREADABLE", WARNING if args.on_bad_row == "drop" else ERROR),
@@ -133,18 +135,22 @@ def report_findings(report: DataReport, args) -> list[Finding]:
     }
     rows = []
     for place, lines in report.places.items():
-        file, reason = _split(place, report.files)
+        file, reason = split_place(place, report.files)
         rows.append((*kinds[report.kinds[place]], file, reason, Places(lines, report.counted[place])))
     findings = left_out(rows, report.rows)
+    for finding in findings:
+        if finding.code == "ROW_TOO_LONG":
+            finding.message += measure({p: report.places[p] for p in report.places if report.kinds[p] == TOO_LONG})
     if report.shortened:
         places = {
-            _split(place, report.files)[0]: Places(lines, report.counted[place])
+            split_place(place, report.files)[0]: Places(lines, report.counted[place])
             for place, lines in report.shortened_at.items()
         }
         message = f"{_rows(report.shortened)} of {report.rows:,} are longer than --max_len {args.max_len} allows"
         if args.task_type.startswith("dpo"):
             message += f", or than --max_prompt_length {args.max_prompt_length}"
-        findings.append(Finding("ROW_SHORTENED", message + ", and are cut at their beginning", places))
+        message += f", and are cut at their beginning{measure(report.shortened_at)}"
+        findings.append(Finding("ROW_SHORTENED", message, places))
     return findings
 
 
@@ -183,12 +189,6 @@ def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[
         message = f"{_rows(why.total())} of {total:,}: {named}{more}"
         findings.append(Finding(code, message, places[code, severity], severity))
     return findings
-
-
-def _split(place: str, files: list[str]) -> tuple[str, str]:
-    """`"a.jsonl has an empty output"` → `("a.jsonl", "has an empty output")`"""
-    file = max((file for file in files if place.startswith(f"{file} ")), key=len)
-    return file, place[len(file) + 1 :]
 
 
 def _place(census: Census, row: int) -> str:

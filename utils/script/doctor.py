@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from loguru import logger
 
 from utils.args import parse_args
-from utils.doctor import Examined, diagnose
 from utils.doctor_settings import is_about_deepspeed_keys
+from utils.doctor_whole import Examined, diagnose
 from utils.errors import UserError, raise_if_any, run_command
 from utils.findings import Finding, as_json, as_text, catalogue, exit_code
 from utils.flags import arg, make_parser, read_flags, split_flags
