@@ -12,7 +12,7 @@ import main_train
 from utils import doctor_sizes
 from utils.args import parse_args
 from utils.doctor import quick_findings
-from utils.doctor_settings import deepspeed_keys
+from utils.doctor_settings import deepspeed_keys, steps_of
 from utils.doctor_tokens import token_findings
 from utils.finding_codes import CODES
 from utils.findings import catalogue
@@ -338,6 +338,25 @@ def test_how_long_the_rows_are_that_do_not_fit(patient, report, tokenizer, task)
     assert f"1 of them measured: {wanted} to {wanted} tokens" in message
 
 
+def test_a_question_asked_in_both_with_another_answer(patient, report):
+    other = patient.write([{**CLEAN[3], "output": "I do not know."}, *_row()[-1:]], "eval.jsonl")
+    (finding,) = report(*patient.flags("--eval_data_path", other))[1]["findings"]
+    assert finding["message"].startswith("1 row of 2 for validation are asked in the training rows too, 0 with")
+    assert finding["places"] == [{"file": other, "count": 1, "lines": [1]}]
+
+
+def test_latin_rows_are_no_strangers(patient, report):
+    """Code, names and formulas are Latin in every corpus."""
+    rows = [{**row, "instruction": f"第{i}题：{row['instruction']}"} for i in range(5) for row in CHINESE]
+    assert report(*patient.flags(rows=[*rows, CLEAN[0]]))[1]["findings"] == []
+
+
+def test_one_bos_is_as_it_should_be(patient, report):
+    form = get_template("yi").to_jinja()
+    spoilt = patient.model(lambda: _tokenizer(bos_token="<|endoftext|>", chat_template="{{ bos_token }}" + form))
+    assert report(*patient.flags("--template_name", "auto", model=spoilt))[1]["findings"] == []
+
+
 def test_text_for_a_person(patient, capsys):
     assert doctor.main(patient.flags("--learning_rate", "0.5", rows=_row(output=""))) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -395,6 +414,26 @@ def test_looking_changes_no_random_number(patient):
 # ------------------------------------------------------------------ sizes and settings
 
 
+@pytest.mark.parametrize(
+    ("weights", "mode", "rate", "unusual"),
+    [
+        (4_000_000, "lora", "2e-3", False),
+        (7_000_000_000, "lora", "2e-3", True),
+        (7_000_000_000, "lora", "2e-4", False),
+        (7_000_000_000, "full", "2e-4", True),
+        (7_000_000_000, "full", "1e-5", False),
+        (7_000_000_000, "lora", "1e-7", True),
+    ],
+)
+def test_usual_learning_rates(patient, monkeypatch, weights, mode, rate, unusual):
+    shape = doctor_sizes.Shape(weights, {}, (), False)
+    monkeypatch.setattr("utils.doctor_settings.shape_of", lambda _: shape)
+    monkeypatch.setattr(doctor_sizes, "shape_of", lambda _: shape)
+    args, train_args = parse_args(patient.flags("--train_mode", mode, "--learning_rate", rate))
+    found = quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
+    assert ["LEARNING_RATE_UNUSUAL"] * unusual == [finding.code for finding in found]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_path, mode):
@@ -405,6 +444,9 @@ def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_pat
     )  # fmt: skip
     one, finished = doctor_sizes.checkpoint_bytes(args, train_args, doctor_sizes.shape_of(args))
     (checkpoint, *_) = sorted(run.glob("checkpoint-*"))
+    state = json.loads((run / "trainer_state.json").read_text())
+    train_args.per_device_train_batch_size, train_args.num_train_epochs = 4, 2
+    assert state["max_steps"] == steps_of(train_args, len(tiny.ROWS), 1)
     names = ("adapter_model.safetensors", "model.safetensors", "optimizer.pt")
     written = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name in names}
     assert sum(written.values()) == pytest.approx(one, rel=0.15)  # names and figures of each tensor beside the numbers
