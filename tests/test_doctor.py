@@ -297,8 +297,15 @@ def test_broken_arguments_do_not_hide_the_rows(patient, report):
 def test_rows_are_looked_at_without_a_model(patient, report):
     code, said = report(*patient.flags(rows=_row(output="Hel\u200blo."), model="nowhere/at/all"))
     assert {f["code"] for f in said["findings"]} == {"ARGUMENTS", "NOT_EXAMINED", "INVISIBLE_CHARACTERS"}
+    assert (said["examined"]["model_name_or_path"], said["examined"]["rows"]) == (None, 41)
     code, said = report(*patient.flags(rows=_row(output=""), model="nowhere/at/all"))
     assert [f["places"][0]["lines"] for f in said["findings"] if f["code"] == "ROW_NOTHING_TRAINED"] == [[41]]
+
+
+def test_rows_are_looked_at_without_a_template(patient, report):
+    code, said = report(*patient.flags("--template_name", "llama3", rows=_row(output="Hel\u200blo.")))
+    assert code == 2
+    assert [f["code"] for f in said["findings"]] == ["TEMPLATE_TOKEN_SPLIT", "INVISIBLE_CHARACTERS", "NOT_EXAMINED"]
 
 
 def test_a_file_that_is_cut_off_is_told_once(patient, report):
@@ -453,6 +460,16 @@ def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_pat
     assert written["model.safetensors" if mode == "full" else "adapter_model.safetensors"] == pytest.approx(
         finished, rel=0.15
     )
+
+
+def test_checkpoints_of_deepspeed():
+    """As measured with DeepSpeed 0.19.8, ZeRO-2 in bf16: 16 bytes for each weight."""
+    args = SimpleNamespace(train_mode="full", precision="bf16")
+    shape = doctor_sizes.Shape(1_000_000, {}, (), False)
+    plain = SimpleNamespace(deepspeed_plugin=None, optim="adamw_torch_fused", save_only_model=False)
+    deepspeed = SimpleNamespace(deepspeed_plugin=object(), optim="adamw_torch_fused", save_only_model=False)
+    assert doctor_sizes.checkpoint_bytes(args, deepspeed, shape) == (16_000_000, 2_000_000)
+    assert doctor_sizes.checkpoint_bytes(args, plain, shape) == (12_000_000, 4_000_000)
 
 
 def test_deepspeed_keys_that_pass_the_arguments():

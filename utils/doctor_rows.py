@@ -184,7 +184,8 @@ def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[
         kept.lines, kept.count = sorted(kept.lines + found.lines), kept.count + found.count
     findings = []
     for (code, severity), why in reasons.items():
-        named = "; ".join(f"{reason} ({count:,})" for reason, count in why.most_common(_REASONS))
+        counted = len(why) > 1
+        named = "; ".join(reason + f" ({count:,})" * counted for reason, count in why.most_common(_REASONS))
         more = f"; and {len(why) - _REASONS:,} other reasons" if len(why) > _REASONS else ""
         message = f"{_rows(why.total())} of {total:,}: {named}{more}"
         findings.append(Finding(code, message, places[code, severity], severity))

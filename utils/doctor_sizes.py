@@ -93,13 +93,16 @@ def trained_weights(args, shape: Shape) -> int:
 def checkpoint_bytes(args, train_args, shape: Shape) -> tuple[int, int]:
     """What a checkpoint takes on the disk, and what the finished run does.
 
-    What is trained is kept in float32; AdamW has two more numbers for each weight.
+    What is trained is kept in float32, beside AdamW's two numbers for each weight. DeepSpeed saves the weights in the
+    arithmetic's precision twice, for itself and for others, and a float32 copy with the optimizer's numbers.
     """
     trained = trained_weights(args, shape)
-    weights = 4 * trained
+    deepspeed = train_args.deepspeed_plugin is not None
+    width = 2 if deepspeed and args.precision != "fp32" else 4
     optimizer = str(getattr(train_args.optim, "value", train_args.optim))
-    states = 0 if train_args.save_only_model or "sgd" in optimizer else 2 if "8bit" in optimizer else 8
-    return weights + states * trained, weights
+    states = 0 if "sgd" in optimizer else 2 if "8bit" in optimizer else 8
+    states += width + 4 if deepspeed else 0
+    return (width + (0 if train_args.save_only_model else states)) * trained, width * trained
 
 
 def disk_findings(args, train_args, steps: int) -> list[Finding]:

@@ -61,6 +61,7 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
         except UserError as error:
             code = "TEMPLATE_TOKEN_SPLIT" if "must be one token" in str(error) else "ARGUMENTS"
             found += [Finding(code, problem) for problem in error.problems]
+            examined.not_examined("the tokens", "the template does not fit the tokenizer")
     readable = tokenizer is not None and (template is not None or not task.USES_TEMPLATE)
     if "train_data_path" in aside:
         examined.not_examined("the rows", "--train_data_path cannot be used")
@@ -69,7 +70,7 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
             examined.not_examined("the tokens", f"--{min(aside & _READING_FLAGS)} cannot be used")
         elif readable:
             data = _prepare(examined, args, train_args, task, template, tokenizer)
-        _census(examined, args, data, tokenizer, aside)
+        _census(examined, args, data, tokenizer)
     if tokenizer is not None:
         found += quick_findings(args, train_args, data, template, tokenizer, processes)
     return examined
@@ -119,7 +120,7 @@ def _preparation_finding(problem: str) -> Finding:
     return Finding("ROW_UNREADABLE" if "cannot be used:" in problem else "ARGUMENTS", problem)
 
 
-def _census(examined: Examined, args, data, tokenizer, aside: set[str]) -> None:
+def _census(examined: Examined, args, data, tokenizer) -> None:
     """The rows' texts."""
     special = _forbidden(args, tokenizer) if tokenizer is not None else None
     options = (args.task_type.partition("_")[0], special)
@@ -127,7 +128,7 @@ def _census(examined: Examined, args, data, tokenizer, aside: set[str]) -> None:
     if train is None:
         return
     held_back = None
-    if args.eval_data_path and "eval_data_path" not in aside:
+    if args.eval_data_path:
         held_back = _attempt(
             examined, "the validation rows", lambda: take_census(args.eval_data_path, "--eval_data_path", *options)
         )

@@ -98,7 +98,7 @@ def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
             logger.enable(_SAID_HERE)
     examined.findings[:0] = _argument_findings(problems)
     before = {"rows": examined.rows, "eval_rows": examined.eval_rows, "set_aside": sorted(aside)}
-    return examined, before | {name: getattr(args, name) for name in _TOLD if args is not None}
+    return examined, before | {name: None if name in aside else getattr(args, name, None) for name in _TOLD}
 
 
 def main(argv: list[str] | None = None) -> int:
