@@ -14,6 +14,7 @@ from utils.args import parse_args
 from utils.doctor import quick_findings
 from utils.doctor_settings import deepspeed_keys, steps_of
 from utils.doctor_tokens import token_findings
+from utils.errors import UserError
 from utils.finding_codes import CODES
 from utils.findings import catalogue
 from utils.script import doctor
@@ -35,6 +36,15 @@ CLEAN_PAIRS = [
 ]
 CHINESE = [{"instruction": f"{number}的后面是几？", "output": f"后面是{number + 1}。"} for number in range(40)]
 LONG = "the quick brown fox " * 60
+
+
+ESTIMATED = doctor_sizes.estimated
+
+
+@pytest.fixture(autouse=True)
+def no_estimate(monkeypatch):
+    """An estimate takes half a second; what is done with one is tested below."""
+    monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: None)
 
 
 class Patient:
@@ -118,6 +128,7 @@ def _full_disk(patient):
 def _little_memory(patient):
     estimate = SimpleNamespace(total=10**15, host=0)
     patient.monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: estimate)
+    patient.monkeypatch.setattr("utils.doctor.has_gpu", lambda: True)
     return patient.flags()
 
 
@@ -241,6 +252,18 @@ def test_a_planted_defect_raises_exactly_its_code(patient, report, code):
     else:
         assert found == {code}
         assert severities == {CODES[code].severity}
+
+
+@pytest.mark.parametrize("code", [code for code in CODES if code != "DEEPSPEED_SHADOWS"])  # refused with the arguments
+def test_main_train_sees_the_quick_ones(patient, no_weights, capsys, code):
+    planted = DEFECTS[code](patient)
+    if not isinstance(planted[0], str):
+        return  # found by what main_train.py calls, as the test above shows
+    with pytest.raises((Loaded, UserError)) as stop:
+        main_train.main(planted)
+    said = f"{capsys.readouterr().err}\n{stop.value}"
+    assert (f"{code}: " in said) == CODES[code].quick
+    assert (stop.type is Loaded) == (CODES[code].severity != "error" and code != "NOT_EXAMINED")
 
 
 def test_a_clean_corpus_raises_none(patient, report):
@@ -406,8 +429,10 @@ def test_main_train_goes_on_with_warnings(patient, no_weights, capsys):
     assert "python -m utils.script.doctor" in said
 
 
-def test_looking_changes_no_random_number(patient):
+def test_looking_changes_no_random_number(patient, monkeypatch):
     import torch
+
+    monkeypatch.setattr(doctor_sizes, "estimated", ESTIMATED)
 
     args, train_args = parse_args(patient.flags())
     torch.manual_seed(1)
@@ -460,6 +485,25 @@ def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_pat
     assert written["model.safetensors" if mode == "full" else "adapter_model.safetensors"] == pytest.approx(
         finished, rel=0.15
     )
+
+
+@pytest.mark.parametrize(
+    ("total", "host", "processes", "wanted"),
+    [
+        (5, 0, 1, []),
+        (11, 0, 1, ["error about 11.0 GB are needed, and the machine has 10.0 GB"]),
+        (9.5, 0, 1, ["warning about 9.5 GB are needed, and the machine has 10.0 GB"]),
+        (4, 0, 2, []),
+        (6, 0, 2, ["error about 6.0 GB are needed, and each of 2 processes has 5.0 GB"]),
+        (1, 6, 2, ["error about 12.0 GB are needed, and the machine has 10.0 GB"]),
+    ],
+)
+def test_memory_of_each_process_and_of_the_machine(monkeypatch, total, host, processes, wanted):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=10 * 10**9))
+    estimate = SimpleNamespace(total=int(total * 1e9), host=int(host * 1e9))
+    monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: estimate)
+    found = doctor_sizes.memory_findings(None, None, processes)
+    assert [f"{finding.severity} {finding.message}" for finding in found] == wanted
 
 
 def test_checkpoints_of_deepspeed():

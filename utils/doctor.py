@@ -30,7 +30,9 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     if args.doctor == "off":
         return
     # one process looks: disk and memory differ between them, and all must go on or stop
-    findings = quick_findings(args, train_args, data, template, tokenizer) if is_main_process() else None
+    findings = None
+    if is_main_process():
+        findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu())
     findings = agree(findings)
     warnings, errors = (in_order(with_severity(findings, severity)) for severity in (WARNING, ERROR))
     for finding in warnings:
@@ -46,13 +48,29 @@ def examine(args, train_args, data, template, tokenizer) -> None:
 _SAYS_MORE = "python -m utils.script.doctor, with the same flags, says more; --doctor off trains without looking"
 
 
-def quick_findings(args, train_args, data, template, tokenizer, processes: int | None = None) -> list[Finding]:
-    """What takes well below a second: settings, template, disk, memory, and the prepared ids as arrays."""
+def has_gpu() -> bool:
+    """Whether an estimate of the memory is worth its half second at the start of a run."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def quick_findings(
+    args, train_args, data, template, tokenizer, processes: int | None = None, memory: bool = True
+) -> list[Finding]:
+    """What takes well below a second: settings, template, disk, memory, and the prepared ids as arrays.
+
+    Args:
+        args, train_args, data, template, tokenizer: as for `examine`; data and template may be None.
+        processes: how many will train together; None for those that run.
+        memory: whether to estimate it.
+    """
     processes = processes or world_size()
     checks = {
         "the settings": lambda: settings_findings(args, train_args, config_of(args), data, processes),
-        "memory": lambda: memory_findings(args, train_args, processes),
     }
+    if memory:
+        checks["memory"] = lambda: memory_findings(args, train_args, processes)
     if template is not None:
         checks["the template"] = lambda: template_findings(template, tokenizer)
     if data is not None:

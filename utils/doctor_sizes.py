@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.adapter import ADAPTERS, target_modules
 from utils.checkpoints import checkpoints_of
@@ -154,12 +155,23 @@ def memory_findings(args, train_args, processes: int) -> list[Finding]:
     estimate = estimated(args, train_args, processes)
     if estimate is None:
         return []
+    gpu, machine = capacities(processes)
+    here = min(processes, gpu.count) if gpu.count else processes
     findings = []
-    for needed, (there, what) in zip((estimate.total, estimate.host), capacities(processes), strict=True):
-        if there and needed > _TIGHT * there:
-            message = f"about {size(needed)} are needed, and {what} has {size(there)}"
-            findings.append(Finding("MEMORY_TOO_SMALL", message, severity=ERROR if needed > there else WARNING))
+    for needed, place in ((estimate.total, gpu), (estimate.host * here, machine)):
+        if needed > _TIGHT * place.bytes:
+            message = f"about {size(needed)} are needed, and {place.name} has {size(place.bytes)}"
+            severity = ERROR if needed > place.bytes else WARNING
+            findings.append(Finding("MEMORY_TOO_SMALL", message, severity=severity))
     return findings
+
+
+class Memory(NamedTuple):
+    """A memory to train in: its size, what it is called, and how many GPUs have one; 0 for the machine's own."""
+
+    bytes: int
+    name: str
+    count: int = 0
 
 
 def estimated(args, train_args, processes: int):
@@ -174,24 +186,17 @@ def estimated(args, train_args, processes: int):
         return None
 
 
-def capacities(processes: int) -> list[tuple[int, str]]:
-    """The memory that the training goes into, and the machine's own beside it: bytes and name of each.
-
-    Without a GPU both are the machine's, which its processes share.
-    """
+def capacities(processes: int) -> tuple[Memory, Memory]:
+    """The memory that each process trains in, and the machine's; without a GPU its processes share that."""
     import psutil
     import torch
 
-    machine = psutil.virtual_memory().total
+    machine = Memory(psutil.virtual_memory().total, "the machine")
     if torch.cuda.is_available():
-        return [
-            (torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)),
-            (machine, "the machine"),
-        ]
-    return [
-        (machine // processes, "the machine" if processes == 1 else f"each of {processes} processes"),
-        (machine, "the machine"),
-    ]
+        properties = torch.cuda.get_device_properties(0)
+        return Memory(properties.total_memory, properties.name, torch.cuda.device_count()), machine
+    name = machine.name if processes == 1 else f"each of {processes} processes"
+    return Memory(machine.bytes // processes, name), machine
 
 
 def size(count: float) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from utils.finding_codes import CODES, ERROR, NOTE, WARNING
 
@@ -102,14 +102,6 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def with_severity(findings: Iterable[Finding], severity: str) -> list[Finding]:
     return [finding for finding in findings if finding.severity == severity]
-
-
-def at_most(findings: Iterable[Finding], severity: str) -> list[Finding]:
-    """The findings, none worse than `severity`."""
-    return [
-        replace(finding, severity=severity) if _RANK[finding.severity] < _RANK[severity] else finding
-        for finding in findings
-    ]
 
 
 def verdict(findings: list[Finding]) -> str:
