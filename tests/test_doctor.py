@@ -338,6 +338,31 @@ def test_a_file_that_is_cut_off_is_told_once(patient, report):
     assert (code, [f["code"] for f in said["findings"]]) == (2, ["ROW_UNREADABLE"])
 
 
+@pytest.mark.parametrize(
+    ("rows", "flags", "code"),
+    [
+        ([{"instruction": "Hi", "output": ""}], (), "ROW_NOTHING_TRAINED"),
+        ([{"prompt": "Hi", "chosen": "a", "rejected": "b"}], ("--on_bad_row", "drop"), "ROW_UNREADABLE"),
+        ([{"instruction": "Hi", "output": LONG}], ("--max_len", "50"), "ROW_TOO_LONG"),
+        ([{"messages": [{"role": "user", "content": "Hi"}] * 2 + [{"role": "assistant", "content": "Ho"}]}],
+         ("--template_name", "mistral"), "ROW_UNREADABLE"),
+        ([], (), "ROW_NOTHING_TRAINED"),
+    ],
+)  # fmt: skip
+def test_no_row_left(patient, report, rows, flags, code):
+    model = patient.model(lambda: tiny.tokenizer_for(get_template("mistral"), tiny.byte_level_tokenizer))
+    exit_code, said = report(*patient.flags(*flags, rows=rows, model=model))
+    assert [(f["code"], f["severity"]) for f in said["findings"]] == [(code, "error")]
+    assert exit_code == 2
+
+
+@pytest.mark.parametrize("flags", [("--train_args_path", "nowhere.py"), ("--task_type", "dpo_multi")])
+def test_rows_of_an_unknown_task_are_not_looked_at(patient, report, flags):
+    code, said = report(*patient.flags(*flags))
+    assert (code, [f["code"] for f in said["findings"]]) == (2, ["ARGUMENTS", "NOT_EXAMINED"])
+    assert said["examined"]["rows"] == 0
+
+
 def test_rows_held_back_that_repeat_trained_ones(patient, report):
     said = report(*patient.flags("--val_size", "20", rows=[*CLEAN, *CLEAN]))[1]
     assert "EVAL_IN_TRAIN" in {finding["code"] for finding in said["findings"]}
@@ -441,6 +466,18 @@ def test_looking_changes_no_random_number(patient, monkeypatch):
     doctor_sizes.model_shape.cache_clear()
     quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_under_zero3_no_model_is_split_to_be_looked_at(patient, monkeypatch):
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    args, train_args = parse_args(patient.flags())
+    train_args.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    seen = []
+    monkeypatch.setattr("utils.doctor.settings_findings", lambda *_: seen.append(is_deepspeed_zero3_enabled()) or [])
+    quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
+    assert seen == [False]
+    assert is_deepspeed_zero3_enabled()
 
 
 # ------------------------------------------------------------------ sizes and settings

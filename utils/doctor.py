@@ -1,5 +1,6 @@
 """One verdict before a GPU is touched: the quick part, which main_train.py runs on prepared rows."""
 
+import contextlib
 from collections.abc import Callable
 
 from loguru import logger
@@ -77,7 +78,24 @@ def quick_findings(
         steps = steps_of(train_args, len(data.train), processes)
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
         checks["the tokens"] = lambda: rows_findings(args, data, template, tokenizer)
-    return [finding for name, check in checks.items() for finding in _whatever_happens(name, check)]
+    with _whole_models(train_args):
+        return [finding for name, check in checks.items() for finding in _whatever_happens(name, check)]
+
+
+@contextlib.contextmanager
+def _whole_models(train_args):
+    """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
+    config = getattr(train_args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def _whatever_happens(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:

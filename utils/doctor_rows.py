@@ -155,10 +155,10 @@ def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[
 
 
 def problem_findings(census: Census, args) -> list[Finding]:
-    """The rows that cannot be read, where only the census could look at them."""
-    kinds = {EmptyRow: ("ROW_NOTHING_TRAINED", ERROR if args.on_bad_row == "error" else WARNING),
-             EqualPair: ("PAIR_EQUAL", ERROR if args.on_bad_row == "error" else WARNING)}  # fmt: skip
-    unreadable = ("ROW_UNREADABLE", WARNING if args.on_bad_row == "drop" else ERROR)
+    """The rows that cannot be read, where only the census could look at them; an error where no other is left."""
+    empty = WARNING if args.on_bad_row != "error" and len(census.sources) else ERROR
+    kinds = {EmptyRow: ("ROW_NOTHING_TRAINED", empty), EqualPair: ("PAIR_EQUAL", empty)}
+    unreadable = ("ROW_UNREADABLE", WARNING if args.on_bad_row == "drop" and len(census.sources) else ERROR)
     rows = []
     for source, reason, kind in census.problems:
         ((file, places),) = census.places([source]).items()

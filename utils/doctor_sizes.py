@@ -48,7 +48,7 @@ def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shap
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        # a model without weights, and the random numbers of the run as they were
+        # without weights, and the random numbers of the run as they were
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         chosen = tuple(target_modules(model, modules))

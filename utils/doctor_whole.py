@@ -19,7 +19,7 @@ from utils.template import get_template
 from utils.tokenizer import tokenizer_of
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
-_READING_FLAGS = {"template_name", "max_len", "max_prompt_length", "task_type", "train_args_path"}
+_READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
 
 
 @dataclass
@@ -66,11 +66,12 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
     if "train_data_path" in aside:
         examined.not_examined("the rows", "--train_data_path cannot be used")
     else:
+        stopped: list[Finding] = []
         if aside & _READING_FLAGS:
             examined.not_examined("the tokens", f"--{min(aside & _READING_FLAGS)} cannot be used")
         elif readable:
-            data = _prepare(examined, args, train_args, task, template, tokenizer)
-        _census(examined, args, data, tokenizer)
+            data, stopped = _prepare(examined, args, train_args, task, template, tokenizer)
+        _census(examined, args, data, tokenizer, stopped)
     if tokenizer is not None:
         found += quick_findings(args, train_args, data, template, tokenizer, processes)
     return examined
@@ -86,11 +87,11 @@ def _attempt(examined: Examined, what: str, make):
         return None
 
 
-def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> Any:
+def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> tuple[Any, list[Finding]]:
     """The rows as the training prepares them; those that stop it are left out here, and told.
 
     Returns:
-        Data, or None where none can be had.
+        Data, or None where none can be had, and then why.
     """
     overlong = "drop" if args.overlong == "error" else args.overlong
     forgiving = dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
@@ -107,21 +108,21 @@ def _prepare(examined: Examined, args, train_args, task, template, tokenizer) ->
         for report in filter(None, (data.report, data.eval_report)):
             options = {"files": report.files, "args": args, "template": template, "tokenizer": tokenizer}
             examined.findings += report_findings(report, args, functools.partial(measured, **options))
-        return data
-    examined.findings += map(_preparation_finding, problems)
-    return None
+        return data, []
+    return None, list(map(_preparation_finding, problems))
 
 
 def _preparation_finding(problem: str) -> Finding:
     """What stops the preparation even where bad rows are left out."""
-    problem = " ".join(problem.split())
-    if "keeps a trained token" in problem or "holds no row" in problem:
-        return Finding("ROW_NOTHING_TRAINED", problem, severity=ERROR)
-    return Finding("ROW_UNREADABLE" if "cannot be used:" in problem else "ARGUMENTS", problem)
+    codes = {"cannot be used:": "ROW_UNREADABLE", " malformed": "ROW_UNREADABLE", " too long": "ROW_TOO_LONG",
+             "keeps a trained token": "ROW_NOTHING_TRAINED", "holds no row": "ROW_NOTHING_TRAINED"}  # fmt: skip
+    first = problem.partition(":")[0] + ":"  # the counts; after them come the rows
+    code = next((code for sign, code in codes.items() if sign in first), "ARGUMENTS")
+    return Finding(code, " ".join(problem.split()), severity=ERROR)
 
 
-def _census(examined: Examined, args, data, tokenizer) -> None:
-    """The rows' texts."""
+def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -> None:
+    """The rows' texts, and the rows themselves where there is no preparation to tell of them."""
     special = _forbidden(args, tokenizer) if tokenizer is not None else None
     options = (args.task_type.partition("_")[0], special)
     train = _attempt(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
@@ -134,10 +135,10 @@ def _census(examined: Examined, args, data, tokenizer) -> None:
         )
     examined.rows = len(train.sources) + len(train.problems)
     examined.eval_rows = len(held_back.sources) + len(held_back.problems) if held_back else 0
-    if not any(finding.code.startswith("ROW_") for finding in examined.findings) and data is None:
-        for census in filter(None, (train, held_back)):
-            examined.findings += problem_findings(census, args)
-    if data is not None and data.eval is not None and data.eval_report is None:
+    if data is None:
+        unread = [found for part in filter(None, (train, held_back)) for found in problem_findings(part, args)]
+        examined.findings += unread or stopped
+    elif data.eval is not None and data.eval_report is None:
         train, held_back = _parted(train, data)
     examined.findings += census_findings(train, held_back)
 

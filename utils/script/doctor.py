@@ -26,8 +26,8 @@ from utils.paths import ROOT
 CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
 _SAID_HERE = "utils.data_report"  # what it logs is in the report
 _TOLD = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
-# without what these say there is no other run to look at
-_NEEDED = ("train_args_path", "config", "task_type", "model_name_or_path", "train_data_path", "eval_data_path")
+_RUN_FLAGS = {"train_args_path", "config", "task_type"}  # without what they say, there is no knowing what the rows are
+_NEEDED = {*_RUN_FLAGS, "model_name_or_path", "train_data_path", "eval_data_path"}
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _flags_named(problems: list[str], groups: list[list[str]]) -> set[str]:
     for problem in problems:
         named = [name for name in re.findall(r"--(\w+)", problem) if name in given]
         wrong |= set(named[:1])
-    return wrong or given - set(_NEEDED)
+    return wrong or given - _NEEDED
 
 
 def _argument_findings(problems: list[str]) -> list[Finding]:
@@ -86,7 +86,7 @@ def _argument_findings(problems: list[str]) -> list[Finding]:
 def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
     """What was found, and what was looked at."""
     args, train_args, problems, aside = read_what_can_be(argv)
-    if args is None:
+    if args is None or aside & _RUN_FLAGS:
         examined = Examined()
         examined.not_examined("rows, template and settings", "the arguments cannot be used")
     else:
