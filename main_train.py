@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> dict:
     from transformers import set_seed
 
     from utils.adapter import build_adapter
+    from utils.doctor import examine
     from utils.model import load_model
     from utils.resume import check_resume
     from utils.save import end_if_stopped, finish_run, keep_figures, note_start, open_run, prepare_trainer
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> dict:
     data = task.load_datasets(args, train_args, template, tokenizer)
     collator = task.build_collator(args, train_args, tokenizer)
     resumed = check_resume(args, train_args, data)
+    examine(args, train_args, data, template, tokenizer)
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)

@@ -95,6 +95,9 @@ class CommonArgs:
         3,
         "How many questions of the validation rows (else the training rows) README.md shows with answers; 0 for none.",
     )
+    doctor: Literal["on", "off"] = arg(
+        "on", "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor.py)."
+    )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."

@@ -24,7 +24,8 @@ FOR_MULTI = {
 
 def check_dpo(common, train_args) -> list[str]:
     """Checks the DPO recipe against itself and the common arguments; returns the problems."""
-    if not common.task_type.startswith("dpo"):
+    # with the recipe of another task, which is refused, its values are not there
+    if not common.task_type.startswith("dpo") or not hasattr(train_args, "beta"):
         return []
     problems = _check_lengths(common) + _check_reference(common, train_args) + _check_idle(common, train_args)
     if not 0 < train_args.beta < math.inf:

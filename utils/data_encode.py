@@ -146,6 +146,12 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
         part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
 
 
+def workers_for(files: list[str]) -> int:
+    """How many processes are worth their start."""
+    size = sum(Path(file).stat().st_size for file in files)
+    return min(os.cpu_count() or 1, 16, size // BYTES_A_WORKER)
+
+
 def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int | None) -> Iterator[Part]:
     """Encodes all rows, in the files' order, with a progress bar where it takes long.
 
@@ -160,9 +166,7 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
     """
     from tqdm import tqdm
 
-    if workers is None:
-        size = sum(Path(file).stat().st_size for file in files)
-        workers = min(os.cpu_count() or 1, 16, size // BYTES_A_WORKER)
+    workers = workers_for(files) if workers is None else workers
     refused = False
 
     def chunks() -> Iterator[Chunk]:
@@ -173,7 +177,7 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
                 yield Chunk(number, file, some, check_only=refused)
 
     work = functools.partial(encode_chunk, kind, on_bad_row)
-    parts = _in_processes(work, chunks(), workers) if workers > 1 else map(work, chunks())
+    parts = in_processes(work, chunks(), workers) if workers > 1 else map(work, chunks())
     total = count_rows(files)
     few = total is not None and total < 5 * CHUNK
     with tqdm(total=total, unit=" rows", desc="tokenising", disable=few, leave=False) as bar:
@@ -183,10 +187,10 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
             yield part
 
 
-_work: Callable[[Chunk], Part] | None = None  # in a worker: what it does
+_work: Callable[[Chunk], Any] | None = None  # in a worker: what it does
 
 
-def _start_worker(work: Callable[[Chunk], Part]) -> None:
+def _start_worker(work: Callable[[Chunk], Any]) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
@@ -201,11 +205,16 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _do_work(chunk: Chunk) -> Part:
+def _do_work(chunk: Chunk):
     return _work(chunk)
 
 
-def _in_processes(work: Callable[[Chunk], Part], chunks: Iterator[Chunk], workers: int) -> Iterator[Part]:
+def in_processes(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers: int) -> Iterator[Any]:
+    """As `map(work, chunks)`, in so many processes, a few chunks ahead.
+
+    Raises:
+        UserError: one of them was killed.
+    """
     import multiprocessing
 
     # forked, a process has template and tokenizer already

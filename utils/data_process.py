@@ -25,7 +25,7 @@ from utils.launch import is_first_here
 from utils.record import sha256_of
 
 _BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
-_FORMAT_VERSION = 3  # raise it when a change here makes other ids or labels of the same row
+_FORMAT_VERSION = 4  # raise it when a change here makes other ids, labels or another report of the same row
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):

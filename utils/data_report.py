@@ -38,6 +38,7 @@ class DataReport:
         places: `"file reason"` → the lines of the first hundred such rows.
         key: a hash of everything the prepared rows depend on.
         files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256.
+        kinds: the same places → how such rows are counted; `counted` place → how many there are.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
@@ -50,20 +51,26 @@ class DataReport:
     key: str = ""
     files: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
     shortened_at: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, file: str, line: int, reason: str, kind: str) -> None:
         """Counts a row that is left out, and keeps where it stands."""
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
-        lines = self.places.setdefault(f"{file} {reason}", [])
-        if len(lines) < _LINES:
-            lines.append(line)
+        place = f"{file} {reason}"
+        self.kinds[place] = kind
+        self._keep(self.places, place, line)
 
     def shorten(self, file: str, line: int) -> None:
         """Counts a row that lost its oldest turns, and keeps where it stands."""
         self.shortened += 1
-        lines = self.shortened_at.setdefault(f"{file} was shortened", [])
+        self._keep(self.shortened_at, f"{file} was shortened", line)
+
+    def _keep(self, places: dict[str, list[int]], place: str, line: int) -> None:
+        self.counted[place] = self.counted.get(place, 0) + 1
+        lines = places.setdefault(place, [])
         if len(lines) < _LINES:
             lines.append(line)
 
@@ -96,6 +103,12 @@ class DataReport:
     def named_places(self) -> str:
         """A line for each file and reason, with line numbers."""
         return _name_lines(self.places)
+
+
+def split_place(place: str, files: list[str]) -> tuple[str, str]:
+    """`"a.jsonl has an empty output"` → `("a.jsonl", "has an empty output")`"""
+    file = max((file for file in files if place.startswith(f"{file} ")), key=len)
+    return file, place[len(file) + 1 :]
 
 
 def _name_lines(places: dict[str, list[int]]) -> str:

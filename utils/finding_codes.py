@@ -1,0 +1,166 @@
+"""The table of the doctor's codes: how bad each is, what it says, and what helps."""
+
+from typing import NamedTuple
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+
+
+class Code(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        severity: the usual one. An error makes the training wrong or stops it; a warning is likely not meant.
+        quick: whether main_train.py looks for it by itself.
+        title, title_zh: what it says.
+        remedy, remedy_zh: what helps.
+    """
+
+    severity: str
+    quick: bool
+    title: str
+    title_zh: str
+    remedy: str
+    remedy_zh: str
+
+
+CODES = {
+    # ------------------------------------------------------------------ arguments and settings
+    "ARGUMENTS": Code(
+        ERROR, False, "The arguments are refused", "参数被拒绝",
+        "Mend the flag as the message says", "按提示修改参数",
+    ),
+    "DEEPSPEED_SHADOWS": Code(
+        ERROR, True, "A key of the DeepSpeed file stands against a flag", "DeepSpeed 配置与参数冲突",
+        'Write "auto" for the key in the file, or take it out', "把该键写成 \"auto\"，或删去",
+    ),
+    "FP16_MODEL_IS_BF16": Code(
+        WARNING, True, "fp16 arithmetic with a model that was made in bf16", "用 fp16 训练 bf16 的模型",
+        "Use --precision bf16 where the device has it, else fp32: values beyond 65,504 overflow in fp16",
+        "设备支持时用 --precision bf16，否则用 fp32：超过 65504 的数值在 fp16 中会溢出",
+    ),
+    "LEARNING_RATE_UNUSUAL": Code(
+        WARNING, True, "A learning rate far from the usual range", "学习率远离常用范围",
+        "Use a --learning_rate within the range", "把 --learning_rate 设在该范围内",
+    ),
+    "WARMUP_TOO_LONG": Code(
+        WARNING, True, "The warm-up takes half of the training or more", "预热占了训练的一半或更多",
+        "Lower --warmup_steps (below 1 it is a share of all steps), or train longer",
+        "减小 --warmup_steps（小于 1 时表示所占比例），或训练更久",
+    ),
+    "LAST_BATCH_SHORT": Code(
+        WARNING, True, "Accumulation leaves the last step of each epoch short", "梯度累积使每轮最后一步的数据不足",
+        "Choose --gradient_accumulation_steps so that it divides the batches of an epoch",
+        "让 --gradient_accumulation_steps 整除每轮的批数",
+    ),
+    "DISK_TOO_SMALL": Code(
+        ERROR, True, "The disk has no room for the checkpoints to come", "磁盘放不下将要写的检查点",
+        "Make room, lower --save_total_limit, give --save_only_model true, or another --output_dir",
+        "腾出空间，减小 --save_total_limit，使用 --save_only_model true，或换 --output_dir",
+    ),
+    "MEMORY_TOO_SMALL": Code(
+        ERROR, True, "The training does not fit in memory", "内存或显存不够",
+        "Lower --per_device_train_batch_size or --max_len, give --gradient_checkpointing true, or use --train_mode "
+        "qlora or --deepspeed zero3",
+        "减小 --per_device_train_batch_size 或 --max_len，使用 --gradient_checkpointing true，或用 --train_mode qlora、"
+        "--deepspeed zero3",
+    ),
+    "MAX_LEN_OVER_POSITIONS": Code(
+        WARNING, True, "Rows are longer than the model's positions", "有的行比模型的位置数还长",
+        "Lower --max_len to the model's max_position_embeddings", "把 --max_len 降到模型的 max_position_embeddings",
+    ),
+    # ------------------------------------------------------------------ template and tokens
+    "TEMPLATE_TOKEN_SPLIT": Code(
+        ERROR, True, "A special token of the template is not one token of the tokenizer",
+        "模板的特殊符号不是单个 token",
+        "Choose the --template_name made for this model, or auto", "选用适合该模型的 --template_name，或 auto",
+    ),
+    "TEMPLATE_DIFFERS": Code(
+        WARNING, True, "The tokenizer's own chat template renders otherwise", "分词器自带的模板渲染结果不同",
+        "Use --template_name auto, or the one made for this model; a base model may be taught any",
+        "使用 --template_name auto 或适合该模型的模板；基座模型可以教任何一种",
+    ),
+    "PAD_IS_STOP": Code(
+        WARNING, True, "The pad token is the stop token that is trained", "填充符就是要训练的停止符",
+        "Nothing is lost here, where padding is never trained; a program that masks labels by the pad token's id would "
+        "lose the stop token: give the tokenizer a pad token of its own",
+        "本项目从不训练填充，没有损失；按填充符 id 屏蔽标签的程序会丢掉停止符：给分词器单独的填充符",
+    ),
+    "BOS_DOUBLE": Code(
+        ERROR, True, "Rows begin with two BOS tokens", "行首有两个起始符",
+        "Take the BOS out of the rows or of the chat template: one of them, or the tokenizer, sets it already",
+        "从数据或模板中去掉起始符：另一处或分词器已经加了",
+    ),
+    "BOS_MISSING": Code(
+        WARNING, True, "The tokenizer sets a BOS token that the rows do not begin with", "分词器会加起始符，而行首没有",
+        "Choose the --template_name made for this model, or auto", "选用适合该模型的 --template_name，或 auto",
+    ),
+    "STOP_NOT_TRAINED": Code(
+        ERROR, True, "Answers do not end with a trained stop token", "回答末尾的停止符没有被训练",
+        "Choose a template whose answers end with one special token; the model would not learn to stop",
+        "选用回答以单个特殊符号结尾的模板；否则模型学不会停止",
+    ),
+    # ------------------------------------------------------------------ rows
+    "ROW_UNREADABLE": Code(
+        ERROR, False, "Rows cannot be read", "有的行无法读取",
+        "Mend them, or give --on_bad_row drop", "修正它们，或使用 --on_bad_row drop",
+    ),
+    "ROW_NOTHING_TRAINED": Code(
+        WARNING, False, "Rows have nothing to train and are left out", "有的行没有可训练的内容，会被略去",
+        "Give them an answer, or take them out", "补上回答，或删去",
+    ),
+    "ROW_TOO_LONG": Code(
+        WARNING, False, "Rows are too long and are left out", "有的行太长，会被略去",
+        "Raise --max_len (for pairs --max_prompt_length as well), or cut the rows up",
+        "增大 --max_len（偏好对还有 --max_prompt_length），或把行拆短",
+    ),
+    "ROW_SHORTENED": Code(
+        WARNING, False, "Rows are too long and lose their oldest turns or the beginning of their question",
+        "有的行太长，会失去最早的轮次或问题的开头",
+        "Raise --max_len (for pairs --max_prompt_length as well), or cut the rows up",
+        "增大 --max_len（偏好对还有 --max_prompt_length），或把行拆短",
+    ),
+    "DUPLICATE_ROWS": Code(
+        WARNING, False, "Rows stand more than once", "有重复的行",
+        "Take the repeats out: a row that stands twice counts twice", "删去重复的行：出现两次就会算两次",
+    ),
+    "EVAL_IN_TRAIN": Code(
+        WARNING, False, "Validation rows stand in the training rows as well", "验证集的行也在训练集中",
+        "Take them out of one of the two, or the validation loss tells what was learned by heart",
+        "从其中一处删去，否则验证损失只反映背下来的内容",
+    ),
+    "PAIR_EQUAL": Code(
+        WARNING, False, "Pairs have chosen equal to rejected and are left out", "偏好对的两个回答相同，会被略去",
+        "Take them out, or give one of the two another answer", "删去，或换掉其中一个回答",
+    ),
+    "PAIR_LENGTH_BIAS": Code(
+        WARNING, True, "One side of the pairs is nearly always the longer one", "偏好对的一侧几乎总是更长",
+        "Balance the pairs, or use a loss that counts tokens (--loss_type sigmoid_norm, --ld_alpha): the model would "
+        "learn a length",
+        "平衡长短，或使用按 token 计的损失（--loss_type sigmoid_norm、--ld_alpha）：否则模型学到的是长度",
+    ),
+    "SPECIAL_TOKEN_IN_CONTENT": Code(
+        WARNING, False, "Rows hold the text of a special token", "内容里有特殊符号的文本",
+        "Take it out, most often a template that was applied before; see --allow_special_tokens_in_content",
+        "删去，多半是已套过模板；参见 --allow_special_tokens_in_content",
+    ),
+    "UNICODE_BROKEN": Code(
+        WARNING, False, "Rows hold broken Unicode", "有损坏的 Unicode 文本",
+        "Read the source again with its own encoding, or take the rows out", "用正确的编码重新读取来源，或删去这些行",
+    ),
+    "INVISIBLE_CHARACTERS": Code(
+        WARNING, False, "Rows hold invisible characters", "有不可见字符",
+        "Take the characters out, unless they are meant", "若非有意，删去这些字符",
+    ),
+    "LANGUAGE_STRAY": Code(
+        WARNING, False, "A few rows are wholly in another script than the rest", "少数行整行使用另一种文字",
+        "See whether these rows belong here", "看看这些行是否应当在这里",
+    ),
+    "LANGUAGES_MIXED": Code(
+        NOTE, False, "The rows are in several scripts", "数据含有多种文字",
+        "Nothing to do where that is meant", "若是有意，无须处理",
+    ),
+    "NOT_EXAMINED": Code(
+        NOTE, False, "Something could not be looked at", "有的部分无法检查",
+        "Mend what is named first, and run the doctor again", "先解决上面的问题，再运行一次",
+    ),
+}  # fmt: skip

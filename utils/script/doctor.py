@@ -1,0 +1,133 @@
+"""Looks at rows, template, settings, disk and memory before a GPU is touched, and gives one verdict.
+
+python -m utils.script.doctor --train_data_path my_rows.jsonl           # and any flag of main_train.py
+python -m utils.script.doctor --json true > report.json
+
+The exit code is 0 when nothing stands against training, 1 with warnings, 2 with errors.
+"""
+
+import contextlib
+import re
+import sys
+from dataclasses import dataclass
+
+from loguru import logger
+
+from utils.args import parse_args
+from utils.doctor_settings import is_about_deepspeed_keys
+from utils.doctor_whole import Examined, diagnose
+from utils.errors import UserError, raise_if_any, run_command
+from utils.findings import Finding, as_json, as_text, catalogue, exit_code
+from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.launch import world_size
+from utils.log import route_library_logs, setup_logging
+from utils.paths import ROOT
+
+CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
+_SAID_HERE = "utils.data_report"  # what it logs is in the report
+_TOLD = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
+_RUN_FLAGS = {"train_args_path", "config", "task_type"}  # without what they say, there is no knowing what the rows are
+_NEEDED = {*_RUN_FLAGS, "model_name_or_path", "train_data_path", "eval_data_path"}
+
+
+@dataclass
+class DoctorArgs:
+    """Flags of this command; all others are main_train.py's."""
+
+    json: bool = arg(False, "Write the report as JSON to stdout, and nothing else there.")
+    processes: int = arg(0, "How many processes will train together; 0: as many as run now, one for plain python.")
+    write_codes: bool = arg(False, "Write utils/script/doctor.md, the page of all codes, anew, and do nothing else.")
+
+
+def read_what_can_be(argv: list[str]):
+    """Parses main_train.py's flags; those that are refused are set aside, so that the rest can be looked at.
+
+    Args:
+        argv: the flags.
+
+    Returns:
+        (CommonArgs, TrainArgument, or None for both; every problem; the names of the flags set aside)
+    """
+    problems, aside, groups = [], set(), split_flags(argv)
+    while True:
+        try:
+            args, train_args = parse_args([word for group in groups for word in group])
+            return args, train_args, problems, aside
+        except UserError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+            wrong = _flags_named(error.problems, groups)
+        if not wrong:
+            return None, None, problems, aside
+        aside |= wrong
+        groups = [group for group in groups if _name(group) not in wrong]
+
+
+def _name(group: list[str]) -> str:
+    return group[0].partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _flags_named(problems: list[str], groups: list[list[str]]) -> set[str]:
+    """Which given flags to leave out: the first that each problem names; if none was given, any but those needed."""
+    given = {_name(group) for group in groups}
+    wrong = set()
+    for problem in problems:
+        named = [name for name in re.findall(r"--(\w+)", problem) if name in given]
+        wrong |= set(named[:1])
+    return wrong or given - _NEEDED
+
+
+def _argument_findings(problems: list[str]) -> list[Finding]:
+    return [
+        Finding("DEEPSPEED_SHADOWS" if is_about_deepspeed_keys(problem) else "ARGUMENTS", problem)
+        for problem in problems
+    ]
+
+
+def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
+    """What was found, and what was looked at."""
+    args, train_args, problems, aside = read_what_can_be(argv)
+    if args is None or aside & _RUN_FLAGS:
+        examined = Examined()
+        examined.not_examined("rows, template and settings", "the arguments cannot be used")
+    else:
+        route_library_logs()
+        logger.disable(_SAID_HERE)
+        try:
+            examined = diagnose(args, train_args, aside, processes or world_size())
+        finally:
+            logger.enable(_SAID_HERE)
+    examined.findings[:0] = _argument_findings(problems)
+    before = {"rows": examined.rows, "eval_rows": examined.eval_rows, "set_aside": sorted(aside)}
+    return examined, before | {name: None if name in aside else getattr(args, name, None) for name in _TOLD}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    own = {"--json", "--processes", "--write_codes", "--help", "-h"}
+    groups = split_flags(argv)
+    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
+    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    setup_logging()
+    values, _, problems = read_flags(make_parser([DoctorArgs], "utils.script.doctor", __doc__), mine)
+    flags = DoctorArgs(**values)
+    if flags.processes < 0:
+        problems.append(f"--processes {flags.processes} is not allowed; give 0 or more")
+    raise_if_any(problems)
+    if flags.write_codes:
+        CODES_PAGE.write_text(catalogue(), encoding="utf-8")
+        print(f"written: {CODES_PAGE.relative_to(ROOT)}")
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print now and then
+        examined, before = _examine(rest, flags.processes)
+    print(as_json(examined.findings, before) if flags.json else as_text(examined.findings, _line(before)))
+    return exit_code(examined.findings)
+
+
+def _line(before: dict) -> str:
+    line = f"looked at {before['rows']:,} training rows and {before['eval_rows']:,} validation rows"
+    aside = ", ".join(f"--{name}" for name in before["set_aside"])
+    return line + (f", with {aside} left at the default" if aside else "")
+
+
+if __name__ == "__main__":
+    run_command(lambda: sys.exit(main()))
