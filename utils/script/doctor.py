@@ -18,7 +18,7 @@ from utils.doctor_settings import is_about_deepspeed_keys
 from utils.doctor_whole import Examined, diagnose
 from utils.errors import UserError, raise_if_any, run_command
 from utils.findings import Finding, as_json, as_text, catalogue, exit_code
-from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.flags import arg, make_parser, read_flags, split_flags, split_own
 from utils.launch import world_size
 from utils.log import route_library_logs, setup_logging
 from utils.paths import ROOT
@@ -102,11 +102,7 @@ def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    own = {"--json", "--processes", "--write_codes", "--help", "-h"}
-    groups = split_flags(argv)
-    mine = [word for group in groups if group[0].split("=")[0] in own for word in group]
-    rest = [word for group in groups if group[0].split("=")[0] not in own for word in group]
+    mine, rest = split_own(argv, DoctorArgs)
     setup_logging()
     values, _, problems = read_flags(make_parser([DoctorArgs], "utils.script.doctor", __doc__), mine)
     flags = DoctorArgs(**values)
