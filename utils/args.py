@@ -160,11 +160,12 @@ def _make_recipe_parser(recipe: type):
     return parser
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
     """Reads the recipe and the flags, and checks everything that needs no model.
 
     Args:
         argv: the flags; the command line's by default.
+        needs_weights: whether the base must have weights beside its config.json.
 
     Returns:
         (CommonArgs, TrainArgument)
@@ -190,11 +191,14 @@ def parse_args(argv: list[str] | None = None):
     problems += resolve_defaults(common, values, given, recipe) + settle_deepspeed(values)
     problems += settle_evaluation(common, values, given)
     problems += _replaced(recipe, values, given)
-    problems += check_common(common, recipe)
+    problems += check_common(common, recipe, needs_weights)
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+    if values.get("gradient_checkpointing") is None and values.get("activation_checkpointing") is None:
+        # transformers makes False of it, and utils.model decides by the model's size
+        train_args.gradient_checkpointing = train_args.activation_checkpointing = None
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds

@@ -124,15 +124,16 @@ class Planner:
 
     def _step(self, setting: Setting, args, layout: Layout) -> Activations:
         # what is split does not change what a layer computes
-        key = (setting.mode, setting.checkpointing, layout.laid_out)
+        laid_out = layout.laid_out and args.precision != "fp32"
+        key = (setting.mode, setting.checkpointing, laid_out)
         if key not in self._steps:
             self._steps[key] = step_bytes(
                 args,
                 self.train_args,
-                lambda config: self._model(args, layout.laid_out, config),
+                lambda config: self._model(args, laid_out, config),
                 self.config,
                 self.batch,
-                layout.laid_out,
+                laid_out,
                 setting.checkpointing,
             )
         return self._steps[key]

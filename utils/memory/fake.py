@@ -150,8 +150,11 @@ def loss_of(args, model, hidden, batch: Batch):
     states = hidden.reshape(-1, hidden.shape[-1])
     if batch.whole_logits:
         # transformers' own loss: shifted and copied, the softmax kept for the backward pass
-        logits = head(states).float()[:-1].contiguous()
-        return torch.nn.functional.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long))
+        logits = head(states).float()
+        targets = torch.empty(len(logits) - 1, dtype=torch.long)
+        loss = torch.nn.functional.cross_entropy(logits[:-1].contiguous(), targets)
+        loss.logits = logits  # the model's output holds them
+        return loss
     states = states[torch.empty(batch.labelled, dtype=torch.long)]  # as a mask picks them: a copy
     targets = torch.empty(batch.labelled, dtype=torch.long)
     if args.task_type == "dpo_single":

@@ -17,7 +17,7 @@ class States:
     Attributes:
         parameters, gradients, optimizer: on the GPU. Gradients as the backward pass ends; with ZeRO-2 and -3 the part
             that the process keeps for its step.
-        host_parameters, host_gradients, host_optimizer: in CPU memory.
+        host_parameters, host_gradients, host_optimizer, host_buffers: in CPU memory.
         buffers: DeepSpeed's and DDP's own, in the backward pass.
         step: what the optimizer's step needs for a moment, when activations and those buffers are gone.
         words: how each was reckoned, name → text.
@@ -29,13 +29,14 @@ class States:
     host_parameters: int = 0
     host_gradients: int = 0
     host_optimizer: int = 0
+    host_buffers: int = 0
     buffers: int = 0
     step: int = 0
     words: dict = field(default_factory=dict, compare=False)
 
     @property
     def host(self) -> int:
-        return self.host_parameters + self.host_gradients + self.host_optimizer
+        return self.host_parameters + self.host_gradients + self.host_optimizer + self.host_buffers
 
 
 def hold(args, train_args, model, layout: Layout, compute_size: int) -> States:
@@ -139,16 +140,13 @@ def _zero12(train_args, weights, groups, layout, compute_size, hidden) -> States
     }
     common = {"parameters": sum(weight.bytes for weight in weights) + padding, "words": words}
     if not offload:
-        return States(
-            gradients=gradients, optimizer=optimizer, buffers=buckets + copied, step=4 * max(parts), **common
-        )
+        return States(gradients=gradients, optimizer=optimizer, buffers=buckets + copied, step=4 * max(parts), **common)
     return States(
         gradients=0,
         optimizer=0,
-        # a copy of the weights on their way back, a float32 gradient of each
-        host_parameters=compute_size * sum(parts),
-        host_gradients=4 * sum(parts) + largest,
+        host_gradients=4 * sum(parts),
         host_optimizer=optimizer,
+        host_buffers=compute_size * sum(parts) + largest,  # weights on their way back, and the largest gradient
         buffers=buckets + kept + largest,
         **{**common, "words": {**words, "gradients": "in CPU memory", "optimizer": "in CPU memory"}},
     )
@@ -178,7 +176,7 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
     words = {
         "parameters": f"{total:,} / {gpus} of {sizes_of(weights)}, and {whole:,} B of small ones whole",
         "gradients": f"{trained:,} × {compute_size} B",
-        "optimizer": f"{trained:,} × ({'' if master == 0 else '4 B float32 copy + '}what {optim_name(train_args)} keeps)",
+        "optimizer": f"{trained:,} × ({'4 B float32 copy + ' if master else ''}what {optim_name(train_args)} keeps)",
         "buffers": f"up to {live:,} gathered weights (stage3_max_live_parameters), a bucket of {bucket:,} gradients",
     }
     kept = sum(int(part(weight.numel) * weight.size) for weight in weights if weight.numel <= small)
