@@ -1,7 +1,7 @@
 """What `utils.script.plan_memory` says against what real runs hold, on the CPU.
 
     python -m benchmarks.memory_plan                       # all of it; writes benchmarks/memory_plan.json
-    python -m benchmarks.memory_plan --only zero3 qlora    # the combinations that have all of these
+    python -m benchmarks.memory_plan --only zero3 qlora    # those that have all of these words, again
 
 Weights, gradients and optimizer states: two processes under each ZeRO stage, to the byte. The peak of a step: one
 process, as PyTorch's profiler sees every allocation; the resident memory of a process is another matter, since it
@@ -11,6 +11,7 @@ also has the libraries themselves, and memory that its allocator keeps.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ MODES = {
     "dora": ["--use_dora", "true"],
     "qlora": ["--train_mode", "qlora"],
 }
+STATES = [*((mode, "bf16") for mode in MODES), ("full", "fp32")]
 TOKENS = 256
 PARTS = ("parameters", "gradients", "optimizer")
 
@@ -102,7 +104,7 @@ def peaks(flags: list[str], folder: Path) -> tuple[int, int]:
     from benchmarks.held import watch
     from utils.args import parse_args
     from utils.memory import Planner
-    from utils.memory.estimate import batch_of
+    from utils.memory.planner import batch_of
 
     undo = watch(str(folder / "peak.json"), peak=True)
     try:
@@ -119,37 +121,47 @@ def peaks(flags: list[str], folder: Path) -> tuple[int, int]:
     return measured["peak"], found.total - found.parameters - found.optimizer
 
 
+def _combinations(folder: Path):
+    """Yields the kind of each measurement, what tells it from the others, and a function that makes it."""
+
+    def states(layout, flags):
+        return {"held": held(layout, flags, folder), "planned": planned(layout, flags)}
+
+    def peak(flags):
+        measured, plan = peaks(flags, folder)
+        return {"measured": measured, "planned": plan, "ratio": round(plan / measured, 3)}
+
+    for layout, (mode, precision) in product(LAYOUTS, STATES):
+        flags = flags_of(mode, folder, "--precision", precision)
+        key = {"layout": layout, "mode": mode, "precision": precision}
+        yield "states", key, functools.partial(states, layout, flags)
+    for mode, again, rows in product(MODES, ("false", "true"), ("1", "3")):
+        more = ("--gradient_checkpointing", again, "--per_device_train_batch_size", rows)
+        key = {"mode": mode, "gradient_checkpointing": again, "rows": rows}
+        yield "peaks", key, functools.partial(peak, flags_of(mode, folder, *more))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="words that a combination must have, e.g. zero3 lora")
     args = parser.parse_args()
     names = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
-    results: dict = {"versions": {name: importlib.metadata.version(name) for name in names}, "states": [], "peaks": []}
+    versions = {name: importlib.metadata.version(name) for name in names}
+    file = ROOT / "benchmarks" / "memory_plan.json"
+    results: dict = {"versions": versions, "states": [], "peaks": []}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else results
+    if before["versions"] == versions:
+        results = before  # lines are measured again and replaced, the others stay
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for layout, mode, precision in product(LAYOUTS, MODES, ("bf16", "fp32")):
-            words = {layout, mode, precision, "states"}
-            if not set(args.only) <= words or (precision == "fp32" and mode in ("dora", "qlora")):
+        for kind, key, measure in _combinations(Path(scratch)):
+            if not set(args.only) <= {kind, *map(str, key.values())}:
                 continue
-            flags = flags_of(mode, folder, "--precision", precision)
-            line = {"layout": layout, "mode": mode, "precision": precision, "held": held(layout, flags, folder)}
-            line["planned"] = planned(layout, flags)
-            line["same"] = line["held"] == line["planned"]
-            results["states"].append(line)
+            line = {**key, **measure()}
             print(json.dumps(line), flush=True)
-        for mode, again, rows in product(MODES, ("false", "true"), ("1", "3")):
-            if not set(args.only) <= {mode, "peaks"}:
-                continue
-            more = ("--gradient_checkpointing", again, "--per_device_train_batch_size", rows)
-            measured, plan = peaks(flags_of(mode, folder, *more), folder)
-            line = {"mode": mode, "gradient_checkpointing": again, "rows": int(rows), "measured": measured,
-                    "planned": plan, "ratio": round(plan / measured, 3)}  # fmt: skip
-            results["peaks"].append(line)
-            print(json.dumps(line), flush=True)
-    if not args.only:
-        file = ROOT / "benchmarks" / "memory_plan.json"
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(line["same"] for line in results["states"]))
+            others = [other for other in results[kind] if any(other[name] != key[name] for name in key)]
+            results[kind] = [*others, line]
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a crash loses one line only
+    sys.exit(not all(line["held"] == line["planned"] for line in results["states"]))
 
 
 if __name__ == "__main__":

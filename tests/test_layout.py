@@ -54,7 +54,7 @@ FLOW = [
     "memory.states",
     "memory.fake",
     "memory.activations",
-    "memory.estimate",
+    "memory.planner",
     "memory.ladder",
     "memory",
     "trained",

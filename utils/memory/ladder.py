@@ -4,7 +4,7 @@ import shlex
 
 from utils.adapter import ADAPTERS
 from utils.flags import split_flags
-from utils.memory.estimate import MODES, Setting
+from utils.memory.planner import MODES, Setting
 
 LAYOUTS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 # beside the allocator's peak: CUDA, the libraries' own memory, gaps between tensors; reckoned, not measured

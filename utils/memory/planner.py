@@ -95,6 +95,7 @@ class Planner:
         self.args, self.train_args, self.processes = args, train_args, processes
         self.batch = batch or batch_of(args, train_args)
         self.config = load_config(args)
+        self._models: dict = {}
         self._steps: dict = {}
         self.weights = sum(weight.numel() for weight in self._model(self._args_of("full"), False).parameters())
 
@@ -106,7 +107,10 @@ class Planner:
         """The memory of one setting."""
         args, layout = self._args_of(setting.mode), layout_of(setting.layout, self.processes)
         size = compute_dtype(args).itemsize
-        model = self._model(args, layout.laid_out)
+        key = (setting.mode, layout.laid_out)
+        if key not in self._models:
+            self._models[key] = self._model(args, layout.laid_out)
+        model = self._models[key]
         states = hold(args, self.train_args, model, layout, size)
         reference, told = self._reference(args, model, layout, size)
         step = self._step(setting, args, layout)
