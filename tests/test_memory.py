@@ -11,10 +11,10 @@ from benchmarks.memory_plan import LAYOUTS, MODES, PARTS, STATES, flags_of, held
 from utils.args import parse_args
 from utils.memory import Planner, Setting, estimate
 from utils.memory.activations import step_bytes
-from utils.memory.planner import batch_of
 from utils.memory.fake import Batch
 from utils.memory.layout import layout_of, optimizer_states
 from utils.memory.model import load_config, meta_model, quantised_bytes
+from utils.memory.planner import batch_of
 from utils.memory.states import hold
 
 

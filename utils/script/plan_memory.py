@@ -15,8 +15,8 @@ from utils.errors import UserError, nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.log import setup_logging
 from utils.memory import Estimate, Planner, Setting
-from utils.memory.planner import batch_of
 from utils.memory.ladder import LAYOUTS, RESERVE, brings_nothing, command_of, fits, modes_of, settings_of
+from utils.memory.planner import batch_of
 from utils.paths import project_path
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
