@@ -131,7 +131,7 @@ def _combinations(folder: Path):
         measured, plan = peaks(flags, folder)
         return {"measured": measured, "planned": plan, "ratio": round(plan / measured, 3)}
 
-    for layout, (mode, precision) in product(LAYOUTS, STATES):
+    for (mode, precision), layout in product(STATES, LAYOUTS):
         flags = flags_of(mode, folder, "--precision", precision)
         key = {"layout": layout, "mode": mode, "precision": precision}
         yield "states", key, functools.partial(states, layout, flags)
@@ -144,6 +144,7 @@ def _combinations(folder: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="words that a combination must have, e.g. zero3 lora")
+    parser.add_argument("--missing", action="store_true", help="only what the file does not have yet")
     args = parser.parse_args()
     names = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -156,9 +157,11 @@ def main() -> None:
         for kind, key, measure in _combinations(Path(scratch)):
             if not set(args.only) <= {kind, *map(str, key.values())}:
                 continue
+            others = [other for other in results[kind] if any(other[name] != key[name] for name in key)]
+            if args.missing and len(others) < len(results[kind]):
+                continue
             line = {**key, **measure()}
             print(json.dumps(line), flush=True)
-            others = [other for other in results[kind] if any(other[name] != key[name] for name in key)]
             results[kind] = [*others, line]
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a crash loses one line only
     sys.exit(not all(line["held"] == line["planned"] for line in results["states"]))

@@ -27,6 +27,9 @@ class Batch:
     on_gpu: bool = True
     whole_logits: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {self.tokens:,} tokens"
+
     @property
     def labelled(self) -> int:
         """How many positions are trained; the first token of a row is never asked for."""

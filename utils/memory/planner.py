@@ -155,12 +155,11 @@ class Planner:
 
     def _words(self, states: States, step: Activations, setting: Setting, reference: str) -> dict:
         batch = self.batch
-        rows = f"{batch.rows} rows of {batch.tokens:,} tokens"
         again = "with" if setting.checkpointing else "without"
         return {
             **states.words,
             "parameters": states.words["parameters"] + reference,
-            "activations": f"{rows}, {batch.rows * batch.tokens:,} tokens a step, {again} gradient checkpointing",
+            "activations": f"{batch}, {again} gradient checkpointing",
             "logits": f"{batch.labelled:,} trained positions × {self.config.get_text_config().vocab_size:,} tokens, "
             + ("whole, in float32" if batch.whole_logits else "in tiles"),
             "buffers": "; ".join(filter(None, ["a layer while it is computed", states.words.get("buffers")])),

@@ -109,13 +109,7 @@ def read(argv: list[str]):
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     raise_if_any(problems)
-    # a plan is for a GPU, whatever this machine can do
-    asked = {"bf16": train_args.bf16, "fp16": train_args.fp16}
-    args.precision = settled.get("precision", "auto")
-    if args.precision == "auto":
-        args.precision = "fp16" if "--fp16" in theirs and asked["fp16"] else "bf16"
-    layout = settled.get("deepspeed", "none")
-    train_args.deepspeed = None if layout == "none" else project_path(layout) if layout.endswith(".json") else layout
+    _settle(args, train_args, settled, {group[0].partition("=")[0] for group in split_flags(theirs)})
     if plan.tokens_per_row is not None:
         args.max_len = plan.tokens_per_row
     if plan.gpu_memory is None:
@@ -123,6 +117,19 @@ def read(argv: list[str]):
     own = {f"--{name}" for name in PlanArgs.__dataclass_fields__}
     given = [word for group in split_flags(argv) if group[0].partition("=")[0] not in own for word in group]
     return plan, args, train_args, given
+
+
+def _settle(args, train_args, settled: dict, given: set[str]) -> None:
+    """Precision and layout of the plan, which is for GPUs, whatever this machine can do."""
+    asked = settled.get("precision", "auto")
+    if asked != "auto":
+        args.precision = asked
+    elif not given & {"--bf16", "--fp16", "--config"}:
+        args.precision = "bf16"
+    layout = settled.get("deepspeed")
+    if layout is not None:
+        file = project_path(layout) if layout.endswith(".json") else layout
+        train_args.deepspeed = None if layout == "none" else file
 
 
 def _memory_here() -> float | None:
@@ -210,11 +217,8 @@ def main(argv: list[str] | None = None) -> None:
         }  # fmt: skip
         print(json.dumps(told, indent=1, ensure_ascii=False))
         return
-    rows_of = "row" if batch.rows == 1 else "rows"
-    print(
-        f"{args.model_name_or_path}: {planner.weights:,} weights, {args.precision}, {batch.rows} {rows_of} of "
-        f"{batch.tokens:,} tokens a step on {'one GPU' if plan.gpus == 1 else f'each of {plan.gpus} GPUs'}\n"
-    )
+    where = "one GPU" if plan.gpus == 1 else f"each of {plan.gpus} GPUs"
+    print(f"{args.model_name_or_path}: {planner.weights:,} weights, {args.precision}, {batch} a step on {where}\n")
     print(table(rows, own) + "\n")
     shown = best or next((row for row in rows if row.setting == own), rows[0])
     print(formula(shown) + "\n")
