@@ -116,19 +116,22 @@ def test_the_peak_of_a_step_is_the_planned_one(architecture, mode, again, rows, 
     assert plan == pytest.approx(measured, rel=0.15)
 
 
-def test_a_deep_model_is_reckoned_from_shallow_ones(config_folder, monkeypatch):
-    args, train_args = read(config_folder(num_hidden_layers=9))
+@pytest.mark.parametrize(("mode", "vocabulary", "again"), [("lora", 512, False), ("full", 8192, True)])
+def test_a_deep_model_is_reckoned_from_shallow_ones(config_folder, monkeypatch, mode, vocabulary, again):
+    folder = config_folder(num_hidden_layers=9, vocab_size=vocabulary, tie_word_embeddings=True)
+    args, train_args = read(folder, "--train_mode", mode)
     args.precision, config = "bf16", load_config(args)
 
     def steps():
         build = lambda config: meta_model(args, train_args, False, config)  # noqa: E731
-        return step_bytes(args, train_args, build, config, Batch(1, 128), False, False)
+        return step_bytes(args, train_args, build, config, Batch(1, 128), False, again)
 
     shallow = steps()
     monkeypatch.setattr("utils.memory.activations.LESS_SHALLOW", 9)
     whole = steps()
-    assert shallow.saved == whole.saved and shallow.peak == whole.peak
-    assert (shallow.early, shallow.late) == pytest.approx((whole.early, whole.late), rel=0.02)
+    assert (shallow.saved, shallow.peak) == (whole.saved, whole.peak)
+    worst = [max(found.early, found.late, found.peak) for found in (shallow, whole)]
+    assert worst[0] == pytest.approx(worst[1], rel=0.01)
 
 
 def test_pairs_count_as_two_rows_and_full_dpo_holds_a_reference(config_folder):

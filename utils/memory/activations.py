@@ -26,8 +26,8 @@ class Activations:
         saved: what the backward pass needs of the forward pass, when the last layer is done.
         logits: what the language-model head needs on top of it.
         temporary: what is needed on top of `saved` elsewhere, as in the backward pass of a layer, beyond `logits`.
-        early, late: the worst moments with the gradients of weights as they come, before and after half of what was
-            saved is gone: the first layers' gradients are not there yet while their activations are.
+        early, late: the worst moments with the gradients of weights as they come, until the last layer has its own and
+            after that. Each grows evenly with the layers, as their maximum does not.
     """
 
     saved: int
@@ -94,9 +94,7 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=train_args.gradient_checkpointing_kwargs)
             if ADAPTERS[args.train_mode].lora:
                 model.enable_input_require_grads()
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(lambda weight: live.is_gradient(weight.grad))
+        _watch_gradients(model, live)
         inputs = inputs_of(batch)
         stack.enter_context(live.mode)
         with autocast:
@@ -108,8 +106,23 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
             loss = loss_of(args, inner, hidden, batch)
         del hidden
         head_peak = live.peak
-        live.half = saved // 2
         loss.backward()
     peak = max(forward_peak, head_peak, live.peak)
     logits = max(0, head_peak - saved)
     return Activations(saved, logits, max(0, peak - saved - logits), max(live.early, forward_peak), live.late)
+
+
+def _watch_gradients(model, live: LiveBytes) -> None:
+    import torch
+
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [found for found in model.modules() if isinstance(found, torch.nn.ModuleList) and len(found) == depth]
+    before_last = {id(weight) for stack in stacks[:1] for layer in stack[:-1] for weight in layer.parameters()}
+
+    def note(weight):
+        live.is_late = live.is_late or id(weight) in before_last
+        live.is_gradient(weight.grad)
+
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(note)

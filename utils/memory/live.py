@@ -13,14 +13,14 @@ class LiveBytes:
         mode: a dispatch mode; what runs under it is counted.
         now, peak: bytes, the gradients of weights left out.
         gradients: bytes of those.
-        half: once fewer bytes than this live, peaks with gradients are `late` rather than `early`.
+        early, late: peaks with the gradients of weights, before and after `is_late` was set.
     """
 
     def __init__(self, model):
         from torch.utils._python_dispatch import TorchDispatchMode
 
         self.now = self.peak = self.early = self.late = self.gradients = 0
-        self.half, self._half_gone = 0, False
+        self.is_late = False
         self._living: dict[int, int] = {}
         # a view of a weight has the weight's storage
         self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
@@ -54,8 +54,7 @@ class LiveBytes:
 
     def _note(self) -> None:
         self.peak = max(self.peak, self.now)
-        self._half_gone = self._half_gone or self.now < self.half
-        if self._half_gone:
+        if self.is_late:
             self.late = max(self.late, self.now + self.gradients)
         else:
             self.early = max(self.early, self.now + self.gradients)
