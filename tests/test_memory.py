@@ -27,8 +27,8 @@ def read(folder, *flags):
 def config_folder(tmp_path):
     """A folder with a config.json alone."""
 
-    def make(architecture="qwen2", **changes):
-        tiny.config_for(architecture, 512, **changes).save_pretrained(tmp_path / architecture)
+    def make(architecture="qwen2", vocabulary=512, **changes):
+        tiny.config_for(architecture, vocabulary, **changes).save_pretrained(tmp_path / architecture)
         return tmp_path / architecture
 
     return make
@@ -118,7 +118,7 @@ def test_the_peak_of_a_step_is_the_planned_one(architecture, mode, again, rows, 
 
 @pytest.mark.parametrize(("mode", "vocabulary", "again"), [("lora", 512, False), ("full", 8192, True)])
 def test_a_deep_model_is_reckoned_from_shallow_ones(config_folder, monkeypatch, mode, vocabulary, again):
-    folder = config_folder(num_hidden_layers=9, vocab_size=vocabulary, tie_word_embeddings=True)
+    folder = config_folder(vocabulary=vocabulary, num_hidden_layers=9, tie_word_embeddings=True)
     args, train_args = read(folder, "--train_mode", mode)
     args.precision, config = "bf16", load_config(args)
 
