@@ -165,8 +165,8 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
     beside = sum(weight.beside for weight in weights)
     parts = _sub_groups(groups, part, layout.figure("sub_group_size", 1e9, int(1e9)))
     trained = sum(parts)
-    master = 0 if compute_size == 4 and not layout.offloads("optimizer") else 4 * trained
-    optimizer = master + optimizer_states(train_args, [_meta(numel) for numel in parts])
+    # also where the weights are float32 already: DeepSpeed compares the device with its name, and copies
+    optimizer = 4 * trained + optimizer_states(train_args, [_meta(numel) for numel in parts])
     gradients = compute_size * trained
     bucket = layout.figure("reduce_bucket_size", 5e8, hidden**2)
     total = sum(weight.numel for weight in weights)
@@ -176,7 +176,7 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
     words = {
         "parameters": f"{total:,} / {gpus} of {sizes_of(weights)}, and {whole:,} B of small ones whole",
         "gradients": f"{trained:,} × {compute_size} B",
-        "optimizer": f"{trained:,} × ({'4 B float32 copy + ' if master else ''}what {optim_name(train_args)} keeps)",
+        "optimizer": f"{trained:,} × (4 B float32 copy + what {optim_name(train_args)} keeps)",
         "buffers": f"up to {live:,} gathered weights (stage3_max_live_parameters), a bucket of {bucket:,} gradients",
     }
     kept = sum(int(part(weight.numel) * weight.size) for weight in weights if weight.numel <= small)
