@@ -146,11 +146,12 @@ def _make_recipe_parser(recipe: type):
     return parser
 
 
-def parse_args(argv: list[str] | None = None):
+def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
     """Reads the recipe and the flags, and checks everything that needs no model.
 
     Args:
         argv: the flags; the command line's by default.
+        needs_weights: whether the base must have weights beside its config.json.
 
     Returns:
         (CommonArgs, TrainArgument)
@@ -158,10 +159,10 @@ def parse_args(argv: list[str] | None = None):
     Raises:
         UserError: with every problem at once.
     """
-    return parse_with_sources(argv)[:2]
+    return parse_with_sources(argv, needs_weights)[:2]
 
 
-def parse_with_sources(argv: list[str] | None = None):
+def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True):
     """As `parse_args`, and says of each value where it came from.
 
     Returns:
@@ -180,16 +181,15 @@ def parse_with_sources(argv: list[str] | None = None):
     sources.note_flags(parser, argv, values, given)
     problems += config.apply(values, given, (recipe, CommonArgs))
     sources.note_config(config, values)
-    common, found = _settle(values, given, recipe, sources)
+    common, found = _settle(values, given, recipe, sources, needs_weights)
     problems += found
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
-    checkpointing = ("gradient_checkpointing", "activation_checkpointing")
-    if all(values.get(name) is None for name in checkpointing):
-        for name in checkpointing:  # transformers makes false of what was left to utils/model.py
-            setattr(train_args, name, None)
+    if values.get("gradient_checkpointing") is None and values.get("activation_checkpointing") is None:
+        # transformers makes false of what is left to utils/model.py
+        train_args.gradient_checkpointing = train_args.activation_checkpointing = None
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
@@ -204,7 +204,7 @@ def parse_with_sources(argv: list[str] | None = None):
     return common, train_args, sources
 
 
-def _settle(values: dict, given: set[str], recipe: type, sources: Sources) -> tuple[CommonArgs, list[str]]:
+def _settle(values: dict, given: set[str], recipe: type, sources: Sources, needs_weights: bool) -> tuple[CommonArgs, list[str]]:
     """Fills in what depends on other values and on the machine.
 
     Returns:
@@ -222,7 +222,7 @@ def _settle(values: dict, given: set[str], recipe: type, sources: Sources) -> tu
     sources.note_step("deepspeed", values, common)
     problems += settle_evaluation(common, values, given)
     sources.note_step("evaluation", values, common)
-    return common, problems + check_replaced(recipe, values, given) + check_common(common, recipe)
+    return common, problems + check_replaced(recipe, values, given) + check_common(common, recipe, needs_weights)
 
 
 def _given_early(argv: list[str], flag: str) -> str | None:

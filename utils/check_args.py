@@ -59,8 +59,11 @@ def is_default_folder(path: str) -> bool:
     return re.fullmatch(r"output/[a-z_]+-\d{8}-\d{6}(_\d+)?", path) is not None
 
 
-def check_common(common, recipe: type) -> list[str]:
+def check_common(common, recipe: type, needs_weights: bool = True) -> list[str]:
     """Checks the common arguments against each other and against the disk.
+
+    Args:
+        needs_weights: whether the base must have weights beside its config.json.
 
     Returns:
         the problems, each with its value, what is allowed and the remedy.
@@ -73,11 +76,15 @@ def check_common(common, recipe: type) -> list[str]:
         )
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
-    problems += check_model_path("--model_name_or_path", common.model_name_or_path, common.trust_remote_code)
+    problems += check_model_path(
+        "--model_name_or_path", common.model_name_or_path, common.trust_remote_code, needs_weights=needs_weights
+    )
     return problems + _check_numbers(common) + check_adapter(common)
 
 
-def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False) -> list[str]:
+def check_model_path(
+    name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False, needs_weights: bool = True
+) -> list[str]:
     """Checks that a path is a hub's name or a folder with a model.
 
     Args:
@@ -85,6 +92,7 @@ def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allo
         path: its value.
         trust_remote_code: whether Python code beside the model may run.
         adapter_allowed: whether a folder with an adapter will do.
+        needs_weights: whether config.json alone will not.
 
     Returns:
         the problems.
@@ -100,6 +108,8 @@ def check_model_path(name: str, path: str, trust_remote_code: bool, adapter_allo
             if (folder / "adapter_config.json").is_file():
                 return [f"{flag} has no config.json: it holds an adapter; give it as --adapter_name_or_path"]
             return [f"{flag} has no config.json: it holds no model saved by transformers"]
+        if not needs_weights:
+            return _check_config(flag, path, trust_remote_code)
         if not list(folder.glob("*.safetensors")):
             return [
                 f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "

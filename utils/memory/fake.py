@@ -1,0 +1,188 @@
+"""A meta model made to run: on tensors that have shapes, types and no data, as on a GPU or on the CPU."""
+
+import functools
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from utils.memory.model import is_quantised
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass on one GPU.
+
+    Attributes:
+        rows: how many; a preference pair is two.
+        tokens: of each, the longest that is planned for.
+        trained: share of the tokens that have a label.
+        end_to_end: whether the rows stand in one, as padding-free ones do, or side by side.
+        on_gpu: whose kernels to reckon with; the CPU's differ in attention and head.
+        whole_logits: whether logits of all positions exist at once in float32, as in programs without a fused head.
+    """
+
+    rows: int
+    tokens: int
+    trained: float = 1.0
+    end_to_end: bool = True
+    on_gpu: bool = True
+    whole_logits: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {self.tokens:,} tokens"
+
+    @property
+    def labelled(self) -> int:
+        """How many positions are trained; the first token of a row is never asked for."""
+        return max(1, int(self.trained * self.rows * (self.tokens - 1)))
+
+
+def make_fake(model) -> None:
+    """Gives every weight and buffer of a meta model a fake one; made before the count begins."""
+    import torch
+
+    made: dict = {}
+
+    def fake(tensor, dtype):
+        if tensor is None or id(tensor) in made:
+            return made.get(id(tensor))
+        new = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+        if isinstance(tensor, torch.nn.Parameter):
+            new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = new
+        return new
+
+    for module in list(model.modules()):
+        in_4_bits = any(is_quantised(weight) for weight in module._parameters.values())
+        if in_4_bits:
+            module.forward = functools.partial(_quantised_forward, module)
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                kind[name] = fake(tensor, module.compute_dtype if in_4_bits else None)
+
+
+def _quantised_forward(module, states):
+    """A layer in 4 bits: its weight is unpacked for each product and thrown away."""
+    result = _unpacking().apply(states.to(module.compute_dtype), module.weight)
+    return (result if module.bias is None else result + module.bias).to(states.dtype)
+
+
+@functools.cache
+def _unpacking():
+    import torch
+
+    class Unpacking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states, weight):
+            ctx.save_for_backward(weight)
+            return states @ weight.clone().T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (weight,) = ctx.saved_tensors
+            return gradient @ weight.clone(), None
+
+    return Unpacking
+
+
+def inputs_of(batch: Batch) -> dict:
+    """Ids, and positions where rows stand end to end."""
+    import torch
+
+    shape = (1, batch.rows * batch.tokens) if batch.end_to_end else (batch.rows, batch.tokens)
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+    if batch.end_to_end:
+        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    return inputs
+
+
+def mask_of(batch: Batch):
+    """The mask of tokens × tokens that keeps several rows end to end apart; others need none."""
+    import torch
+
+    if not batch.end_to_end or batch.rows == 1:
+        return None
+    length = batch.rows * batch.tokens
+    mask = torch.empty(1, 1, length, length, dtype=torch.bool)
+    # where utils.attention would find the rows
+    mask.row_blocks = [(start, start + batch.tokens, None) for start in range(0, length, batch.tokens)]
+    return mask
+
+
+def changes(batch: Batch, dtype):
+    """What must not look at values, and what a GPU does otherwise, for the time of a run."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from utils.attention import GPU_BLOCKS_FROM
+
+    def attend(module, query, key, value, mask, **kwargs):
+        import torch
+
+        blocks = getattr(mask, "row_blocks", [])
+        if len(blocks) < 2 or (batch.on_gpu and batch.tokens < GPU_BLOCKS_FROM):
+            return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        before = query.dtype
+        if not batch.on_gpu:  # as utils.attention does on the CPU
+            query, key, value = query.float(), key.float(), value.float()
+        rows = [[states[:, :, start:end] for states in (query, key, value)] for start, end, _ in blocks]
+        outputs = [sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows]
+        return torch.cat(outputs, dim=1).to(before), None
+
+    def nothing(*_, **__):
+        return None
+
+    yield patch.dict(AttentionInterface._global_mapping, {"sdpa": attend})
+    yield patch("transformers.masking_utils.find_packed_sequence_indices", nothing)
+    yield patch("peft.tuners.lora.dora.dequantize_module_weight", _unpacked)
+    if batch.on_gpu:  # a Triton kernel works on each tile where it lies
+        yield patch("trl.kernels.chunked_logprob._forward_tile", nothing)
+        yield patch("trl.kernels.chunked_logprob._backward_tile", nothing)
+        yield patch("trl.kernels.chunked_logprob._addmm_fp32", nothing)
+
+
+def _unpacked(layer):
+    return layer.weight.clone() if type(layer).__name__ == "Linear4bit" else layer.weight
+
+
+def loss_of(args, model, hidden, batch: Batch):
+    """The head and the loss as the task computes them, on the trained positions alone."""
+    import torch
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    head = model.get_output_embeddings()
+    states = hidden.reshape(-1, hidden.shape[-1])
+    if batch.whole_logits:
+        # transformers' own loss: shifted and copied, the softmax kept for the backward pass
+        logits = head(states).float()
+        targets = torch.empty(len(logits) - 1, dtype=torch.long)
+        loss = torch.nn.functional.cross_entropy(logits[:-1].contiguous(), targets)
+        loss.logits = logits  # the model's output holds them
+        return loss
+    states = states[torch.empty(batch.labelled, dtype=torch.long)]  # as a mask picks them: a copy
+    targets = torch.empty(batch.labelled, dtype=torch.long)
+    if args.task_type == "dpo_single":
+        logits = head(states).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none").sum()
+    if not batch.on_gpu and not head.weight.requires_grad and args.task_type != "dpo_multi":
+        from utils import head as ours
+
+        with patch.object(ours, "_score", _score_shapes):
+            return ours.frozen_head(states, head.weight, targets)[0].sum()
+    from trl.kernels import ChunkedLogProbFunction
+
+    outputs = ("log_probs", "entropy", "is_top1")
+    weight, bias = head.weight, getattr(head, "bias", None)
+    given = (states, weight, bias, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
+    return ChunkedLogProbFunction.apply(*given)[0].sum()
+
+
+def _score_shapes(states, targets, head, logits, odds):
+    """`utils.head._score` without the step that looks at values."""
+    import torch
+
+    torch.mm(states, head.T, out=logits)
+    odds.copy_(logits)
+    total = odds.sum(dim=1, keepdim=True)
+    expected = torch.mm(logits.copy_(odds), head).float() / total
+    entropy = (expected * states.float()).sum(dim=1)
+    return total[:, 0], entropy, total[:, 0] > 0, head[targets].float() - expected

@@ -1,0 +1,170 @@
+"""What is split among GPUs and how it is stored: DeepSpeed's stages, a model's weights, an optimizer's states."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.check_deepspeed import CONFIGS
+from utils.errors import UserError
+from utils.memory.model import is_quantised, quantised_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over how many GPUs a run goes, and what is split among them.
+
+    Attributes:
+        name: none (data parallel, or one GPU), or a short name of `--deepspeed`.
+        processes: how many GPUs.
+        config: the DeepSpeed file's `zero_optimization`.
+    """
+
+    name: str
+    processes: int
+    config: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def laid_out(self) -> bool:
+        return self.name != "none"
+
+    @property
+    def stage(self) -> int:
+        return self.config.get("stage", 0)
+
+    def offloads(self, what: str) -> bool:
+        """Whether `optimizer` or `param` lie in CPU memory."""
+        return (self.config.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+    def figure(self, name: str, default: float, when_auto: int) -> int:
+        """A size in the file, in weights; `auto` is what transformers makes of it."""
+        value = self.config.get(name, default)
+        return int(when_auto if value == "auto" else value)
+
+
+def layout_of(name: str, processes: int) -> Layout:
+    """`layout_of("zero2", 2)`, or by the path of a DeepSpeed file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if name == "none":
+        return Layout(name, processes)
+    file = CONFIGS / f"ds_config_{name}.json" if not name.endswith(".json") else Path(name)
+    try:
+        return Layout(name, processes, json.loads(file.read_text(encoding="utf-8"))["zero_optimization"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--deepspeed {name!r} cannot be planned for: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the model, as one process holds it.
+
+    Attributes:
+        numel: numbers in the tensor that is stored (for one in 4 bits in the type it is stored as).
+        size: bytes of each.
+        beside: bytes of the scales of a weight in 4 bits.
+        trained: whether it is.
+    """
+
+    numel: int
+    size: float
+    beside: int
+    trained: bool
+
+    @property
+    def bytes(self) -> int:
+        return int(self.numel * self.size) + self.beside
+
+
+def weights_of(model, layout: Layout, compute_size: int) -> list[Weight]:
+    """Every weight once, tied ones as one.
+
+    Args:
+        model: from `meta_model`.
+        compute_size: bytes of the arithmetic's type, in which DeepSpeed stores weights in 4 bits.
+    """
+    found = []
+    for weight in model.parameters():
+        if is_quantised(weight):
+            parts = quantised_bytes(weight.numel())
+            size = compute_size if layout.laid_out else 1
+            found.append(Weight(parts.packed // size, size, parts.scales + parts.codes, False))
+        else:
+            found.append(Weight(weight.numel(), weight.element_size(), 0, weight.requires_grad))
+    return found
+
+
+def optimizer_groups(args, train_args, model) -> list[list]:
+    """The trained weights as the trainer groups them: with weight decay, without, and for LoRA+ by their rates."""
+    from transformers import Trainer
+
+    if args.loraplus_lr_ratio is not None:
+        import torch
+        from peft.optimizers import create_loraplus_optimizer
+
+        made = create_loraplus_optimizer(model, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=args.loraplus_lr_ratio)
+        return [group["params"] for group in made.param_groups if group["params"]]
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    groups = [[weight for name, weight in trained if (name in decayed) is wanted] for wanted in (True, False)]
+    return [group for group in groups if group]
+
+
+def optimizer_states(train_args, tensors: list) -> int:
+    """Bytes of what the optimizer keeps beside its tensors, told by a step on the meta device.
+
+    Args:
+        tensors: on the meta device.
+
+    Raises:
+        UserError: this `--optim` makes no step there.
+    """
+    import torch
+    from transformers import Trainer
+
+    name = getattr(train_args.optim, "value", train_args.optim)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(train_args)
+        options = {key: value for key, value in options.items() if key not in ("fused", "foreach")}
+        copies = [torch.nn.Parameter(torch.empty_like(tensor, device="meta")) for tensor in tensors]
+        optimizer = kind(copies, **options)
+        if hasattr(optimizer, "init_state"):  # bitsandbytes: its kernels need a GPU, its states do not
+            for index, copy in enumerate(copies):
+                optimizer.init_state(optimizer.param_groups[0], copy, 0, index)
+        else:
+            for copy in copies:
+                copy.grad = torch.empty_like(copy)
+            optimizer.step()
+    except Exception as error:  # every optimizer raises its own
+        raise UserError(
+            f"--optim {name} cannot be planned for ({type(error).__name__}: {error}); use adamw_torch, or another "
+            "that torch has"
+        ) from error
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in states)
+
+
+def optim_name(train_args) -> str:
+    return str(getattr(train_args.optim, "value", train_args.optim))
+
+
+def each_size(trained: list) -> str:
+    return " + ".join(_by_size([(weight.numel(), weight.element_size()) for weight in trained]))
+
+
+def _by_size(pairs: list[tuple[int, float]]) -> list[str]:
+    sizes: dict = {}
+    for numel, size in pairs:
+        sizes[size] = sizes.get(size, 0) + numel
+    return [f"{numel:,} × {size:g} B" for size, numel in sizes.items()]
+
+
+def sizes_of(weights: list[Weight]) -> str:
+    """`7,721,324,544 × 2 B + 39,976,960 × 4 B`"""
+    texts = _by_size([(weight.numel, weight.size) for weight in weights if not weight.beside])
+    packed = [weight for weight in weights if weight.beside]
+    if packed:
+        numbers = sum(int(weight.numel * weight.size) for weight in packed) * 2
+        texts.insert(0, f"{numbers:,} × 0.5 B + {sum(weight.beside for weight in packed):,} B of their scales")
+    return " + ".join(texts)

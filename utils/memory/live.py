@@ -1,0 +1,69 @@
+"""Counts the bytes of tensors while they live."""
+
+import weakref
+
+
+class LiveBytes:
+    """Counts the bytes of all storages that operations make and that still live, and their peak.
+
+    Args:
+        model: whose weights and buffers are left out.
+
+    Attributes:
+        mode: a dispatch mode; what runs under it is counted.
+        now, peak: bytes, the gradients of weights left out.
+        gradients: bytes of those.
+        early, late: peaks with the gradients of weights, before and after `is_late` was set.
+    """
+
+    def __init__(self, model):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        self.now = self.peak = self.early = self.late = self.gradients = 0
+        self.is_late = False
+        self._living: dict[int, int] = {}
+        # a view of a weight has the weight's storage
+        self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        counter = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                counter._keep(result)
+                return result
+
+        self.mode = Mode()
+
+    def _keep(self, result) -> None:
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._living and key not in self._known:
+                self._living[key] = size
+                self.now += size
+                self._note()
+                weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._living.pop(key, 0)
+
+    def _note(self) -> None:
+        self.peak = max(self.peak, self.now)
+        if self.is_late:
+            self.late = max(self.late, self.now + self.gradients)
+        else:
+            self.early = max(self.early, self.now + self.gradients)
+
+    def is_gradient(self, tensor) -> None:
+        """Counts a tensor as the gradient of a weight from here on."""
+        self.gradients += self._living.get(tensor.untyped_storage()._cdata, 0)
+        self._drop(tensor.untyped_storage()._cdata)
+
+    def restart_peaks(self) -> None:
+        """Forgets earlier peaks."""
+        self.peak = self.now

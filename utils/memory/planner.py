@@ -1,0 +1,208 @@
+"""All of a GPU's memory in one figure with its parts, for a run as its flags describe it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from utils.adapter import ADAPTERS
+from utils.check_deepspeed import short_name
+from utils.memory.activations import Activations, step_bytes
+from utils.memory.fake import Batch
+from utils.memory.layout import Layout, layout_of
+from utils.memory.model import compute_dtype, load_config, meta_model, uses_checkpointing
+from utils.memory.states import States, hold
+
+MODES = {"full": ("full", False), "lora": ("lora", False), "dora": ("lora", True), "qlora": ("qlora", False)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    Attributes:
+        mode: full, lora, dora, qlora, or `qlora with dora`.
+        layout: none, or a name of `--deepspeed`.
+        checkpointing: whether activations are computed again.
+    """
+
+    mode: str
+    layout: str
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one GPU at the worst moment of a step, by what they are for.
+
+    Attributes:
+        parameters, gradients, optimizer: exact, of the fullest GPU.
+        activations: what the backward pass needs of the forward pass.
+        logits: the language-model head's and the loss's own.
+        buffers: temporary ones: a layer's while it is computed, DeepSpeed's and DDP's for what they send.
+        overlap: how much of all that is gone before the rest is there.
+        host: bytes of CPU memory for each GPU, by offloading.
+        words: how each was reckoned, name → text.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+    overlap: int = 0
+    host: int = 0
+    words: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def total(self) -> int:
+        parts = self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+        return parts - self.overlap
+
+
+def setting_of(args, train_args, weights: int) -> Setting:
+    """The setting that the flags themselves describe."""
+    mode = f"{args.train_mode} with dora" if args.use_dora and args.train_mode == "qlora" else args.train_mode
+    mode = "dora" if args.use_dora and args.train_mode == "lora" else mode
+    return Setting(mode, short_name(train_args.deepspeed) or "none", uses_checkpointing(train_args, weights))
+
+
+def batch_of(args, train_args, on_gpu: bool = True, whole_logits: bool = False) -> Batch:
+    """The longest step of a run: every row of `max_len` tokens, each of them trained."""
+    pairs = args.task_type.startswith("dpo")
+    return Batch(
+        rows=train_args.per_device_train_batch_size * (2 if pairs else 1),
+        tokens=args.max_len,
+        end_to_end=train_args.padding_free and not args.trust_remote_code and args.task_type != "dpo_multi",
+        on_gpu=on_gpu,
+        whole_logits=whole_logits,
+    )
+
+
+class Planner:
+    """Estimates many settings of one run; what they have in common is reckoned once.
+
+    Args:
+        args: CommonArgs, as parsed.
+        train_args: the recipe's TrainArgument.
+        processes: GPUs.
+        batch: the rows of a step; by default the longest, on a GPU.
+
+    Raises:
+        UserError: config.json is missing, or describes no model.
+    """
+
+    def __init__(self, args, train_args, processes: int, batch: Batch | None = None):
+        self.args, self.train_args, self.processes = args, train_args, processes
+        self.batch = batch or batch_of(args, train_args)
+        self.config = load_config(args)
+        self._models: dict = {}
+        self._steps: dict = {}
+        self.weights = sum(weight.numel() for weight in self._model(self._args_of("full"), False).parameters())
+
+    def own(self) -> Setting:
+        """The setting that the flags themselves describe."""
+        return setting_of(self.args, self.train_args, self.weights)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """The memory of one setting."""
+        args, layout = self._args_of(setting.mode), layout_of(setting.layout, self.processes)
+        size = compute_dtype(args).itemsize
+        key = (setting.mode, layout.laid_out)
+        if key not in self._models:
+            self._models[key] = self._model(args, layout.laid_out)
+        model = self._models[key]
+        states = hold(args, self.train_args, model, layout, size)
+        reference, told = self._reference(args, model, layout, size)
+        step = self._step(setting, args, layout)
+        return _together(states, step, reference, self._words(states, step, setting, told), layout, self.train_args)
+
+    def _args_of(self, mode: str):
+        train_mode, dora = MODES.get(mode, ("qlora", True))
+        changes = {"train_mode": train_mode, "use_dora": dora}
+        if train_mode == "full":
+            changes |= {"lora_target_modules": None, "loraplus_lr_ratio": None}
+        return dataclasses.replace(self.args, **changes)
+
+    def _model(self, args, laid_out: bool, config=None):
+        return meta_model(args, self.train_args, laid_out, config or self.config)
+
+    def _step(self, setting: Setting, args, layout: Layout) -> Activations:
+        # what is split does not change what a layer computes
+        laid_out = layout.laid_out and args.precision != "fp32"
+        key = (setting.mode, setting.checkpointing, laid_out)
+        if key not in self._steps:
+            self._steps[key] = step_bytes(
+                args,
+                self.train_args,
+                lambda config: self._model(args, laid_out, config),
+                self.config,
+                self.batch,
+                laid_out,
+                setting.checkpointing,
+            )
+        return self._steps[key]
+
+    def _reference(self, args, model, layout: Layout, size: int) -> tuple[int, str]:
+        """DPO's frozen copy of what is trained, which the reference's log-probabilities come from."""
+        if not args.task_type.startswith("dpo") or getattr(self.train_args, "precompute_ref_log_probs", False):
+            return 0, ""
+        if ADAPTERS[args.train_mode].lora and not args.adapter_name_or_path:
+            return 0, ""  # the same model with the adapter off
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        each = size if layout.laid_out else 4
+        split = self.processes if layout.stage == 3 else 1
+        return trained * each // split, f" + the reference: {trained:,} × {each} B" + (f" / {split}" * (split > 1))
+
+    def _words(self, states: States, step: Activations, setting: Setting, reference: str) -> dict:
+        batch = self.batch
+        again = "with" if setting.checkpointing else "without"
+        return {
+            **states.words,
+            "parameters": states.words["parameters"] + reference,
+            "activations": f"{batch}, {again} gradient checkpointing",
+            "logits": f"{batch.labelled:,} trained positions × {self.config.get_text_config().vocab_size:,} tokens, "
+            + ("whole, in float32" if batch.whole_logits else "in tiles"),
+            "buffers": "; ".join(filter(None, ["a layer while it is computed", states.words.get("buffers")])),
+        }
+
+
+def _together(states, step, reference: int, words: dict, layout: Layout, train_args) -> Estimate:
+    buffers = step.temporary + states.buffers
+    overlap = 0
+    moving = step.saved + step.logits + buffers
+    if layout.laid_out:
+        # the optimizer's step comes when all of that is gone
+        buffers += max(0, states.step - moving)
+    elif train_args.gradient_accumulation_steps == 1:
+        worst = max(step.early, step.late, step.peak)
+        overlap = max(0, states.gradients + step.peak - worst)
+    return Estimate(
+        parameters=states.parameters + reference,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=step.saved,
+        logits=step.logits,
+        buffers=buffers,
+        overlap=overlap,
+        host=states.host,
+        words=words,
+    )
+
+
+def estimate(args, train_args, processes: int, on_gpu: bool = True) -> Estimate:
+    """The memory of each GPU of a run, from config.json alone.
+
+    Args:
+        args: CommonArgs, as parsed.
+        train_args: the recipe's TrainArgument; its `deepspeed` says what is split.
+        processes: GPUs.
+        on_gpu: whether to reckon with a GPU's kernels, or with those of this project on the CPU.
+
+    Returns:
+        Estimate, in bytes.
+
+    Raises:
+        UserError: the model or the optimizer cannot be planned for.
+    """
+    planner = Planner(args, train_args, processes, batch_of(args, train_args, on_gpu))
+    return planner.estimate(planner.own())
