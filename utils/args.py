@@ -204,7 +204,9 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
     return common, train_args, sources
 
 
-def _settle(values: dict, given: set[str], recipe: type, sources: Sources, needs_weights: bool) -> tuple[CommonArgs, list[str]]:
+def _settle(
+    values: dict, given: set[str], recipe: type, sources: Sources, needs_weights: bool
+) -> tuple[CommonArgs, list[str]]:
     """Fills in what depends on other values and on the machine.
 
     Returns:
