@@ -18,7 +18,9 @@ from utils.errors import UserError
 from utils.finding_codes import CODES
 from utils.findings import catalogue
 from utils.script import doctor
+from utils.tasks import get_task
 from utils.template import get_template
+from utils.tokenizer import tokenizer_of
 
 CLEAN = [
     {"instruction": f"What is {first} plus {second}?", "output": f"{first} plus {second} is {first + second}."}
@@ -560,3 +562,23 @@ def test_deepspeed_keys_that_pass_the_arguments():
     assert "--report_to" in messages[0]
     assert "--gradient_checkpointing" in messages[1]
     assert deepspeed_keys(SimpleNamespace(hf_deepspeed_config=None)) == []
+
+
+def test_the_quick_part_reads_the_first_rows_alone(tiny_models, rows_file, monkeypatch):
+    """All rows would be read into memory, a million of them too; the settings are judged by how many there are."""
+    args, train_args = parse_args(["--model_name_or_path", tiny_models(), "--train_data_path", rows_file])
+    task, tokenizer = get_task(args.task_type), tokenizer_of(args)
+    template = get_template(args.template_name, tokenizer)
+    data = task.load_datasets(args, train_args, template, tokenizer)
+    seen = {}
+    monkeypatch.setattr("utils.doctor.token_findings", lambda dataset, *_: seen.update(tokens=len(dataset)) or [])
+    monkeypatch.setattr(
+        "utils.doctor.settings_findings",
+        lambda args, train_args, config, data, beginning, processes: (
+            seen.update(rows=len(data.train), lengths=len(beginning.train)) or []
+        ),
+    )
+    quick_findings(args, train_args, data, template, tokenizer, rows=2)
+    assert seen == {"tokens": 2, "rows": len(data.train), "lengths": 2} and len(data.train) > 2
+    quick_findings(args, train_args, data, template, tokenizer)
+    assert seen["tokens"] == seen["lengths"] == len(data.train)

@@ -36,13 +36,13 @@ def changed_settings(args, train_args) -> dict[str, tuple]:
     """
     # what follows from the machine and from there being rows to evaluate is no setting
     given = {name: getattr(train_args, name) for name in ("output_dir", "bf16", "fp16", "use_cpu")}
-    if train_args.eval_strategy == "no":
-        given["eval_strategy"] = "no"
+    given |= {"eval_strategy": "no"} if train_args.eval_strategy == "no" else {}
     defaults, values = type(train_args)(**given).to_dict(), train_args.to_dict()
     for field in dataclasses.fields(args):
         defaults[field.name], values[field.name] = field.default, getattr(args, field.name)
-    if args.max_prompt_length == args.max_len // 2:
-        defaults["max_prompt_length"] = args.max_prompt_length
+    defaults |= {"max_prompt_length": args.max_len // 2} if args.max_prompt_length == args.max_len // 2 else {}
+    if train_args.gradient_checkpointing is None:  # not yet decided by the model's size
+        defaults |= dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"))
     return {
         name: (defaults[name], value)
         for name, value in values.items()

@@ -1,6 +1,7 @@
 """One verdict before a GPU is touched: the quick part, which main_train.py runs on prepared rows."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 
 from loguru import logger
@@ -33,7 +34,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     # one process looks: disk and memory differ between them, and all must go on or stop
     findings = None
     if is_main_process():
-        findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu())
+        findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu(), rows=_QUICK_ROWS)
     findings = agree(findings)
     warnings, errors = (in_order(with_severity(findings, severity)) for severity in (WARNING, ERROR))
     for finding in warnings:
@@ -46,6 +47,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
         logger.info(_SAYS_MORE)
 
 
+_QUICK_ROWS = 100_000
 _SAYS_MORE = "python -m utils.script.doctor, with the same flags, says more; --doctor off trains without looking"
 
 
@@ -57,7 +59,14 @@ def has_gpu() -> bool:
 
 
 def quick_findings(
-    args, train_args, data, template, tokenizer, processes: int | None = None, memory: bool = True
+    args,
+    train_args,
+    data,
+    template,
+    tokenizer,
+    processes: int | None = None,
+    memory: bool = True,
+    rows: int | None = None,
 ) -> list[Finding]:
     """What takes well below a second: settings, template, disk, memory, and the prepared ids as arrays.
 
@@ -65,10 +74,12 @@ def quick_findings(
         args, train_args, data, template, tokenizer: as for `examine`; data and template may be None.
         processes: how many will train together; None for those that run.
         memory: whether to estimate it.
+        rows: whose ids are looked at, the first of the training and of the validation rows; None for all.
     """
     processes = processes or world_size()
+    seen = data if data is None or rows is None else _beginning(data, rows)
     checks = {
-        "the settings": lambda: settings_findings(args, train_args, config_of(args), data, processes),
+        "the settings": lambda: settings_findings(args, train_args, config_of(args), data, seen, processes),
     }
     if memory:
         checks["memory"] = lambda: memory_findings(args, train_args, processes)
@@ -77,9 +88,18 @@ def quick_findings(
     if data is not None:
         steps = steps_of(train_args, len(data.train), processes)
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
-        checks["the tokens"] = lambda: rows_findings(args, data, template, tokenizer)
+        checks["the tokens"] = lambda: rows_findings(args, seen, template, tokenizer)
     with _whole_models(train_args):
         return [finding for name, check in checks.items() for finding in _whatever_happens(name, check)]
+
+
+def _beginning(data, rows: int):
+    """The first rows: all of them would be read into memory, however many there are."""
+    from datasets import Dataset
+
+    parts = {name: getattr(data, name) for name in ("train", "eval")}
+    first = {name: Dataset(part.data.slice(0, rows)) for name, part in parts.items() if part is not None}
+    return dataclasses.replace(data, **first)
 
 
 @contextlib.contextmanager

@@ -24,13 +24,14 @@ _FEW_STEPS = 20  # an epoch of fewer steps feels its last one
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # sections by which DeepSpeed logs on its own
 
 
-def settings_findings(args, train_args, config, data, processes: int) -> list[Finding]:
+def settings_findings(args, train_args, config, data, seen, processes: int) -> list[Finding]:
     """Checks the settings of a run.
 
     Args:
         args, train_args: of the run.
         config: the model's; None where it cannot be had.
         data: the prepared rows; None where there are none.
+        seen: those whose lengths are looked at.
         processes: how many train together.
     """
     findings = _learning_rate(args, train_args) + deepspeed_keys(train_args)
@@ -39,7 +40,7 @@ def settings_findings(args, train_args, config, data, processes: int) -> list[Fi
     if data is not None:
         findings += _warm_up(train_args, steps_of(train_args, len(data.train), processes))
         findings += _last_batch(train_args, len(data.train), processes)
-        findings += _positions(args, config, data) if config is not None else []
+        findings += _positions(args, config, seen) if config is not None else []
     return findings
 
 

@@ -176,10 +176,8 @@ class Memory(NamedTuple):
 
 def estimated(args, train_args, processes: int):
     """The estimate of utils.memory, or None where it cannot be made."""
-    try:
-        from utils.memory import estimate
-    except ImportError:
-        return None
+    from utils.memory import estimate
+
     try:
         return estimate(args, train_args, processes)
     except UserError:
