@@ -1,0 +1,63 @@
+"""README, "Before training": each command as printed, on the embedded model and a short run of it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def commands(page: str, heading: str) -> list[str]:
+    """The lines of a section's code blocks, without their comments."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    section = text[text.index(f"\n{heading}\n") + 1 :]
+    section = section[: section.index("\n## ", 1)]
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).replace("\\\n", " ").splitlines()
+    return [" ".join(line.partition("  #")[0].split()) for line in lines if line.strip()]
+
+
+COMMANDS = commands("README.md", "## Before training")
+NOT_CLEAN = {"python -m utils.script.doctor --eval_data_path data/sft_data.jsonl": 1}  # its mistake is shown there
+SAID = {"doctor": "verdict", "explain": "tokens", "plan_memory": "parameters", "prove": "tolerance"}
+pytestmark = pytest.mark.slow
+
+
+def test_both_readmes_have_the_same_commands():
+    assert len(COMMANDS) == 14 and set(NOT_CLEAN) < set(COMMANDS)
+    assert commands("README_zh.md", "## 训练之前") == COMMANDS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands are typed: with the project's data and recipes, and a run in output/sft."""
+    folder = tmp_path_factory.mktemp("before")
+    for name in ("data", "train_args"):
+        (folder / name).symlink_to(ROOT / name)
+    done = type_in(folder, "python main_train.py --output_dir output/sft --max_steps 2 --save_strategy no")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def type_in(folder, command):
+    words = command.replace("main_train.py", str(ROOT / "main_train.py")).replace("python", sys.executable, 1)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        ["bash", "-c", words],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_does_as_the_readme_says(folder, command):
+    done = type_in(folder, command)
+    assert done.returncode == NOT_CLEAN.get(command, 0), f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    command, _, file = command.partition(" > ")
+    printed = (folder / file).read_text() if file else done.stdout
+    assert SAID[re.search(r"script\.(\w+)", command)[1]] in printed
