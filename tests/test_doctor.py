@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -377,6 +378,29 @@ def test_a_check_that_fails_stops_nothing(patient, no_weights, report, monkeypat
     assert "ZeroDivisionError" in said["findings"][0]["message"]
     with pytest.raises(Loaded):
         main_train.main(patient.flags())
+
+
+def test_a_check_that_fails_is_told_without_its_stack(patient, report, monkeypatch):
+    def fail(*_):
+        raise ValueError("too large\nException raised from unpack (most recent call first):\nframe #0")
+
+    monkeypatch.setattr("utils.doctor.template_findings", fail)
+    _, said = report(*patient.flags())
+    assert said["findings"][0]["message"] == "the template: ValueError: too large"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": -5}, {"num_attention_heads": 0}, {"model_type": "t5", "architectures": None}]
+)
+@pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero3")])
+def test_a_model_that_cannot_be_built_is_an_error(patient, report, changes, flags):
+    folder = Path(tiny.save_tiny_model(patient.folder / "model"))
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    code, said = report(*patient.flags(*flags, model=str(folder)))
+    errors = [finding for finding in said["findings"] if finding["severity"] == "error"]
+    assert (code, [finding["code"] for finding in errors]) == (2, ["ARGUMENTS"])
+    assert str(folder) in errors[0]["message"]
 
 
 @pytest.mark.parametrize("task", ["sft", "pretrain", "dpo"])

@@ -89,7 +89,7 @@ def quick_findings(
         steps = steps_of(train_args, len(data.train), processes)
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
         checks["the tokens"] = lambda: rows_findings(args, seen, template, tokenizer)
-    with _whole_models(train_args):
+    with whole_models(train_args):
         return [finding for name, check in checks.items() for finding in _whatever_happens(name, check)]
 
 
@@ -103,7 +103,7 @@ def _beginning(data, rows: int):
 
 
 @contextlib.contextmanager
-def _whole_models(train_args):
+def whole_models(train_args):
     """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
     config = getattr(train_args, "hf_deepspeed_config", None)
     if config is None:
@@ -124,7 +124,8 @@ def _whatever_happens(name: str, check: Callable[[], list[Finding]]) -> list[Fin
         return check()
     except Exception as error:
         logger.debug("doctor: {} could not be looked at: {!r}", name, error)
-        return [Finding("NOT_EXAMINED", f"{name}: {type(error).__name__}: {error}")]
+        first = str(error).strip().partition("\n")[0]  # torch's own errors go on with the stack of its C++ code
+        return [Finding("NOT_EXAMINED", f"{name}: {type(error).__name__}: {first[:400]}")]
 
 
 def rows_findings(args, data, template, tokenizer) -> list[Finding]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.doctor import quick_findings
+from utils.doctor import config_of, quick_findings, whole_models
 from utils.doctor_census import Census, take_census
 from utils.doctor_lengths import measured
 from utils.doctor_rows import census_findings, problem_findings, report_findings
@@ -16,7 +16,7 @@ from utils.findings import Finding
 from utils.segments import special_pattern
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.tokenizer import tokenizer_of
+from utils.tokenizer import load_failure, tokenizer_of
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
 _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
@@ -55,6 +55,8 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
         examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
     else:
         tokenizer = _attempt(examined, "the tokens", lambda: tokenizer_of(args))
+        with whole_models(train_args):
+            _attempt(examined, "lengths, disk and memory", lambda: _check_model(args))
     if tokenizer is not None and task.USES_TEMPLATE and "template_name" not in aside:
         try:
             template = get_template(args.template_name, tokenizer)
@@ -85,6 +87,21 @@ def _attempt(examined: Examined, what: str, make):
         examined.findings += [Finding("ARGUMENTS", problem) for problem in error.problems]
         examined.not_examined(what, "see above")
         return None
+
+
+def _check_model(args) -> None:
+    """Raises what building the model of a readable config.json would, without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(args)
+    if config is None:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # each model's code raises its own
+        raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
 
 
 def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> tuple[Any, list[Finding]]:
