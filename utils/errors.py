@@ -1,6 +1,8 @@
 """How bad input is told to a person: every problem in one message, exit code 2, no traceback."""
 
 import difflib
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -67,10 +69,19 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def run_command(main: Callable[[], object]) -> None:
     """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8; stderr does so by itself
     import_seldom_collecting()
     limit_kernel_caches()
     try:
-        main()
+        _run_and_print(main)
+    except OSError as error:
+        if not _stdout_is_gone():
+            raise
+        code = 128 + 13  # as if by SIGPIPE: `| head` has read enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: what was said cannot be written to stdout: {error.strerror}", file=sys.stderr)
+            code = 2
     except UserError as error:
         # another process of this machine would only repeat the first one's message
         if is_first_here():
@@ -87,3 +98,32 @@ def run_command(main: Callable[[], object]) -> None:
     leave(code)
     if code:
         sys.exit(code)
+
+
+def _run_and_print(main: Callable[[], object]) -> None:
+    """Runs `main` and writes what it printed, so that a reader who has left is noticed here and not at the exit."""
+    try:
+        main()
+    except SystemExit:
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nothing can be written to stdout any more; then what is left for it goes nowhere."""
+    if sys.stdout is None:
+        return False
+    try:
+        print(flush=True)  # where stdout has no buffer there is nothing left to flush
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
