@@ -392,6 +392,12 @@ def test_what_differs_from_a_run(train, capsys, tmp_path, rows_file, tiny_models
     assert found["seed"] == {"then": "42", "now": "7", "from": "--seed 7"}
 
 
+@pytest.mark.parametrize("flags", [("--num_train_epochs", "1e30"), ("--max_steps", "10000000000")])
+def test_more_updates_than_can_be_planned(refused, flags_for, flags):
+    said = refused(main, *flags_for(*flags))
+    assert flags[0] in said and "at most 10,000,000" in said
+
+
 def test_all_problems_at_once(refused, tmp_path):
     said = refused(main, "--processes", "0", "--diff", "nowhere", "--lerning_rate", "1", "--max_len", "1", "--all", "x")
     assert said.startswith("5 errors")

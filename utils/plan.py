@@ -10,6 +10,7 @@ from utils.errors import UserError
 from utils.segments import IGNORED
 
 _PARTS = 10_000  # rows measured at once
+_UPDATES = 10_000_000  # of more a run would not see the end, and the occasions of each could not be listed
 _POINTS = 10_000  # steps of the schedule looked at for its highest rate
 
 
@@ -121,7 +122,7 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
         padded: whether the rows of a pass are filled up to the longest.
 
     Raises:
-        UserError: no row is left to train.
+        UserError: no row is left to train, or there are more updates than can be counted through.
     """
     updates = first_epoch(train_args, rows, processes)
     if not updates:
@@ -132,6 +133,12 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
     per_epoch = len(updates)
     # as in Trainer.set_initial_training_values
     steps = train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
+    if steps > _UPDATES:
+        flag = "max_steps" if train_args.max_steps > 0 else "num_train_epochs"
+        raise UserError(
+            f"--{flag} {getattr(train_args, flag):,g} makes {steps:,} updates; at most {_UPDATES:,} can be planned; "
+            "give less"
+        )
     return {
         "steps": steps,
         "updates_per_epoch": per_epoch,
