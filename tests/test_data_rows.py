@@ -150,6 +150,12 @@ def test_paths_are_files_folders_and_globs_mixed(tmp_path):
     assert files == [str(tmp_path / "a.jsonl"), str(inner / "b.csv"), str(inner / "c.json")]
 
 
+def test_a_link_to_nowhere_says_where(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    _, problems = find_files(str(tmp_path / "rows.jsonl"), "--train_data_path", (".jsonl",))
+    assert "is a link to" in problems[0] and "gone.jsonl" in problems[0] and "Did you mean" not in problems[0]
+
+
 def test_every_wrong_path_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "void").mkdir()

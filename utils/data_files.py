@@ -78,6 +78,8 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
         return found, None if found else "matches no file"
     if Path(path).exists() and not Path(path).is_file():
         return [], "is not a plain file"
+    if Path(path).is_symlink() and not Path(path).exists():
+        return [], f"is a link to {str(Path(path).readlink())!r}, which does not exist"
     if not Path(path).is_file():
         parent = Path(path).parent
         siblings = [str(p) for p in parent.iterdir()] if parent.is_dir() else []
