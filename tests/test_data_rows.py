@@ -156,6 +156,17 @@ def test_a_link_to_nowhere_says_where(tmp_path):
     assert "is a link to" in problems[0] and "gone.jsonl" in problems[0] and "Did you mean" not in problems[0]
 
 
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
+    monkeypatch.setattr("utils.data_files.os.access", lambda *_: False)
+    _, problems = find_files(file, "--train_data_path", (".jsonl",))
+    assert [problem.partition(";")[0] for problem in problems] == [
+        f"--train_data_path {file!r} may not be read by this user"
+    ]
+    _, problems = find_files("x" * 300 + ".jsonl", "--train_data_path", (".jsonl",))
+    assert "cannot be read: File name too long" in problems[0]
+
+
 def test_every_wrong_path_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "void").mkdir()

@@ -3,6 +3,7 @@
 import csv
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +49,17 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
     files: list[str] = []
     problems: list[str] = []
     for part in filter(None, (part.strip() for part in paths.split(","))):
-        found, problem = _expand(project_path(str(Path(part).expanduser())), suffixes)
+        try:
+            found, problem = _expand(project_path(str(Path(part).expanduser())), suffixes)
+        except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+            found, problem = [], f"cannot be read: {error.strerror}; choose another file, or have its owner allow it"
         if problem:
             problems.append(f"{flag} {part!r} {problem}")
         for file in found:
             if Path(file).stat().st_size == 0:
                 problems.append(f"{flag} {file!r} is empty (0 bytes)")
+            elif not os.access(file, os.R_OK):
+                problems.append(f"{flag} {file!r} may not be read by this user; allow it with chmod u+r")
         files += [file for file in found if file not in files]
     if not files and not problems:
         problems.append(f"{flag} {paths!r} names no file")
