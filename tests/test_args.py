@@ -232,6 +232,11 @@ def test_model_folders_that_are_none(parse, tmp_path, make, said):
     assert said in problems_of(parse, "--model_name_or_path", str(tmp_path / "model"))[0]
 
 
+def test_a_model_folder_that_cannot_be_read(parse):
+    said = problems_of(parse, "--model_name_or_path", "/" + "x" * 300)[0]
+    assert "cannot be read: File name too long" in said
+
+
 def test_a_misspelt_folder_shows_its_neighbour(parse):
     text = problems_of(parse, "--model_name_or_path", "data/tiny_modle")[0]
     assert "Did you mean 'data/tiny_model'" in text

@@ -1,6 +1,7 @@
 """Every check of the arguments that needs no model, and the defaults that depend on others."""
 
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -99,6 +100,13 @@ def check_model_path(
     """
     flag = f"{name} {path!r}"
     folder = Path(path).expanduser()
+    try:
+        os.listdir(folder)
+        (folder / "config.json").is_file()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        return [f"{flag} cannot be read: {error.strerror}; choose another folder, or have its owner allow it"]
     if folder.is_file():
         return [f"{flag} is a file; give the folder it lies in"]
     if folder.is_dir():
