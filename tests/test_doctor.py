@@ -390,7 +390,13 @@ def test_a_check_that_fails_is_told_without_its_stack(patient, report, monkeypat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_size": -5}, {"num_attention_heads": 0}, {"model_type": "t5", "architectures": None}]
+    "changes",
+    [
+        {"hidden_size": -5},
+        {"num_attention_heads": 0},
+        {"model_type": "t5", "architectures": None},
+        {"intermediate_size": 20},  # can be built, and is none that the weights fit
+    ],
 )
 @pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero3")])
 def test_a_model_that_cannot_be_built_is_an_error(patient, report, changes, flags):

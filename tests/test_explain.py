@@ -398,10 +398,27 @@ def test_more_updates_than_can_be_planned(refused, flags_for, flags):
     assert flags[0] in said and "at most 10,000,000" in said
 
 
+def test_a_model_that_cannot_be_built(refused, flags_for):
+    flags = flags_for()
+    file = Path(flags[flags.index("--model_name_or_path") + 1]) / "config.json"
+    kept = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(kept) | {"num_attention_heads": 0}))
+        assert "--model_name_or_path" in refused(main, *flags)
+    finally:
+        file.write_text(kept)
+
+
+def test_an_adapter_for_modules_that_are_not_there(refused, flags_for):
+    assert "no linear layer to adapt is named 'nope'" in refused(main, *flags_for("--lora_target_modules", "nope"))
+
+
 def test_all_problems_at_once(refused, tmp_path):
-    said = refused(main, "--processes", "0", "--diff", "nowhere", "--lerning_rate", "1", "--max_len", "1", "--all", "x")
+    said = refused(
+        main, "--processes", "2000", "--diff", "nowhere", "--lerning_rate", "1", "--max_len", "1", "--all", "x"
+    )
     assert said.startswith("5 errors")
-    for part in ("--processes 0", "--diff 'nowhere' is no file", "--lerning_rate", "--max_len 1", "--all"):
+    for part in ("--processes 2000", "--diff 'nowhere' is no file", "--lerning_rate", "--max_len 1", "--all"):
         assert part in said
     flags = tmp_path / "flags.json"
     flags.write_text('{"seed": 3}')

@@ -17,6 +17,7 @@ from utils.segments import special_pattern
 from utils.tasks import get_task
 from utils.template import get_template
 from utils.tokenizer import load_failure, tokenizer_of
+from utils.weight_files import read_header, weight_files
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
 _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
@@ -90,7 +91,11 @@ def _attempt(examined: Examined, what: str, make):
 
 
 def _check_model(args) -> None:
-    """Raises what building the model of a readable config.json would, without its weights."""
+    """Builds the model of a readable config.json, without its weights, and compares shapes with what the files hold.
+
+    Raises:
+        UserError: it cannot be built, or the files hold weights of other shapes.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -99,9 +104,17 @@ def _check_model(args) -> None:
         return
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # each model's code raises its own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    asked = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    for file in weight_files(args.model_name_or_path):
+        for name, entry in read_header(file)[0].items():
+            if asked.get(name, entry["shape"]) != entry["shape"]:
+                raise UserError(
+                    f"--model_name_or_path {args.model_name_or_path!r} holds {name} as {entry['shape']}, and its "
+                    f"config.json asks for {asked[name]}; give the config.json that the weights were saved with"
+                )
 
 
 def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> tuple[Any, list[Finding]]:

@@ -18,7 +18,7 @@ from utils.sources import Source, Sources, unannotated
 from utils.tasks import get_task
 from utils.tasks.common import Data, use_padding_free
 from utils.template import get_template
-from utils.tokenizer import tokenizer_of
+from utils.tokenizer import load_failure, tokenizer_of
 
 # what DeepSpeed's "auto" stands for, as transformers fills it in
 _AUTO = {
@@ -179,12 +179,16 @@ def weights(args, train_args) -> dict | None:
 
     Returns:
         `{"all": 3939840, "trained": 270336, "config": …}`, with the model's configuration.
+
+    Raises:
+        UserError: the model cannot be built, or has no modules of the names given for its adapter.
     """
     import torch
     from peft import PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import deepspeed
 
+    found = None
     deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would divide the model, which has no values
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
@@ -200,7 +204,11 @@ def weights(args, train_args) -> dict | None:
                 plain = replace(args, train_special_tokens="off", init_lora_weights="default")
                 adapter = build_adapter(plain, model, None, None)
             model = get_peft_model(model, adapter)
-    except Exception:  # the hub, and each model's own code, raise their own
+    except UserError:
+        raise
+    except Exception as error:  # the hub, and each model's own code, raise their own
+        if found is None and not args.trust_remote_code:
+            raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
         return None
     finally:
         if train_args.deepspeed:

@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser([ExplainArgs], "utils.script.explain", __doc__)
     values, _, problems = read_flags(parser, mine)
     asked = ExplainArgs(**values)
-    if asked.processes is not None and asked.processes < 1:
-        problems.append(f"--processes {asked.processes} is not allowed; give a whole number of at least 1")
+    if asked.processes is not None and not 1 <= asked.processes <= 1024:
+        problems.append(f"--processes {asked.processes} is not allowed; give a whole number from 1 to 1024")
 
     from utils.script.explain_diff import compare, read_then
 
