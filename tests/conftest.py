@@ -19,6 +19,18 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def alone():
+    """What `--deepspeed` sets for a process without a launcher ends with the test: later ones start processes."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE with the ChatML tokens."""
