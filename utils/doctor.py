@@ -1,6 +1,5 @@
 """One verdict before a GPU is touched: the quick part, which main_train.py runs on prepared rows."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding, in_order, with_severity
 from utils.launch import agree, world_size
 from utils.log import is_main_process
+from utils.model import whole_models
 
 
 def examine(args, train_args, data, template, tokenizer) -> None:
@@ -100,22 +100,6 @@ def _beginning(data, rows: int):
     parts = {name: getattr(data, name) for name in ("train", "eval")}
     first = {name: Dataset(part.data.slice(0, rows)) for name, part in parts.items() if part is not None}
     return dataclasses.replace(data, **first)
-
-
-@contextlib.contextmanager
-def whole_models(train_args):
-    """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
-    config = getattr(train_args, "hf_deepspeed_config", None)
-    if config is None:
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
 
 
 def _whatever_happens(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:

@@ -12,6 +12,7 @@ from utils.checkpoints import checkpoints_of
 from utils.errors import UserError
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding
+from utils.model import without_weights
 from utils.weight_files import read_header
 
 _TIGHT = 0.9  # from this share of what there is on, it is told
@@ -44,13 +45,9 @@ def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shap
         modules: `--lora_target_modules`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        # without weights, and the random numbers of the run as they were
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = without_weights(path, trust_remote_code)
         chosen = tuple(target_modules(model, modules))
     except Exception:  # each model's code raises its own; what loads the weights says it better
         return None

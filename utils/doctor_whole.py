@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.doctor import config_of, quick_findings, whole_models
+from utils.doctor import config_of, quick_findings
 from utils.doctor_census import Census, take_census
 from utils.doctor_lengths import measured
 from utils.doctor_rows import census_findings, problem_findings, report_findings
 from utils.errors import UserError
 from utils.finding_codes import ERROR
 from utils.findings import Finding
+from utils.model import whole_models, without_weights
 from utils.segments import special_pattern
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.tokenizer import load_failure, tokenizer_of
+from utils.tokenizer import tokenizer_of
 from utils.weight_files import read_header, weight_files
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
@@ -96,17 +97,10 @@ def _check_model(args) -> None:
     Raises:
         UserError: it cannot be built, or the files hold weights of other shapes.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = config_of(args)
     if config is None:
         return
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # each model's code raises its own
-        raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, config)
     asked = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     for file in weight_files(args.model_name_or_path):
         for name, entry in read_header(file)[0].items():

@@ -11,14 +11,14 @@ from utils.adapter import ADAPTERS, build_adapter
 from utils.check_deepspeed import short_name
 from utils.errors import UserError
 from utils.idle import Case, idle_settings
-from utils.model import CHECKPOINTING_FROM, settle_checkpointing
+from utils.model import CHECKPOINTING_FROM, settle_checkpointing, whole_models, without_weights
 from utils.plan import measure, plan
 from utils.record import effective_args
 from utils.sources import Source, Sources, unannotated
 from utils.tasks import get_task
 from utils.tasks.common import Data, use_padding_free
 from utils.template import get_template
-from utils.tokenizer import load_failure, tokenizer_of
+from utils.tokenizer import tokenizer_of
 
 # what DeepSpeed's "auto" stands for, as transformers fills it in
 _AUTO = {
@@ -185,32 +185,28 @@ def weights(args, train_args) -> dict | None:
     """
     import torch
     from peft import PeftConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import deepspeed
 
-    found = None
-    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would divide the model, which has no values
-    try:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-            found = {"all": model.num_parameters(), "trained": model.num_parameters(), "config": config}
-            if not ADAPTERS[args.train_mode].lora:
-                return found
+    with whole_models(train_args):
+        try:
+            model = without_weights(args.model_name_or_path, args.trust_remote_code)
+        except UserError:
+            if args.trust_remote_code:  # its code may want more than shapes
+                return None
+            raise
+        found = {"all": model.num_parameters(), "trained": model.num_parameters(), "config": model.config}
+        if not ADAPTERS[args.train_mode].lora:
+            return found
+        try:
             if args.adapter_name_or_path:
                 adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
                 adapter.inference_mode = False
             else:
                 plain = replace(args, train_special_tokens="off", init_lora_weights="default")
                 adapter = build_adapter(plain, model, None, None)
-            model = get_peft_model(model, adapter)
-    except UserError:
-        raise
-    except Exception as error:  # the hub, and each model's own code, raise their own
-        if found is None and not args.trust_remote_code:
-            raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
-        return None
-    finally:
-        if train_args.deepspeed:
-            deepspeed.set_hf_deepspeed_config(train_args.hf_deepspeed_config)
+            with torch.device("meta"):
+                model = get_peft_model(model, adapter)
+        except UserError:
+            raise
+        except Exception:  # each model's own code raises its own
+            return None
     return found | {"trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad)}

@@ -1,5 +1,7 @@
 """Weights: which type they are loaded in, which attention they use, how they are quantised."""
 
+import contextlib
+
 from loguru import logger
 
 from utils.adapter import ADAPTERS
@@ -55,6 +57,47 @@ def load_model(args, train_args):
         settle_attention(model, args.precision, train_args.device)
     _settle_checkpointing(model, train_args)
     return with_trained_adapter(model, args) if args.adapter_name_or_path else model
+
+
+def without_weights(path: str, trust_remote_code: bool, config=None, **options):
+    """Builds the model that a config.json asks for on the meta device: every shape, and not one weight.
+
+    The random numbers of the run stay as they were.
+
+    Args:
+        path: a folder, or a hub's name.
+        trust_remote_code: whether Python code beside the model may run.
+        config: to read it no second time.
+        **options: for `from_config`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # the hub, and each model's code, raise their own
+        raise UserError(load_failure("model", "--model_name_or_path", path, error)) from error
+
+
+@contextlib.contextmanager
+def whole_models(train_args):
+    """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
+    config = getattr(train_args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def with_trained_adapter(model, args):

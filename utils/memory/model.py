@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from utils.adapter import ADAPTERS, build_adapter
 from utils.errors import UserError
-from utils.model import CHECKPOINTING_FROM, quantised
+from utils.model import CHECKPOINTING_FROM, quantised, without_weights
 from utils.tokenizer import load_failure
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
@@ -56,23 +56,14 @@ def meta_model(args, train_args, laid_out: bool, config=None):
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     kind, dtype = ADAPTERS[args.train_mode], compute_dtype(args)
     config = config or load_config(args)
     options = {} if args.attn_implementation in ("auto", "flash_attention_2") else {
         "attn_implementation": args.attn_implementation
     }  # fmt: skip
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype if kind.lora else torch.float32,
-                trust_remote_code=args.trust_remote_code,
-                **options,
-            )
-    except Exception as error:  # a shape that does not divide, an architecture without a head
-        raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
+    options["dtype"] = dtype if kind.lora else torch.float32
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, **options)
     if kind.quantised:
         _quantise(model, quantised(dtype, train_args)["quantization_config"])
     adapter = _adapter(args, model)
