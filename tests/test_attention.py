@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -36,6 +37,25 @@ def attend(mask, split):
 def test_the_same_as_under_one_mask(lengths, window):
     for ours, theirs in zip(*(attend(mask_of(lengths, window), split) for split in (True, False)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_attended_to_in_float32_where_autocast_would_take_bf16():
+    """In bf16 the backward pass compiles a kernel for every length, which costs more than the attention itself."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if "scaled_dot_product" in operator.__name__:
+                seen.append((operator.__name__.partition("_for_cpu")[2].partition(".")[0], args[0].dtype))
+            return operator(*args, **(kwargs or {}))
+
+    use_row_attention()
+    seen = []
+    states = [torch.randn(1, 2, 7, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16), Seen():
+        output = AttentionInterface()["sdpa"](MODULE, *states, mask_of([4, 3]))[0]
+        output.sum().backward()
+    assert seen == [("", torch.float32)] * 2 + [("_backward", torch.float32)] * 2
+    assert output.dtype == states[0].grad.dtype == torch.bfloat16
 
 
 def test_where_the_rows_lie():
