@@ -39,8 +39,10 @@ def test_the_same_as_under_one_mask(lengths, window):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_are_attended_to_in_float32_where_autocast_would_take_bf16():
-    """In bf16 the backward pass compiles a kernel for every length, which costs more than the attention itself."""
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lengths", [[7], [4, 3]])
+def test_a_cpu_attends_in_float32_while_it_trains(lengths, training):
+    """Under autocast too. In bf16 the backward pass compiles a kernel for every length, which costs more than it."""
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -49,12 +51,13 @@ def test_rows_are_attended_to_in_float32_where_autocast_would_take_bf16():
             return operator(*args, **(kwargs or {}))
 
     use_row_attention()
-    seen = []
+    seen, mask = [], mask_of(lengths) if len(lengths) > 1 else None
     states = [torch.randn(1, 2, 7, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     with torch.autocast("cpu", torch.bfloat16), Seen():
-        output = AttentionInterface()["sdpa"](MODULE, *states, mask_of([4, 3]))[0]
+        output = AttentionInterface()["sdpa"](torch.nn.Module().train(training), *states, mask)[0]
         output.sum().backward()
-    assert seen == [("", torch.float32)] * 2 + [("_backward", torch.float32)] * 2
+    dtype = torch.float32 if training else torch.bfloat16
+    assert seen == [("", dtype)] * len(lengths) + [("_backward", dtype)] * len(lengths)
     assert output.dtype == states[0].grad.dtype == torch.bfloat16
 
 

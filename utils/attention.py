@@ -5,8 +5,6 @@ all the same: for n rows of one length n times the arithmetic. The blocks give t
 itself says where they lie, so whatever a model masks within a row, a sliding window say, stays masked.
 """
 
-import contextlib
-
 # tokens a row on average from which a GPU, which must be told of every block, gets them one at a time; not measured
 GPU_BLOCKS_FROM = 512
 
@@ -22,22 +20,26 @@ def use_row_attention() -> None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         import torch
 
-        dtype, on_cpu = query.dtype, query.device.type == "cpu"
-        if on_cpu:
-            # in bf16 its backward pass compiles a kernel for every length of a row, of megabytes, and is slower
-            query, key, value = query.float(), key.float(), value.float()
         # split at once: the gradient of a slice would be as long as all rows together
         lengths = [length for length, _ in blocks]
         rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        # autocast would make bf16 of it again
-        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
-            outputs = [
-                sdpa_attention_forward(module, *row, mask, **kwargs)[0]
-                for row, (_, mask) in zip(rows, blocks, strict=True)
-            ]
-        return torch.cat(outputs, dim=1).to(dtype), None
+        outputs = [
+            sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, (_, mask) in zip(rows, blocks, strict=True)
+        ]
+        return torch.cat(outputs, dim=1), None
 
-    AttentionInterface.register("sdpa", attend)
+    def attend_in_float32(module, query, key, value, *args, **kwargs):
+        if query.device.type != "cpu" or query.dtype.itemsize > 4 or not module.training:
+            return attend(module, query, key, value, *args, **kwargs)
+        import torch
+
+        # in bf16 the backward pass compiles a kernel for every length, of megabytes, and is slower;
+        # autocast would make bf16 of float32 again
+        with torch.autocast("cpu", enabled=False):
+            output = attend(module, query.float(), key.float(), value.float(), *args, **kwargs)[0]
+        return output.to(query.dtype), None
+
+    AttentionInterface.register("sdpa", attend_in_float32)
 
 
 def _blocks_of(mask) -> list[tuple]:
