@@ -61,6 +61,14 @@ def test_a_cpu_attends_in_float32_while_it_trains(lengths, training):
     assert output.dtype == states[0].grad.dtype == torch.bfloat16
 
 
+def test_a_mask_that_is_added_goes_to_float32_too():
+    use_row_attention()
+    states = [torch.randn(1, 2, 7, 8, dtype=torch.bfloat16) for _ in range(3)]
+    added = torch.zeros(1, 1, 7, 7, dtype=torch.bfloat16).masked_fill(~mask_of([7]), -torch.inf)
+    ours = AttentionInterface()["sdpa"](MODULE, *states, added)[0]
+    torch.testing.assert_close(ours, sdpa_attention_forward(MODULE, *states, mask_of([7]))[0], atol=0.05, rtol=0.05)
+
+
 def test_where_the_rows_lie():
     found = _find_blocks(mask_of([4, 1, 6], window=5))
     assert [length for length, _ in found] == [4, 1, 6]

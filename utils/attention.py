@@ -28,15 +28,18 @@ def use_row_attention() -> None:
         ]
         return torch.cat(outputs, dim=1), None
 
-    def attend_in_float32(module, query, key, value, *args, **kwargs):
+    def attend_in_float32(module, query, key, value, attention_mask, **kwargs):
         if query.device.type != "cpu" or query.dtype.itemsize > 4 or not module.training:
-            return attend(module, query, key, value, *args, **kwargs)
+            return attend(module, query, key, value, attention_mask, **kwargs)
         import torch
+
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
 
         # in bf16 the backward pass compiles a kernel for every length, of megabytes, and is slower;
         # autocast would make bf16 of float32 again
         with torch.autocast("cpu", enabled=False):
-            output = attend(module, query.float(), key.float(), value.float(), *args, **kwargs)[0]
+            output = attend(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)[0]
         return output.to(query.dtype), None
 
     AttentionInterface.register("sdpa", attend_in_float32)
