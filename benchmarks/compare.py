@@ -25,9 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare_table import OURS, in_chinese, table  # noqa: E402
+from benchmarks.compare_table import OURS, PEERS, in_chinese, table  # noqa: E402
 from benchmarks.peers import Program, Work, environment, programs, write_rows  # noqa: E402
 from benchmarks.tables import write_table  # noqa: E402
+from utils.errors import UserError, nearest, raise_if_any  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare.json"
 SHAPES = {
@@ -184,9 +185,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write the tables from the kept results")
     args = parser.parse_args(argv)
-    if not args.table and (args.data is None or not args.data.is_file()):
-        parser.error(f"--data {str(args.data)!r} is no file; give a jsonl file of alpaca rows")
+    raise_if_any(_problems(args))
     return args
+
+
+def _problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags and the rows, before anything is installed."""
+    counts = {name: getattr(args, name) for name in ("repeats", "rows", "threads")}
+    counts |= {"many_rows": min(args.many_rows)}
+    problems = [
+        f"--{name} {count} is not allowed; give a whole number of at least 1"
+        for name, count in counts.items()
+        if count is not None and count < 1
+    ]
+    for name in args.programs or []:
+        if name not in (OURS, *PEERS):
+            problems.append(f"--programs {name!r} is none.{nearest(name, PEERS)} Allowed: {', '.join((OURS, *PEERS))}")
+    return problems if args.table else problems + _problems_of_rows(args.data)
+
+
+def _problems_of_rows(data: Path | None) -> list[str]:
+    if data is None or not data.is_file():
+        return [f"--data {str(data) if data else ''!r} is no file; give a jsonl file of alpaca rows"]
+    for number, line in enumerate(data.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts = (row["instruction"], row["output"], row.get("input", ""))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            texts = (None,)
+        if not all(isinstance(text, str) for text in texts):
+            return [f"{data}:{number} is no alpaca row; each line is an object with the texts instruction and output"]
+    return []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -212,4 +241,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:  # not by run_command, which would limit the kernels that the peers keep as well
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INSTALL = {
@@ -70,7 +72,8 @@ def install(name: str, folder: Path) -> Path:
         # a name alone stands for this project's own version
         words = [one if "==" in one else _as_here(one) for one in INSTALL[name]]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *words], check=True)
+        if subprocess.run([str(python), "-m", "pip", "install", "-q", *words], check=False).returncode:
+            raise UserError(f"{name} could not be installed into {str(folder)!r}; what pip said is above")
         if name == "LLaMA-Factory":
             _stand_in(python)
         done.touch()

@@ -11,10 +11,11 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from benchmarks import compare
+from benchmarks import compare, peers
 from benchmarks.compare_table import CHINESE, in_chinese, ratios, table
 from benchmarks.peers import Program, Work, environment, write_rows
 from benchmarks.tables import table_in
+from utils.errors import UserError
 
 ROWS = [{"instruction": "Say hi.", "input": "", "output": "Hi."}, {"instruction": "1 + 2", "output": "3"}]
 
@@ -71,6 +72,32 @@ def test_a_command_that_fails_is_kept_with_what_it_said(tmp_path, monkeypatch):
     monkeypatch.setattr(Program, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such rows')"])
     found = compare.run(program, Work(tmp_path, tmp_path), tmp_path, threads=1)
     assert found == {"error": "no such rows\n"}
+
+
+def test_bad_flags_are_told_all_at_once_before_anything_is_installed(tmp_path):
+    said = refused_by("--repeats", "0", "--threads", "-1", "--many_rows", "0", "5", "--programs", "TLR")
+    for told in ("--repeats 0", "--threads -1", "--many_rows 0", "Did you mean 'TRL'?", "--data '' is no file"):
+        assert told in said
+    rows = write_rows(tmp_path, ROWS) / "rows.jsonl"
+    assert compare.parse(["--data", str(rows)]).data == rows
+    for line in ('{"instruction": "Say hi."}', '{"instruction": "Say hi.", "output": 3}', "[1]", "{"):
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(rows.read_text() + line + "\n")
+        assert f"{bad}:3 is no alpaca row" in refused_by("--data", str(bad))
+
+
+def refused_by(*flags):
+    words = [sys.executable, "benchmarks/compare.py", *flags]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_peer_that_cannot_be_installed_is_told_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(peers.INSTALL, "TRL", [str(tmp_path / "missing==1")])
+    for _ in range(2):
+        with pytest.raises(UserError, match="TRL could not be installed"):
+            peers.install("TRL", tmp_path / "trl")
 
 
 def made(case, program, repeat, turn="first", **figures):
