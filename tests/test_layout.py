@@ -50,6 +50,7 @@ FLOW = [
     "data_encode",
     "data_process",
     "data_collator",
+    "order",
     "adapter",
     "attention",
     "model",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy
 
 from utils.errors import UserError
+from utils.order import RandomOrder, seed_of_order
 from utils.segments import IGNORED
 
 _PARTS = 10_000  # rows measured at once
@@ -84,12 +85,12 @@ def first_epoch(train_args, rows: Rows, processes: int) -> list[list[list[list[i
 
 def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int]]:
     import torch
-    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+    from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler, SequentialSampler
     from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
     lengths, size = rows.tokens.tolist(), train_args.train_batch_size
-    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
+    seed = seed_of_order(train_args)
     steps, drop_last = train_args.gradient_accumulation_steps, train_args.dataloader_drop_last
     if train_args.train_sampling_strategy == "batch_rebalance":
         return list(
@@ -102,7 +103,7 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     elif train_args.train_sampling_strategy == "sequential":
         order = SequentialSampler(lengths)
     else:
-        order = SeedableRandomSampler(lengths, data_seed=seed)
+        order = RandomOrder(len(lengths), seed)
     batches = BatchSampler(order, size, drop_last)
     if processes == 1:
         return list(batches)  # accelerate fills the last batch up only where others wait for it
