@@ -34,7 +34,9 @@ PAIR = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
         ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
         ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, [SYSTEM, USER]),
         ({"prompt": "Hi", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, [SYSTEM, USER]),
-        # other programs' forms
+        # other programs' forms; UltraFeedback's has the chosen conversation a second time
+        ({"prompt": "Hi", "prompt_id": "f0", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD],
+          "score_chosen": 8.0, "score_rejected": 5.5}, [USER]),
         ({"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "What?"}, [USER]),
         ({"prompt": "Hi", "history": [["Hi", "Hello"]], "chosen": "Hello", "rejected": "What?"}, [USER, GOOD, USER]),
         ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello"},

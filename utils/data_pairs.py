@@ -66,6 +66,8 @@ def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
         raise WrongTask(row, PAIR_FORMATS)
     if missing:
         raise BadRow(f"has no field {missing[0]!r}")
+    if row.get("messages") in (row["chosen"], row["rejected"]):  # UltraFeedback's rows repeat the chosen one there
+        row = {name: value for name, value in row.items() if name != "messages"}
     prompt = _with_their_system(_read_prompt(row), row)
     chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
     if prompt is None:
