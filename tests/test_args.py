@@ -139,6 +139,7 @@ def test_all_problems_come_at_once(parse, also):
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
         (["--learning_rate", "-1"], "--learning_rate -1.0"),
         (["--num_train_epochs", "0"], "trains nothing"),
+        (["--num_train_epochs", "1e30"], "never ends; give a number above 0 and at most 1,000,000"),
         (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--warmup_steps"], "--warmup_steps"),
         (["stray"], "stray"),

@@ -128,6 +128,7 @@ def test_text_files_are_split_at_blank_lines(tmp_path):
     [
         ("a.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": "a", "out', 2, "is not JSON"),
         ("a.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": "\xff"}\n', 2, "is not UTF-8"),
+        ("a.jsonl", '{"instruction": "a"}\n{"instruction": "b"}'.encode("utf-16"), 2, "is not UTF-8; save"),
         ("a.json", b'[{"instruction": "a"}, {"instr', 1, "is not JSON"),
         ("a.csv", b"instruction,output\na\n", 2, "cells"),
         ("a.parquet", b"PAR1 half", 0, "Parquet"),
@@ -138,6 +139,12 @@ def test_broken_files_name_the_line(tmp_path, name, content, line, said):
     path.write_bytes(content)
     last = list(read_rows(str(path)))[-1]
     assert last.line == line and said in last.problem
+
+
+def test_a_file_that_is_named_twice_is_told_since_it_would_count_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text("x")
+    files, problems = find_files(f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl", "--train_data_path")
+    assert len(files) == 1 and "/a.jsonl' 2 times, and a file is read once; name it once" in problems[0]
 
 
 def test_paths_are_files_folders_and_globs_mixed(tmp_path):

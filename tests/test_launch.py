@@ -174,6 +174,7 @@ def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path, t
         (["--deepspeed", str(broken)], "is not JSON"),
         (["--deepspeed", str(latin)], "is not JSON"),
         (["--deepspeed", file(zero_optimization={"stage": 7})], "give an object with a stage of 0, 1, 2 or 3"),
+        (["--deepspeed", file(zero_optimization=None)], 'has no zero_optimization; give it, {"stage": 0} where'),
         (["--deepspeed", file(gradient_clipping=None)], "so --max_grad_norm 1.0 would do nothing"),
         (["--deepspeed", "zero22"], "is no file. Did you mean 'zero2'"),
         (["--deepspeed", "zero2", "--on_nan", "skip"], "--on_nan skip"),

@@ -63,7 +63,9 @@ def _read(given) -> tuple[dict, str | None]:
 
 
 def _wrong_sections(config: dict, given) -> list[str]:
-    zero = config.get("zero_optimization", {})
+    zero = config.get("zero_optimization")
+    if zero is None:
+        return [f'--deepspeed {given!r} has no zero_optimization; give it, {{"stage": 0}} where nothing is to be split']
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         return [f"--deepspeed {given!r} has zero_optimization {zero!r}; give an object with a stage of 0, 1, 2 or 3"]
     return []

@@ -11,6 +11,7 @@ from utils.checkpoints import FINISHED, checkpoints_of, newer_than, read_manifes
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
+MOST_EPOCHS = 1_000_000
 # what a run writes beside its weights; a file of this name that lies there already would be lost
 WRITTEN = (
     "README.md", "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
@@ -79,6 +80,7 @@ def _check_optimizer(train_args) -> list[str]:
 
 def _check_trainer(train_args) -> list[str]:
     """The trainer's figures that would only fail, or do nothing, once it runs."""
+    import torch
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -104,10 +106,14 @@ def _check_trainer(train_args) -> list[str]:
     for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
         if not 0 <= getattr(train_args, name) < 1:
             problems.append(f"--{name} {getattr(train_args, name)} is not allowed; give at least 0 and below 1")
-    if train_args.max_steps <= 0 and not 0 < train_args.num_train_epochs < math.inf:
-        problems.append(f"--num_train_epochs {train_args.num_train_epochs} trains nothing; give a number above 0")
+    epochs = train_args.num_train_epochs
+    if train_args.max_steps <= 0 and not 0 < epochs <= MOST_EPOCHS:
+        wrong = "never ends" if epochs > 0 else "trains nothing"
+        problems.append(f"--num_train_epochs {epochs} {wrong}; give a number above 0 and at most {MOST_EPOCHS:,}")
     if train_args.use_liger_kernel and find_spec("liger_kernel") is None:
         problems.append("--use_liger_kernel true needs the package liger-kernel, which is not installed; leave it out")
+    elif train_args.use_liger_kernel and not torch.accelerator.is_available():
+        problems.append("--use_liger_kernel true needs a GPU, and there is none here; leave it out")
     available = get_available_reporting_integrations()
     for name in train_args.report_to:
         if name in INTEGRATION_TO_CALLBACK and name not in available:

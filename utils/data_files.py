@@ -47,8 +47,13 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
         the files in a fixed order, and the problems.
     """
     files: list[str] = []
-    problems: list[str] = []
-    for part in filter(None, (part.strip() for part in paths.split(","))):
+    parts = [part.strip() for part in paths.split(",") if part.strip()]
+    problems = [
+        f"{flag} names {part!r} {parts.count(part)} times, and a file is read once; name it once"
+        for part in dict.fromkeys(parts)
+        if parts.count(part) > 1
+    ]
+    for part in dict.fromkeys(parts):
         try:
             found, problem = _expand(project_path(str(Path(part).expanduser())), suffixes)
         except OSError as error:  # a folder on the way that may not be entered, a name that is too long
@@ -111,8 +116,7 @@ def raw_rows(file: str) -> Iterator[RawRow]:
 
 def parse_row(row: RawRow) -> RawRow:
     """A row's value, or why it has none."""
-    if row.unparsed:
-        row = _parse(row.file, row.line, row.value)
+    row = _parse(row.file, row.line, row.value) if row.unparsed else row
     return row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row) else row
 
 
@@ -147,7 +151,7 @@ def _open(file: str, newline: str | None = None):
 
 
 def _parse(file: str, line: int, text: str) -> RawRow:
-    if _bad_bytes(text):
+    if "\0" in text or _bad_bytes(text):  # in UTF-16 every other byte is 0, which JSON never holds
         return RawRow(file, line, None, _NOT_UTF8)
     try:
         return RawRow(file, line, json.loads(text))
