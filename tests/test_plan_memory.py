@@ -58,6 +58,13 @@ def test_the_table_the_formula_and_the_command(plan):
     assert "--train_data_path not/here.jsonl" in command and "--gpu" not in command
 
 
+def test_a_tiny_model_is_told_in_mb(plan):
+    out = plan("--tokens_per_row", "32", "--train_mode", "full")
+    assert "MB on each GPU" in out and "GB" not in out[out.index("full, none:") :].split("\n\n")[0]
+    weights = 512 * 64 * 2 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64 + 2 * 64) + 64
+    assert f"  gradients    {weights * 4 / 1e6:>8.2f} MB" in out and "0.00" not in out
+
+
 def test_json_has_the_same_in_bytes_and_parts_add_up(plan):
     told = json.loads(plan("--gpu_memory", "24", "--json", "true"))
     assert told["cheapest"] == {"mode": "lora", "layout": "none", "checkpointing": False} == told["own"]

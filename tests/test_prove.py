@@ -292,9 +292,13 @@ def test_workers_in_sessions_of_their_own_end_too():
     assert ends(workers[0])
 
 
-def test_ranks_do_not_apply_where_the_model_drops_at_random(tiny_models, rows_file, tmp_path):
-    flags = ["--model_name_or_path", tiny_models(attention_dropout=0.1), "--train_data_path", rows_file]
-    with pytest.raises(DoesNotApply, match=r"attention_dropout 0\.1"):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"attention_dropout": 0.1}, r"attention_dropout 0\.1"), ({"output_router_logits": True}, "within a process")],
+)
+def test_ranks_do_not_apply_where_processes_differ_by_themselves(tiny_models, rows_file, tmp_path, setting, said):
+    flags = ["--model_name_or_path", tiny_models(**setting), "--train_data_path", rows_file]
+    with pytest.raises(DoesNotApply, match=said):
         ranks(prove.settle([*flags, "--cache_dir", str(tmp_path)], 4, tmp_path))
 
 

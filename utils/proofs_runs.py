@@ -49,9 +49,11 @@ def ranks(subject: Subject) -> list[Measure]:
         raise DoesNotApply("this PyTorch has no torch.distributed with gloo, by which processes of a CPU talk")
     if getattr(subject.train_args, "use_liger_kernel", False) and not _gpus():
         raise DoesNotApply("--use_liger_kernel true needs a GPU for each process")
-    dropout = _own_dropout(subject)
-    if dropout:
+    config = _config_of(subject)
+    if dropout := _own_dropout(config):
         raise DoesNotApply(f"the model's config.json sets {dropout}, and each process draws its own random numbers")
+    if getattr(config, "output_router_logits", False):
+        raise DoesNotApply("the model's config.json sets output_router_logits: experts are balanced within a process")
     cpu = len(_gpus()) == 1
     if cpu and size_of(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
         raise DoesNotApply("there is one GPU, and the model is too large to train on the CPU in minutes")
@@ -173,12 +175,15 @@ def _needs_room(subject: Subject) -> None:
         )
 
 
-def _own_dropout(subject: Subject) -> str | None:
-    """The first dropout that the model's own configuration sets, `"attention_dropout 0.1"`."""
+def _config_of(subject: Subject):
     from transformers import AutoConfig
 
     path, code = subject.args.model_name_or_path, subject.args.trust_remote_code
-    config = AutoConfig.from_pretrained(path, trust_remote_code=code).get_text_config()
+    return AutoConfig.from_pretrained(path, trust_remote_code=code).get_text_config()
+
+
+def _own_dropout(config) -> str | None:
+    """The first dropout that the model's own configuration sets, `"attention_dropout 0.1"`."""
     names = [name for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")]
     return next((f"{name} {getattr(config, name)}" for name in names if getattr(config, name)), None)
 

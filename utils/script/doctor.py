@@ -120,9 +120,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _line(before: dict) -> str:
-    line = f"looked at {before['rows']:,} training rows and {before['eval_rows']:,} validation rows"
+    line = f"looked at {_count(before['rows'], 'training row')} and {_count(before['eval_rows'], 'validation row')}"
     aside = ", ".join(f"--{name}" for name in before["set_aside"])
-    return line + (f", with {aside} left at the default" if aside else "")
+    return line + (f", without {aside}" if aside else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

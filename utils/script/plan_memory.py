@@ -167,18 +167,29 @@ def table(rows: list[Row], own: Setting) -> str:
     ]
     layouts.sort(key=lambda name: LAYOUTS.index(name) if name in LAYOUTS else -1)
     found = {row.setting: row for row in rows}
-    lines = [f"{'GB on each GPU':<32}" + "".join(f"{name[-14:]:>15}" for name in layouts)]
+    divisor, unit = _unit(max(row.estimate.total for row in rows))
+    lines = [f"{unit + ' on each GPU':<32}" + "".join(f"{name[-14:]:>15}" for name in layouts)]
     for mode in modes_of(own.mode):
         for again in (False, True):
             cells = [found.get(Setting(mode, layout, again)) for layout in layouts]
             if any(cells):
                 name = f"{mode}, gradient checkpointing" if again else mode
-                lines.append(f"{name:<32}" + "".join(f"{_cell(row):>15}" for row in cells))
+                lines.append(f"{name:<32}" + "".join(f"{_cell(row, divisor):>15}" for row in cells))
     return "\n".join(lines)
 
 
-def _cell(row: Row | None) -> str:
-    return "–" if row is None else f"{row.estimate.total / 1e9:.1f}{' ✓' if row.fits else '  '}"
+def _unit(largest: int) -> tuple[float, str]:
+    """What bytes are divided by, and its name; a model to try things with has no tenth of a GB."""
+    return (1e9, "GB") if largest >= 1e8 else (1e6, "MB")
+
+
+def _said(amount: int) -> str:
+    divisor, unit = _unit(abs(amount))
+    return f"{amount / divisor:>8.2f} {unit}"
+
+
+def _cell(row: Row | None, divisor: float) -> str:
+    return "–" if row is None else f"{row.estimate.total / divisor:.1f}{' ✓' if row.fits else '  '}"
 
 
 def formula(row: Row) -> str:
@@ -187,14 +198,12 @@ def formula(row: Row) -> str:
     again = ", gradient checkpointing" if row.setting.checkpointing else ""
     lines = [f"{row.setting.mode}, {row.setting.layout}{again}:"]
     for part in PARTS:
-        lines.append(f"  {part:<12} {getattr(found, part) / 1e9:>8.2f} GB = {found.words.get(part, '')}")
+        lines.append(f"  {part:<12} {_said(getattr(found, part))} = {found.words.get(part, '')}")
     if found.overlap:
-        lines.append(
-            f"  {'overlap':<12} {-found.overlap / 1e9:>8.2f} GB = activations gone before all gradients are there"
-        )
-    lines.append(f"  {'total':<12} {found.total / 1e9:>8.2f} GB on each GPU")
+        lines.append(f"  {'overlap':<12} {_said(-found.overlap)} = activations gone before all gradients are there")
+    lines.append(f"  {'total':<12} {_said(found.total)} on each GPU")
     if found.host:
-        lines.append(f"  {'CPU memory':<12} {found.host / 1e9:>8.2f} GB for each GPU")
+        lines.append(f"  {'CPU memory':<12} {_said(found.host)} for each GPU")
     return "\n".join(lines)
 
 
