@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def raw_rows(file: str) -> Iterator[RawRow]:
 def parse_row(row: RawRow) -> RawRow:
     """A row's value, or why it has none."""
     row = _parse(row.file, row.line, row.value) if row.unparsed else row
-    return row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row) else row
+    return row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row.value) else row
 
 
 def count_rows(files: list[str]) -> int | None:
@@ -132,18 +133,17 @@ def count_rows(files: list[str]) -> int | None:
     return count
 
 
-_NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
+_NOT_UTF8, _BYTES = "is not UTF-8; save the file as UTF-8", re.compile("[\udc80-\udcff]")
 
 
-def _has_bad_bytes(row: RawRow) -> bool:
+def _has_bad_bytes(value: Any) -> bool:
     """Bytes that are not UTF-8 are read as lone surrogates, so that one bad line costs no other."""
-    return isinstance(row.value, dict) and any(
-        isinstance(text, str) and _bad_bytes(text) for item in row.value.items() for text in item
-    )
+    items = value.items() if isinstance(value, dict) else ()
+    return any(isinstance(text, str) and _bad_bytes(text) for item in items for text in item)
 
 
 def _bad_bytes(text: str) -> bool:
-    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
+    return not text.isascii() and _BYTES.search(text) is not None
 
 
 def _open(file: str, newline: str | None = None):

@@ -114,8 +114,10 @@ def only_answers(segments: list[Segment], train_on: str | int) -> list[Segment]:
         segments: with every answer trained.
         train_on: `all_turns`, `last_turn`, or how many of the last answers.
     """
+    if train_on == "all_turns":
+        return segments
     starts = answer_starts(segments)
-    count = {"all_turns": len(starts), "last_turn": 1}.get(train_on, train_on)
+    count = 1 if train_on == "last_turn" else train_on
     first = starts[-count] if 0 < count < len(starts) else 0
     return [segment if i >= first else segment._replace(trained=False) for i, segment in enumerate(segments)]
 

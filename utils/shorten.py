@@ -30,7 +30,7 @@ def encode_within(
             if messages is None:
                 return Dropped(f"is too long for --max_len {max_len} with its answer, which is never cut", TOO_LONG)
             encoded, shortened = template.encode(messages, tokenizer, **options), True
-        if all(label == IGNORED for label in encoded["labels"]):
+        if encoded["labels"].count(IGNORED) == len(encoded["labels"]):
             return Dropped("has nothing to train")
         return {**encoded, "shortened": shortened}
 

@@ -115,7 +115,7 @@ class Template:
                     f"turn {turn} has the role {role!r}; template {self.name!r} knows system, user and assistant"
                     + _TOOLS
                 )
-            if {"tools", "tool_calls"} & set(message):
+            if "tools" in message or "tool_calls" in message:
                 raise UserError(f"turn {turn} has tools, for which template {self.name!r} has no form" + _TOOLS)
             if not isinstance(content, str):
                 raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
