@@ -61,12 +61,23 @@ def test_a_cpu_attends_in_float32_while_it_trains(lengths, training):
     assert output.dtype == states[0].grad.dtype == torch.bfloat16
 
 
-def test_a_mask_that_is_added_goes_to_float32_too():
+@pytest.mark.parametrize("name", ["attention_mask", "position_bias"])
+def test_what_is_added_to_the_scores_goes_to_float32_too(name):
     use_row_attention()
     states = [torch.randn(1, 2, 7, 8, dtype=torch.bfloat16) for _ in range(3)]
     added = torch.zeros(1, 1, 7, 7, dtype=torch.bfloat16).masked_fill(~mask_of([7]), -torch.inf)
-    ours = AttentionInterface()["sdpa"](MODULE, *states, added)[0]
+    ours = AttentionInterface()["sdpa"](MODULE, *states, **{"attention_mask": None, name: added})[0]
     torch.testing.assert_close(ours, sdpa_attention_forward(MODULE, *states, mask_of([7]))[0], atol=0.05, rtol=0.05)
+
+
+def test_a_row_is_causal_because_its_mask_was():
+    use_row_attention()
+    states = [torch.randn(1, 2, 7, 8) for _ in range(3)]
+    ours, theirs = (
+        attention(MODULE, *states, mask_of([4, 3]), is_causal=False)[0]
+        for attention in (AttentionInterface()["sdpa"], sdpa_attention_forward)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_where_the_rows_lie():

@@ -50,7 +50,6 @@ FLOW = [
     "data_encode",
     "data_process",
     "data_collator",
-    "order",
     "adapter",
     "attention",
     "model",

@@ -23,9 +23,11 @@ def use_row_attention() -> None:
         # split at once: the gradient of a slice would be as long as all rows together
         lengths = [length for length, _ in blocks]
         rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        outputs = [
-            sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, (_, mask) in zip(rows, blocks, strict=True)
-        ]
+        outputs = []
+        for row, (_, mask) in zip(rows, blocks, strict=True):
+            # a mask that is left out was causal, whatever the module would take in its place
+            options = kwargs | {"is_causal": True} if mask is None else kwargs
+            outputs.append(sdpa_attention_forward(module, *row, mask, **options)[0])
         return torch.cat(outputs, dim=1), None
 
     def attend_in_float32(module, query, key, value, attention_mask, **kwargs):
@@ -33,16 +35,20 @@ def use_row_attention() -> None:
             return attend(module, query, key, value, attention_mask, **kwargs)
         import torch
 
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-
+        if "position_bias" in kwargs:
+            kwargs["position_bias"] = _as_float32(kwargs["position_bias"])
         # in bf16 the backward pass compiles a kernel for every length, of megabytes, and is slower;
         # autocast would make bf16 of float32 again
         with torch.autocast("cpu", enabled=False):
-            output = attend(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)[0]
+            output = attend(module, *map(_as_float32, (query, key, value, attention_mask)), **kwargs)[0]
         return output.to(query.dtype), None
 
     AttentionInterface.register("sdpa", attend_in_float32)
+
+
+def _as_float32(states):
+    """Also of what is added to the scores, which must be of their type; a mask of bools stays one."""
+    return states.float() if states is not None and states.is_floating_point() else states
 
 
 def _blocks_of(mask) -> list[tuple]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy
 
 from utils.errors import UserError
-from utils.order import RandomOrder, seed_of_order
 from utils.segments import IGNORED
 
 _PARTS = 10_000  # rows measured at once
@@ -85,12 +84,12 @@ def first_epoch(train_args, rows: Rows, processes: int) -> list[list[list[list[i
 
 def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int]]:
     import torch
-    from accelerate.data_loader import BatchSamplerShard
+    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
     from torch.utils.data import BatchSampler, SequentialSampler
     from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
     lengths, size = rows.tokens.tolist(), train_args.train_batch_size
-    seed = seed_of_order(train_args)
+    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     steps, drop_last = train_args.gradient_accumulation_steps, train_args.dataloader_drop_last
     if train_args.train_sampling_strategy == "batch_rebalance":
         return list(
@@ -103,7 +102,7 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     elif train_args.train_sampling_strategy == "sequential":
         order = SequentialSampler(lengths)
     else:
-        order = RandomOrder(len(lengths), seed)
+        order = SeedableRandomSampler(lengths, data_seed=seed)
     batches = BatchSampler(order, size, drop_last)
     if processes == 1:
         return list(batches)  # accelerate fills the last batch up only where others wait for it

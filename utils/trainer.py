@@ -14,7 +14,6 @@ from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
-from utils.order import RandomOrder, seed_of_order
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
@@ -54,12 +53,6 @@ class Surviving:
                 **options,
             )
         return super().create_optimizer(model)
-
-    def _get_train_sampler(self, *args, **kwargs):
-        from torch.utils.data import RandomSampler
-
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        return RandomOrder(len(sampler), seed_of_order(self.args)) if type(sampler) is RandomSampler else sampler
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
