@@ -26,18 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.compare_table import OURS, PEERS, in_chinese, table  # noqa: E402
+from benchmarks.compare_work import answered_rows, endless_rows, key_of, made_once, make_base, trained_tokens  # noqa: E402
 from benchmarks.peers import Program, Work, environment, programs, write_rows  # noqa: E402
 from benchmarks.tables import write_table  # noqa: E402
 from utils.errors import UserError, nearest, raise_if_any  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare.json"
-SHAPES = {
-    # 17M and 44M weights
-    "small": {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
-              "num_attention_heads": 6, "num_key_value_heads": 6},
-    "vocabulary": {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
-                   "num_attention_heads": 4, "num_key_value_heads": 4},
-}  # fmt: skip
 # case → (shape, rows, what is changed of the work, whether a second run follows on what the first prepared)
 CASES = {
     "default": ("small", 1000, {}, False),
@@ -47,35 +41,8 @@ CASES = {
     "preparing": ("small", None, {"max_steps": 1, "prepare_with": 2}, True),
 }
 WHOLE_RUNS = ("default", "best", "vocabulary")  # of the others only the time to the first step counts
+_NAMES = {name.lower(): name for name in (OURS, *PEERS)}
 MANY, MANY_ROWS = "many rows", (100_000, 1_000_000)  # this project's memory, whatever the number of rows
-
-
-def make_base(shape: str, folder: Path, data: Path) -> Path:
-    """Saves a random Qwen2 of the shape, with a byte-level BPE of 8,192 tokens trained on the rows, and ChatML."""
-    if folder.exists():
-        return folder
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-
-    from utils.template import get_template
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator(data.read_text(encoding="utf-8").splitlines(), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = get_template("qwen2.5").to_jinja()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def run(program: Program, work: Work, scratch: Path, threads: int) -> dict:
@@ -92,7 +59,11 @@ def run(program: Program, work: Work, scratch: Path, threads: int) -> dict:
     with open(scratch / "said", "wb") as said:
         start = time.time()
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or not clock.exists():
         return {"error": (scratch / "said").read_text(errors="replace")[-1500:]}
@@ -106,61 +77,47 @@ def run(program: Program, work: Work, scratch: Path, threads: int) -> dict:
     }
 
 
-def measure_case(case: str, some: list[Program], args, folder: Path) -> list[dict]:
-    """All repeats of a case, the programs taking turns."""
+def measure_case(case: str, some: list[Program], args) -> tuple[list[dict], int | None]:
+    """All repeats of a case, the programs taking turns.
+
+    Returns:
+        the runs, and how many tokens the rows train, where that counts
+    """
     shape, count, changes, again = CASES[case]
-    lines = args.data.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["output"].strip()]
+    rows = answered_rows(args.data)
     rows = rows[: min(args.rows or len(rows), count or len(rows))]
-    data = write_rows(folder / f"data-{len(rows)}", rows)
-    work = replace(Work(make_base(shape, folder / shape, args.data), data), **changes)
+    work = replace(_work(shape, args, len(rows), rows), **changes)
     found = []
-    for repeat in range(args.repeats):
-        for program in some:
-            scratch = Path(tempfile.mkdtemp(dir=folder))
-            for turn in ("first", "again") if again else ("first",):
-                measured = run(program, work, scratch, args.threads)
-                found.append({"case": case, "program": program.name, "repeat": repeat, "turn": turn, **measured})
-                print(json.dumps(found[-1]), flush=True)
-            shutil.rmtree(scratch)
-    return found
+    for repeat, program in itertools.product(range(args.repeats), some):
+        turns = ("first", "again") if again else ("first",)
+        found += _runs(case, program, repeat, [(turn, work) for turn in turns], args)
+    return found, trained_tokens(work) if case in WHOLE_RUNS else None
 
 
-def measure_many_rows(some: list[Program], args, folder: Path) -> list[dict]:
+def measure_many_rows(some: list[Program], args) -> list[dict]:
     """This project's peak memory on few and on many rows, which it prepares and begins to train on."""
     found, ours = [], [program for program in some if program.name == OURS]
     for repeat, count, program in itertools.product(range(args.repeats), args.many_rows, ours):
-        data = folder / f"data-{count}"
-        if not data.exists():
-            write_rows(data, endless_rows(args.data, count))
-        scratch = Path(tempfile.mkdtemp(dir=folder))
-        work = Work(make_base("small", folder / "small", args.data), data, max_steps=3)
-        measured = run(program, work, scratch, args.threads)
-        found.append({"case": MANY, "program": OURS, "repeat": repeat, "turn": str(count), **measured})
-        print(json.dumps(found[-1]), flush=True)
-        shutil.rmtree(scratch)
+        work = replace(_work("small", args, f"{count}-numbered", endless_rows(args.data, count)), max_steps=3)
+        found += _runs(MANY, program, repeat, [(str(count), work)], args)
     return found
 
 
-def endless_rows(data: Path, count: int):
-    """`count` rows, those of `data` again and again, each with a number of its own."""
-    rows = [row for row in map(json.loads, data.read_text(encoding="utf-8").splitlines()) if row["output"].strip()]
-    for number, row in enumerate(itertools.islice(itertools.cycle(rows), count)):
-        yield row | {"instruction": f"{row['instruction']} ({number})"}
+def _work(shape: str, args, name, rows) -> Work:
+    key = key_of(args.data)
+    base = made_once(args.folder / f"{shape}-{key}", lambda part: make_base(shape, part, args.data))
+    return Work(base, made_once(args.folder / f"data-{name}-{key}", lambda part: write_rows(part, rows)))
 
 
-def trained_tokens(folder: Path, case: str, args) -> int:
-    """How many labels the rows of a case have, which is the same for every program."""
-    from transformers import AutoTokenizer
-
-    from utils.data_rows import to_messages
-    from utils.template import get_template
-
-    shape, count, _, _ = CASES[case]
-    data = folder / f"data-{min(args.rows or count, count)}" / "rows.jsonl"
-    tokenizer, template = AutoTokenizer.from_pretrained(folder / shape), get_template("qwen2.5")
-    rows = map(json.loads, data.read_text(encoding="utf-8").splitlines())
-    return sum(label != -100 for row in rows for label in template.encode(to_messages(row), tokenizer)["labels"])
+def _runs(case: str, program: Program, repeat: int, turns: list[tuple[str, Work]], args) -> list[dict]:
+    """A program's runs of one repeat, the later ones on what the first prepared."""
+    found = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        for turn, work in turns:
+            measured = run(program, work, Path(scratch), args.threads)
+            found.append({"case": case, "program": program.name, "repeat": repeat, "turn": turn, **measured})
+            print(json.dumps(found[-1]), flush=True)
+    return found
 
 
 def machine(threads: int) -> dict:
@@ -185,6 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write the tables from the kept results")
     args = parser.parse_args(argv)
+    args.programs = [_NAMES.get(name.lower(), name) for name in args.programs or _NAMES.values()]
     raise_if_any(_problems(args))
     return args
 
@@ -198,15 +156,38 @@ def _problems(args: argparse.Namespace) -> list[str]:
         for name, count in counts.items()
         if count is not None and count < 1
     ]
-    for name in args.programs or []:
-        if name not in (OURS, *PEERS):
-            problems.append(f"--programs {name!r} is none.{nearest(name, PEERS)} Allowed: {', '.join((OURS, *PEERS))}")
-    return problems if args.table else problems + _problems_of_rows(args.data)
+    for name in args.programs:
+        if name not in _NAMES.values():
+            allowed = ", ".join(_NAMES.values())
+            problems.append(f"--programs {name!r} is none.{nearest(name, _NAMES.values())} Allowed: {allowed}")
+    problems += _problems_of_output(args.output)
+    if args.table:
+        return problems
+    if args.output == RESULTS and (args.rows or tuple(args.many_rows) != MANY_ROWS):
+        problems.append("--rows and --many_rows are to try the script out; give an --output of its own with them")
+    if any(place.exists() and not place.is_dir() for place in (args.folder, *args.folder.parents)):
+        problems.append(f"--folder {str(args.folder)!r} is no folder, or lies in what is none; give another")
+    return problems + _problems_of_rows(args.data)
+
+
+def _problems_of_output(output: Path) -> list[str]:
+    """Results of hours are not to be lost at the end."""
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if output.is_dir() or (there != output and not there.is_dir()) or not os.access(there, os.W_OK):
+        return [f"--output {str(output)!r} cannot be written; give another file"]
+    if output.exists():
+        try:
+            json.loads(output.read_text(encoding="utf-8"))["runs"]
+        except (ValueError, KeyError, TypeError):
+            return [f"--output {str(output)!r} holds no results of this script; remove it or give another file"]
+    return []
 
 
 def _problems_of_rows(data: Path | None) -> list[str]:
     if data is None or not data.is_file():
-        return [f"--data {str(data) if data else ''!r} is no file; give a jsonl file of alpaca rows"]
+        return [f"--data {str(data)!r} is no file; give a jsonl file of alpaca rows" if data else
+                "--data is missing; give a jsonl file of alpaca rows"]  # fmt: skip
+    answers = 0
     for number, line in enumerate(data.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
@@ -215,29 +196,41 @@ def _problems_of_rows(data: Path | None) -> list[str]:
             texts = (None,)
         if not all(isinstance(text, str) for text in texts):
             return [f"{data}:{number} is no alpaca row; each line is an object with the texts instruction and output"]
-    return []
+        answers += bool(texts[1].strip())
+    return [] if answers else [f"--data {str(data)!r} has no row with an answer"]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     kept = json.loads(args.output.read_text()) if args.output.exists() else {"runs": [], "trained_tokens": {}}
-    if not args.table:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        some = [one for one in programs(args.folder) if not args.programs or one.name in args.programs]
-        kept |= machine(args.threads)
-        for case in args.only:
-            given = (some, args, args.folder)
-            found = measure_many_rows(*given) if case == MANY else measure_case(case, *given)
-            kept["runs"] = [one for one in kept["runs"] if one["case"] != case] + found
-            if case in WHOLE_RUNS:
-                kept["trained_tokens"][case] = trained_tokens(args.folder, case, args)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(kept, indent=1) + "\n")  # a crash costs one case
+    failed = [] if args.table else _measure(args, kept)
     print(table(kept))
     if args.output == RESULTS:
         for page in (ROOT / "README.md", ROOT / "README_zh.md", ROOT / "benchmarks" / "README.md"):
             written = in_chinese(table(kept)) if page.stem.endswith("zh") else table(kept)
             write_table(page, "results/compare.json", written)
+    if failed:
+        print(f"{len(failed)} of the runs failed; what they said is above and in {args.output}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _measure(args, kept: dict) -> list[dict]:
+    """Runs the cases and keeps each at once, in place of what its programs had; returns the runs that failed."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    some, failed = programs(args.folder, args.programs), []
+    kept |= machine(args.threads)
+    for case in args.only:
+        found, tokens = (measure_many_rows(some, args), None) if case == MANY else measure_case(case, some, args)
+        replaced = {(case, one["program"]) for one in found}
+        kept["runs"] = [one for one in kept["runs"] if (one["case"], one["program"]) not in replaced] + found
+        if tokens is not None:
+            kept["trained_tokens"][case] = tokens
+        failed += [one for one in found if "error" in one]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        part = args.output.with_name(f"{args.output.name}.part")
+        part.write_text(json.dumps(kept, indent=1) + "\n")
+        part.replace(args.output)  # a crash costs one case, never half a file
+    return failed
 
 
 if __name__ == "__main__":

@@ -100,11 +100,11 @@ def table(results: dict) -> str:
 
 def _many(results: dict) -> str:
     """The peer of many rows is this project itself on fewer."""
-    peaks: dict[int, dict[str, int]] = {}
+    peaks: dict[int, dict[int, int]] = {}
     for run in results["runs"]:
         if run["case"] == "many rows" and "error" not in run:
-            peaks.setdefault(run["repeat"], {})[run["turn"]] = run["peak"]
-    found = [peak["1000000"] / peak["100000"] for peak in peaks.values() if len(peak) == 2]
+            peaks.setdefault(run["repeat"], {})[int(run["turn"])] = run["peak"]
+    found = [peak[max(peak)] / peak[min(peak)] for peak in peaks.values() if len(peak) == 2]
     return f"{_said(found, MANY_GOAL, less=True)} (itself)" if found else "not measured"
 
 
@@ -121,7 +121,7 @@ def _conditions(results: dict) -> str:
         return "Not measured yet."
     machine = results["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    counts = {run["case"]: run["repeat"] + 1 for run in results["runs"]}
+    counts = {run["case"]: run["repeat"] + 1 for run in results["runs"] if "error" not in run}
     repeats = ", ".join(f"{case} {count}" for case, count in counts.items())
     where = f"{machine['cpu']}, {results['threads']} threads; {versions}."
     return f"{where} Median of the repeats ({repeats}), and their range."

@@ -57,11 +57,12 @@ class Program:
         return [str(self.python), *make(work, out)]
 
 
-def programs(folder: Path) -> list[Program]:
+def programs(folder: Path, names: list[str]) -> list[Program]:
     """This project in the Python that runs this, and its peers in `folder`, installed where they are not yet."""
     offline = {"HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1"}
-    return [Program("LLM-Dojo", Path(sys.executable), offline)] + [
-        Program(name, install(name, folder / name.lower()), offline) for name in INSTALL
+    return [
+        Program(name, install(name, folder / name.lower()) if name in INSTALL else Path(sys.executable), offline)
+        for name in names
     ]
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 from benchmarks import compare, peers
 from benchmarks.compare_table import CHINESE, in_chinese, ratios, table
+from benchmarks.compare_work import made_once
 from benchmarks.peers import Program, Work, environment, write_rows
 from benchmarks.tables import table_in
 from utils.errors import UserError
@@ -75,15 +77,27 @@ def test_a_command_that_fails_is_kept_with_what_it_said(tmp_path, monkeypatch):
 
 def test_bad_flags_are_told_all_at_once_before_anything_is_installed(tmp_path):
     said = refused_by("--repeats", "0", "--threads", "-1", "--many_rows", "0", "5", "--programs", "TLR")
-    for told in ("--repeats 0", "--threads -1", "--many_rows 0", "Did you mean 'TRL'?", "--data '' is no file"):
+    for told in ("--repeats 0", "--threads -1", "--many_rows 0", "Did you mean 'TRL'?", "--data is missing"):
         assert told in said
     assert "invalid choice: 'nothing'" in refused_by("--only", "nothing")
     rows = write_rows(tmp_path, ROWS) / "rows.jsonl"
     assert compare.parse(["--data", str(rows)]).data == rows
+    half = tmp_path / "half.json"
+    half.write_text('{"runs": [')
+    for output, said in (
+        (half, "holds no results"),
+        (tmp_path, "cannot be written"),
+        (half / "x", "cannot be written"),
+    ):
+        assert f"--output '{output}' {said}" in refused_by("--data", str(rows), "--output", str(output))
+    assert "is no folder" in refused_by("--data", str(rows), "--folder", str(half))
+    assert "give an --output of its own" in refused_by("--data", str(rows), "--rows", "5")
     for line in ('{"instruction": "Say hi."}', '{"instruction": "Say hi.", "output": 3}', "[1]", "{"):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(rows.read_text() + line + "\n")
         assert f"{bad}:3 is no alpaca row" in refused_by("--data", str(bad))
+    bad.write_text('{"instruction": "Say hi.", "output": " "}\n')
+    assert "has no row with an answer" in refused_by("--data", str(bad))
 
 
 def refused_by(*flags):
@@ -147,32 +161,69 @@ def test_many_rows_are_set_beside_fewer_of_the_same_repeat():
     assert "| not measured | |" in table(RESULTS)
 
 
-def test_a_whole_case_of_this_project_alone(tmp_path):
+def test_whole_cases_of_this_project_alone(tmp_path):
     """The script itself, on few rows; the peers are not installed by a test."""
-    data = tmp_path / "rows.jsonl"
+    data, output = tmp_path / "rows.jsonl", tmp_path / "new" / "out.json"
     rows = [
         {"instruction": f"Count to {number}.", "output": "one two three " * (number % 5 + 1)} for number in range(24)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    program = Program("LLM-Dojo", Path(sys.executable))
-    args = compare.parse(
-        ["--data", str(data), "--repeats", "1", "--threads", "1", "--folder", str(tmp_path), "--many_rows", "12", "48"]
-    )
-    (found,) = compare.measure_case("default", [program], args, tmp_path)
+    output.parent.mkdir()
+    theirs = made("default", "TRL", 0, steps=3, training=1, peak=1, first_step=1)
+    before = [theirs, made("default", "LLM-Dojo", 7, error="gone"), made("best", "LLM-Dojo", 0, error="gone")]
+    output.write_text(json.dumps({"runs": before, "trained_tokens": {"best": 5}}))
+    flags = ["--data", str(data), "--repeats", "1", "--threads", "1", "--folder", str(tmp_path / "f")]
+    flags += ["--many_rows", "12", "48", "--output", str(output), "--programs", "llm-dojo"]
+    compare.main([*flags, "--only", "default", "many rows"])
+    kept = json.loads(output.read_text())
+    assert kept["runs"][:2] == [theirs, before[2]] and kept["threads"] == 1  # what others measured stays
+    found, few, many = kept["runs"][2:]
     assert found["steps"] == 3 and found["first_step"] > 0 and found["training"] > 0 and found["peak"] > 100e6
-    few, many = compare.measure_many_rows([program], args, tmp_path)
     assert (few["turn"], many["turn"], many["steps"]) == ("12", "48", 3) and few["peak"] > 100e6
-    numbered = (tmp_path / "data-48" / "rows.jsonl").read_text().splitlines()
-    assert len(set(numbered)) == 48
-    args.rows = len(rows)
-    assert compare.trained_tokens(tmp_path, "default", args) > len(rows)
+    (numbered,) = (tmp_path / "f").glob("data-48-numbered-*/rows.jsonl")
+    assert len(set(numbered.read_text().splitlines())) == 48
+    tokenizer = AutoTokenizer.from_pretrained(next((tmp_path / "f").glob("small-*")))
+    answers = sum(len(tokenizer(row["output"] + "<|im_end|>").input_ids) for row in rows)
+    assert kept["trained_tokens"] == {"best": 5, "default": answers}
+    assert not list((tmp_path / "f").glob("tmp*")) and [path.name for path in output.parent.iterdir()] == ["out.json"]
+
+
+def test_a_run_that_fails_ends_with_exit_code_1_and_costs_no_other_result(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(compare, "make_base", lambda shape, folder, data: folder.mkdir())
+    monkeypatch.setattr(Program, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such rows')"])
+    rows = write_rows(tmp_path, ROWS) / "rows.jsonl"
+    flags = ["--data", str(rows), "--folder", str(tmp_path / "f"), "--output", str(output), "--repeats", "1"]
+    with pytest.raises(SystemExit) as end:
+        compare.main([*flags, "--programs", "LLM-Dojo", "--only", "first step"])
+    assert end.value.code == 1 and "1 of the runs failed" in capsys.readouterr().err
+    kept = json.loads(output.read_text())
+    assert [run["error"] for run in kept["runs"]] == ["no such rows\n"] and "(first step" not in table(kept)
+
+
+def test_what_is_half_made_is_made_anew(tmp_path):
+    def make(part, text, fails=False):
+        part.mkdir()
+        (part / "a").write_text(text)
+        if fails:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once(tmp_path / "x", lambda part: make(part, "half", fails=True))
+    for text in ("whole", "never made"):
+        assert (made_once(tmp_path / "x", lambda part, text=text: make(part, text)) / "a").read_text() == "whole"
 
 
 def test_shares_of_a_step():
     """Each operator counts in one group, and the shares add up to all of the time."""
     from benchmarks.profile_steps import shares
 
-    times = {"aten::mm": 6.0, "aten::_scaled_dot_product_flash_attention_for_cpu": 2.0, "aten::embedding": 2.0}
+    times = {
+        "aten::mm": 6.0,
+        "aten::_scaled_dot_product_flash_attention_for_cpu": 2.0,
+        "aten::embedding": 1.0,
+        "aten::expand": 1.0,
+    }
     found = dict(shares(times))
     assert (found["matrix products"], found["attention"], found["the rest"]) == (0.6, 0.2, 0.2)
     assert sum(found.values()) == 1.0
