@@ -74,6 +74,39 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_in_the_middle_of_a_later_epoch(flags, tmp_path):
+    """With the rows of that epoch: the losses of its last steps are those of the undisturbed run."""
+    half = flags.index("--per_device_train_batch_size") + 1
+    run = [
+        *flags[:half],
+        "1",
+        *flags[half + 1 :],
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "99",
+    ]
+    run = ["main_train.py", "--deepspeed", "zero0", *run, "--num_train_epochs", "2"]
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    assert two_processes([*run, "--output_dir", str(whole)]).returncode == 0
+    state = json.loads((whole / "trainer_state.json").read_text())
+    middle = state["max_steps"] * 3 // 4
+    assert state["epoch"] == 2
+    more = ["--resume_from_checkpoint", str(whole / f"checkpoint-{middle}"), "--output_dir", str(later)]
+    done = two_processes([*run, *more])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def losses(folder):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry["loss"] for entry in history if "loss" in entry and entry["step"] > middle}
+
+    assert len(losses(whole)) == state["max_steps"] - middle
+    assert losses(later) == pytest.approx(losses(whole), abs=1e-5)
+
+
 # ---------------------------------------------------------------------- stopped
 @pytest.fixture
 def stopped_run(flags, tmp_path):
@@ -443,6 +476,11 @@ def test_what_changes_the_steps_to_come_is_warned_of(train, begun, tiny_models):
     assert "resuming with seed 7, it was 42" in log and "resuming with max_steps 3, it was 2" in log
     assert "resuming with adam_beta2 0.5, it was 0.999" in log
     assert log.count("resuming with") == 3  # and what is the same is not warned of
+
+
+def test_an_order_that_is_drawn_anew_is_warned_of(train, begun):
+    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--train_sampling_strategy", "group_by_length"]
+    assert "which draws another order of rows" in (train(*flags) / "train.log").read_text(encoding="utf-8")
 
 
 def test_a_finished_run_that_is_resumed_trains_no_step_more(train):

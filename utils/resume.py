@@ -98,4 +98,9 @@ def check_resume(args, train_args, data) -> list[dict]:
     }
     for name, (before, value) in changed.items():
         logger.warning("resuming with {} {}, it was {}: the steps to come will differ", name, value, before)
+    if str(train_args.train_sampling_strategy) == "group_by_length":
+        logger.warning(
+            "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
+            "some rows may be trained twice and others not"
+        )
     return [{"from": str(checkpoint), "changed": changed}]
