@@ -38,6 +38,7 @@ CHINESE = {
     "threads": "线程",
     "Median of the repeats": "各轮的中位数",
     "and their range": "及其范围",
+    " to ": " 至 ",  # of a range; the shortest comes last
 }
 MANY_GOAL = 1.1
 
