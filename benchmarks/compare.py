@@ -143,6 +143,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only write the tables from the kept results")
     args = parser.parse_args(argv)
     args.programs = [_NAMES.get(name.lower(), name) for name in args.programs or _NAMES.values()]
+    args.folder = args.folder.absolute()  # the runs have a working folder of their own
     raise_if_any(_problems(args))
     return args
 
@@ -188,7 +189,9 @@ def _problems_of_rows(data: Path | None) -> list[str]:
         return [f"--data {str(data)!r} is no file; give a jsonl file of alpaca rows" if data else
                 "--data is missing; give a jsonl file of alpaca rows"]  # fmt: skip
     answers = 0
-    for number, line in enumerate(data.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(data.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             texts = (row["instruction"], row["output"], row.get("input", ""))

@@ -35,9 +35,9 @@ def key_of(data: Path) -> str:
 
 
 def answered_rows(data: Path) -> list[dict]:
-    """The rows with an answer."""
-    rows = map(json.loads, data.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row["output"].strip()]
+    """The rows with an answer. Only a line feed ends a line: a text may hold what Python takes for others."""
+    lines = data.read_text(encoding="utf-8").split("\n")
+    return [row for row in (json.loads(line) for line in lines if line.strip()) if row["output"].strip()]
 
 
 def endless_rows(data: Path, count: int):

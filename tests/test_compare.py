@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import compare, peers
 from benchmarks.compare_table import CHINESE, in_chinese, ratios, table
-from benchmarks.compare_work import made_once
+from benchmarks.compare_work import answered_rows, made_once
 from benchmarks.peers import Program, Work, environment, write_rows
 from benchmarks.tables import table_in
 from utils.errors import UserError
@@ -81,7 +81,11 @@ def test_bad_flags_are_told_all_at_once_before_anything_is_installed(tmp_path):
         assert told in said
     assert "invalid choice: 'nothing'" in refused_by("--only", "nothing")
     rows = write_rows(tmp_path, ROWS) / "rows.jsonl"
-    assert compare.parse(["--data", str(rows)]).data == rows
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(
+        '{"instruction": "a\u2028b", "output": "c"}\n\n{"instruction": "a", "output": ""}\n', encoding="utf-8"
+    )
+    assert compare.parse(["--data", str(odd)]).data == odd and len(answered_rows(odd)) == 1
     half = tmp_path / "half.json"
     half.write_text('{"runs": [')
     for output, said in (
