@@ -124,7 +124,11 @@ def check_model_path(
                 "loaded; convert them with save_pretrained(...) of transformers"
             ]
         return _check_config(flag, path, trust_remote_code) or check_weight_files(flag, folder)
-    parent = folder.parent
+    return _check_name(flag, path, folder.parent)
+
+
+def _check_name(flag: str, path: str, parent: Path) -> list[str]:
+    """Whether a path where nothing lies can be a hub's name."""
     looks_local = (
         path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"
     )
