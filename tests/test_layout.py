@@ -23,6 +23,7 @@ FLOW = [
     "template_format",
     "template_auto",
     "template",
+    "data_fields",
     "data_files",
     "check_adapter",
     "check_args",

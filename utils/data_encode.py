@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +40,7 @@ class RowKind:
         columns: lists of token ids, named `…ids`, and of labels, named `…labels`, -100 where nothing is trained.
         pack: what is done with the whole encoded dataset at the end, if anything.
         refuse_long: whether a row that is too long stops the run.
+        unread: raw row → the names of its fields that are not read, to be named in the log.
     """
 
     suffixes: tuple[str, ...]
@@ -49,6 +50,7 @@ class RowKind:
     columns: tuple[str, ...] = ("input_ids", "labels")
     pack: Callable[[Any], Any] | None = None
     refuse_long: bool = False
+    unread: Callable[[Any], list[str]] = lambda row: []
 
 
 class Chunk(NamedTuple):
@@ -75,6 +77,7 @@ class Part:
         dropped: line, reason, kind of each that is left out.
         shortened: lines.
         refused: what is wrong with each row that stops the run.
+        unread: field → how many rows have it without its being read.
     """
 
     file: str
@@ -85,6 +88,7 @@ class Part:
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     shortened: list[int] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
@@ -93,7 +97,9 @@ def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
     lines, values = [], []
     for raw in chunk.rows:
         try:
-            value = _checked(kind, parse_row(raw))
+            raw = parse_row(raw)
+            value = _checked(kind, raw)
+            part.unread.update(kind.unread(raw.value))
         except EmptyRow as error:
             if on_bad_row == "error":
                 part.refused.append(f"{chunk.file}:{raw.line} {error}")

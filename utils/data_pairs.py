@@ -7,6 +7,7 @@ from utils.data_rows import (
     EmptyRow,
     Message,
     WrongTask,
+    check_fields,
     kind_name,
     read_question,
     read_text,
@@ -43,6 +44,7 @@ def to_pair(row: Any) -> Pair:
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     prompt, chosen, rejected = read_pair(row)
+    check_fields(row, "pair", [*prompt, *chosen, *rejected])
     check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(name, answer)
@@ -81,7 +83,7 @@ def _read_prompt(row: dict) -> list[Message] | None:
     for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
                              ("conversations", "from", "value")):  # fmt: skip
         if isinstance(row.get(name), list):
-            _refuse_beside(row, name, "instruction", "input", "history", "prompt")
+            _refuse_beside(row, name, "instruction", "input", "history", "prompt", "messages", "conversations")
             return with_system(read_turns(row[name], name, role, text), row)
     for name in ("prompt", "instruction"):
         if name in row:

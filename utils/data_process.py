@@ -25,7 +25,7 @@ from utils.launch import is_first_here
 from utils.record import sha256_of
 
 _BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
-_FORMAT_VERSION = 4  # raise it when a change here makes other ids, labels or another report of the same row
+_FORMAT_VERSION = 5  # raise it when a change here makes other ids, labels or another report of the same row
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -221,6 +221,7 @@ def _count(report: DataReport, part: Part) -> None:
         report.drop(part.file, line, reason, what)
     for line in part.shortened:
         report.shorten(part.file, line)
+    report.note_unread(part.file, part.unread)
 
 
 def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[str]) -> None:

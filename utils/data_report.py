@@ -39,6 +39,7 @@ class DataReport:
         key: a hash of everything the prepared rows depend on.
         files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256.
         kinds: the same places → how such rows are counted; `counted` place → how many there are.
+        unread: file → field that is not read → how many rows have it.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
@@ -53,6 +54,7 @@ class DataReport:
     hashes: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
     shortened: int = 0
     shortened_at: dict[str, list[int]] = field(default_factory=dict)
 
@@ -67,6 +69,16 @@ class DataReport:
         """Counts a row that lost its oldest turns, and keeps where it stands."""
         self.shortened += 1
         self._keep(self.shortened_at, f"{file} was shortened", line)
+
+    def note_unread(self, file: str, fields: dict[str, int]) -> None:
+        """Counts fields of the rows that are not read."""
+        for name, count in fields.items():
+            counts = self.unread.setdefault(file, {})
+            counts[name] = counts.get(name, 0) + count
+
+    def unread_fields(self) -> list[str]:
+        """`["a.jsonl: fields not read: 'quality' (12 rows), 'notes' (3 rows)"]`"""
+        return [f"{file}: fields not read: {_name_fields(counts)}" for file, counts in self.unread.items()]
 
     def _keep(self, places: dict[str, list[int]], place: str, line: int) -> None:
         self.counted[place] = self.counted.get(place, 0) + 1
@@ -88,6 +100,8 @@ class DataReport:
             self.tokens,
             share,
         )
+        for line in self.unread_fields():
+            logger.warning("{}: {}", name, line)
         if self.shortened:
             places = _name_lines(self.shortened_at)
             logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)
@@ -117,6 +131,12 @@ def _name_lines(places: dict[str, list[int]]) -> str:
         more = " and more" if len(numbers) == _LINES else ""
         lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
     return "".join(lines) + ("\n  …" if len(places) > SHOWN else "")
+
+
+def _name_fields(counts: dict[str, int]) -> str:
+    named = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN]
+    text = ", ".join(f"{name!r} ({count:,} row{'s' * (count != 1)})" for name, count in named)
+    return text + (f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")
 
 
 def source_of(file: int, line: int) -> int:

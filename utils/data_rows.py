@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from utils.data_fields import conversation_kind, field_problem, is_empty
+
 Message = dict[str, Any]
 
 # what other programs call the roles
@@ -72,22 +74,33 @@ def to_messages(row: Any) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
-    if "messages" in row:
+    kind = conversation_kind(row)
+    if kind == "messages":
         messages = read_turns(row["messages"], "messages", "role", "content")
-    elif "conversations" in row:
+    elif kind == "conversations":
         messages = read_turns(row["conversations"], "conversations", "from", "value")
-    elif "output" in row or ("instruction" in row and looks_like(row) is None):
-        return with_tools(_from_instruction(row), row.get("tools"))
+    elif kind == "instruction" or ("instruction" in row and looks_like(row) is None):
+        messages = _from_instruction(row)
+        check_fields(row, "instruction", messages)
+        return with_tools(messages, row.get("tools"))
     else:
         raise WrongTask(row, FORMATS)
+    check_fields(row, kind, messages)
     messages = with_system(messages, row)
     _check_answers(messages)
     return with_tools(messages, row.get("tools"))
 
 
+def check_fields(row: dict, kind: str, messages: list[Message]) -> None:
+    """Refuses a row with a field that would be left unread and matters; see `data_fields.field_problem`."""
+    problem = field_problem(row, kind, messages)
+    if problem:
+        raise BadRow(problem)
+
+
 def with_system(messages: list[Message], row: dict) -> list[Message]:
     """A row's field 'system' stands before the turns."""
-    if not row.get("system"):
+    if is_empty(row.get("system")):
         return messages
     if messages[0]["role"] == "system":
         raise BadRow("has a field 'system' and a system turn as well; keep one of them")
@@ -114,6 +127,7 @@ def to_text(row: Any) -> str:
     if "text" not in row:
         raise WrongTask(row, '{"text": …}')
     text = read_text(row, "text")
+    check_fields(row, "text", [])
     if not text.strip():
         raise EmptyRow("has an empty text")
     return text
@@ -133,14 +147,16 @@ def read_question(row: dict, field: str) -> list[Message]:
     `{"instruction": "Add.", "input": "1, 2"}` → `[{"role": "user", "content": "Add.\\n1, 2"}]`
     """
     messages: list[Message] = []
-    if row.get("system") is not None and read_text(row, "system"):
+    if not is_empty(row.get("system")):
+        read_text(row, "system")
         messages.append({"role": "system", "content": row["system"]})
     for turn, pair in enumerate(_history(row), 1):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow(f"has a history whose turn {turn} is not a pair of texts [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = read_text(row, field)
-    if row.get("input") is not None and read_text(row, "input"):
+    if not is_empty(row.get("input")):
+        read_text(row, "input")
         question = f"{question}\n{row['input']}" if question else row["input"]
     if not question.strip():
         raise BadRow(f"has an empty {field}")
@@ -149,7 +165,7 @@ def read_question(row: dict, field: str) -> list[Message]:
 
 def _history(row: dict) -> list:
     history = row.get("history")
-    if history in (None, ""):
+    if is_empty(history):
         return []
     if not isinstance(history, list):
         raise BadRow(f"has {kind_name(history)} in 'history', not a list of [question, answer]")
@@ -192,7 +208,7 @@ def _said(turn: dict, field: str) -> dict:
 
 def with_tools(messages: list[Message], tools: Any) -> list[Message]:
     """The tools of a row go with its first message, whatever turns are cut away."""
-    if tools in (None, []):
+    if tools != {} and is_empty(tools):
         return messages
     if not isinstance(tools, list):
         raise BadRow(f"has {kind_name(tools)} in 'tools', not a list of tool descriptions")
@@ -217,6 +233,8 @@ def read_text(row: dict, field: str) -> str:
 
 
 def kind_name(value: Any) -> str:
+    if isinstance(value, float) and value != value:
+        return "NaN (an empty cell)"
     names: list[tuple[Any, str]] = [
         (type(None), "null"),
         (bool, "true or false"),

@@ -141,6 +141,7 @@ def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[
     for finding in findings:
         if finding.code == "ROW_TOO_LONG":
             finding.message += measure({p: report.places[p] for p in report.places if report.kinds[p] == TOO_LONG})
+    findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()]
     if report.shortened:
         places = {
             split_place(place, report.files)[0]: Places(lines, report.counted[place])

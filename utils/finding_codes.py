@@ -119,6 +119,11 @@ CODES = {
         "Raise --max_len (for pairs --max_prompt_length as well), or cut the rows up",
         "增大 --max_len（偏好对还有 --max_prompt_length），或把行拆短",
     ),
+    "FIELDS_UNREAD": Code(
+        NOTE, False, "Rows have fields that are not read", "有的字段不会被读取",
+        "Nothing to do where they only describe the row; what is to be trained belongs into the fields of a format",
+        "若只是描述信息，无须处理；要训练的内容须放进所用格式的字段",
+    ),
     "DUPLICATE_ROWS": Code(
         WARNING, False, "Rows stand more than once", "有重复的行",
         "Take the repeats out: a row that stands twice counts twice", "删去重复的行：出现两次就会算两次",

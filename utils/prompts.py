@@ -6,7 +6,17 @@ from typing import Any
 
 from utils.data_files import find_files, read_rows
 from utils.data_pairs import check_prompt, read_pair
-from utils.data_rows import BadRow, Message, kind_name, read_question, read_text, read_turns, with_system, with_tools
+from utils.data_rows import (
+    BadRow,
+    Message,
+    check_fields,
+    kind_name,
+    read_question,
+    read_text,
+    read_turns,
+    with_system,
+    with_tools,
+)
 from utils.errors import UserError
 
 PROMPT_FORMATS = (
@@ -78,6 +88,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     row = {name: value for name, value in row.items() if value is not None}  # a table has every column in every row
+    check_fields(row, "prompt", [])
     messages, answer = _read(row)
     if not messages:
         raise BadRow("has an answer and no prompt before it")

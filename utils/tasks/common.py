@@ -1,6 +1,7 @@
 """What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
 
 import copy
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from loguru import logger
 
 from utils.adapter import adapter_weights, settle_trainable
+from utils.data_fields import unread_fields
 from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
 from utils.errors import UserError
 from utils.imports import leave_deepspeed_out
@@ -67,6 +69,7 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
         columns=columns or RowKind.columns,
         pack=pack if packing else None,
         refuse_long=args.overlong == "error",
+        unread=functools.partial(unread_fields, key["task"]),
     )
 
 

@@ -1,0 +1,109 @@
+"""Fields beside those that are read: refused where they matter, named once a file where their meaning is not known."""
+
+import pytest
+import tiny
+from conftest import write_rows
+
+from utils.data_fields import DESCRIPTIVE, unread_fields
+from utils.data_pairs import to_pair
+from utils.data_rows import BadRow, EmptyRow, to_messages, to_text
+from utils.prompts import to_prompt
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+OTHER = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+CHAT, PLAIN = {"messages": [USER, ANSWER]}, {"instruction": "Hi", "output": "Hello"}
+PAIR, TEXT = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, {"text": "Hi"}
+READERS = {"chat": (to_messages, CHAT), "plain": (to_messages, PLAIN), "pair": (to_pair, PAIR), "text": (to_text, TEXT)}
+LOST = {
+    "images": ["cat.png"],
+    "image": {"bytes": "x"},
+    "videos": ["cat.mp4"],
+    "audio": "cat.wav",
+    "system_prompt": "Talk like a pirate.",
+    "functions": [{"name": "f"}],
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("name", LOST)
+def test_content_that_would_be_lost_is_refused_by_name(kind, name):
+    read, row = READERS[kind]
+    with pytest.raises(BadRow, match=f"has a field '{name}', which is not read: ") as error:
+        read({**row, name: LOST[name]})
+    assert not isinstance(error.value, EmptyRow)
+    read({**row, name: None})
+    read({**row, name: type(LOST[name])()})
+
+
+@pytest.mark.parametrize("name", ["images", "system_prompt"])
+def test_what_is_asked_of_a_model_is_whole_as_well(name):
+    with pytest.raises(BadRow, match=f"has a field '{name}'"):
+        to_prompt({**PLAIN, name: LOST[name]})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**CHAT, "conversations": OTHER}, "has 'conversations' beside 'messages', which is the conversation already"),
+        ({**CHAT, "instruction": "X", "output": "Y"}, "has 'instruction' beside 'messages'"),
+        ({**CHAT, "output": "Y"}, "has 'output' beside 'messages'"),
+        ({**CHAT, "chosen": [USER, USER], "rejected": "Y"}, "has 'chosen' beside 'messages'"),
+        ({**CHAT, "completion": [ANSWER]}, "has 'completion' beside 'messages'"),
+        ({"conversations": OTHER, "output": "Y"}, "has 'output' beside 'conversations'"),
+        ({**PLAIN, "rejected": "Y"}, "has 'rejected' beside 'output'"),
+        ({**PLAIN, "response": "Y"}, "has 'response' beside 'output'"),
+        ({**PLAIN, "reasoning": "I think."}, "has a field 'reasoning', which is not read"),
+        ({**PAIR, "output": "Y"}, "has 'output' beside 'chosen'"),
+        ({**PAIR, "prompt": [USER], "messages": [USER]}, "has 'messages' beside 'prompt'"),
+        ({**PLAIN, "label": False}, "has 'label' False, the mark of an answer that is not wanted"),
+        ({**CHAT, "label": "False"}, "has 'label' 'False'"),
+        ({**CHAT, "weight": 0}, "has 'weight' 0"),
+        ({**PAIR, "weight": 0.5}, "has 'weight' 0.5"),
+    ],
+)
+def test_a_second_conversation_and_marks_of_bad_answers_are_refused(row, said):
+    with pytest.raises(BadRow) as error:
+        (to_pair if "chosen" in row and "messages" not in row or "prompt" in row else to_messages)(row)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHAT, "prompt": "Hi ", "prompt_id": "f0"},  # ultrachat_200k
+        {**CHAT, "prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, USER]},  # ultrafeedback_binarized
+        {**CHAT, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {**CHAT, "conversations": None, "instruction": "", "output": float("nan"), "images": []},
+        {**PLAIN, "messages": None, "conversations": None, "label": True, "weight": 1},
+        {**PLAIN, "response": "Hello", "system": " ", "input": "\n", "tools": "", "history": float("nan")},
+    ],
+)
+def test_what_only_repeats_or_holds_nothing_is_no_second_conversation(row):
+    assert to_messages(row) == [USER, ANSWER]
+
+
+def test_a_row_of_empty_columns_is_told_by_the_column_that_is_not_null():
+    with pytest.raises(EmptyRow):
+        to_messages({"messages": None, "conversations": None, "instruction": "Hi", "output": ""})
+
+
+def test_unread_fields_are_those_neither_read_nor_descriptive():
+    row = {**PLAIN, "id": 3, "source": "web", "score": 4.5, "notes": None, "hint": ""}
+    assert unread_fields("sft", row) == ["score"]
+    assert unread_fields("dpo", {**PAIR, "margin": 2}) == ["margin"]
+    assert unread_fields("pretrain", {**TEXT, "label": 0, "url": "x"}) == ["label"]
+    assert not DESCRIPTIVE & {"messages", "output", "images", "label", "score"}
+
+
+def test_a_file_names_its_unread_fields_once_and_the_doctor_too(train, tiny_models, tmp_path, capsys):
+    from utils.script import doctor
+
+    rows = [{**row, "score": 5, "id": place} for place, row in enumerate(tiny.ROWS)]
+    data = write_rows(tmp_path / "scored.jsonl", rows)
+    log = (train("--num_train_epochs", "1", data=data) / "train.log").read_text(encoding="utf-8")
+    (line,) = [line for line in log.splitlines() if "not read" in line]
+    assert "WARNING" in line and line.endswith(f"train data: {data}: fields not read: 'score' ({len(rows)} rows)")
+    capsys.readouterr()
+    doctor.main(["--model_name_or_path", tiny_models(), "--train_data_path", data])
+    assert "FIELDS_UNREAD" in capsys.readouterr().out

@@ -1,0 +1,138 @@
+"""The fields of a row: which are read, which only describe it, and which would change what is trained if left unread."""
+
+from typing import Any
+
+# fields that describe a row and say nothing that could be trained
+DESCRIPTIVE = frozenset(
+    "id _id idx index uid uuid key hash prompt_id conversation_id conversation_hash row_id question_id "
+    "source sources dataset data_source origin origin_dataset original_dataset repo file file_path path dump url "
+    "category categories domain subject topic topics task task_type type lang language languages language_score "
+    "tag tags meta metadata info extra version split subset license licence author authors created created_at date "
+    "time timestamp updated_at model models model_name generator teacher tokens token_count num_tokens n_tokens "
+    "length num_turns title parallel_tool_calls score_chosen score_rejected chosen_model rejected_model "
+    "__index_level_0__ difficulty level".split()
+)
+MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
+_SYSTEM = "name it 'system' to have it read"
+# fields whose content would be lost: a row that has one is refused, and this says what to do
+REFUSED = {
+    **dict.fromkeys("image images image_url image_path video videos audio audios".split(), MEDIA),
+    **dict.fromkeys("system_prompt system_message sys_prompt".split(), _SYSTEM),
+    "functions": "name it 'tools', each as {\"type\": \"function\", \"function\": …}, to have them read",
+    "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
+    "documents": "put them into a turn, or remove the field",
+}
+# in a row of {"instruction", "output"} these are part of the answer; elsewhere their meaning is not known
+_REASONING = dict.fromkeys(
+    ("reasoning_content", "reasoning", "thinking"),
+    "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
+)
+# row type → the fields that are read
+READ = {
+    "messages": ("messages", "system", "tools"),
+    "conversations": ("conversations", "system", "tools"),
+    "instruction": ("instruction", "input", "output", "system", "history", "tools"),
+    "pair": (
+        "prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", "chosen",
+        "rejected", "reject",
+    ),
+    "text": ("text",),
+    "prompt": (
+        "prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", "chosen",
+        "rejected", "reject", "output", "reference",
+    ),
+}  # fmt: skip
+_MAIN = {"instruction": "output", "pair": "chosen"}  # row type → the field named in a message, where it is another
+# fields that hold a question, an answer or both; beside the ones that are read they are a second conversation
+_CONVERSATION = (
+    "messages", "conversations", "conversation", "instruction", "input", "output", "history", "prompt", "completion",
+    "response", "chosen", "rejected", "reject",
+)  # fmt: skip
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field has no value: null, NaN (pandas' empty cell), a blank text, an empty list or object.
+
+    Tables have every column in each row, so a field without a value counts as one that is not there.
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or value in ([], {})
+
+
+def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
+    """What is wrong with the fields that are not read; None where nothing that matters is left out.
+
+    `field_problem({"messages": […], "images": ["a.png"]}, "messages")` → `"has a field 'images', which is not read: …"`
+
+    Args:
+        row: as it stands in its file.
+        kind: a key of `READ`.
+        turns: the messages read from it; a field that repeats one, or all of them, is no second conversation.
+    """
+    refused = REFUSED | _REASONING if kind == "instruction" else REFUSED
+    for name, value in row.items():
+        if name in READ[kind] or name in DESCRIPTIVE or is_empty(value):
+            continue
+        if name in refused:
+            return f"has a field {name!r}, which is not read: {refused[name]}"
+        if kind in ("text", "prompt"):
+            continue
+        if name in _CONVERSATION and not _repeats(name, row, kind, turns):
+            return f"has {name!r} beside {_MAIN.get(kind, kind)!r}, which is the conversation already; keep one of them"
+        if name == "label" and _is_false(value):
+            return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
+        if name == "weight" and value not in (1, "1", "1.0"):
+            return f"has 'weight' {value!r}, and all rows count alike; remove the field, or the row if it must not count"
+    return None
+
+
+def unread_fields(task: str, row: Any) -> list[str]:
+    """The fields of a row without a `field_problem` that are neither read nor known to be descriptive.
+
+    `unread_fields("sft", {"instruction": "Hi", "output": "Hello", "id": 3, "quality": 5})` → `["quality"]`
+
+    Args:
+        task: `pretrain`, `sft` or `dpo`.
+        row: as it stands in its file.
+    """
+    if not isinstance(row, dict):
+        return []
+    kind = {"pretrain": "text", "dpo": "pair"}.get(task) or conversation_kind(row) or "instruction"
+    return [
+        str(name)
+        for name, value in row.items()
+        if name not in READ[kind] and name not in DESCRIPTIVE and not is_empty(value)
+    ]
+
+
+def conversation_kind(row: dict) -> str | None:
+    """Which field holds an SFT row's conversation, a key of `READ`; None where no field does.
+
+    A field without a value gives way to one that has one.
+    """
+    names = {"messages": "messages", "conversations": "conversations", "output": "instruction"}
+    filled = [kind for name, kind in names.items() if not is_empty(row.get(name))]
+    empty = sorted((row[name] is None, place, kind) for place, (name, kind) in enumerate(names.items()) if name in row)
+    return (filled or [kind for *_, kind in empty] or [None])[0]
+
+
+def _repeats(name: str, row: dict, kind: str, turns: list[dict]) -> bool:
+    """Whether a field says what a turn says, or what the whole conversation says.
+
+    A rejected answer beside a conversation that is the chosen one (UltraFeedback) is no second conversation either.
+    """
+    value = row["chosen"] if name in ("rejected", "reject") and row.get("chosen") else row[name]
+    if isinstance(value, str):
+        return value.strip() in {str(turn.get("content")).strip() for turn in turns}
+    if not isinstance(value, list):
+        return False
+    return value == row.get(kind) or [_said(turn) for turn in value] == [_said(turn) for turn in turns]
+
+
+def _said(turn: Any) -> Any:
+    return turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
+
+
+def _is_false(value: Any) -> bool:
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
