@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ------------------------------------------------------------------ template and tokenizer
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer) if task.USES_TEMPLATE else None
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
 
     # ------------------------------------------------------------------ datasets and collator
     data = task.load_datasets(args, train_args, template, tokenizer)

@@ -59,6 +59,9 @@ class CommonArgs:
         "lora", "What is trained: every weight, low-rank adapters, or adapters on a base quantised to 4 bits (NF4)."
     )
     template_name: str = arg("qwen", "The chat format; it must be the one the base model knows.")
+    template_date: str | None = arg(
+        None, "The day, as 2026-01-31, that a template of `auto` prints. Default: today, and of a resumed run its own."
+    )
     max_len: int = arg(1024, "The longest row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The longest prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(
@@ -194,8 +197,8 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
         join_deepspeed()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
     problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
-    train_args.output_dir, train_args.resume_from_checkpoint = agree(
-        (train_args.output_dir, train_args.resume_from_checkpoint)
+    train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = agree(
+        (train_args.output_dir, train_args.resume_from_checkpoint, common.template_date)
     )
     raise_if_any(problems)
     sources.note_step("trainer", train_args, common)

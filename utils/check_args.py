@@ -1,5 +1,6 @@
 """Every check of the arguments that needs no model, and the defaults that depend on others."""
 
+import datetime
 import math
 import os
 import re
@@ -172,6 +173,15 @@ def _check_numbers(common) -> list[str]:
     problems = [
         f"--{name} {getattr(common, name)} is not allowed; give {allowed}" for name, ok, allowed in rules if not ok
     ]
+    if common.template_date is not None and not _is_date(common.template_date):
+        problems.append(f"--template_date {common.template_date!r} is not allowed; give a day as 2026-01-31")
     if common.eval_data_path and common.val_size:
         problems.append(f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one")
     return problems
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

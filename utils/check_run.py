@@ -173,6 +173,8 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
             "end; give the folder of the run, or leave the flag out to start anew (--overwrite_output_dir true there)"
         ]
     train_args.resume_from_checkpoint = str(whole[-1])
+    if common.template_date is None:  # of the rows that were trained on before
+        common.template_date = read_manifest(whole[-1])["settings"].get("must", {}).get("template_date")
     newer = newer_than(str(whole[-1]), folder)
     if newer and not common.overwrite_output_dir:
         return [

@@ -1,7 +1,8 @@
 """Files → checked rows → token ids and labels, made once and kept on disk.
 
 A prepared dataset lies in a folder named by a hash of everything it depends on: the files'
-content, the template, the tokenizer, the lengths. A second start finds it there.
+content, the template, the tokenizer, the lengths, the libraries that encode and pack. A second
+start finds it there.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from loguru import logger
 
 from utils.data_encode import Part, RowKind, encoded_parts
 from utils.data_files import find_files
+from utils.data_keys import check_unchanged, content_key, rows_key
 from utils.data_report import SHOWN, TOO_LONG, DataReport, refuse_nothing_left
 from utils.errors import UserError, is_about_the_disk
-from utils.launch import is_first_here
-from utils.record import sha256_of
+from utils.launch import all_of, is_first_here
+from utils.record import checksum
 
 _BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
-_FORMAT_VERSION = 5  # raise it when a change here makes other ids, labels or another report of the same row
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -43,13 +44,14 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
         (datasets.Dataset with input_ids and labels, DataReport)
 
     Raises:
-        UserError: a missing file, rows that cannot be used, or none that can.
+        UserError: a missing file, rows that cannot be used, or none that can; a file that was changed meanwhile.
     """
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
-    hashes = {file: sha256_of(file) for file in files}
-    content = _content_key(hashes, kind, on_bad_row)
+    sums = {file: checksum(file) for file in files}
+    hashes = {file: sha for file, (sha, _) in sums.items()}
+    content = content_key(hashes, kind, on_bad_row)
     # the names stand in the report, so they are part of what is kept
     folder = _cache_root(cache_dir) / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
@@ -60,7 +62,7 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
         else:
             started = time.perf_counter()
             try:
-                prepared = _prepare(files, kind, on_bad_row, folder, workers)
+                prepared = _prepare(hashes, kind, on_bad_row, folder, workers)
             except Exception as error:
                 if not is_about_the_disk(error):
                     raise
@@ -70,7 +72,10 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
                 ) from error
             logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
     dataset, report = prepared
-    report.key, report.files, report.hashes = content, files, hashes
+    report.files, report.hashes = files, hashes
+    report.bytes_of = {file: size for file, (_, size) in sums.items()}
+    if len(set(all_of([report.key]))) > 1:
+        raise UserError(f"{flag}: the processes have read different rows; give each machine the same files")
     report.log(name)
     return dataset, report
 
@@ -128,31 +133,29 @@ def _cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
 
 
-def _content_key(hashes: dict[str, str], kind: RowKind, on_bad_row: str) -> str:
-    parts = {"version": _FORMAT_VERSION, "on_bad_row": on_bad_row, **kind.key}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for sha in hashes.values():
-        digest.update(bytes.fromhex(sha))
-    return digest.hexdigest()[:32]
+def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
+    """Reads, checks and encodes the rows, and moves them into the cache when they are whole.
 
+    Args:
+        hashes: file → the sha256 that the cache's folder is named by.
+        kind, on_bad_row, folder, workers: as in `load_rows`.
 
-def tokenizer_key(tokenizer) -> str:
-    """A hash that changes with anything in the tokenizer that changes ids."""
-    state = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(state.encode()).hexdigest()
-
-
-def _prepare(files: list[str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
-    """Reads, checks and encodes the rows, and moves them into the cache when they are whole."""
+    Raises:
+        UserError: what was read is not what was hashed.
+    """
     from datasets import Dataset, load_from_disk
 
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
-        report = _write_rows(files, kind, on_bad_row, scratch / "encoded.arrow", workers)
+        report = _write_rows(list(hashes), kind, on_bad_row, scratch / "encoded.arrow", workers)
+        check_unchanged(hashes)
         dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
         if kind.pack:
-            kind.pack(dataset).save_to_disk(str(scratch / "rows"))
+            dataset = kind.pack(dataset)
+            report.key = rows_key(dataset)
+            dataset.save_to_disk(str(scratch / "rows"))
         else:
+            report.key = rows_key(dataset)
             _keep_as_written(dataset, scratch / "encoded.arrow", scratch / "rows")
         sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
         report_file = scratch / "rows" / "report.json"

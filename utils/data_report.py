@@ -36,8 +36,8 @@ class DataReport:
         tokens: all their tokens; `trained_tokens` those with a label.
         dropped: reason → how many rows.
         places: `"file reason"` → the lines of the first hundred such rows.
-        key: a hash of everything the prepared rows depend on.
-        files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256.
+        key: a hash of the prepared ids and labels.
+        files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256, `bytes_of` its size.
         kinds: the same places → how such rows are counted; `counted` place → how many there are.
         unread: file → field that is not read → how many rows have it.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
@@ -52,6 +52,7 @@ class DataReport:
     key: str = ""
     files: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
+    bytes_of: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)

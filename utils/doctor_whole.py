@@ -61,7 +61,7 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
             _attempt(examined, "lengths, disk and memory", lambda: _check_model(args))
     if tokenizer is not None and task.USES_TEMPLATE and "template_name" not in aside:
         try:
-            template = get_template(args.template_name, tokenizer)
+            template = get_template(args.template_name, tokenizer, args.template_date)
         except UserError as error:
             code = "TEMPLATE_TOKEN_SPLIT" if "must be one token" in str(error) else "ARGUMENTS"
             found += [Finding(code, problem) for problem in error.problems]

@@ -90,7 +90,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     """
     task = get_task(args.task_type)
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer) if task.USES_TEMPLATE else None
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
     padded = args.task_type == "dpo_multi" or not use_padding_free(args, train_args)

@@ -44,7 +44,8 @@ class Subject:
         self.dropout, self.flags, self.scratch = dropout, flags, scratch
         self.task = get_task(args.task_type)
         self.tokenizer = tokenizer_of(args)
-        self.template = get_template(args.template_name, self.tokenizer) if self.task.USES_TEMPLATE else None
+        template = (args.template_name, self.tokenizer, args.template_date)
+        self.template = get_template(*template) if self.task.USES_TEMPLATE else None
         self.data = self._choose(count)
         self.rows: list[dict] = list(self.data.train)
         self.base_logits: list = []

@@ -55,16 +55,21 @@ def run_record(args, train_args, data) -> dict:
 
 def _rows_record(report) -> dict:
     files = [
-        {"file": file, "bytes": Path(file).stat().st_size, "sha256": report.hashes[file]} for file in report.files
-    ]  # fmt: skip
+        {"file": file, "bytes": report.bytes_of[file], "sha256": report.hashes[file]} for file in report.files
+    ]
     names = ("rows", "kept", "dropped", "shortened", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}
 
 
 def sha256_of(file: str) -> str:
     """A file's hash, as `sha256sum` says it."""
+    return checksum(file)[0]
+
+
+def checksum(file: str) -> tuple[str, int]:
+    """A file's sha256, and of how many bytes it is."""
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest(), content.tell()
 
 
 def launcher() -> dict:

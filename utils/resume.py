@@ -14,7 +14,7 @@ from utils.launch import world_size
 
 # a checkpoint made with another of these is a checkpoint of another model
 _SAME = (
-    "task_type", "train_mode", "template_name", "max_len", "max_prompt_length", "train_on", "use_dora", "lora_rank",
+    "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora", "lora_rank",
     "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens", "val_size",
 )  # fmt: skip
 # with another value of the recipe's it can be gone on from, but the steps to come are not those of the undisturbed run;

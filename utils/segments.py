@@ -154,7 +154,9 @@ def special_pattern(tokenizer) -> re.Pattern | None:
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names |= set(tokenizer.all_special_tokens)
     names = {name for name in names if len(name) > 1}
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+    # the longest first, since a regular expression takes the first that matches
+    ordered = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, ordered))) if names else None
 
 
 def _break_special(segments: list[Segment], special: re.Pattern | None) -> tuple[list[Segment], str | None]:

@@ -25,18 +25,19 @@ def register_template(**data) -> Template:
     return template
 
 
-def get_template(name: str, tokenizer=None) -> Template | AutoTemplate:
+def get_template(name: str, tokenizer=None, date: str | None = None) -> Template | AutoTemplate:
     """Looks a template up and fits it to a tokenizer.
 
     Args:
         name: a name of `template_dict`, or `auto` for the tokenizer's own chat template.
         tokenizer: gives the texts of `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
+        date: the day that `auto` prints where the tokenizer's chat template prints one; None for today.
 
     Raises:
         UserError: an unknown name, or a stop token which is not one token of the tokenizer.
     """
     if name == "auto":
-        return AutoTemplate.of(tokenizer)
+        return AutoTemplate.of(tokenizer, date)
     if name not in template_dict:
         raise UserError(unknown_template(name))
     bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")

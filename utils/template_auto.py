@@ -1,8 +1,9 @@
 """`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
 
+import importlib.metadata
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from utils.errors import UserError
@@ -15,6 +16,7 @@ from utils.segments import (
     only_answers,
     special_pattern,
 )
+from utils.template_day import on_day, prints_date, today
 
 Message = dict[str, Any]
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -32,17 +34,23 @@ class AutoTemplate:
         chat_template: the Jinja text.
         tokens: the tokenizer's special tokens by name, which the template may use.
         special: matches the special tokens' texts.
+        date: the day that the template prints, `2026-01-31`, at midnight; empty where it prints none.
         name: `auto`.
     """
 
     chat_template: str
     tokens: tuple[tuple[str, str], ...]
-    special: re.Pattern
+    special: re.Pattern = field(repr=False)
+    date: str = ""
     name: str = "auto"
 
     @classmethod
-    def of(cls, tokenizer) -> "AutoTemplate":
+    def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
         """The template that `tokenizer` brings.
+
+        Args:
+            tokenizer: with a chat template.
+            date: the day that the template prints, if it prints one; None for today.
 
         Raises:
             UserError: it brings none, or one whose answers cannot be told from the rest.
@@ -54,7 +62,8 @@ class AutoTemplate:
                 "choose a template by name"
             )
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
-        template = cls(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer))
+        date = (date or today()) if prints_date(tokenizer) else ""
+        template = cls(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer), date)
         template.check(_PROBE)
         return template
 
@@ -75,17 +84,24 @@ class AutoTemplate:
         tools = messages[0].get("tools")
         plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
-            texts, marks = render_jinja_template(
-                [plain],
-                tools=tools,
-                chat_template=self.chat_template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self._has_marks(),
-                **dict(self.tokens),
-            )
+            with on_day(self.date):
+                texts, marks = render_jinja_template(
+                    [plain],
+                    tools=tools,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self._has_marks(),
+                    **dict(self.tokens),
+                )
         except Exception as error:  # Jinja's own, or whatever the template's code runs into
             raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
         return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    @property
+    def key(self) -> str:
+        """Everything the renderings depend on, for the cache of prepared rows."""
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
+        return f"{self!r} {', '.join(versions)}"
 
     def _has_marks(self) -> bool:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None

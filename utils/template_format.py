@@ -190,6 +190,11 @@ class Template:
         """The token that ends an answer."""
         return self.stop or self.closing
 
+    @property
+    def key(self) -> str:
+        """Everything the renderings depend on, for the cache of prepared rows."""
+        return repr(self)
+
     def to_jinja(self) -> str:
         """The format as a Jinja chat template, saved as `tokenizer.chat_template`."""
         return to_jinja(self)

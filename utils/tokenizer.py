@@ -6,7 +6,9 @@ from pathlib import Path
 from loguru import logger
 
 from utils.errors import UserError
+from utils.launch import agree
 from utils.template import Template
+from utils.template_day import prints_date, today
 
 # a reserved token is better than eos: it never stands for anything else
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
@@ -50,12 +52,16 @@ def tokenizer_of(args):
     """The tokenizer of a run: the base's, where `auto` asks for it with the chat template of the adapter to go on from.
 
     Args:
-        args: CommonArgs.
+        args: CommonArgs. `template_date` is set to today where the chat template prints a day and none is given.
     """
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
     if args.template_name == "auto" and args.adapter_name_or_path and saved.is_file():
         tokenizer.chat_template = saved.read_text(encoding="utf-8")
+    if args.template_name == "auto" and prints_date(tokenizer):
+        args.template_date = args.template_date or agree(today())  # midnight may pass between two processes
+    elif args.template_date:
+        logger.warning("--template_date {}: the template prints no day, so it changes nothing", args.template_date)
     return tokenizer
 
 

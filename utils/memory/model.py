@@ -92,7 +92,7 @@ def _adapter(args, model):
         from utils.tokenizer import tokenizer_of
 
         tokenizer = tokenizer_of(args)
-        template = get_template(args.template_name, tokenizer)
+        template = get_template(args.template_name, tokenizer, args.template_date)
     return build_adapter(args, model, tokenizer, template)
 
 

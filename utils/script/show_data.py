@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     route_library_logs()
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer)
+    template = get_template(args.template_name, tokenizer, args.template_date)
     data = get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
     for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):
         for name, part in parts_of(row).items():

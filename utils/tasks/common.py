@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from loguru import logger
 
 from utils.adapter import adapter_weights, settle_trainable
 from utils.data_fields import unread_fields
-from utils.data_process import DataReport, RowKind, load_rows, tokenizer_key
+from utils.data_keys import tokenizer_key
+from utils.data_process import DataReport, RowKind, load_rows
 from utils.errors import UserError
 from utils.imports import leave_deepspeed_out
 from utils.resume import run_settings
@@ -62,7 +64,7 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
         key={
             "tokenizer": tokenizer_key(tokenizer),
             "max_len": args.max_len,
-            "packing": strategy if packing else None,
+            "packing": f"{strategy}, TRL {importlib.metadata.version('trl')}" if packing else None,
             "overlong": args.overlong,
             **key,
         },

@@ -32,7 +32,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         truncate = args.overlong == "truncate"
         return encode_pairs_within(pairs, template, tokenizer, args.max_len, truncate=truncate, **lengths)
 
-    key = {"task": "dpo", "template": repr(template), **lengths}
+    key = {"task": "dpo", "template": template.key, **lengths}
     kind = row_kind(args, train_args, tokenizer, None, SUFFIXES, read, encode, columns=COLUMNS, **key)
     return load_both(args, train_args, kind)
 

@@ -32,7 +32,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         truncate = args.overlong == "truncate"
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
-    key = {"task": "sft", "template": repr(template), **options}
+    key = {"task": "sft", "template": template.key, **options}
     kind = row_kind(args, train_args, tokenizer, "bfd", SUFFIXES, read, encode, **key)
     return load_both(args, train_args, kind)
 
