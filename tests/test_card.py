@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import types
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import tiny
 import torch
 from conftest import ROOT, write_rows
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 import main_train
 import utils.samples
 import utils.save
 from utils.args import CommonArgs, parse_args
-from utils.card import _fenced, _front_matter, _table, card_text, changed_settings, is_own_card, write_card
+from utils.card import _front_matter, card_text, changed_settings, is_own_card, write_card
+from utils.markdown import code, escape, fenced, table
 from utils.samples import Sample, split_row
 
 FP32 = ["--precision", "fp32"]
@@ -90,8 +93,72 @@ def test_texts_cannot_break_the_card(train):
     sample = Sample([1], "````\n# not a title", "a", "```", "b")
     card = card_text(record, [], {"name": ("a|b", None)}, [sample], "", "run")
     assert "`````text\n````\n# not a title\n`````" in card and "````text\n```\n````" in card
-    assert _fenced("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
-    assert "| x | a&#124;b |" in _table([("x", "a|b")])
+    assert fenced("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
+    assert "| x | a&#124;b |" in table([("x", "a|b")])
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>", "a `b` c", "`<script>alert(1)</script>`", "[click](javascript:alert(1))", "a|b|c",
+    "![x](https://evil.example/x.png)", "two\nlines\n\n# title", "back\\slash\\|pipe", "*bold* _it_ ~~gone~~", "&lt;b&gt;",
+    "https://evil.example www.evil.example <https://evil.example> a@evil.example", "`", "``", "\\`", "--> <!-- x",
+    "[a]: https://evil.example", "plain/path_with_underscores-1.0.jsonl", " ",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its tags with their attributes, and its text."""
+
+    def __init__(self, markdown: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, *attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_is_shown_as_it_is_and_does_nothing(text):
+    """Read by another program: Markdown to HTML, HTML to text."""
+    shown = " ".join(text.split())
+    for form, tag in ((escape, []), (code, [("code",)])):
+        for markdown, around in (
+            (f"x {form(text)} y", ["p"]),
+            (f"# x {form(text)} y", ["h1"]),
+            (f"| a | b |\n|---|---|\n| x | {form(text)} y |", "table thead tr th th tbody tr td td".split()),
+        ):
+            page = Page(markdown)
+            assert page.tags == [(name,) for name in around] + tag
+            assert "".join(page.text.split()).removeprefix("ab") == "".join(f"x {shown} y".split())
+    # what GitHub makes links of without being asked to: https://github.github.com/gfm/#autolinks-extension-
+    assert not re.search(r"https?://|www\.|@", escape(text))
+
+
+def test_what_others_named_cannot_write_into_the_card(train):
+    """Every text of the record is one that a user, a hub or the rows could have chosen."""
+    folder = train("--max_steps", "1", "--card_samples", "0")
+    record = json.loads((folder / "train_args.json").read_text())
+    bad = "<img src=x onerror=alert(1)>`|[a](b)\n# x\n```\n<b>"
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {name: spoil(one) if name != "train_mode" else one for name, one in value.items()}
+        return [spoil(one) for one in value] if isinstance(value, list) else bad if isinstance(value, str) else value
+
+    spoilt = spoil(record) | {"resumed": [{"from": bad, "changed": {bad: [bad, bad]}}]}
+    spoilt["data"]["train"] |= {"dropped": {bad: 1}}
+    spoilt["summary"] |= {"best_kept": True, "best_step": 1, "best_figure": bad}
+    card = card_text(spoilt, [], {"run_name": (bad, bad)}, [Sample([1], bad, bad, bad, bad)], bad, bad)
+    page = Page(card.split("---\n", 2)[2])
+    assert {tag[0] for tag in page.tags} <= {"h1", "h2", "h3", "p", "img", "code", "pre", "table", "thead", "tbody", "tr",
+                                            "th", "td"}  # fmt: skip
+    assert [tag[1:] for tag in page.tags if tag[0] == "img"] == [(("src", "loss.png"), ("alt", "loss"))]
+    assert [tag for tag in page.tags if tag[0] == "h1"] == [("h1",)]
+    assert page.text.count("onerror=alert(1)") > 30
+    assert ModelCard(card).data.library_name == "peft"
 
 
 # ---------------------------------------------------------------------- a README.md of the user's own

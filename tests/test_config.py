@@ -9,8 +9,9 @@ from conftest import ROOT, write_rows
 
 import main_train
 from utils.args import CommonArgs, parse_args
-from utils.config_file import _fits, _hints, read_config
+from utils.config_file import read_config
 from utils.errors import UserError
+from utils.flags import fits, hints_of
 from utils.recipe import load_recipe
 from utils.record import effective_args
 
@@ -230,9 +231,9 @@ def test_what_every_recipe_records_is_of_the_types_it_takes(recipe, tmp_path):
     train_args_type = load_recipe(recipe)
     for more in ({}, {"load_best_model_at_end": True, "save_strategy": "best", "torch_compile": False}):
         settings = effective_args(CommonArgs(), train_args_type(output_dir=str(tmp_path), use_cpu=True, **more))
-        hints = _hints((train_args_type, CommonArgs))
+        hints = hints_of((train_args_type, CommonArgs))
         for name, value in json.loads(json.dumps(settings["trainer"])).items():
-            assert any(_fits(value, hint) for hint in hints[name]), (name, value)
+            assert any(fits(value, hint) for hint in hints[name]), (name, value)
     fields = {field.name for field in dataclasses.fields(CommonArgs)}
     assert fields <= set(hints)
 

@@ -101,6 +101,7 @@ FLOW = [
     "plot",
     "pissa",
     "samples",
+    "markdown",
     "card",
     "summary",
     "save",

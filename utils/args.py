@@ -32,7 +32,8 @@ class CommonArgs:
     config: str | None = arg(
         None,
         "Repeat a run: its train_args.json, whose settings count as flags. Flags given as well replace them; "
-        "output_dir, resume_from_checkpoint and push_to_hub are not taken over. Also a JSON object of flags.",
+        "output_dir, resume_from_checkpoint, push_to_hub, cache_dir and trust_remote_code are not taken over, and a "
+        "recipe outside of train_args/ only if it is typed as well. Also a JSON object of flags.",
     )
     train_args_path: str = arg("train_args/sft/base.py", "The recipe: a file with a dataclass TrainArgument.")
     model_name_or_path: str = arg(
@@ -174,9 +175,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
     argv = list(sys.argv[1:] if argv is None else argv)
     config = read_config(_given_early(argv, "config"))
     path = _given_early(argv, "train_args_path")
-    path = config.values.get("train_args_path", CommonArgs.train_args_path) if path is None else path
-    if not isinstance(path, str):
-        raise UserError(f"--config {config.path!r}: train_args_path is {path!r}; give the path of a recipe")
+    path = config.recipe() or CommonArgs.train_args_path if path is None else path
     parser = _make_recipe_parser(load_recipe(path, frozenset(f.name for f in dataclasses.fields(CommonArgs))))
     values, given, problems = read_flags(parser, argv)
     recipe = parser.dataclass_types[0]

@@ -4,11 +4,12 @@ import dataclasses
 import math
 import re
 import shlex
-from enum import Enum
 from pathlib import Path
 
 from loguru import logger
 
+from utils.config_file import is_own_recipe
+from utils.markdown import Markdown, code, escape, fenced, show, table
 from utils.samples import LONGEST, Sample
 
 CARD = "README.md"
@@ -88,34 +89,41 @@ def card_text(
     common = record["common"]
     title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
     kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
-    again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}"
+    again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}{_typed(common)}"
     parts = [
-        _front_matter(common), _MARK, f"# {title}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
-        "## Result", _table(_result(record, history)),
-        "## Base and data", _table(_base(record)), *_data(record),
-        "## Settings", _table(_settings(record)),
+        _front_matter(common), _MARK, f"# {escape(title)}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
+        "## Result", table(_result(record, history)),
+        "## Base and data", table(_base(record)), *_data(record),
+        "## Settings", table(_settings(record)),
         *_changed(changed), *_resumed(record),
         "## Answers before and after", *_answers(samples, no_samples),
-        "## Machine", _table(_machine(record, history)),
-        "## Repeat it", f"```bash\n{again}\n```",
+        "## Machine", table(_machine(record, history)),
+        "## Repeat it", fenced(again, "bash"),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _typed(common: dict) -> str:
+    """The flags that `--config` does not take over from a file, since they run code."""
+    recipe = common["train_args_path"]
+    flags = "" if is_own_recipe(recipe) else f" --train_args_path {shlex.quote(recipe)}"
+    return flags + (" --trust_remote_code true" if common.get("trust_remote_code") else "")
 
 
 def _changed(changed: dict[str, tuple]) -> list[str]:
     if not changed:
         return ["All settings are the recipe's defaults."]
     rows = [(name, f"{show(value)} (default: {show(default)})") for name, (default, value) in changed.items()]
-    return ["Settings that differ from the recipe's defaults:", _table(rows)]
+    return ["Settings that differ from the recipe's defaults:", table(rows)]
 
 
 def _resumed(record: dict) -> list[str]:
     """Where a run went on from; with other settings, one command does not repeat it."""
     lines = []
     for one in record.get("resumed") or []:
-        changes = [f"{name} {now} (it was {before})" for name, (before, now) in one["changed"].items()]
+        changes = [escape(f"{name} {now} (it was {before})") for name, (before, now) in one["changed"].items()]
         other = f" with other settings, so that one command does not repeat it: {', '.join(changes)}" if changes else ""
-        lines.append(f"Resumed from `{one['from']}`{other}.")
+        lines.append(f"Resumed from {code(one['from'])}{other}.")
     return lines
 
 
@@ -161,12 +169,13 @@ def _base(record: dict) -> list[tuple]:
     rows = [("base", _with_weights(record["base"]))]
     if "adapter" in record:
         rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
-    template = "none: plain text" if common["task_type"] == "pretrain" else f"`{common['template_name']}`"
+    template = "none: plain text" if common["task_type"] == "pretrain" else code(common["template_name"])
     return [*rows, ("chat template", template)]
 
 
-def _with_weights(noted: dict) -> str:
-    return f"`{noted['path']}`" + (f", weights `{noted['fingerprint']}`" if noted.get("fingerprint") else "")
+def _with_weights(noted: dict) -> Markdown:
+    weights = f", weights {code(noted['fingerprint'])}" if noted.get("fingerprint") else ""
+    return Markdown(code(noted["path"]) + weights)
 
 
 def _data(record: dict) -> list[str]:
@@ -176,18 +185,18 @@ def _data(record: dict) -> list[str]:
         if told and "held_back" in told:
             lines.append(f"| {part} | – | {told['held_back']:,}, held back of the training rows | – | – | – |")
         elif told:
-            out = ", ".join(f"{count:,} {reason}" for reason, count in told["dropped"].items()) or "none"
+            out = ", ".join(f"{count:,} {escape(reason)}" for reason, count in told["dropped"].items()) or "none"
             out += f"; {told['shortened']:,} shortened" if told["shortened"] else ""
             figures = f"{told['tokens']:,} | {told['trained_tokens']:,}"
             lines.append(f"| {part} | {told['rows']:,} | {told['kept']:,} | {out} | {figures} |")
-            files += [f"| `{one['file']}` | {one['bytes']:,} | `{one['sha256']}` |" for one in told["files"]]
+            files += [f"| {code(one['file'])} | {one['bytes']:,} | {code(one['sha256'])} |" for one in told["files"]]
     return ["\n".join(lines), "\n".join(files)]
 
 
 def _settings(record: dict) -> list[tuple]:
     common, trainer = record["common"], record["trainer"]
     names = [name for name in _MAIN if name != "max_steps" or trainer.get(name, -1) > 0]
-    rows = [("task, recipe", f"{common['task_type']}, `{common['train_args_path']}`")]
+    rows = [("task, recipe", Markdown(f"{escape(common['task_type'])}, {code(common['train_args_path'])}"))]
     rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
     rows.append(("longest row", f"{common['max_len']:,} tokens"))
     if common["train_mode"] != "full":
@@ -223,27 +232,8 @@ def _answers(samples: list[Sample], why_none: str) -> list[str]:
         lines.append(f"### {number}")
         shown = [("", sample.prompt), ("Wanted:", sample.wanted), ("Before:", sample.before), ("After:", sample.after)]
         for title, text in shown:
-            lines += [title, _fenced(text)] if title else [_fenced(text)]
+            lines += [title, fenced(text)] if title else [fenced(text)]
     return lines
-
-
-def _fenced(text: str) -> str:
-    text = text if len(text) <= 2000 else f"… {text[-2000:]}"
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text)  # an untrained model says anything
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _table(rows: list[tuple]) -> str:
-    lines = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def show(value) -> str:
-    """A setting as a text: `True` → `true`, `None` → `none`, `["a", "b"]` → `a, b`."""
-    value = value.value if isinstance(value, Enum) else value
-    text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-    return {"True": "true", "False": "false", "None": "none"}.get(text, text)
 
 
 def _figure(value: float | None) -> str:

@@ -1,22 +1,28 @@
 """`--config`: the settings of a run, out of its train_args.json, as if given as flags."""
 
 import json
+import shlex
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from loguru import logger
 
 from utils.checkpoints import BEGUN, FINISHED
 from utils.data_files import TEXT_SUFFIXES, find_files
 from utils.errors import UserError, nearest
+from utils.flags import fits, hints_of, type_in_words
+from utils.paths import ROOT, project_path
 from utils.record import LIBRARIES, hardware, launcher, sha256_of, versions
 from utils.weight_files import fingerprint
 
 # of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to
 _LEFT_OUT = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "push_to_hub")
+_RECIPES = ROOT / "train_args"
+# run code, send the result away, or replace files: a file from elsewhere must not decide that, so they are typed
+_TYPED_ONLY = ("trust_remote_code", "push_to_hub", "overwrite_output_dir")
+# the machine's own place for prepared rows, which anyone who wrote the file could have filled with others
+_TYPED_ONLY_OF_A_RUN = ("trust_remote_code", "cache_dir")
 # follow from the machine where it has no GPU
 _OF_THE_CPU = ("use_cpu", "dataloader_pin_memory")
 # several names of one thing: one of them on the command line replaces all of the file's
@@ -40,12 +46,38 @@ class ConfigFile:
         values: flag → value.
         record: everything the run noted of itself; empty for a plain list of flags.
         given: the flags of the command line, which replace the file's.
+        typed_only: what the file sets and is not taken over, since it must be typed.
     """
 
     path: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     record: dict = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    typed_only: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self) -> str | None:
+        """The recipe that the file names, which is Python and runs: only one of this project's own.
+
+        A relative path is one below this project, whatever lies in the current folder.
+
+        Raises:
+            UserError: it lies elsewhere, by its real path.
+        """
+        named = self.values.get("train_args_path")
+        if named is None and "train_args_path" not in self.values:
+            return None
+        flag = f"--config {self.path!r}"
+        if not isinstance(named, str):
+            raise UserError(f"{flag}: train_args_path is {named!r}; give the path of a recipe")
+        if not is_own_recipe(named):
+            raise UserError(
+                f"{flag} names the recipe {named!r}, which is Python code outside of {str(_RECIPES)!r}, so it is not "
+                f"run. Read it, then give --train_args_path {shlex.quote(named)} as well, or a recipe of this project"
+            )
+        file = ROOT / named
+        if file.is_file() and Path(project_path(named)).resolve() != file.resolve():
+            named = self.values["train_args_path"] = str(file)
+        return named
 
     def apply(self, values: dict, given: set[str], types: tuple[type, ...]) -> list[str]:
         """Puts the file's settings where no flag was given.
@@ -58,7 +90,7 @@ class ConfigFile:
         Returns:
             the problems: names that are none, values of another type.
         """
-        hints = _hints(types)
+        hints = hints_of(types)
         self.given = frozenset(given)
         replaced = {name for group in _ONE_THING if given & set(group) for name in group}
         if given & {"eval_data_path", "val_size"} and not (
@@ -69,8 +101,8 @@ class ConfigFile:
         for name, value in self.values.items():
             if name not in hints:
                 problems.append(f"--config {self.path!r}: {name!r} is not a flag.{nearest(name, hints)}")
-            elif not any(_fits(value, hint) for hint in hints[name]):
-                allowed = " or ".join(dict.fromkeys(_say(hint) for hint in hints[name]))
+            elif not any(fits(value, hint) for hint in hints[name]):
+                allowed = " or ".join(dict.fromkeys(type_in_words(hint) for hint in hints[name]))
                 problems.append(f"--config {self.path!r}: {name} is {json.dumps(value)}; give {allowed}")
             elif name not in given and name not in replaced:
                 on_top = not given & set(_ALWAYS_GIVEN.get(name, (name,)))
@@ -84,7 +116,11 @@ class ConfigFile:
             given.add(name)
 
     def warn(self, common) -> None:
-        """Says in the log in what this machine, its data and its libraries differ from those of the run."""
+        """Says in the log what is not taken over, and in what machine, data and libraries differ from the run's."""
+        for name, value in self.typed_only.items():
+            if name not in self.given:
+                flag = f"--{name} {json.dumps(value) if isinstance(value, bool) else shlex.quote(str(value))}"
+                logger.warning("--config {}: {} is not taken over; give {} to set it", self.path, name, flag)
         if not self.record:
             return
         changed = sorted({name for one in self.record.get("resumed") or [] for name in one["changed"]})
@@ -139,6 +175,14 @@ class ConfigFile:
         return (self.record["data"].get(part) or {}).get("files") or []
 
 
+def is_own_recipe(named: str) -> bool:
+    """Whether a recipe lies in this project's train_args/ by its real path; a relative path starts at the project."""
+    try:
+        return (ROOT / Path(named).expanduser()).resolve().is_relative_to(_RECIPES.resolve())
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+        return False
+
+
 def read_config(path: str | None) -> ConfigFile:
     """Reads `--config`: a run's train_args.json, the run's folder, or a JSON object of flags.
 
@@ -161,7 +205,8 @@ def read_config(path: str | None) -> ConfigFile:
     if not isinstance(content, dict):
         raise UserError(f"{flag} is not a JSON object; give a run's train_args.json, or an object of flags")
     if "common" not in content and "trainer" not in content:
-        return ConfigFile(path, {name.removeprefix("--"): value for name, value in content.items() if name != "config"})
+        flags = {name.removeprefix("--"): value for name, value in content.items() if name != "config"}
+        return _without_typed_only(ConfigFile(path, flags), _TYPED_ONLY)
     parts = [content.get(name) for name in ("trainer", "common")]
     content = dict.fromkeys(("base", "adapter", "data", "hardware", "start", "versions"), {}) | content
     for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
@@ -173,42 +218,11 @@ def read_config(path: str | None) -> ConfigFile:
     values = {name: value for part in parts for name, value in part.items() if name not in left_out}
     if values.get("pad_to_multiple_of", 0) is None:
         del values["pad_to_multiple_of"]  # TRL's "auto" has become this, and nothing here takes it
-    return ConfigFile(path, values, content)
+    return _without_typed_only(ConfigFile(path, values, content), _TYPED_ONLY_OF_A_RUN)
 
 
-def _hints(types: tuple[type, ...]) -> dict[str, list]:
-    """What each flag may be: a recipe says `str` of a field that its parent also takes as a list."""
-    found: dict[str, list] = {}
-    for dataclass_type in types:
-        for parent in dataclass_type.__mro__:
-            if hasattr(parent, "__dataclass_fields__"):
-                hints = get_type_hints(parent)
-                for name in parent.__dataclass_fields__.keys() & hints.keys():
-                    found.setdefault(name, []).append(hints[name])
-    return found
-
-
-def _fits(value, hint) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
-    if isinstance(origin or hint, type) and issubclass(origin or hint, Enum):
-        return value in [one.value for one in hint]
-    return hint is Any or (isinstance(origin or hint, type) and isinstance(value, origin or hint))
-
-
-def _say(hint) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_say(one) for one in get_args(hint))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(one.value) for one in hint)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return names.get(hint) or {list: "a list", dict: "an object"}.get(get_origin(hint) or hint, str(hint))
+def _without_typed_only(config: ConfigFile, names: tuple[str, ...]) -> ConfigFile:
+    """Sets aside what must be typed; a value that changes nothing is set aside without a line."""
+    found = {name: config.values.pop(name) for name in names if name in config.values}
+    config.typed_only = {name: value for name, value in found.items() if value not in (None, False)}
+    return config

@@ -1,6 +1,6 @@
 """What was found out of a run to come, as text."""
 
-from utils.card import show
+from utils.markdown import show
 
 # how a group of values is headed, in the order they are shown
 _GROUPS = {

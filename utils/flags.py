@@ -3,6 +3,9 @@
 import argparse
 import sys
 from dataclasses import field, fields
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from utils.errors import nearest
 
@@ -112,3 +115,43 @@ def _flag_reason(error: Exception, action, group: list[str]) -> str:
     if action is not None and value and getattr(action.type, "__name__", "") in ("int", "float"):
         return f"{value!r} is not a number ({action.type.__name__})"
     return str(error).split(": ", 1)[-1]
+
+
+def hints_of(types: tuple[type, ...]) -> dict[str, list]:
+    """What each flag may be: a recipe says `str` of a field that its parent also takes as a list."""
+    found: dict[str, list] = {}
+    for dataclass_type in types:
+        for parent in dataclass_type.__mro__:
+            if hasattr(parent, "__dataclass_fields__"):
+                hints = get_type_hints(parent)
+                for name in parent.__dataclass_fields__.keys() & hints.keys():
+                    found.setdefault(name, []).append(hints[name])
+    return found
+
+
+def fits(value, hint) -> bool:
+    """Whether a value out of a JSON file is of a flag's type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Enum):
+        return value in [one.value for one in hint]
+    return hint is Any or (isinstance(origin or hint, type) and isinstance(value, origin or hint))
+
+
+def type_in_words(hint) -> str:
+    """A flag's type for a message: `int` → `"a whole number"`."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(type_in_words(one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(str(one.value) for one in hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(hint) or {list: "a list", dict: "an object"}.get(get_origin(hint) or hint, str(hint))

@@ -13,11 +13,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.card import show
 from utils.checkpoints import STATE, checkpoints_of, read_record
 from utils.errors import UserError, nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.log import setup_logging
+from utils.markdown import show
 from utils.plot import plot_runs, series
 
 _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
