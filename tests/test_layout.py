@@ -55,6 +55,8 @@ FLOW = [
     "data_collator",
     "adapter",
     "attention",
+    "base_config",
+    "balance",
     "model",
     "trained",
     "merge",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.balance import leave_router_logits_out
 from utils.check_args import check_model_path
 from utils.checkpoints import checkpoints_of, noted_by_run, read_manifest
 from utils.errors import UserError
@@ -146,6 +147,7 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     except Exception as error:  # the hub, the file system and the model code each raise their own
         flag = "--base_model" if args.base_model else "--model_path"
         raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
+    leave_router_logits_out(model)
     for number, adapter in enumerate(parts.adapters, start=1):
         model = _with_adapter(model, adapter, merged=number < len(parts.adapters))
     if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from loguru import logger
 
+from utils.base_config import saved_with
 from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
@@ -27,6 +28,7 @@ class Surviving:
         settings: what a checkpoint must have in common with a run that goes on from it.
         files: the data files, to name rows by.
         save_limit: how many checkpoints are kept; transformers' own limit would also remove whole ones at the end.
+        base_config: the model's configuration as it was loaded, which is saved with the weights.
     """
 
     loraplus_lr_ratio: float | None = None
@@ -34,6 +36,7 @@ class Surviving:
     settings: dict = {}
     files: list[str] = []
     save_limit: int | None = None
+    base_config = None
     _skipped_in_a_row = 0
     _bad_loss: float | None = None
     _step_sources: list[int] = []
@@ -71,6 +74,10 @@ class Surviving:
         self._write_or_give_up(folder, lambda: self.args.should_save and self._complete(folder))
         if self.args.should_save:
             rotate(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
+
+    def _save(self, *args, **kwargs):
+        with saved_with(self.accelerator.unwrap_model(self.model), self.base_config):
+            super()._save(*args, **kwargs)
 
     def _complete(self, folder: Path) -> None:
         if self.is_deepspeed_enabled and not self.args.save_only_model:

@@ -10,6 +10,7 @@ from typing import Any
 from loguru import logger
 
 from utils.adapter import adapter_weights, settle_trainable
+from utils.balance import leave_router_logits_out, settle_balance
 from utils.data_fields import unread_fields
 from utils.data_keys import tokenizer_key
 from utils.data_process import DataReport, RowKind, load_rows
@@ -139,6 +140,8 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
         UserError: the trainer refuses the recipe's values.
     """
     start = adapter_weights(model)
+    base_config = copy.deepcopy(model.config)  # before TRL and transformers fit it to the training
+    leave_router_logits_out(model, more.get("ref_model"))
 
     class Trainer(trainer_class):
         def settle_weights(self):
@@ -167,6 +170,8 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
             "leave the flag out"
         ) from error
     trainer.settle_weights()
+    settle_balance(trainer)
+    trainer.base_config = base_config
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None

@@ -71,6 +71,8 @@ def sequence_log_probs(model, batch: dict, **options):
 class WrittenOutTrainer(DPOTrainer):
     """TRL's trainer with the loss of this file."""
 
+    own_forward = True  # the auxiliary loss of a mixture is the model's own
+
     def _compute_loss(self, model, inputs, return_outputs):
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         log_probs, output = sequence_log_probs(model, inputs, **options)

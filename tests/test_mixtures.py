@@ -1,0 +1,146 @@
+"""Mixtures of experts: what is saved of them, and the auxiliary loss that keeps their experts evenly used."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import write_rows
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import main_train
+from utils.script.infer import main as infer
+from utils.script.merge_lora import main as merge_lora
+
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+# families whose configuration has other names for what TRL's head reads, or lacks it
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DPO = ["--train_args_path", "train_args/dpo/base.py"]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    return write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+
+
+def config_of(folder, name="config.json"):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def changed(before, after):
+    return {key for key in {*before, *after} if before.get(key, "absent") != after.get(key, "absent")}
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("task", ["sft", "dpo_multi", "dpo_single"])
+def test_a_saved_configuration_is_the_base_s(task, mode, train, tmp_path, rows_file, pairs_file):
+    """Every field but the stop token, which is trained; of what `generate` does only stops and padding."""
+    base = Path(tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", pad_token_id=None, **QWEN))
+    flags = [*DPO, "--task_type", task] if task != "sft" else []
+    rows = rows_file if task == "sft" else pairs_file
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--router_aux_loss_coef", "0.5"]
+    folder = train("--max_steps", "1", "--precision", "fp32", "--train_mode", mode, *flags, model=str(base), data=rows)
+    if mode == "lora":
+        merge_lora(["--model_path", str(folder), "--output_dir", str(tmp_path / "merged")])
+        folders = [tmp_path / "merged"]
+    else:
+        folders = [folder, folder / "checkpoint-1"]
+    for saved in folders:
+        assert changed(config_of(base), config_of(saved)) <= {"eos_token_id"}
+        before, after = (config_of(at, "generation_config.json") for at in (base, saved))
+        assert changed(before, after) <= {"eos_token_id", "pad_token_id"}
+        model = AutoModelForCausalLM.from_pretrained(saved)
+        ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+        assert found.shape == (2, 5)
+
+
+def test_the_card_s_answers_are_made_for_several_prompts(train, tmp_path):
+    base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
+    folder = train("--max_steps", "1", "--train_mode", "full", model=base)
+    assert "could not be made" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert "will show no answers" not in (folder / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_model_saved_with_router_logits_answers_several_prompts(tmp_path, rows_file):
+    """As weights trained elsewhere, or by earlier versions, are saved."""
+    folder = tmp_path / "base"
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tiny.save_tiny_model(folder, "qwen2_moe", tokenizer, output_router_logits=True, **QWEN)
+    out = tmp_path / "answers.jsonl"
+    infer(["--model_path", str(folder), "--input", rows_file, "--output", str(out), "--max_new_tokens", "2"])
+    assert len(out.read_text(encoding="utf-8").splitlines()) == len(tiny.ROWS)
+
+
+def one_step(monkeypatch, train, base, rows, *flags):
+    """Trains one step with plain gradient descent; returns the batches that the trainer was given, and its folder."""
+    from utils.trainer import Surviving
+
+    seen, step = [], Surviving.training_step
+
+    def note(self, model, inputs, items=None):
+        seen.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
+        return step(self, model, inputs, items)
+
+    monkeypatch.setattr(Surviving, "training_step", note)
+    folder = train(
+        "--max_steps", "1", "--precision", "fp32", "--train_mode", "full", "--optim", "sgd", "--learning_rate", "1",
+        "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--max_grad_norm", "0", "--padding_free", "false",
+        "--weight_decay", "0", *flags, model=base, data=rows,
+    )  # fmt: skip
+    return seen, folder
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "granitemoeshared", "gpt_oss", "qwen3_moe"])
+def test_the_auxiliary_loss_is_the_model_s_own(family, train, tmp_path, rows_file, monkeypatch):
+    """After a step every weight has moved by the gradient of transformers' loss and its own auxiliary loss."""
+    base = tiny.save_tiny_model(tmp_path / "base", family, **(QWEN if family == "qwen3_moe" else FOUR))
+    (batch,), folder = one_step(monkeypatch, train, base, rows_file, "--router_aux_loss_coef", "3")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    labels = batch.pop("labels")
+    batch.pop("num_items_in_batch", None)
+    output = model(**batch, output_router_logits=True, use_cache=False)
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    (loss + 3 * output.aux_loss).backward()
+    trained = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    routers = 0
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(trained[name], weight - weight.grad, atol=2e-5, rtol=2e-4, msg=name)
+        routers += ("router" in name or name.endswith("gate.weight")) and bool(weight.grad.abs().max() > 0)
+    assert routers
+
+
+@pytest.mark.parametrize("flags", [[], ["--router_aux_loss_coef", "0.1"]])
+def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(flags, tmp_path, rows_file, capsys):
+    from utils.errors import run_command
+
+    base = tiny.save_tiny_model(tmp_path / "base", "doge", num_experts=4, num_experts_per_tok=2, is_moe=True)
+    argv = [
+        "--model_name_or_path", base, "--train_data_path", rows_file, "--output_dir", str(tmp_path / "run"),
+        "--max_steps", "1", "--report_to", "none", "--save_strategy", "no", *flags,
+    ]  # fmt: skip
+    if flags:
+        with pytest.raises(SystemExit) as stop:
+            run_command(lambda: main_train.main(argv))
+        assert stop.value.code == 2
+    else:
+        main_train.main(argv)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert ("cannot be used with DogeForCausalLM" if flags else "auxiliary loss is not trained: ") in said
+
+
+def test_label_smoothing_leaves_the_auxiliary_loss_out_by_name(train, tmp_path, capsys):
+    base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
+    train("--max_steps", "1", "--label_smoothing_factor", "0.1", model=base)
+    assert "auxiliary loss is not trained: TRL leaves it out" in capsys.readouterr().err
+
+
+def test_the_base_may_ask_for_router_logits(train, tmp_path):
+    base = tmp_path / "base"
+    tiny.save_tiny_model(base, "granitemoe", output_router_logits=True, **FOUR)
+    folder = train("--max_steps", "1", "--train_mode", "full", "--router_aux_loss_coef", "0", model=str(base))
+    assert changed(config_of(base), config_of(folder)) <= {"eos_token_id", "dtype"}
+    assert AutoConfig.from_pretrained(folder).output_router_logits
