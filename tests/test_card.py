@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import types
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ import main_train
 import utils.samples
 import utils.save
 from utils.args import CommonArgs, parse_args
-from utils.card import _front_matter, card_text, changed_settings, is_own_card, write_card
+from utils.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
 from utils.markdown import code, escape, fenced, table
 from utils.samples import Sample, split_row
 
@@ -84,6 +85,18 @@ def test_a_run_by_defaults_has_no_settings_that_differ(recipe, tmp_path, monkeyp
     flags = ["--learning_rate", "7e-5", "--use_dora", "true", "--max_len", "77", "--hub_token", "hf_secret"]
     changed = changed_settings(*parse_args(["--train_args_path", recipe, *flags]))
     assert set(changed) == {"learning_rate", "use_dora", "max_len"} and changed["max_len"] == (1024, 77)
+
+
+def test_the_losses_of_a_card_are_the_first_the_last_and_the_best():
+    summary = {"first_loss": 4.0, "last_loss": 1.5, "steps": 1200, "steps_skipped": 2, "eval_accuracy": 0.625}
+    values = {2: 3.0, 4: math.nan, 1100: 2.0, 1200: 2.5}
+    history = [{"step": step, "eval_loss": value} for step, value in values.items()]
+    assert [tuple(map(str, row)) for row in _result({"summary": summary}, history)] == [
+        ("training loss", "4.0000 at first, 1.5000 at last"),
+        ("evaluation loss", "3.0000 at first, 2.5000 at last, 2.0000 at best (step 1,100)"),
+        ("evaluation pairs", "62.5 % with the higher reward for chosen"),
+        ("steps", "1,200, 2 left out (not finite)"),
+    ]
 
 
 def test_texts_cannot_break_the_card(train):

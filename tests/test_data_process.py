@@ -113,6 +113,9 @@ def test_a_second_start_reads_the_cache(load, tmp_path, monkeypatch):
         ["--template_name", "default"],
         ["--packing", "true"],
         ["--on_bad_row", "drop"],
+        ["--overlong", "drop"],
+        ["--train_on", "last_turn"],
+        ["--allow_special_tokens_in_content", "true"],
         "content",
     ],
 )
@@ -136,6 +139,8 @@ def test_validation_rows_are_held_back(load):
     assert (len(data.train), len(data.eval)) == (6, 2)
     again = load(tiny.ROWS, "--val_size", "2")
     assert data.eval[:] == again.eval[:]
+    by_seed = [load(tiny.ROWS, "--val_size", "2", "--seed", str(seed)).eval["source"] for seed in range(4)]
+    assert len({str(rows) for rows in by_seed}) > 1
     assert len(load(tiny.ROWS, "--val_size", "0.5").eval) == 4
     with pytest.raises(UserError, match="leaves no row"):
         load(tiny.ROWS, "--val_size", "8")
@@ -191,6 +196,29 @@ def test_the_oldest_turns_go_first(tokenizer):
     assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False}
     for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
         assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True}
+
+
+def test_tools_stay_with_a_conversation_that_loses_its_first_turn():
+    from utils.shorten import shorter
+
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    tools = [{"name": "look"}]
+    assert shorter([{**turns[0], "tools": tools}, *turns[1:]], 1, None) == [{**turns[2], "tools": tools}, turns[3]]
+    system = {"role": "system", "content": "Be brief.", "tools": tools}
+    assert shorter([system, *turns], 1, None) == [system, *turns[2:]]
+
+
+def test_a_row_without_a_label_is_dropped():
+    """As a template's marks can leave one: it would only take time, and a step of such rows has no loss."""
+    from utils.data_report import Dropped
+    from utils.shorten import encode_within
+
+    class Unmarked:
+        def encode_batch(self, conversations, tokenizer):
+            return [{"input_ids": [1, 2, 3], "labels": labels} for labels in ([-100] * 3, [-100, -100, 3])]
+
+    first, second = encode_within([[], []], Unmarked(), None, max_len=8)
+    assert first == Dropped("has nothing to train") and second["labels"] == [-100, -100, 3]
 
 
 def test_then_the_beginning_of_the_last_question(tokenizer):
@@ -250,6 +278,8 @@ def test_special_tokens_in_content_are_plain_text_unless_allowed(load, tokenizer
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert load(rows).train[0]["input_ids"].count(stop) == 3
     assert load(rows, "--allow_special_tokens_in_content", "true").train[0]["input_ids"].count(stop) == 4
+    # nothing is left of what kept the text from becoming the token
+    assert "<|im_start|>user\na<|im_end|>b<|im_end|>\n" in tokenizer.decode(load(rows).train[0]["input_ids"])
 
 
 def test_a_bad_line_costs_no_other(load, tmp_path):
@@ -299,6 +329,22 @@ def test_another_tokenizer_makes_the_rows_anew(load, tmp_path, tokenizer):
     )
     data = get_task("sft").load_datasets(args, train_args, get_template("qwen", other), other)
     assert data.train[0]["input_ids"] != load(tiny.ROWS).train[0]["input_ids"]
+
+
+def test_another_end_of_text_makes_the_rows_anew(tmp_path, tiny_models, tokenizer):
+    """The same vocabulary, another of its tokens as eos: what ends each text is another id."""
+    import copy
+
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": "The fox."}])
+    flags = ["--train_args_path", "train_args/pretrain/base.py", "--train_data_path", data, "--packing", "false"]
+    flags += ["--model_name_or_path", tiny_models(), "--cache_dir", str(tmp_path / "cache")]
+    ends = []
+    for token in ("<|endoftext|>", "<|im_end|>"):
+        other = copy.deepcopy(tokenizer)
+        other.eos_token = token
+        row = get_task("pretrain").load_datasets(*parse_args(flags), None, other).train[0]
+        ends.append(other.convert_ids_to_tokens(row["input_ids"][-1]))
+    assert ends == ["<|endoftext|>", "<|im_end|>"]
 
 
 def test_evaluation_rows_of_their_own(load, tmp_path):

@@ -117,6 +117,19 @@ def test_a_csv_cell_can_hold_messages(tmp_path):
     assert [to_messages(row.value) for row in read_rows(str(path))] == [[USER, ANSWER]]
 
 
+def test_line_ends_of_windows_end_lines_and_stay_within_cells(tmp_path):
+    """As csv.writer has them: CRLF after each row; what a cell holds is read as it is."""
+    rows = [["instruction", "output"], ["a\r\nb", "c\nd"], ["e", "f"]]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    found = list(read_rows(str(tmp_path / "rows.csv")))
+    assert [list(row.value.values()) for row in found] == rows[1:]
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n\r\n{"text": "c"}\r\n')
+    assert [(row.line, row.value) for row in read_rows(str(tmp_path / "rows.jsonl"))] == [
+        (1, {"text": "a\r\nb"}), (3, {"text": "c"}),
+    ]  # fmt: skip
+
+
 def test_text_files_are_split_at_blank_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n\nthree\n")
@@ -131,6 +144,8 @@ def test_text_files_are_split_at_blank_lines(tmp_path):
         ("a.jsonl", '{"instruction": "a"}\n{"instruction": "b"}'.encode("utf-16"), 2, "is not UTF-8; save"),
         ("a.json", b'[{"instruction": "a"}, {"instr', 1, "is not JSON"),
         ("a.csv", b"instruction,output\na\n", 2, "cells"),
+        ("a.csv", b"instruction,output\na,b\na,b,c\n", 3, "another number of cells than the header (2)"),
+        ("a.csv", b'instruction,output\na,b\n"a"x,b\n', 3, "is not CSV"),
         ("a.parquet", b"PAR1 half", 0, "Parquet"),
     ],
 )

@@ -575,6 +575,19 @@ def test_memory_of_each_process_and_of_the_machine(monkeypatch, total, host, pro
     assert [f"{finding.severity} {finding.message}" for finding in found] == wanted
 
 
+@pytest.mark.parametrize(
+    ("optim", "only_model", "sizes"),
+    [("adamw_torch", False, (12, 4)), ("adamw_torch", True, (4, 4)), ("sgd", False, (4, 4)),
+     ("adamw_8bit", False, (6, 4))],
+)  # fmt: skip
+def test_bytes_of_a_weight_on_the_disk(optim, only_model, sizes):
+    """In float32, beside AdamW's two numbers: float32 each, or one byte each."""
+    args = SimpleNamespace(train_mode="full", precision="bf16")
+    train_args = SimpleNamespace(deepspeed_plugin=None, optim=optim, save_only_model=only_model)
+    shape = doctor_sizes.Shape(1000, {}, (), False)
+    assert doctor_sizes.checkpoint_bytes(args, train_args, shape) == tuple(1000 * size for size in sizes)
+
+
 def test_checkpoints_of_deepspeed():
     """As measured with DeepSpeed 0.19.8, ZeRO-2 in bf16: 16 bytes for each weight."""
     args = SimpleNamespace(train_mode="full", precision="bf16")

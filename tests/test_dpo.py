@@ -103,6 +103,28 @@ def test_log_probs_are_those_of_a_plain_softmax(architecture, padding_free, tiny
     assert output.logits.shape[1] == (11 if padding_free else 6)
 
 
+@pytest.mark.parametrize("architecture", tiny.VARIANTS)
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_log_probs_and_gradients_where_logits_are_changed_or_attention_has_a_window(
+    architecture, padding_free, tiny_models
+):
+    """With rows that are longer than the window."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(architecture), dtype=torch.float32)
+    answer = list(range(30, 55))
+    pairs = [*PAIRS, {"prompt_ids": [5, 6], "chosen_ids": answer, "chosen_labels": answer, "rejected_ids": answer[::-1],
+                      "rejected_labels": answer[::-1]}]  # fmt: skip
+    plain = torch.stack([plain_log_prob(model, pair, side) for side in ("chosen", "rejected") for pair in pairs])
+    weights = torch.linspace(-1, 1, len(plain))  # of the loss, another for each row
+    (plain.float() * weights).sum().backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    found, _ = sequence_log_probs(model, build_pair_collator(0, padding_free)(pairs))
+    torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=1e-5)
+    (found * weights).sum().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_loss_is_the_papers():
     chosen, rejected, ref_chosen, ref_rejected = torch.tensor([[-3.0, -1.0], [-2.0, -9.0], [-3.5, -1.0], [-2.5, -8.0]])
     losses, reward, other = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.matrix import two_processes
+from utils.callbacks import FindBest
 from utils.check_evaluation import FIGURES
-from utils.checkpoints import checkpoints_of
+from utils.checkpoints import checkpoints_of, mark_complete
 from utils.data_rows import to_messages
+from utils.evaluation import evaluation_summary
 from utils.template import get_template
 
 # of very different lengths, and not a multiple of any step below
@@ -293,6 +296,39 @@ def test_a_resumed_run_looks_for_the_best_among_the_steps_before(worsen):
     folder = worsen(*more, "--metric_for_best_model", "token_accuracy", "--early_stopping_patience", "2")
     values = {entry["step"]: entry["eval_token_accuracy"] for entry in evaluations(folder)}
     assert len(values) > 2 and values[summary_of(folder)["best_step"]] == max(values.values())
+
+
+@pytest.mark.parametrize(("more_is_better", "best"), [(True, 6), (False, 4)])
+def test_the_best_of_the_steps_before_is_looked_up_either_way(tmp_path, more_is_better, best):
+    """By the figure asked for, among the steps whose checkpoints are whole; of equal ones the first."""
+    from transformers import TrainerControl, TrainerState
+
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("x")
+        mark_complete(tmp_path / f"checkpoint-{step}", {})
+    values = {1: 0.99, 2: 0.5, 3: 0.01, 4: 0.2, 6: 0.9, 8: 0.9, 10: math.nan}  # of 1 and 3 there is no checkpoint
+    state = TrainerState(log_history=[{"step": step, "eval_figure": value} for step, value in values.items()])
+    args = SimpleNamespace(
+        load_best_model_at_end=True, resume_from_checkpoint=str(tmp_path / "checkpoint-10"), output_dir=str(tmp_path),
+        metric_for_best_model="eval_figure", greater_is_better=more_is_better,
+    )  # fmt: skip
+    FindBest().on_train_begin(args, state, TrainerControl())
+    assert (state.best_global_step, state.best_metric) == (best, values[best])
+    assert state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize(("more_is_better", "best"), [(True, 4), (False, 6), (None, 6)])
+def test_the_summary_of_the_best_step_goes_by_what_is_better(more_is_better, best):
+    args = SimpleNamespace(
+        metric_for_best_model="eval_figure", greater_is_better=more_is_better, load_best_model_at_end=False
+    )
+    values = {2: 0.5, 4: 0.9, 6: 0.1, 8: 0.3, 10: math.nan}
+    history = [{"step": step, "eval_loss": 1.0, "eval_figure": value} for step, value in values.items()]
+    state = SimpleNamespace(log_history=history, best_model_checkpoint=None, best_global_step=None)
+    summary = evaluation_summary(SimpleNamespace(args=args, state=state))
+    assert (summary["best_step"], summary["best_figure"], summary["best_kept"]) == (best, "eval_figure", False)
+    assert summary["eval_step"] == 10  # the last weights are saved
 
 
 # ------------------------------------------------------------------ the flags

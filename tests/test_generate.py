@@ -50,7 +50,7 @@ def all_answers(model, tokenizer, prompts, batch_size, seeds=None, **flags):
     return [answer for _, answer in sorted(found)]
 
 
-@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "gpt2"])
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "gpt2", "gemma2_softcap", "mistral_window"])
 def test_a_batch_answers_as_a_loop_of_argmax_does_row_by_row(architecture, tokenizer):
     model, prompts = make(architecture), ids_of([*LENGTHS, 60, 62, 55])  # the last ones have 4, 2 and 9 tokens left
     free = [argmax_loop(model, prompt, min(12, 64 - len(prompt))) for prompt in prompts]
@@ -74,6 +74,37 @@ def test_rows_whose_position_codes_depend_on_the_longest_are_not_mixed(tokenizer
              "attention_mask": torch.tensor([[0] * 10 + [1] * 30, [1] * 40])}  # fmt: skip
     mixed = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 40:]
     assert tokenizer.decode(mixed) != alone[0]  # what it is for
+
+
+@pytest.mark.parametrize(
+    ("rope", "apart"),
+    [({"rope_type": "default"}, False), ({"rope_type": "linear", "factor": 2.0}, False),
+     ({"rope_type": "dynamic", "factor": 4.0}, True)],
+)  # fmt: skip
+def test_rows_of_other_lengths_are_apart_only_where_rope_depends_on_the_longest(rope, apart):
+    """Dynamic NTK scaling stretches the base of the rotation by the longest row of a step; linear scaling does not."""
+    model = make("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    prompts = ids_of([50, 40, 20, 20, 50])
+    found = [[len(prompts[place]) for place in batch] for batch in _batches(model, prompts, GenerateArgs(8), 8)]
+    assert found == ([[50, 50], [40], [20, 20]] if apart else [[50, 50, 40, 20, 20]])
+
+
+def test_sampling_figures_are_transformers_own():
+    """What the steps before the noise leave of the logits is what `generate` samples from."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    from utils.generate import _options
+
+    args = GenerateArgs(do_sample=True, temperature=0.5, top_p=0.8, top_k=9)
+    *steps, noise = _options(make("qwen2"), args, [0], [0])["logits_processor"]
+    ids, logits = torch.tensor([[1]]), 3 * torch.randn(1, WORDS, generator=torch.Generator().manual_seed(0))
+    found = expected = logits
+    for step in steps:
+        found = step(ids, found)
+    for step in (TemperatureLogitsWarper(0.5), TopKLogitsWarper(9), TopPLogitsWarper(0.8)):
+        expected = step(ids, expected)
+    assert isinstance(noise, _Noise) and torch.equal(found, expected)
+    assert 1 < expected.isfinite().sum() <= 9
 
 
 def test_batches_are_of_similar_length_the_longest_first():

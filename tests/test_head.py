@@ -82,6 +82,34 @@ def test_figures_it_does_not_have_are_left_to_trl(scored):
     assert sum_sq is not None
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"temperature": 0.7}, {"softcap": 1.5}, {"scale": 0.25}, {"bias": True},
+     {"temperature": 2.0, "softcap": 3.0, "scale": 4.0, "bias": True}],
+    ids=["temperature", "softcap", "scale", "bias", "all"],
+)  # fmt: skip
+def test_changed_logits_under_a_frozen_head_equal_a_plain_softmax(scored, changed):
+    """Caps, scales and biases as the models' own forward has them, gradient included."""
+    import trl.trainer.utils as of_trl
+
+    use_trained_positions()
+    hidden, weight, targets = scored
+    temperature, softcap, scale = changed.get("temperature", 1.0), changed.get("softcap"), changed.get("scale", 1.0)
+    bias = torch.linspace(-2, 2, len(weight)) if changed.get("bias") else None
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    log_probs = (logits / temperature).log_softmax(dim=1)
+    expected = log_probs.gather(1, targets[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(dim=1)
+    outputs = ("log_probs", "entropy", "is_top1")
+    given = (hidden, weight, bias, targets, temperature, 256, softcap, scale, outputs)
+    found = of_trl._ChunkedLogProbFunction.apply(*given)
+    for ours, theirs in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[4], logits.argmax(dim=1) == targets)
+    (ours,), (theirs,) = (torch.autograd.grad(one.square().sum(), hidden) for one in (found[0], expected[0]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 def test_only_labelled_positions_go_through_the_head(trained, tiny_models, monkeypatch):
     import trl.trainer.utils as of_trl

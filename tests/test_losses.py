@@ -83,7 +83,7 @@ def packed(rows):
     return [{"input_ids": ids, "labels": labels, "seq_lengths": [len(row["input_ids"]) for row in rows]}]
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *tiny.VARIANTS])
 @pytest.mark.parametrize(
     "form", ["padding-free", "padded", "packed", "padding-free, head frozen", "padded, head frozen"]
 )

@@ -180,6 +180,29 @@ def test_a_bf16_base_is_merged_in_float32_and_rounded_once(tmp_path, monkeypatch
     assert not any("rounding" in text for text in said[1:])
 
 
+def test_a_chain_on_a_bf16_base_is_rounded_once_at_its_end(tmp_path):
+    """W + s B₁A₁ + s B₂A₂ in float32, by hand: not rounded after the first adapter as well."""
+    base = tiny.save_tiny_model(tmp_path / "base", hidden_size=128, intermediate_size=256)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        model = get_peft_model(load(base), LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj"]))
+        for weight in (weight for part, weight in model.named_parameters() if "lora_B" in part):
+            torch.nn.init.normal_(weight, std=0.1)
+        model.save_pretrained(tmp_path / name)
+    merge_lora.main(["--model_path", base, "--adapter", f"{tmp_path}/first,{tmp_path}/second", "--output_dir",
+                     str(tmp_path / "whole")])  # fmt: skip
+    saved, before = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "base"))
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")]
+    for layer in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):
+        exact = before[f"{layer}.weight"].float()
+        for adapter in adapters:
+            a, b = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+            exact = exact + 2.0 * b @ a
+        wrong = saved[f"{layer}.weight"] != exact.bfloat16()
+        assert wrong.float().mean() < 1e-3  # a sum in another order may fall on the other side of a half
+
+
 # ------------------------------------------------------------------------------ what is left
 
 

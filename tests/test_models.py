@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 from loguru import logger
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from utils.adapter import ADAPTERS, impossible_tokens
+from utils.adapter import ADAPTERS, impossible_tokens, settle_trainable, untrained_tokens
 from utils.args import CommonArgs
 from utils.data_collator import build_collator, build_pair_collator
 from utils.log import setup_logging
@@ -165,18 +165,21 @@ def test_chosen_target_modules(train, refused, tmp_path, tiny_models, rows_file)
 
 
 def test_loraplus_groups_equal_peft(train, monkeypatch):
-    """Learning rates by parameter: B sixteen times A's, as PEFT's own function builds them."""
+    """Learning rates by parameter: B sixteen times A's, as PEFT's own function builds them; both decay alike."""
     import utils.save
 
     kept = {}
     monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
     train(
-        "--loraplus_lr_ratio", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
-    )
+        "--loraplus_lr_ratio", "16", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_steps",
+        "0", "--weight_decay", "0.125",
+    )  # fmt: skip
     trainer = kept["trainer"]
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
+            assert decays[id(parameter)] == 0.125, name
             assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
 
 
@@ -223,6 +226,88 @@ def test_a_model_with_trained_special_tokens_is_left_alone_unless_told(choice, t
     run = train("--train_special_tokens", choice, model=folder)
     found = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
     assert (found and {name: sorted(ids) for name, ids in found.items()}) == trained
+
+
+def model_of_rows(tokenizer, embedding: dict, head: dict, impossible: tuple):
+    """A model whose two matrices have rows of norm 5, in any directions but for the first axis, and some others.
+
+    Args:
+        embedding, head: id → the first two numbers of its row, or a factor for the row.
+        impossible: in turns the first number of the rows that no text can have; their others are 0.
+    """
+    config = tiny.config_for("qwen2", len(tokenizer) + 3, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    never = impossible_tokens(tokenizer, len(tokenizer) + 3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        for layer, changes in zip(layers, (embedding, head), strict=True):
+            rows = torch.randn(layer.weight.shape, generator=generator)
+            rows[:, 0] = 0
+            rows *= 5 / rows.norm(dim=-1, keepdim=True)
+            for token, change in changes.items():
+                rows[token] *= change if isinstance(change, float) else 0
+                rows[token, :2] += torch.tensor(change) if isinstance(change, tuple) else 0
+            rows[never] = 0
+            rows[never, 0] = torch.tensor(impossible * len(never))[: len(never)]
+            layer.weight.copy_(rows)
+    return model, set(never)
+
+
+def test_impossible_tokens_are_bytes_no_text_has_and_rows_beyond_the_vocabulary(tokenizer):
+    names = [chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))]
+    expected = [tokenizer.get_vocab()[name] for name in names]
+    assert impossible_tokens(tokenizer, len(tokenizer)) == expected
+    size = max(tokenizer.get_vocab().values()) + 1
+    assert impossible_tokens(tokenizer, size + 3) == [*expected, size, size + 1, size + 2]
+    words = tiny.sentencepiece_tokenizer()
+    assert words.convert_ids_to_tokens(impossible_tokens(words, len(words)))[:3] == ["<0xC0>", "<0xC1>", "<0xF5>"]
+
+
+def test_rows_of_next_to_no_norm_are_untrained_in_either_matrix(tokenizer):
+    """Below a hundredth of the median's norm, far from the impossible rows as they are; a fiftieth is trained."""
+    changes = {20: 0.0099, 22: 0.02}, {21: 0.0099, 23: 0.02}
+    model, never = model_of_rows(tokenizer, *changes, impossible=(5.0,))
+    assert untrained_tokens(model, tokenizer) - never == {20, 21}
+
+
+def test_rows_as_near_to_the_impossible_ones_as_those_are_are_untrained(tokenizer):
+    """These lie at 0.9 and 1.1 of one axis, as a softmax pushes them: at most 0.1 from their mean, and a tenth more."""
+    rows = {30: (1.0, 0.109), 31: (1.0, 0.111), 32: (1.109, 0.0), 33: (0.889, 0.0)}
+    model, never = model_of_rows(tokenizer, rows, {}, impossible=(0.9, 1.1))
+    assert untrained_tokens(model, tokenizer) - never == {30, 32}
+
+
+def test_rows_smaller_than_the_impossible_ones_are_trained(tokenizer):
+    """These are as they began, of norm 1 in all directions: what is as near to 0 and smaller by a fifth has moved."""
+    rows = {40: (0.0, 0.79), 41: (0.0, 0.81), 42: (0.0, 1.09), 43: (0.0, 1.11)}
+    model, never = model_of_rows(tokenizer, {}, rows, impossible=(1.0, -1.0))
+    assert untrained_tokens(model, tokenizer) - never == {41, 42}
+
+
+@pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
+def test_adapters_are_trained_in_float32_and_token_rows_begin_as_the_bases(one_type, tiny_models):
+    """Whatever they were rounded to on the way: TRL makes QLoRA's adapters bf16, which a float32 row is not."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
+    expected = logits_of(base)
+    rows = {"embed_tokens": [5, 9]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 5  # A and B of two layers, and the rows
+    for weight in trained.values():
+        weight.data = weight.data.bfloat16()
+    rounded = {name: weight.detach().clone() for name, weight in trained.items()}
+    settle_trainable(model, one_type=one_type, start=None)
+    assert {weight.dtype for weight in trained.values()} == {torch.bfloat16 if one_type else torch.float32}
+    for name, weight in trained.items():
+        if "trainable_tokens" in name:
+            embedding = load_file(f"{tiny_models()}/model.safetensors")["model.embed_tokens.weight"][[5, 9]]
+            assert torch.equal(weight, embedding.to(weight.dtype))
+            assert torch.equal(weight, rounded[name]) == one_type
+        else:
+            assert torch.equal(weight, rounded[name].to(weight.dtype))
+    if not one_type:
+        assert torch.equal(logits_of(model), expected)
 
 
 def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):

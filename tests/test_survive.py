@@ -1,6 +1,7 @@
 """Runs that survive: killed, stopped, out of disk, with numbers that are none, resumed with the wrong things."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 import main_train
 from benchmarks.matrix import free_port, two_processes
 from utils.checkpoints import checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
+from utils.errors import UserError
 
 SHORT = [
     "--precision", "fp32", "--max_steps", "8", "--per_device_train_batch_size", "2", "--save_steps", "2",
@@ -269,6 +272,13 @@ def test_the_only_whole_checkpoint_is_never_rotated_away(tmp_path):
     assert len(checkpoints_of(tmp_path)) == 2
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """By number: of 9, 10 and 100 the last is the newest, whatever letters say."""
+    for step in (9, 100, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
 def test_a_torso_is_told_from_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-7"
     folder.mkdir()
@@ -369,6 +379,68 @@ def test_it_is_not_the_rows_when_every_step_is_skipped(refused, tiny_models, row
     assert "10 in a row" in out and not (tmp_path / "run" / "train_args.json").exists()
 
 
+class Steps:
+    """Stands for transformers' Trainer: each step has the losses and the norm that a test gives."""
+
+    def __init__(self):
+        self.args = SimpleNamespace(fp16=False, device=torch.device("cpu"), output_dir="run")
+        self.state = SimpleNamespace(global_step=0, log_history=[])
+        self.on_nan, self.files = "skip", ["a.jsonl"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return torch.tensor(inputs["loss"])
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.state.global_step += 1
+        return grad_norm
+
+
+@pytest.fixture
+def steps():
+    from utils.trainer import Surviving
+
+    trainer, model = type("Trainer", (Surviving, Steps), {})(), torch.nn.Linear(1, 1)
+
+    def step(*losses, norm=1.0):
+        """An update of several passes, the n-th of which has row n of the file."""
+        for line, loss in enumerate(losses, 1):
+            trainer.training_step(model, {"loss": loss, "source": [line]})
+        trainer._get_grad_norm(model, norm)
+        return trainer
+
+    return step
+
+
+def test_ten_steps_that_are_left_out_end_a_run_only_where_none_between_them_is_good(steps):
+    for _ in range(3):
+        for _ in range(9):
+            steps(1.0, norm=math.nan)
+        steps(1.0)
+    assert steps(1.0).steps_skipped == 27
+    for _ in range(9):
+        steps(math.nan)
+    with pytest.raises(UserError, match="10 in a row"):
+        steps(1.0, norm=math.inf)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_of_an_update_the_rows_of_the_bad_pass_are_named(steps, loss, monkeypatch):
+    """An infinite loss is one of them; with gradients that are not finite, any row of the update may be it."""
+    from loguru import logger
+
+    said = []
+    sink = logger.add(said.append, format="{message}")
+    trainer = steps(1.0, loss, 2.0)
+    assert trainer.steps_skipped == 1 and f"the loss is {loss}, the step is left out; its rows are" in said[-1]
+    assert said[-1].strip().endswith("a.jsonl: line 2")
+    steps(1.0, 1.0, norm=math.inf)
+    assert "the gradients' norm is inf" in said[-1] and said[-1].strip().endswith("a.jsonl: line 1, 2")
+    count = len(said)
+    steps(1.0, 1.0)
+    logger.remove(sink)
+    assert len(said) == count and trainer.steps_skipped == 2
+
+
 def test_weights_the_last_step_broke_are_not_saved(refused, tiny_models, rows_file, tmp_path):
     out = refused(
         main_train.main, "--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--report_to", "none",
@@ -436,6 +508,8 @@ def test_another_runs_checkpoint_does_not_open_a_finished_folder(refused, train,
         (["--lora_target_modules", "q_proj"], "lora_target_modules None, now: q_proj"),
         (["--template_name", "yi"], "template_name qwen, now: yi"),
         (["--max_len", "32"], "max_len 1024, now: 32"),
+        (["--train_special_tokens", "on"], "train_special_tokens auto, now: on"),
+        (["--use_rslora", "true"], "use_rslora False, now: True"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(refused, begun, tiny_models, rows_file, changed, named):
@@ -443,6 +517,14 @@ def test_a_checkpoint_of_other_settings_is_refused(refused, begun, tiny_models, 
     before = sorted(begun.rglob("*"))
     assert named in refused(main_train.main, *flags, "--resume_from_checkpoint", "true", *changed)
     assert sorted(begun.rglob("*")) == before
+
+
+def test_a_seed_that_holds_other_rows_back_is_refused(refused, train, tiny_models, rows_file):
+    """With it rows that were trained on would be evaluated, and the other way round."""
+    run = train("--val_size", "2", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(run)]
+    out = refused(main_train.main, *flags, "--resume_from_checkpoint", "true", "--val_size", "2", "--seed", "7")
+    assert "the seed that held rows back 42, now: 7" in out
 
 
 def test_a_checkpoint_of_another_base_or_other_rows_is_refused(refused, begun, tiny_models, rows_file, tmp_path):

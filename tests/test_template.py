@@ -186,6 +186,18 @@ def test_of_any_conversation_exactly_the_answers_and_stops_are_trained(name, mak
     assert "".join(said.split()) == "".join("".join(answers).split())
 
 
+@pytest.mark.parametrize("name", sorted(name for name in template_dict if not template_dict[name].before_answer))
+def test_trained_is_the_answer_and_its_stop_token_to_the_last_space(name):
+    """No line feed after it, which the property above cannot see: it compares what is said without spaces."""
+    tokenizer = tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer)
+    template = get_template(name, tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The fox."}] * 2
+    labels = template.encode(messages, tokenizer)["labels"]
+    said = tokenizer.decode([label for label in labels if label != -100])
+    once = "The fox." + template.after_answer + template.stop
+    assert said == once * 2 + template.closing and template.stop_token()
+
+
 @pytest.mark.parametrize("name", sorted(template_dict))
 def test_special_tokens_in_content_when_allowed(name, tokenizer):
     tokenizer = tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer)
@@ -231,6 +243,17 @@ def test_label_spans():
     # a token that begins before the answer is trained with it, unless it is the format's own
     assert label_spans([7, 8, 9], offsets, [(1, 5)]) == [7, 8, 9]
     assert label_spans([7, 8, 9], offsets, [(1, 5)], frozenset([7])) == [-100, 8, 9]
+    # one that goes on behind the answer is trained as well, or its last character would not be
+    assert label_spans([7, 8, 9], offsets, [(2, 4)]) == [-100, 8, 9]
+    assert label_spans([7, 8, 9], offsets, [(0, 1), (3, 5)]) == [7, -100, 9]
+
+
+@pytest.mark.parametrize(("key", "turn"), [("tools", 0), ("tool_calls", 1)])
+def test_a_registered_template_has_no_form_for_tools(key, turn):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    messages[turn] = {**messages[turn], key: [{"name": "look"}]}
+    with pytest.raises(UserError, match=f"turn {turn + 1} has tools, for which template 'qwen' has no form"):
+        get_template("qwen").render(messages)
 
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))

@@ -167,6 +167,33 @@ def test_marks_do_not_train_what_the_model_would_not_say():
     assert said(get_template("auto", tokenizer), TALK, tokenizer) == TALK[3]["content"] + "<|im_end|>"
 
 
+def test_of_exact_answers_those_that_are_marked_are_trained():
+    """A template that marks the last answer alone: every one can be masked exactly, and only that one is trained."""
+    form = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    plain = form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    for text, wanted in ((form, "d<|im_end|>"), (plain, "b<|im_end|>d<|im_end|>")):
+        tokenizer = with_template(text)
+        assert said(get_template("auto", tokenizer), talk, tokenizer) == wanted
+
+
+@pytest.mark.parametrize(("before", "space"), [("", ""), (" ", " "), ("  ", "  "), ("\n", "\n")])
+def test_spaces_that_a_format_sets_before_an_answer_are_not_trained(before, space):
+    """Whatever the tokenizer makes of them: the trained piece begins with the answer's first letter."""
+    form = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\\nAssistant:' }}{% else %}"
+        f"{{{{ {space!r} + m['content'] + '<|im_end|>' }}}}{{% endif %}}{{% endfor %}}"
+    )
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    segments = get_template("auto", with_template(form)).segments(talk)
+    assert [segment.text for segment in segments if segment.trained] == ["Hello<|im_end|>"]
+    assert "".join(segment.text for segment in segments) == f"User: Hi\nAssistant:{before}Hello<|im_end|>"
+
+
 def test_a_template_that_drops_what_a_row_says_refuses_the_row():
     tokenizer = with_template(THINKING)
     auto = get_template("auto", tokenizer)

@@ -14,6 +14,15 @@ TEXT = [
 ] * 4
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 ARCHITECTURES = ("qwen2", "llama", "gemma", "phi3", "mistral")
+# what those lack, small enough to matter at this size: caps and scales of logits, a bias of the head, sliding windows
+VARIANTS = {
+    "gemma2_softcap": ("gemma2", {"final_logit_softcapping": 0.2, "attn_logit_softcapping": 0.2, "sliding_window": 8}),
+    "gemma3_window": ("gemma3_text", {"sliding_window": 8}),
+    "cohere_scale": ("cohere", {"logit_scale": 0.25}),
+    "granite_scale": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "phi_bias": ("phi", {}),
+    "mistral_window": ("mistral", {"sliding_window": 8}),
+}
 
 
 @functools.cache
@@ -69,9 +78,10 @@ def tokenizer_for(template, make):
 
 
 def config_for(architecture: str, vocab_size: int, **changes):
-    """The architecture's own configuration class, at a size that runs in milliseconds."""
+    """The configuration class of an architecture, or of one of `VARIANTS`, at a size that runs in milliseconds."""
     from transformers import AutoConfig
 
+    architecture, own = VARIANTS.get(architecture, (architecture, {}))
     size = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -84,6 +94,7 @@ def config_for(architecture: str, vocab_size: int, **changes):
         "pad_token_id": 0,
         "bos_token_id": 0,
         "eos_token_id": 0,
+        **own,
         **changes,
     }
     if architecture == "mistral":
@@ -99,6 +110,9 @@ def save_tiny_model(folder: Path, architecture: str = "qwen2", tokenizer=None, s
     tokenizer = tokenizer or byte_level_tokenizer()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_for(architecture, len(tokenizer), **changes))
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)  # zeros at the start, which could be left out unnoticed
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
