@@ -25,6 +25,8 @@ FLOW = [
     "template_auto",
     "template",
     "data_fields",
+    "data_json",
+    "data_splits",
     "data_files",
     "check_adapter",
     "check_args",

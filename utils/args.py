@@ -44,10 +44,14 @@ class CommonArgs:
     )
     train_data_path: str | None = arg(
         None,
-        "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
+        "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. Of a folder "
+        "whose files are named after splits, as on the hub, the training split is taken. "
         "Default: the task's own sample in data/.",
     )
-    eval_data_path: str | None = arg(None, "The validation rows, given as for --train_data_path.")
+    eval_data_path: str | None = arg(
+        None,
+        "The validation rows, given as for --train_data_path; of a folder its validation split, else its test split.",
+    )
     val_size: float = arg(
         0.0,
         "Without --eval_data_path: how much of the training rows to hold back for validation, "

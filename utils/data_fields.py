@@ -1,4 +1,4 @@
-"""The fields of a row: which are read, which only describe it, and which would change what is trained if left unread."""
+"""The fields of a row: those that are read, those that only describe it, and those that must not be left unread."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
         if name == "label" and _is_false(value):
             return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
         if name == "weight" and value not in (1, "1", "1.0"):
-            return f"has 'weight' {value!r}, and all rows count alike; remove the field, or the row if it must not count"
+            return f"has 'weight' {value!r}, and rows count alike here; remove the field, or the row itself"
     return None
 
 

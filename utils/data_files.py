@@ -4,34 +4,18 @@ import csv
 import glob
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from utils.data_json import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
+from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
 from utils.errors import nearest
 from utils.paths import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEXT_SUFFIXES = (*SUFFIXES, ".txt")
-
-
-class RawRow(NamedTuple):
-    """A row as it stands in its file.
-
-    Attributes:
-        problem: why it could not be read.
-        fatal: whether what comes after it in the file could not be read either.
-        unparsed: whether `value` is still a line of JSON.
-    """
-
-    file: str
-    line: int
-    value: Any
-    problem: str | None = None
-    fatal: bool = False
-    unparsed: bool = False
 
 
 def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str]]:
@@ -47,16 +31,32 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
     Returns:
         the files in a fixed order, and the problems.
     """
-    files: list[str] = []
+    files, problems, _ = _find(paths, flag, suffixes)
+    return files, problems
+
+
+def files_left_out(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
+    """A line for each folder of which a flag takes one split alone.
+
+    `["--train_data_path 'my/set' takes the training split; left out: test.jsonl (test)"]`
+    """
+    return _find(paths, flag, suffixes)[2]
+
+
+def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+    """The files, the problems, and what is left out."""
+    files: dict[tuple[int, int], str] = {}  # device and inode → file, since a file has several spellings
     parts = [part.strip() for part in paths.split(",") if part.strip()]
-    problems = [
-        f"{flag} names {part!r} {parts.count(part)} times, and a file is read once; name it once"
-        for part in dict.fromkeys(parts)
-        if parts.count(part) > 1
-    ]
+    problems, notes = _named_twice(parts, flag), []
     for part in dict.fromkeys(parts):
+        path = project_path(str(Path(part).expanduser()))
         try:
-            found, problem = _expand(project_path(str(Path(part).expanduser())), suffixes)
+            found, problem = _expand(path, suffixes)
+            if Path(path).is_dir() and not problem:
+                found, left_out, problem = choose_split(path, found, flag)
+                if left_out:
+                    what = "training" if flag == "--train_data_path" else "validation"
+                    notes.append(f"{flag} {part!r} takes the {what} split; left out: {', '.join(left_out)}")
         except OSError as error:  # a folder on the way that may not be entered, a name that is too long
             found, problem = [], f"cannot be read: {error.strerror}; choose another file, or have its owner allow it"
         if problem:
@@ -66,20 +66,46 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
                 problems.append(f"{flag} {file!r} is empty (0 bytes)")
             elif not os.access(file, os.R_OK):
                 problems.append(f"{flag} {file!r} may not be read by this user; allow it with chmod u+r")
-        files += [file for file in found if file not in files]
+            files.setdefault(_identity(file), file)
     if not files and not problems:
         problems.append(f"{flag} {paths!r} names no file")
-    return files, problems
+    return list(files.values()), problems, notes
+
+
+def _identity(file: str) -> tuple[int, int]:
+    status = Path(file).stat()
+    return status.st_dev, status.st_ino
+
+
+def _named_twice(parts: list[str], flag: str) -> list[str]:
+    """A problem for each file or folder that is named twice, by one spelling or by several."""
+    spellings: dict[Any, list[str]] = {}
+    for part in parts:
+        path = Path(project_path(str(Path(part).expanduser())))
+        try:
+            key = _identity(str(path))
+        except OSError:  # a glob, or what does not exist
+            key = part
+        spellings.setdefault(key, []).append(part)
+    problems = []
+    for names in spellings.values():
+        if len(names) > 1:
+            shown = " and ".join(map(repr, dict.fromkeys(names)))
+            one = f", which are one file," if len(set(names)) > 1 else ""
+            problems.append(f"{flag} names {shown}{one} {len(names)} times, and a file is read once; name it once")
+    return problems
 
 
 def _is_data(path: Path, folder: str, suffixes: tuple[str, ...]) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and path.suffix.lower() in suffixes and not hidden
+    return path.is_file() and path.suffix.lower() in suffixes and not hidden and path.name not in DESCRIPTIONS
 
 
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
     allowed = ", ".join(suffixes)
     if Path(path).is_dir():
+        if problem := saved_by_datasets(path):
+            return [], problem
         found = sorted(str(p) for p in Path(path).rglob("*") if _is_data(p, path, suffixes))
         return found, None if found else f"is a folder without any {allowed} file"
     if glob.has_magic(path) and not Path(path).exists():
@@ -108,7 +134,7 @@ def read_rows(file: str) -> Iterator[RawRow]:
 
 def raw_rows(file: str) -> Iterator[RawRow]:
     """Yields a file's rows, lines of JSON as they stand: `parse_row` is most of the work, and another process's."""
-    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = {".jsonl": read_json, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
         yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
     except OSError as error:
@@ -117,8 +143,8 @@ def raw_rows(file: str) -> Iterator[RawRow]:
 
 def parse_row(row: RawRow) -> RawRow:
     """A row's value, or why it has none."""
-    row = _parse(row.file, row.line, row.value) if row.unparsed else row
-    return row._replace(problem=_NOT_UTF8, value=None) if _has_bad_bytes(row.value) else row
+    row = parse_line(row.file, row.line, row.value) if row.unparsed else row
+    return row._replace(problem=NOT_UTF8, value=None) if _has_bad_bytes(row.value) else row
 
 
 def count_rows(files: list[str]) -> int | None:
@@ -133,58 +159,15 @@ def count_rows(files: list[str]) -> int | None:
     return count
 
 
-_NOT_UTF8, _BYTES = "is not UTF-8; save the file as UTF-8", re.compile("[\udc80-\udcff]")
-
-
 def _has_bad_bytes(value: Any) -> bool:
     """Bytes that are not UTF-8 are read as lone surrogates, so that one bad line costs no other."""
     items = value.items() if isinstance(value, dict) else ()
-    return any(isinstance(text, str) and _bad_bytes(text) for item in items for text in item)
-
-
-def _bad_bytes(text: str) -> bool:
-    return not text.isascii() and _BYTES.search(text) is not None
-
-
-def _open(file: str, newline: str | None = None):
-    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _parse(file: str, line: int, text: str) -> RawRow:
-    if "\0" in text or _bad_bytes(text):  # in UTF-16 every other byte is 0, which JSON never holds
-        return RawRow(file, line, None, _NOT_UTF8)
-    try:
-        return RawRow(file, line, json.loads(text))
-    except (ValueError, RecursionError) as error:
-        shown = text.strip()[:40]
-        return RawRow(file, line, None, f"is not JSON ({error}): {shown!r}; is the file written to its end?")
-
-
-def _read_jsonl(file: str) -> Iterator[RawRow]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield RawRow(file, number, line, unparsed=True)
-
-
-def _read_json(file: str) -> Iterator[RawRow]:
-    with _open(file) as opened:
-        text = opened.read()
-    if text.lstrip()[:1] != "[":
-        # many .json files in use hold one object a line
-        yield from _read_jsonl(file)
-        return
-    whole = _parse(file, 1, text)
-    if whole.problem:
-        yield whole._replace(fatal=True)
-        return
-    for number, value in enumerate(whole.value, 1):
-        yield RawRow(file, number, value)
+    return any(isinstance(text, str) and bad_bytes(text) for item in items for text in item)
 
 
 def _read_csv(file: str) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)
-    with _open(file, newline="") as lines:
+    with open_text(file, newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         if not reader.fieldnames:  # reads the header line
             return
@@ -237,7 +220,7 @@ def _read_text(file: str) -> Iterator[RawRow]:
     """A .txt file's texts stand between blank lines."""
     paragraph: list[str] = []
     start = 1
-    with _open(file) as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 if not paragraph:

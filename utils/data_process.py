@@ -19,7 +19,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.data_encode import Part, RowKind, encoded_parts
-from utils.data_files import find_files
+from utils.data_files import files_left_out, find_files
 from utils.data_keys import check_unchanged, content_key, rows_key
 from utils.data_report import SHOWN, TOO_LONG, DataReport, refuse_nothing_left
 from utils.errors import UserError, is_about_the_disk
@@ -49,6 +49,8 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
+    for note in files_left_out(paths, flag, kind.suffixes):
+        logger.info("{}", note)
     sums = {file: checksum(file) for file in files}
     hashes = {file: sha for file, (sha, _) in sums.items()}
     content = content_key(hashes, kind, on_bad_row)

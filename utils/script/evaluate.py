@@ -18,7 +18,7 @@ from loguru import logger
 from utils.assess import Generation, MultipleChoice, read_task
 from utils.assess_report import check_output, summarise, table, write
 from utils.contenders import Contender, check_contenders, load_contenders
-from utils.data_files import find_files
+from utils.data_files import files_left_out, find_files
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.generate import GenerateArgs, check_generate
@@ -73,6 +73,8 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluateArgs, dict[str, Parts]
         if value is not None and value < 1:
             problems.append(f"--{name} {value} is not allowed; give a whole number of at least 1")
     raise_if_any(problems)
+    for note in files_left_out(args.eval_data_path, "--eval_data_path"):
+        logger.info("{}", note)
     return args, models, metrics, given
 
 
