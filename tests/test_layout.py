@@ -70,6 +70,7 @@ FLOW = [
     "contenders",
     "assess",
     "assess_report",
+    "resume_rules",
     "resume",
     "head",
     "memory.live",

@@ -552,16 +552,18 @@ def test_a_run_from_an_adapter_is_not_resumed_without_it(refused, train, begun, 
 
 
 def test_what_changes_the_steps_to_come_is_warned_of(train, begun, tiny_models):
-    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--seed", "7", "--adam_beta2", "0.5"]
+    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--max_grad_norm", "7", "--adam_beta2", "0.5"]
     folder = train(*flags)
     log = (folder / "train.log").read_text(encoding="utf-8")
-    assert "resuming with seed 7, it was 42" in log and "resuming with max_steps 3, it was 2" in log
+    assert "resuming with max_grad_norm 7.0, it was 1.0" in log and "resuming with max_steps 3, it was 2" in log
     assert "resuming with adam_beta2 0.5, it was 0.999" in log
     assert log.count("resuming with") == 3  # and what is the same is not warned of
 
 
-def test_an_order_that_is_drawn_anew_is_warned_of(train, begun):
-    flags = ["--resume_from_checkpoint", "true", "--max_steps", "3", "--train_sampling_strategy", "group_by_length"]
+def test_an_order_that_is_drawn_anew_is_warned_of(train):
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--train_sampling_strategy", "group_by_length"]
+    train(*flags, "--max_steps", "2")
+    flags += ["--resume_from_checkpoint", "true", "--max_steps", "3"]
     assert "which draws another order of rows" in (train(*flags) / "train.log").read_text(encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
-from utils.checkpoints import FINISHED, checkpoints_of, newer_than, read_manifest
+from utils.checkpoints import FINISHED, anew, checkpoints_of, has_optimizer, newer_than, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 
@@ -175,6 +175,11 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
     train_args.resume_from_checkpoint = str(whole[-1])
     if common.template_date is None:  # of the rows that were trained on before
         common.template_date = read_manifest(whole[-1])["settings"].get("must", {}).get("template_date")
+    if not has_optimizer(whole[-1]):
+        return [
+            f"--resume_from_checkpoint {str(whole[-1])!r} holds weights alone (--save_only_model true), so optimizer "
+            f"and schedule would begin anew; {anew(str(whole[-1]), common.train_mode)}"
+        ]
     newer = newer_than(str(whole[-1]), folder)
     if newer and not common.overwrite_output_dir:
         return [

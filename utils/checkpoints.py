@@ -72,6 +72,19 @@ def read_manifest(folder: Path) -> dict | None:
         return None
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a whole checkpoint holds more than weights: the optimizer's state, torch's, FSDP's or DeepSpeed's."""
+    files = [Path(name) for name in (read_manifest(checkpoint) or {"files": {}})["files"]]
+    torch_or_fsdp = any(file.parts[0].startswith("optimizer") for file in files)
+    return torch_or_fsdp or any("global_step" in file.parts[0] for file in files)
+
+
+def anew(checkpoint: str, train_mode: str) -> str:
+    """The remedy where a checkpoint's weights can be used and its optimizer cannot."""
+    flag = "--model_name_or_path" if train_mode == "full" else "--adapter_name_or_path"
+    return f"start a new run from its weights: {flag} {checkpoint}, with another --output_dir"
+
+
 def remove_torsos(run: Path) -> list[str]:
     """Removes checkpoints that were not written to their end; returns their names."""
     torsos = [folder for folder in checkpoints_of(run) if read_manifest(folder) is None]

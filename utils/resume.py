@@ -1,34 +1,26 @@
-"""Whether a checkpoint belongs to this run: the same base, adapter, rows and format."""
+"""Whether a checkpoint belongs to this run: the same base, adapter, rows and format, and settings it can go on with."""
 
 import dataclasses
 import hashlib
+from enum import Enum
 from pathlib import Path
 
 from loguru import logger
 
 from utils import weight_files
 from utils.check_deepspeed import zero_stage
-from utils.checkpoints import read_manifest
+from utils.checkpoints import anew, read_manifest
 from utils.errors import UserError
-from utils.launch import world_size
+from utils.launch import uses_fsdp, world_size
+from utils.resume_rules import OPTIONS, ORDER, PLAIN_OPTIMIZERS, SCHEDULE, SIZES, STEP_BY_STEP, UPDATED, rule_of
 
 # a checkpoint made with another of these is a checkpoint of another model
 _SAME = (
-    "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora", "lora_rank",
-    "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens", "val_size",
+    "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora",
+    "lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens",
+    "val_size",
 )  # fmt: skip
-# with another value of the recipe's it can be gone on from, but the steps to come are not those of the undisturbed run;
-# these say only how and where a run computes, writes and shows, or are compared above
-_MAY_DIFFER = (
-    "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "deepspeed", "deepspeed_plugin",
-    "optim", "disable_tqdm", "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size",
-    "bf16", "fp16", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
-)  # fmt: skip
-_MAY_DIFFER_BY_NAME = (
-    "log", "save_", "eval_", "hub_", "push_to_hub", "trackio", "dataset_", "include_", "skip_memory", "batch_eval",
-    "prediction_loss", "dataloader_num", "dataloader_p", "dataloader_m", "ddp_", "precompute", "gradient_checkpointing",
-    "activation_", "torch_empty", "enable_jit", "restore_callback",
-)  # fmt: skip
+_TOKENS = "num_tokens"  # its name among what a checkpoint's trainer_state.json keeps
 
 
 def run_settings(args, train_args, data) -> dict:
@@ -43,7 +35,7 @@ def run_settings(args, train_args, data) -> dict:
     must = {name: common[name] for name in _SAME}
     must["the base model"] = fingerprint(args.model_name_or_path)
     must["the adapter to start from"] = args.adapter_name_or_path and fingerprint(args.adapter_name_or_path)
-    must["optim"] = str(train_args.optim)
+    must["optim"] = _plain(train_args.optim)
     must["loraplus_lr_ratio"] = args.loraplus_lr_ratio
     must["the seed that held rows back"] = train_args.seed if args.val_size else None
     stage = zero_stage(train_args)
@@ -51,10 +43,13 @@ def run_settings(args, train_args, data) -> dict:
     must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
     must["the training rows"] = data.report.key[:12]
     recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
-    counts = [name for name in recipe if name not in _MAY_DIFFER and not name.startswith(_MAY_DIFFER_BY_NAME)]
-    should = {name: str(getattr(train_args, name)) for name in counts}
+    should = {name: _plain(getattr(train_args, name)) for name in recipe if rule_of(name) is not None}
     should |= {"processes": str(world_size()), "lora_dropout": str(args.lora_dropout), "precision": args.precision}
     return {"must": must, "should": should}
+
+
+def _plain(value) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
 
 
 def fingerprint(path: str) -> str:
@@ -68,11 +63,20 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:12]
 
 
+def changed_settings(then: dict, now: dict) -> dict[str, list[str]]:
+    """The settings of `should` that are others now: `{"seed": ["42", "7"]}`."""
+    return {
+        name: [then["should"][name], value]
+        for name, value in now["should"].items()
+        if then["should"].get(name, value) != value
+    }
+
+
 def check_resume(args, train_args, data) -> list[dict]:
-    """Refuses a checkpoint of another model, adapter or other rows, before any weights load.
+    """Refuses a checkpoint of another model, adapter or other rows, or what it cannot do, before any weights load.
 
     Returns:
-        what is noted of the resuming, `[{"from": "output/sft/checkpoint-12", "changed": {"seed": ["42", "7"]}}]`;
+        what is noted of the resuming, `[{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}]`;
         empty for a run from the start.
 
     Raises:
@@ -80,27 +84,126 @@ def check_resume(args, train_args, data) -> list[dict]:
     """
     checkpoint = train_args.resume_from_checkpoint
     manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+    if train_args.save_only_model and train_args.save_strategy != "no":
+        logger.warning("--save_only_model true: the checkpoints hold weights alone, and none can be resumed from")
     if manifest is None:
         return []
     then, now = manifest["settings"], run_settings(args, train_args, data)
+    flag = f"--resume_from_checkpoint {checkpoint!r} was made with"
     different = [
-        f"--resume_from_checkpoint {checkpoint!r} was made with {name} {then['must'].get(name)}, now: {value}. "
-        "Give the same, or train anew in another --output_dir"
+        f"{flag} {name} {then['must'].get(name)}, now: {value}. Give the same, or train anew in another --output_dir"
         for name, value in now["must"].items()
         if str(then["must"].get(name)) != str(value)
     ]
+    changed = changed_settings(then, now)
+    different += _check_sizes(flag, then["should"], now["should"], changed)
+    different += [
+        f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {anew(checkpoint, args.train_mode)}"
+        for name, (before, value) in changed.items()
+        if (why := _why_not(name, then["should"], train_args))
+    ]
     if different:
         raise UserError(*different)
-    changed = {
-        name: [then["should"][name], value]
-        for name, value in now["should"].items()
-        if then["should"].get(name, value) != value
-    }
     for name, (before, value) in changed.items():
-        logger.warning("resuming with {} {}, it was {}: the steps to come will differ", name, value, before)
+        how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
+        if name not in SIZES:
+            logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
+    if changed.keys() & SIZES:
+        logger.info("resuming with {}, it was {}: the same rows in every step", _sizes(now["should"])[1], changed)
     if str(train_args.train_sampling_strategy) == "group_by_length":
         logger.warning(
             "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
             "some rows may be trained twice and others not"
         )
     return [{"from": str(checkpoint), "changed": changed}]
+
+
+def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
+    """Why a resumed run cannot have another value of a setting; None where it can."""
+    if name in ORDER:
+        return "rows of the epoch would be trained twice, and others not"
+    if name not in UPDATED:
+        return None
+    if name in ("max_steps", "num_train_epochs"):
+        return None
+    stateful = {then.get("lr_scheduler_type"), train_args.lr_scheduler_type.value} & STEP_BY_STEP
+    if stateful and name in ("learning_rate", *SCHEDULE):
+        return f"the schedule {stateful.pop()} goes on from its own past"
+    if train_args.deepspeed_plugin is not None or uses_fsdp():
+        return "DeepSpeed and FSDP set it back to the checkpoint's"
+    if train_args.optim.value not in PLAIN_OPTIMIZERS:
+        return f"the optimizer {train_args.optim.value} sets it back to the checkpoint's"
+    return None
+
+
+def _sizes(settings: dict[str, str]) -> tuple[int, str]:
+    """Rows of a step, and how they come about: `(8, "8 rows a step (2 processes × 2 rows × 2 accumulated)")`."""
+    processes, rows, accumulated = (int(settings.get(name, 1)) for name in SIZES)
+    total = processes * rows * accumulated
+    return total, f"{total} rows a step ({processes} processes × {rows} rows × {accumulated} accumulated)"
+
+
+def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: dict) -> list[str]:
+    """A step must have as many rows as before, since a checkpoint knows its place in the epoch by steps."""
+    (before, text_before), (total, text) = _sizes(then), _sizes(now)
+    if not changed.keys() & set(SIZES):
+        return []
+    split = "split_batches=True" in then.get("accelerator_config", "")
+    if before == total and not split:
+        return []
+    processes = int(now["processes"])
+    allowed = (
+        f"{before // processes} with these processes" if before % processes == 0 else f"{before} on other processes"
+    )
+    return [
+        f"{flag} {text_before}, now: {text}: rows of the epoch would be left out or trained twice. Give the same, or "
+        f"--per_device_train_batch_size times --gradient_accumulation_steps = {allowed}"
+    ]
+
+
+class Resumable:
+    """A mix-in for transformers' Trainer, whose checkpoint brings the optimizer's options, the schedule and intervals.
+
+    Attributes:
+        settings: what a checkpoint must have in common with a run that goes on from it, from `run_settings`.
+    """
+
+    settings: dict = {}
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # how often is logged, evaluated and saved: as given now
+        # TRL counts in the trainer, and not in its state, what it logs as `num_tokens`
+        self._total_train_tokens = self.state.stateful_callbacks.get(_TOKENS, {}).get("attributes", {}).get("total", 0)
+        return found
+
+    def _save_checkpoint(self, model, trial):
+        self.state.stateful_callbacks[_TOKENS] = {"args": {}, "attributes": {"total": self._total_train_tokens}}
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        given = [dict(group, params=None) for group in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+        changed = changed_settings(manifest["settings"], self.settings).keys() & UPDATED if manifest else set()
+        names = {OPTIONS[name] for name in changed & OPTIONS.keys()}
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group.update({name: options[name] for name in names & options.keys()})
+        self._set_rates(rates, changed)
+
+    def _set_rates(self, rates: list[float], changed: set[str]) -> None:
+        """Sets the rates of the next step, where base or schedule are others than the checkpoint's."""
+        from torch.optim.lr_scheduler import LambdaLR
+
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR) or not changed & {"learning_rate", *SCHEDULE}:
+            return
+        if "learning_rate" in changed:
+            scheduler.base_lrs = rates
+        # rate of step t = base rate · schedule(t)
+        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        now = [base * schedule(scheduler.last_epoch) for base, schedule in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = now

@@ -15,17 +15,17 @@ from utils.checkpoints import MANIFEST, mark_complete, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
+from utils.resume import Resumable
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
 
-class Surviving:
+class Surviving(Resumable):
     """A mix-in for transformers' Trainer.
 
     Attributes:
         loraplus_lr_ratio: LoRA's B learns so many times as fast as A (LoRA+, arXiv 2402.12354).
         on_nan: `stop`, or `skip` to leave out a step whose loss or gradients are not finite.
-        settings: what a checkpoint must have in common with a run that goes on from it.
         files: the data files, to name rows by.
         save_limit: how many checkpoints are kept; transformers' own limit would also remove whole ones at the end.
         base_config: the model's configuration as it was loaded, which is saved with the weights.
@@ -33,7 +33,6 @@ class Surviving:
 
     loraplus_lr_ratio: float | None = None
     on_nan = "stop"
-    settings: dict = {}
     files: list[str] = []
     save_limit: int | None = None
     base_config = None
