@@ -940,8 +940,8 @@ FAULTS = [
     Fault(
         "evaluation: rows held back by another seed",
         "utils/tasks/common.py",
-        "train.train_test_split(test_size=held_rows, seed=train_args.seed)",
-        "train.train_test_split(test_size=held_rows, seed=0)",
+        "train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=seed)",
+        "train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=0)",
         "tests/test_data_process.py -k validation_rows_are_held_back",
     ),
     Fault(

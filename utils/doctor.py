@@ -8,7 +8,7 @@ from loguru import logger
 from utils.doctor_settings import settings_findings, steps_of
 from utils.doctor_sizes import disk_findings, memory_findings
 from utils.doctor_template import template_findings
-from utils.doctor_tokens import token_findings
+from utils.doctor_tokens import repeated, token_findings
 from utils.errors import UserError
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding, in_order, with_severity
@@ -89,6 +89,8 @@ def quick_findings(
         steps = steps_of(train_args, len(data.train), processes)
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
         checks["the tokens"] = lambda: rows_findings(args, seen, template, tokenizer)
+        if data.eval is not None:
+            checks["the validation rows"] = lambda: repeated(data, rows)
     with whole_models(train_args):
         return [finding for name, check in checks.items() for finding in _whatever_happens(name, check)]
 

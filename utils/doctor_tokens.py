@@ -18,7 +18,8 @@ def arrays(dataset, name: str) -> Iterator[tuple]:
     the other part.
     """
     for chunk in dataset.data.column(name).chunks:
-        yield chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        offsets = chunk.offsets.to_numpy()
+        yield chunk.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]  # the chunk may be a slice
 
 
 def lengths(dataset, name: str):
@@ -136,6 +137,52 @@ def longest(dataset, pairs: bool):
     if "seq_lengths" in dataset.column_names:
         return numpy.concatenate([values for values, _ in arrays(dataset, "seq_lengths")])
     return lengths(dataset, "input_ids")
+
+
+def repeated(data, rows: int | None) -> list[Finding]:
+    """Validation rows whose ids are those of a training row; of packed rows, the rows within.
+
+    Args:
+        data: of a task's `load_datasets`.
+        rows: so many of the training and of the validation rows are looked at, the first; None for all.
+    """
+    trained = {ids for ids, _ in _identities(data.train, rows)}
+    held_back = list(_identities(data.eval, rows))
+    found = [source for ids, source in held_back if ids in trained]
+    if not found:
+        return []
+    message = f"{len(found):,} of {len(held_back):,} rows for validation have the ids of a training row"
+    files = (data.eval_report or data.report).files
+    both = sorted(set(files) & set(data.report.files)) if data.eval_report else []
+    message += f"; {both[0]!r} is given for both" if both else ""
+    packed = "seq_lengths" in data.eval.column_names  # where its parts come from is not kept
+    return [Finding("EVAL_IN_TRAIN", message, {} if packed else name_places(found, files))]
+
+
+def _identities(dataset, rows: int | None) -> Iterator[tuple[int, int]]:
+    """A hash of each row's ids, and where the row stands; a packed row gives one for each row within."""
+    names = [name for name in dataset.column_names if name.endswith("ids")]
+    packed = "seq_lengths" in dataset.column_names
+    first = dataset.select(range(len(dataset) if rows is None else min(rows, len(dataset))))
+    columns = [*names, "source", *(["seq_lengths"] if packed else [])]
+    for batch in first.select_columns(columns).with_format("arrow").iter(1000):
+        lists = {name: batch.column(name).combine_chunks() for name in columns}
+        # where the rows end in the flat ids, [rows + 1]
+        ends = {name: _ends_of(lists["seq_lengths"] if packed else lists[name], packed) for name in names}
+        flat = {name: lists[name].flatten().to_numpy(zero_copy_only=False) for name in names}
+        sources = lists["source"].to_pylist()
+        for row in range(len(next(iter(ends.values()))) - 1):
+            texts = [flat[name][ends[name][row] : ends[name][row + 1]].tobytes() for name in names]
+            yield hash(tuple(texts)), 0 if packed else sources[row][0]
+
+
+def _ends_of(lists, are_lengths: bool):
+    import numpy
+
+    if are_lengths:
+        return numpy.concatenate([[0], lists.flatten().to_numpy(zero_copy_only=False).cumsum()])
+    offsets = lists.offsets.to_numpy()
+    return offsets - offsets[0]
 
 
 def _places(dataset, rows, files):

@@ -129,7 +129,7 @@ CODES = {
         "Take the repeats out: a row that stands twice counts twice", "删去重复的行：出现两次就会算两次",
     ),
     "EVAL_IN_TRAIN": Code(
-        WARNING, False, "Validation rows stand in the training rows as well", "验证集的行也在训练集中",
+        WARNING, True, "Validation rows stand in the training rows as well", "验证集的行也在训练集中",
         "Take them out of one of the two, or the validation loss tells what was learned by heart",
         "从其中一处删去，否则验证损失只反映背下来的内容",
     ),

@@ -45,7 +45,7 @@ def run_record(args, train_args, data) -> dict:
     base = {"path": args.model_name_or_path, "fingerprint": fingerprint(args.model_name_or_path)}
     rows = {"train": _rows_record(data.report) | {"trained": data.rows_trained()}}
     if data.eval is not None:
-        held_back = {"held_back": len(data.eval)}
+        held_back = {"held_back": data.held_back}
         rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
     record = effective_args(args, train_args) | {"base": base, "data": rows}
     if args.adapter_name_or_path:

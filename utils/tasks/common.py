@@ -24,20 +24,21 @@ _HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests
 
 @dataclass
 class Data:
-    """The prepared rows of a run, with what became of the rest."""
+    """The prepared rows of a run, with what became of the rest.
+
+    Attributes:
+        held_back: how many rows of the training files are for validation (`--val_size`), packed together or not.
+    """
 
     train: Any
     eval: Any
     report: DataReport
     eval_report: DataReport | None = None
+    held_back: int = 0
 
     def rows_trained(self) -> int:
         """How many rows of the files are trained on, packed together or not."""
-        if self.eval is None or self.eval_report:
-            return self.report.kept
-        if "seq_lengths" in self.train.column_names:
-            return sum(len(lengths) for lengths in self.train["seq_lengths"])
-        return len(self.train)
+        return self.report.kept - self.held_back
 
 
 def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, encode, columns=None, **key) -> RowKind:
@@ -51,11 +52,14 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
     """
 
     def pack(dataset):
-        from trl import pack_dataset
+        from datasets import concatenate_datasets
 
-        # TRL cuts all columns alike, so each token carries its source until the rows are packed
-        carried = dataset.map(_source_of_each_token, batched=True)
-        return pack_dataset(carried, args.max_len, strategy=strategy).map(_each_source_once, batched=True)
+        if not args.val_size:
+            return _packed(dataset, args.max_len, strategy)
+        # a row of the files is either trained on or held back, whatever it is packed with
+        parts = [_packed(part, args.max_len, strategy) for part in _split_rows(dataset, args.val_size, train_args.seed)]
+        marked = [part.map(_mark, batched=True, fn_kwargs={"held": held}) for held, part in enumerate(parts)]
+        return concatenate_datasets(marked)
 
     packing = strategy is not None and train_args.packing
     return RowKind(
@@ -67,6 +71,7 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
             "max_len": args.max_len,
             "packing": f"{strategy}, TRL {importlib.metadata.version('trl')}" if packing else None,
             "overlong": args.overlong,
+            "held_back": (args.val_size, train_args.seed) if packing and args.val_size else None,
             **key,
         },
         columns=columns or RowKind.columns,
@@ -74,6 +79,21 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
         refuse_long=args.overlong == "error",
         unread=functools.partial(unread_fields, key["task"]),
     )
+
+
+def _packed(dataset, max_len: int, strategy: str):
+    from trl import pack_dataset
+
+    # TRL cuts all columns alike, so each token carries its source until the rows are packed
+    carried = dataset.map(_source_of_each_token, batched=True)
+    return pack_dataset(carried, max_len, strategy=strategy).map(_each_source_once, batched=True)
+
+
+_HELD_BACK = "held_back"  # a column of packed rows, [0] of those that are trained on and [1] of those after them
+
+
+def _mark(batch: dict, held: int) -> dict:
+    return {_HELD_BACK: [[held]] * len(batch["input_ids"])}
 
 
 def _source_of_each_token(batch: dict) -> dict:
@@ -93,13 +113,33 @@ def load_both(args, train_args, kind: RowKind) -> Data:
         return Data(train, held_back, report, eval_report)
     if not args.val_size:
         return Data(train, None, report)
-    size = args.val_size if args.val_size < 1 else int(args.val_size)
-    held_rows = size if size >= 1 else max(1, round(size * len(train)))
-    if held_rows >= len(train):
-        raise UserError(f"--val_size {args.val_size} leaves no row to train of {len(train)}; give a smaller one")
-    parts = train.train_test_split(test_size=held_rows, seed=train_args.seed)
-    logger.info("{:,} of {:,} rows are held back for validation", held_rows, len(train))
-    return Data(parts["train"], parts["test"], report)
+    held_rows = _held_rows(args.val_size, report.kept)
+    logger.info("{:,} of {:,} rows are held back for validation", held_rows, report.kept)
+    if _HELD_BACK in train.column_names:
+        first = sum(mark == [0] for mark in train[_HELD_BACK])
+        parts = [train.select(range(first)), train.select(range(first, len(train)))]
+        parts = [part.remove_columns(_HELD_BACK) for part in parts]
+    else:
+        parts = _split_rows(train, args.val_size, train_args.seed)
+    return Data(*parts, report, held_back=held_rows)
+
+
+def _split_rows(dataset, val_size: float, seed: int) -> list:
+    """The rows to train on and those to hold back, drawn by the seed."""
+    parts = dataset.train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=seed)
+    return [parts["train"], parts["test"]]
+
+
+def _held_rows(val_size: float, rows: int) -> int:
+    """How many rows `--val_size` holds back.
+
+    Raises:
+        UserError: none is left to train on.
+    """
+    held = int(val_size) if val_size >= 1 else max(1, round(val_size * rows))
+    if held >= rows:
+        raise UserError(f"--val_size {val_size} leaves no row to train of {rows}; give a smaller one")
+    return held
 
 
 def use_padding_free(args, train_args) -> bool:
