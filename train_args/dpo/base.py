@@ -23,7 +23,9 @@ class TrainArgument(DPOConfig):
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # DPO's own; others for dpo_multi
     num_train_epochs: float = 3  # a large model needs 1 to 2: beyond, it only pushes rejected answers further down
     per_device_train_batch_size: int = 8  # pairs a step on each GPU; each is two rows
-    gradient_accumulation_steps: int = 1  # raise this, not the batch, when memory is short: the result is the same
+    # raise this, not the batch, when memory is short: the result is the same, but for the losses aot and aot_unpaired,
+    # which sort the pairs of a batch, and sft, which takes the mean of its tokens
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3  # for LoRA on a model of 7B: 5e-6 to 5e-5; for full training: 5e-7 to 1e-6
     lr_scheduler_type: str = "cosine"  # ends near zero, so the last steps settle rather than jump
     warmup_steps: float = 0.1  # a share of all steps, larger than for SFT: the first margins are noise

@@ -49,7 +49,30 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
 
 
 class PreparedPairs(Surviving):
-    """A mix-in for TRL's DPOTrainer, on pairs that are token ids already."""
+    """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
+
+    TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short
+    last one would count more. Here, of an update of N pairs on all processes, each of whose gradients DDP averages,
+
+        loss of a micro-batch of n pairs = mean over its pairs · n · processes / N
+    """
+
+    loss_is_scaled_for_ga = True  # tells transformers not to divide by the number of micro-batches
+    _weight: float = 1.0
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        import torch
+
+        pairs = torch.tensor([sum(map(count_pairs, batch_samples))], device=device)
+        return self.accelerator.gather(pairs).sum()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._weight = count_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return result * self._weight if self.model.training and not return_outputs else result
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -121,11 +144,14 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
 
 def _weigh_figures(trainer, inputs: dict) -> None:
     """Lets each pair count once in the figures: TRL takes the mean of batches, the last of which may be smaller."""
-    if "completion_mask" in inputs:
-        pairs = len(inputs["completion_mask"]) // 2
-    else:
-        pairs = (int(inputs["row"][-1, -1]) + 1) // 2
+    pairs = count_pairs(inputs)
     figures = trainer._metrics["train" if trainer.model.training else "eval"]
     for name, values in figures.items():
         if name.startswith(("rewards/", "logps/")):
             values.extend([values[-1]] * (pairs - 1))
+
+
+def count_pairs(batch: dict) -> int:
+    """How many pairs a batch of either collator holds."""
+    rows = len(batch["completion_mask"]) if "completion_mask" in batch else int(batch["row"][-1, -1]) + 1
+    return rows // 2
