@@ -16,6 +16,7 @@ FLOW = [
     "finding_codes",
     "findings",
     "weight_files",
+    "pickles",
     "checkpoints",
     "segments",
     "template_jinja",

@@ -17,6 +17,7 @@ from utils.flags import arg, make_parser, read_flags, split_flags
 from utils.launch import agree, join_deepspeed
 from utils.log import is_main_process
 from utils.paths import project_path
+from utils.pickles import read_deepspeed_safely
 from utils.precision import check_precision
 from utils.recipe import load_recipe
 from utils.replaced import REPLACED_FLAGS, check_replaced
@@ -198,6 +199,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
         train_args.gradient_checkpointing = train_args.activation_checkpointing = None
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
+        read_deepspeed_safely()
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
     problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
     train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = agree(

@@ -74,6 +74,11 @@ def _wrong_sections(config: dict, given) -> list[str]:
 def _shadows(config: dict, values: dict, given) -> list[str]:
     """Sections that would replace what the recipe says, without a word."""
     problems = []
+    checkpoint = config.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("load_universal"):
+        problems.append(
+            f"--deepspeed {given!r} has checkpoint.load_universal, whose files run code when they are read; remove it"
+        )
     for section, flag in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if section in config:
             kind = config[section].get("type") if isinstance(config[section], dict) else config[section]

@@ -10,6 +10,7 @@ from utils.check_dpo import check_dpo
 from utils.checkpoints import FINISHED, anew, checkpoints_of, has_optimizer, newer_than, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
+from utils.pickles import check_pickles
 
 MOST_EPOCHS = 1_000_000
 # what a run writes beside its weights; a file of this name that lies there already would be lost
@@ -187,6 +188,8 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
             f"{str(folder)!r}; give true to go on from the newest, --overwrite_output_dir true to remove the newer, "
             "or another folder"
         ]
+    if foreign := check_pickles(whole[-1]):
+        return [f"--resume_from_checkpoint {str(whole[-1])!r}: {problem}" for problem in foreign]
     config = whole[-1] / "adapter_config.json"
     if config.is_file() != (common.train_mode != "full"):
         kind = "an adapter" if config.is_file() else "whole weights"

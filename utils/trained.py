@@ -69,6 +69,8 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
         if problem:
             return None, [problem]
         base = project_path(recorded)
+        if base in chain:
+            return None, [f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"]
     if args.base_model:
         if not chain:
             return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has whole weights"]
@@ -76,6 +78,12 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
         problems = check_model_path("--base_model", base, args.trust_remote_code)
     elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
         problems = [f"{chain[0]!r} was trained on {base!r}, which is not there; give its new place as --base_model"]
+    for folder in chain:
+        if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
+            problems.append(
+                f"{folder!r} has no adapter_model.safetensors. Other weight files can run code when they are read and "
+                "are not loaded; save the adapter with save_pretrained(...) of PEFT"
+            )
     for folder in (base, *chain):
         problems += check_weight_files(f"--model_path {args.model_path!r}", folder) if Path(folder).is_dir() else []
     if not problems and not args.allow_other_base:
