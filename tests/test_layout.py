@@ -56,6 +56,8 @@ FLOW = [
     "data_keys",
     "data_process",
     "data_collator",
+    "model_parts",
+    "adapter_targets",
     "adapter",
     "attention",
     "base_config",

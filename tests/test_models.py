@@ -131,22 +131,6 @@ def test_lora_reaches_every_linear_layer_but_the_head(train, tiny_models):
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_routers_of_a_mixture_of_experts_get_no_adapter(tmp_path):
-    from utils.adapter import target_modules
-
-    folder = tiny.save_tiny_model(
-        tmp_path,
-        "qwen2_moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    )
-    names = target_modules(AutoModelForCausalLM.from_pretrained(folder), None)
-    assert not {"gate", "shared_expert_gate", "router", "lm_head"} & set(names)
-    assert {"q_proj", "v_proj"} <= set(names)
-
-
 def test_chosen_target_modules(train, refused, tmp_path, tiny_models, rows_file):
     folder = train("--lora_target_modules", "q_proj,v_proj")
     assert set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}

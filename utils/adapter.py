@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 from loguru import logger
 
+from utils.adapter_targets import find_targets, tell
 from utils.errors import UserError
+from utils.model_parts import freeze_towers
 from utils.template import Template
-
-# a router's output chooses experts; a low-rank change there sends tokens elsewhere and unsettles training
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -44,9 +42,12 @@ def build_adapter(args, model, tokenizer, template: Template | None):
         peft.LoraConfig, or None where every weight is trained or the model has its adapter already.
 
     Raises:
-        UserError: `--lora_target_modules` names a module the model does not have.
+        UserError: `--lora_target_modules` names a module that the model does not have, or that cannot be adapted.
     """
-    if not ADAPTERS[args.train_mode].lora or args.adapter_name_or_path:
+    if not ADAPTERS[args.train_mode].lora:
+        freeze_towers(model)
+        return None
+    if args.adapter_name_or_path:
         return None
     from peft import LoraConfig, TaskType
 
@@ -56,12 +57,16 @@ def build_adapter(args, model, tokenizer, template: Template | None):
             f"the base never learned {', '.join(tokenizer.convert_ids_to_tokens(tokens))}, and ZeRO-3 splits the rows "
             "that would be trained; use --deepspeed zero2, or --train_special_tokens off to leave them as they are"
         )
+    targets = find_targets(model, args.lora_target_modules)
+    tell(targets, model, args.lora_target_modules)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=target_modules(model, args.lora_target_modules),
+        target_modules=targets.target_modules,
+        exclude_modules=targets.exclude_modules,
+        fan_in_fan_out=targets.fan_in_fan_out,
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
         init_lora_weights=True if args.init_lora_weights == "default" else args.init_lora_weights,
@@ -71,34 +76,6 @@ def build_adapter(args, model, tokenizer, template: Template | None):
         names = tokenizer.convert_ids_to_tokens(tokens)
         logger.info("the embeddings of {} are trained as well", ", ".join(names))
     return config
-
-
-def target_modules(model, chosen: str | None) -> list[str]:
-    """The names of the modules that get an adapter.
-
-    `["down_proj", "gate_proj", "k_proj", …]` for a Llama.
-
-    Args:
-        model: the base.
-        chosen: names separated by commas, or None for every linear layer but head and routers.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    names = {name.split(".")[-1] for name in linear}
-    if chosen is None:
-        return sorted(names - set(ROUTER_NAMES))
-    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in names and name not in linear]
-    if unknown or not wanted:
-        raise UserError(
-            f"--lora_target_modules {chosen!r}: no linear layer to adapt is named {', '.join(map(repr, unknown))}. "
-            f"The model has {', '.join(sorted(names))}"
-        )
-    return wanted
 
 
 def special_tokens_to_train(choice: str, model, tokenizer, template: Template) -> list[int]:

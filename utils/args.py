@@ -123,7 +123,8 @@ class CommonArgs:
     lora_target_modules: str | None = arg(
         None,
         "The modules that get an adapter, names separated by commas. "
-        "Default: every linear layer except the head and the routers of a mixture of experts.",
+        "Default: every linear layer that text goes through and PEFT can adapt, except the head and the routers of a "
+        "mixture of experts.",
     )
     use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     init_lora_weights: Literal["default", "pissa"] = arg(

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.adapter import ADAPTERS, target_modules
+from utils.adapter import ADAPTERS
+from utils.adapter_targets import find_targets
 from utils.checkpoints import checkpoints_of
 from utils.errors import UserError
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding
 from utils.model import without_weights
+from utils.model_parts import linear_layers, size_of
 from utils.weight_files import read_header
 
 _TIGHT = 0.9  # from this share of what there is on, it is told
@@ -25,13 +27,13 @@ class Shape:
     Attributes:
         weights: how many there are.
         linear: name → (inputs, outputs) of each linear layer.
-        modules: those that an adapter goes on, by the end of their names.
+        modules: the names of those that an adapter goes on.
         position_table: whether positions are rows of a table, which ends.
     """
 
     weights: int
     linear: dict[str, tuple[int, int]]
-    modules: tuple[str, ...]
+    modules: frozenset[str]
     position_table: bool
 
 
@@ -44,18 +46,12 @@ def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shap
         trust_remote_code: whether Python code beside the model may run.
         modules: `--lora_target_modules`.
     """
-    import torch
-
     try:
         model = without_weights(path, trust_remote_code)
-        chosen = tuple(target_modules(model, modules))
+        chosen = find_targets(model, modules).layers
     except Exception:  # each model's code raises its own; what loads the weights says it better
         return None
-    linear = {
-        name: (layer.in_features, layer.out_features)
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
+    linear = {name: size_of(layer) for name, layer in linear_layers(model).items()}
     table = any("wpe" in name or "embed_positions" in name for name, _ in model.named_parameters())
     return Shape(sum(weight.numel() for weight in model.parameters()), linear, chosen, table)
 
@@ -79,9 +75,7 @@ def trained_weights(args, shape: Shape) -> int:
             return sum(math.prod(entry["shape"]) for entry in header.values())
         except (ValueError, OSError):
             return 0
-    adapted = [
-        size for name, size in shape.linear.items() if name.split(".")[-1] in shape.modules or name in shape.modules
-    ]
+    adapted = [size for name, size in shape.linear.items() if name in shape.modules]
     return sum(args.lora_rank * (n_in + n_out) + (n_out if args.use_dora else 0) for n_in, n_out in adapted)
 
 
