@@ -97,31 +97,6 @@ def free_break(text: str) -> str:
     return next(character for character in _BREAKS if character not in text)
 
 
-def count_answers(messages: list[dict]) -> int:
-    """How many of the turns are the assistant's."""
-    return sum(message["role"] == "assistant" for message in messages)
-
-
-def answer_starts(segments: list[Segment]) -> list[int]:
-    """Where the trained answers begin, each with its stop token a run of trained segments."""
-    return [i for i, segment in enumerate(segments) if segment.trained and not (i and segments[i - 1].trained)]
-
-
-def only_answers(segments: list[Segment], train_on: str | int) -> list[Segment]:
-    """Leaves the answers of `train_on` trained, each with its stop token, and no other.
-
-    Args:
-        segments: with every answer trained.
-        train_on: `all_turns`, `last_turn`, or how many of the last answers.
-    """
-    if train_on == "all_turns":
-        return segments
-    starts = answer_starts(segments)
-    count = 1 if train_on == "last_turn" else train_on
-    first = starts[-count] if 0 < count < len(starts) else 0
-    return [segment if i >= first else segment._replace(trained=False) for i, segment in enumerate(segments)]
-
-
 def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
     """Cuts a rendering where something trained begins or ends.
 
@@ -135,9 +110,12 @@ def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
 
 
 def break_leaves(value: Any, special: re.Pattern, mark: str) -> Any:
-    """Sets the break into every special token's text within messages, tools and tool calls."""
+    """Sets the break into every special token's text within messages, tools and tool calls, keys among them."""
     if isinstance(value, dict):
-        return {key: value[key] if key == "role" else break_leaves(value[key], special, mark) for key in value}
+        return {
+            break_leaves(key, special, mark): item if key == "role" else break_leaves(item, special, mark)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [break_leaves(item, special, mark) for item in value]
     return _broken(value, special, mark) if isinstance(value, str) else value

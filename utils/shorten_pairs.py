@@ -2,9 +2,10 @@
 
 from utils.data_pairs import EqualPair, Pair
 from utils.data_report import TOO_LONG, Dropped
-from utils.segments import IGNORED, count_answers
+from utils.segments import IGNORED
 from utils.shorten import shorter
 from utils.template import Template
+from utils.turns import count_answers
 
 _SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")

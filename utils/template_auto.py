@@ -3,32 +3,26 @@
 import importlib.metadata
 import json
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from utils.errors import UserError
-from utils.segments import (
-    Segment,
-    break_leaves,
-    cut_segments,
-    encode_segments,
-    free_break,
-    only_answers,
-    special_pattern,
-)
+from utils.segments import Segment, break_leaves, cut_segments, encode_segments, free_break, special_pattern
 from utils.template_day import on_day, prints_date, today
+from utils.template_reading import Reading, read_conversation
+from utils.turns import Message, Note, as_written, only_answers
 
-Message = dict[str, Any]
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+_CALLING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
 
 
 @dataclass(frozen=True)
 class AutoTemplate:
     """A tokenizer's chat template, with the interface of `Template`.
 
-    An answer is trained where the whole conversation shows it as the model would have said it:
-    after the prompt of its turn, up to its stop token. A template that shows earlier answers in
-    another form once a turn follows, without their thinking say, has only the last one trained.
+    Every answer is trained as the whole conversation shows it: what follows the prompt of its turn, up to its stop
+    token. Left out and counted are answers whose thinking the template shows only in the last turn, since the model
+    would learn to answer without it, and answers whose place is not known exactly.
 
     Attributes:
         chat_template: the Jinja text.
@@ -36,6 +30,9 @@ class AutoTemplate:
         special: matches the special tokens' texts.
         date: the day that the template prints, `2026-01-31`, at midnight; empty where it prints none.
         name: `auto`.
+        text_arguments: whether the arguments of a tool call are given as JSON text, for a template that joins texts.
+        null_content: whether a call without text is given the content null, where the template drops it otherwise.
+        parts: whether a content is given as a list of parts, for a template that shows no other.
     """
 
     chat_template: str
@@ -43,6 +40,9 @@ class AutoTemplate:
     special: re.Pattern = field(repr=False)
     date: str = ""
     name: str = "auto"
+    text_arguments: bool = False
+    null_content: bool = False
+    parts: bool = False
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
@@ -64,8 +64,21 @@ class AutoTemplate:
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
         date = (date or today()) if prints_date(tokenizer) else ""
         template = cls(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer), date)
+        parted = replace(template, parts=True)
+        template = parted if not template._takes(_PROBE) and parted._takes(_PROBE) else template
         template.check(_PROBE)
+        forms = [(False, False), (True, False), (False, True), (True, True)]
+        for null_content, text_arguments in forms:
+            form = replace(template, null_content=null_content, text_arguments=text_arguments)
+            if form._takes(_CALLING):
+                return form
         return template
+
+    def _takes(self, messages: list[Message]) -> bool:
+        try:
+            return self._read(messages).refused is None
+        except UserError:
+            return False
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Renders a conversation as `apply_chat_template` does.
@@ -73,24 +86,22 @@ class AutoTemplate:
         Raises:
             UserError: what the template refuses, in its own words.
         """
-        return self._render(messages, add_generation_prompt)[0]
+        return self.rendered(messages, add_generation_prompt)[0]
 
-    def _render(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def rendered(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The rendering, and where `{% generation %}` marks it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not messages:
             raise UserError("the conversation is empty; it needs at least one message")
-        tools = messages[0].get("tools")
-        plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
             with on_day(self.date):
                 texts, marks = render_jinja_template(
-                    [plain],
-                    tools=tools,
+                    [[self._given(message) for message in messages]],
+                    tools=messages[0].get("tools"),
                     chat_template=self.chat_template,
                     add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=self._has_marks(),
+                    return_assistant_tokens_mask=self.has_marks(),
                     **dict(self.tokens),
                 )
         except Exception as error:  # Jinja's own, or whatever the template's code runs into
@@ -103,78 +114,28 @@ class AutoTemplate:
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
         return f"{self!r} {', '.join(versions)}"
 
-    def _has_marks(self) -> bool:
+    def _given(self, message: Message) -> Message:
+        """A turn as the template gets it."""
+        given = as_written(message)
+        if given.get("tool_calls"):
+            if self.text_arguments:
+                given["tool_calls"] = [_with_text_arguments(call) for call in given["tool_calls"]]
+            if self.null_content and not given["content"]:
+                given["content"] = None
+        if self.parts and given["content"] is not None:
+            given["content"] = [{"type": "text", "text": given["content"]}]
+        return given
+
+    def has_marks(self) -> bool:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
 
     def check(self, messages: list[Message]) -> None:
         """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
-        text = self.render(messages)
-        for turn, message in enumerate(messages):
-            if not self._shows(messages, turn, text):
-                raise UserError(
-                    f"turn {turn + 1} ({message['role']}) has a content or a tool call "
-                    "that the tokenizer's chat template does not show"
-                )
-        self._trained_spans(messages, text)
+        if refused := self._read(messages).refused:
+            raise UserError(refused)
 
-    def _shows(self, messages: list[Message], turn: int, text: str) -> bool:
-        """Whether the rendering would be another without what a turn says, calls or brings as tools."""
-        message = messages[turn]
-        changed = [
-            {k: v for k, v in message.items() if k != key} for key in ("tools", "tool_calls") if message.get(key)
-        ]
-        if message["role"] in ("system", "tool") and message.get("content"):
-            changed.append({**message, "content": message["content"] + "x"})
-        for other in changed:
-            try:
-                if self.render([*messages[:turn], other, *messages[turn + 1 :]]) == text:
-                    return False
-            except UserError:
-                continue  # refused without it, so it matters
-        return message["role"] != "user" or message["content"].strip() in text
-
-    def _trained_spans(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
-        """Where the answers that are trained stand in the rendering, each with its stop token."""
-        spans, reasons = [], []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:turn], add_generation_prompt=True)
-            alone = self.render(messages[: turn + 1])
-            if not alone.startswith(prompt):
-                reasons.append(f"turn {turn + 1}: the answer does not follow the prompt that the template gives for it")
-                continue
-            end = self._stop_end(alone[len(prompt) :], message)
-            if end is None:
-                reasons.append(f"turn {turn + 1}: no special token ends the answer")
-            elif text.startswith(alone[: len(prompt) + end]):
-                spans.append((len(prompt) + _space_before(alone[len(prompt) :], message), len(prompt) + end))
-            else:
-                reasons.append(f"turn {turn + 1}: the answer is shown in another form once a turn follows")
-        if self._has_marks():
-            spans = self._marked(messages, spans)
-        if not spans and any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"no exact mask for the tokenizer's chat template ({reasons[0] if reasons else 'no mark'})")
-        return spans
-
-    def _stop_end(self, answer: str, message: Message) -> int | None:
-        """Where the answer's stop token ends: the first of the special tokens that stand last."""
-        said = message.get("content") or ""
-        found = answer.find(said.strip()) if isinstance(said, str) and said.strip() else -1
-        content_end = found + len(said.strip()) if found >= 0 else 0
-        tokens = [match for match in self.special.finditer(answer, content_end)]
-        last = None
-        for match in reversed(tokens):
-            following = answer[match.end() : last.start()] if last else answer[match.end() :]
-            if following.strip():
-                break
-            last = match
-        return last.end() if last else None
-
-    def _marked(self, messages: list[Message], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Of the exact answers, those that the template's own marks train."""
-        marks = self._render(messages)[1]
-        return [(start, end) for start, end in spans if any(begin < end and start < stop for begin, stop in marks)]
+    def _read(self, messages: list[Message]) -> Reading:
+        return read_conversation(self, _plain(messages))
 
     def segments(self, messages: list[Message], mark: str | None = None) -> list[Segment]:
         """The rendering in pieces, cut where something trained begins or ends.
@@ -183,8 +144,8 @@ class AutoTemplate:
         """
         if mark:
             messages = break_leaves(messages, self.special, mark)
-        text = self.render(messages)
-        return cut_segments(text, self._trained_spans(messages, text))
+        reading = self._read(messages)
+        return cut_segments(reading.text, reading.spans)
 
     def encode(
         self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
@@ -200,10 +161,14 @@ class AutoTemplate:
         train_on: str | int = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
+        conversations = [only_answers(messages, train_on) for messages in conversations]
         marks = None if allow_special else [free_break(_plain(messages)) for messages in conversations]
         pieces = [self.segments(messages, marks and marks[i]) for i, messages in enumerate(conversations)]
-        pieces = [only_answers(segments, train_on) for segments in pieces]
         return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
+
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
+        """As `Template.notes`."""
+        return self._read(only_answers(messages, train_on)).notes
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that a conversation shows."""
@@ -211,19 +176,19 @@ class AutoTemplate:
 
     def stop_token(self) -> str:
         """The token that ends an answer."""
-        start, end = self._trained_spans(_PROBE, self.render(_PROBE))[0]
-        return self.special.findall(self.render(_PROBE)[start:end])[-1]
+        text, ((start, end),) = self._read(_PROBE)[:2]
+        return self.special.findall(text[start:end])[-1]
 
     def to_jinja(self) -> str:
         """The template as it came."""
         return self.chat_template
 
 
-def _space_before(answer: str, message: Message) -> int:
-    """How many spaces the template sets before the content, which are not part of it."""
-    said = message.get("content")
-    found = answer.find(said) if isinstance(said, str) and said else -1
-    return found if found > 0 and not answer[:found].strip() else 0
+def _with_text_arguments(call):
+    function = call.get("function", {}) if isinstance(call, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _plain(messages: list[Message]) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from utils.errors import UserError
-from utils.segments import Segment, encode_segments, only_answers
+from utils.segments import Segment, encode_segments
 from utils.template_jinja import to_jinja
+from utils.turns import EMPTY, MEDIA, REASONING, UNREAD, UNTRAINED, Message, Note, is_empty, is_wanted, only_answers, unread_fields
 
-Message = dict[str, str]
 _TOOLS = " (--template_name auto takes the tokenizer's own, which may have tools)"
+_OWN = " (--template_name auto takes the tokenizer's own, which may have one)"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ class Template:
             content = message["content"]
             if message["role"] == "assistant":
                 yield Segment(self.assistant + self.before_answer)
-                yield Segment(self._stripped(content), trained=True, content=True)
-                yield Segment(self.after_answer + self.stop, trained=True)
+                trained = is_wanted(message) and not is_empty(message)
+                yield Segment(self._stripped(content), trained, content=True)
+                yield Segment(self.after_answer + self.stop, trained)
                 yield Segment(self.after_stop)
             elif message["role"] == "system" and self.system is None:
                 system = content
@@ -117,6 +119,10 @@ class Template:
                 )
             if "tools" in message or "tool_calls" in message:
                 raise UserError(f"turn {turn} has tools, for which template {self.name!r} has no form" + _TOOLS)
+            fields = {**message, **message.get("extra", {})}
+            for field in (*REASONING, *MEDIA):
+                if fields.get(field):
+                    raise UserError(f"turn {turn} has {field!r}, for which template {self.name!r} has no form" + _OWN)
             if not isinstance(content, str):
                 raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
             if role == "system":
@@ -170,11 +176,19 @@ class Template:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
         pieces = []
         for messages in conversations:
-            segments = only_answers(list(self.segments(messages)), train_on)
+            messages = only_answers(messages, train_on)
+            segments = list(self.segments(messages))
             if self.closing and messages[-1]["role"] == "assistant":
-                segments.append(Segment(self.closing, trained=True))
+                segments.append(Segment(self.closing, is_wanted(messages[-1]) and not is_empty(messages[-1])))
             pieces.append(segments)
         return encode_segments(pieces, tokenizer, allow_special)
+
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
+        """Which answers that `train_on` has trained are not, why, and which fields of the turns no token shows."""
+        answers = filter(is_wanted, only_answers(messages, train_on))
+        notes = [Note(UNTRAINED, EMPTY) for answer in answers if is_empty(answer)]
+        unread = dict.fromkeys(field for message in messages for field in unread_fields(message))
+        return notes + [Note(UNREAD, f"has {field!r} in a turn, which the template does not show") for field in unread]
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""

@@ -11,10 +11,10 @@ from utils.data_rows import BadRow
 from utils.errors import UserError
 from utils.launch import wait_for_all
 from utils.model import load_model
-from utils.segments import answer_starts, count_answers
 from utils.shorten_pairs import COLUMNS, encode_pairs_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind
 from utils.trainer import Surviving
+from utils.turns import UNTRAINED, count_answers
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -41,9 +41,9 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
     """A template must have a form for the conversation, and show each compared answer as it would be said."""
     try:
         template.check(messages)
-        # the last one is always exact; a template may show those before it in another form
-        if answers > 1 and len(answer_starts(list(template.segments(messages)))) < count_answers(messages):
-            raise UserError("the template shows an earlier one of the answers in another form once a turn follows")
+        for note in template.notes(messages, train_on=answers):
+            if note.kind == UNTRAINED:
+                raise UserError(f"{note.reason}; both answers of a pair must be trained whole")
     except UserError as error:
         raise BadRow(error.problems[0]) from None
 
