@@ -193,9 +193,9 @@ def test_the_oldest_turns_go_first(tokenizer):
     template = get_template("qwen", tokenizer)
     shorter = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
     whole = template.encode(TURNS, tokenizer)
-    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False}
+    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False, "notes": []}
     for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
-        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True}
+        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True, "notes": []}
 
 
 def test_tools_stay_with_a_conversation_that_loses_its_first_turn():
@@ -216,6 +216,9 @@ def test_a_row_without_a_label_is_dropped():
     class Unmarked:
         def encode_batch(self, conversations, tokenizer):
             return [{"input_ids": [1, 2, 3], "labels": labels} for labels in ([-100] * 3, [-100, -100, 3])]
+
+        def notes(self, messages, train_on):
+            return []
 
     first, second = encode_within([[], []], Unmarked(), None, max_len=8)
     assert first == Dropped("has nothing to train") and second["labels"] == [-100, -100, 3]

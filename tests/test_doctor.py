@@ -217,6 +217,9 @@ DEFECTS = {
     "ROW_NOTHING_TRAINED": lambda p: p.flags(rows=_row(output=" ")),
     "ROW_TOO_LONG": lambda p: p.flags("--max_len", "100", rows=_row(output=LONG)),
     "ROW_SHORTENED": lambda p: p.flags("--max_len", "100", rows=_row(instruction=LONG)),
+    "ANSWER_NOT_TRAINED": lambda p: p.flags(
+        rows=[*CLEAN, {"history": [["Hi", ""]], "instruction": "Say hello.", "output": "Hello."}]
+    ),
     "FIELDS_UNREAD": lambda p: p.flags(rows=_row(quality=5)),
     "DUPLICATE_ROWS": lambda p: p.flags(
         rows=[*CLEAN, {"instruction": "What is  3 plus 2? ", "output": "3 plus 2 is 5."}]

@@ -41,7 +41,7 @@ def test_every_format(row, messages, reference):
 
 
 def test_tools_and_their_messages_are_kept():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
     turns = [USER, call, {"role": "tool", "content": "7", "name": "look"}]
     assert to_prompt({"messages": turns, "tools": TOOLS}) == (turns, TOOLS, None)
     assert to_prompt({"messages": [USER, call], "tools": TOOLS}) == ([USER], TOOLS, None)

@@ -23,6 +23,7 @@ from utils.data_report import Dropped, source_of
 from utils.data_rows import BadRow, EmptyRow
 from utils.errors import UserError
 from utils.segments import IGNORED
+from utils.turns import UNTRAINED
 
 CHUNK = 1000  # rows tokenised at once
 BYTES_A_WORKER = 2 << 20  # of the files; for less than that another process is not worth its start
@@ -35,7 +36,7 @@ class RowKind:
     Attributes:
         suffixes: the kinds of file it reads.
         read: raw row → what `encode` takes; raises BadRow or EmptyRow.
-        encode: what was read → for each its columns and `shortened`, or why it is dropped.
+        encode: what was read → for each its columns, `shortened` and `notes`, or why it is dropped.
         key: everything `encode` depends on, for the cache.
         columns: lists of token ids, named `…ids`, and of labels, named `…labels`, -100 where nothing is trained.
         pack: what is done with the whole encoded dataset at the end, if anything.
@@ -76,6 +77,7 @@ class Part:
         batch: the columns of those that are kept, a pyarrow RecordBatch; None where there are none.
         dropped: line, reason, kind of each that is left out.
         shortened: lines.
+        untrained: line and reason of each answer that is not trained, of the rows that are kept.
         refused: what is wrong with each row that stops the run.
         unread: field → how many rows have it without its being read.
     """
@@ -87,6 +89,7 @@ class Part:
     trained_tokens: int = 0
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     shortened: list[int] = field(default_factory=list)
+    untrained: list[tuple[int, str]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
@@ -140,6 +143,11 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
         sources.append([source_of(number, line)])
         if row["shortened"]:
             part.shortened.append(line)
+        for note in row.get("notes", ()):
+            if note.kind == UNTRAINED:
+                part.untrained.append((line, note.reason))
+            else:
+                part.unread[note.reason] += 1
         for name in kind.columns:
             if name.endswith("ids"):
                 part.tokens += len(row[name])

@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.data_json import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
 from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
+from utils.data_nulls import without_padding
 from utils.errors import nearest
 from utils.paths import project_path
 
@@ -211,7 +212,7 @@ def _read_parquet(file: str) -> Iterator[RawRow]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
             for value in batch.to_pylist():
                 number += 1
-                yield RawRow(file, number, value)
+                yield RawRow(file, number, without_padding(value))
     except (pyarrow.ArrowException, OSError) as error:
         yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})", fatal=True)
 

@@ -15,6 +15,7 @@ from utils.data_rows import (
     with_system,
     with_tools,
 )
+from utils.turns import is_empty as says_nothing
 
 PAIR_FORMATS = (
     '{"prompt": …, "chosen": …, "rejected": …} as texts or lists of turns, or {"chosen": […], "rejected": […]}, '
@@ -48,7 +49,7 @@ def to_pair(row: Any) -> Pair:
     check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(name, answer)
-    if chosen == rejected:
+    if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
     return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
 
@@ -117,7 +118,7 @@ def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Mes
         return [{"role": "assistant", "content": read_text(row, name)}]
     turns = read_turns([value] if isinstance(value, dict) else value, name, "role", "content")
     for head in (prompt, [turn for turn in prompt or [] if turn["role"] != "system"]):
-        if head and turns[: len(head)] == head:
+        if head and _bare(turns[: len(head)]) == _bare(head):
             return turns[len(head) :]
     if prompt is not None and turns[0]["role"] != "assistant":
         raise BadRow(f"has in {name!r} another prompt than in 'prompt'; both answers must follow the same one")
@@ -126,10 +127,11 @@ def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Mes
 
 def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """Two conversations → their shared beginning, and how each goes on."""
-    if chosen == rejected:
+    if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    same = [one == other for one, other in zip(_bare(chosen), _bare(rejected), strict=False)]
+    while shared < len(same) and same[shared]:
         shared += 1
     if shared == 0:
         raise BadRow("has prompts that differ: the conversations in 'chosen' and 'rejected' share no beginning")
@@ -142,6 +144,11 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
                 f"the {turns[shared]['role']}'s; both must part at an answer"
             )
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _bare(turns: list[Message]) -> list[Message]:
+    """Turns as they are compared: without marks, and without fields that may only describe them."""
+    return [{key: value for key, value in turn.items() if key not in ("train", "extra")} for turn in turns]
 
 
 def check_prompt(prompt: list[Message]) -> None:
@@ -160,5 +167,7 @@ def _check_answer(name: str, answer: list[Message]) -> None:
     if answer[-1]["role"] != "assistant":
         raise BadRow(f"has in {name!r} a conversation that does not end with the assistant")
     for message in answer:
-        if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+        if message["role"] == "assistant" and says_nothing(message):
             raise EmptyRow(f"has an empty answer in {name!r}")
+        if message.get("train") is False:
+            raise BadRow(f"has in {name!r} an answer marked as not to be trained, and both answers of a pair are trained")

@@ -226,6 +226,8 @@ def _count(report: DataReport, part: Part) -> None:
         report.drop(part.file, line, reason, what)
     for line in part.shortened:
         report.shorten(part.file, line)
+    for line, reason in part.untrained:
+        report.leave_untrained(part.file, line, reason)
     report.note_unread(part.file, part.unread)
 
 

@@ -40,6 +40,8 @@ class DataReport:
         files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256, `bytes_of` its size.
         kinds: the same places → how such rows are counted; `counted` place → how many there are.
         unread: file → field that is not read → how many rows have it.
+        untrained: how many answers of kept rows are not trained; `untrained_at` `"file reason"` → the lines of the
+            first hundred.
         shortened: how many rows lost their oldest turns to fit; `shortened_at` file → the first hundred lines.
     """
 
@@ -56,6 +58,8 @@ class DataReport:
     kinds: dict[str, str] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    untrained: int = 0
+    untrained_at: dict[str, list[int]] = field(default_factory=dict)
     shortened: int = 0
     shortened_at: dict[str, list[int]] = field(default_factory=dict)
 
@@ -70,6 +74,11 @@ class DataReport:
         """Counts a row that lost its oldest turns, and keeps where it stands."""
         self.shortened += 1
         self._keep(self.shortened_at, f"{file} was shortened", line)
+
+    def leave_untrained(self, file: str, line: int, reason: str) -> None:
+        """Counts an answer of a kept row that is not trained, and keeps where it stands."""
+        self.untrained += 1
+        self._keep(self.untrained_at, f"{file} {reason}", line)
 
     def note_unread(self, file: str, fields: dict[str, int]) -> None:
         """Counts fields of the rows that are not read."""
@@ -103,6 +112,9 @@ class DataReport:
         )
         for line in self.unread_fields():
             logger.warning("{}: {}", name, line)
+        if self.untrained:
+            counted = f"{self.untrained:,} answer{'s are' if self.untrained > 1 else ' is'} not trained"
+            logger.warning("{}: {}:{}", name, counted, _name_lines(self.untrained_at))
         if self.shortened:
             places = _name_lines(self.shortened_at)
             logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)

@@ -3,6 +3,8 @@
 from typing import Any
 
 from utils.data_fields import conversation_kind, field_problem, is_empty
+from utils.data_turns import BadRow, kind_name, read_text, read_turn
+from utils.turns import is_empty as says_nothing
 
 Message = dict[str, Any]
 
@@ -22,10 +24,6 @@ FORMATS = (
     '{"instruction": …, "output": …} (with "input", "system", "history" if wanted), {"messages": […]} '
     'or {"conversations": […]}'
 )
-
-
-class BadRow(ValueError):
-    """The row is malformed; the text completes "line N …"."""
 
 
 class EmptyRow(BadRow):
@@ -108,10 +106,10 @@ def with_system(messages: list[Message], row: dict) -> list[Message]:
 
 
 def _check_answers(messages: list[Message]) -> None:
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRow("has no answer of the assistant to train")
-    if not any(answer.strip() for answer in answers) and not any("tool_calls" in message for message in messages):
+    if all(map(says_nothing, answers)):
         raise EmptyRow("has an empty answer")
 
 
@@ -187,23 +185,10 @@ def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
         if not isinstance(role, str) or role not in _ROLES:
             raise BadRow(f"turn {number} has the role {role!r}; allowed are {', '.join(_ROLES)}")
         try:
-            messages.append({"role": _ROLES[role], **_said(turn, text_name)})
+            messages.append(read_turn(turn, _ROLES[role], role_name, text_name))
         except BadRow as error:
             raise BadRow(f"turn {number} {error}") from None
     return messages
-
-
-def _said(turn: dict, field: str) -> dict:
-    """A turn's text, or the tools it calls, with what names them."""
-    extra = {
-        key: read_text(turn, key) for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key) is not None
-    }
-    if not turn.get("tool_calls"):
-        return {"content": read_text(turn, field), **extra}
-    if not isinstance(turn["tool_calls"], list):
-        raise BadRow(f"has {kind_name(turn['tool_calls'])} in 'tool_calls', not a list")
-    content = "" if turn.get(field) is None else read_text(turn, field)
-    return {"content": content, "tool_calls": turn["tool_calls"], **extra}
 
 
 def with_tools(messages: list[Message], tools: Any) -> list[Message]:
@@ -217,30 +202,3 @@ def with_tools(messages: list[Message], tools: Any) -> list[Message]:
 
 def _other_keys(role_key: str) -> tuple[str, str]:
     return ("from", "value") if role_key == "role" else ("role", "content")
-
-
-def read_text(row: dict, field: str) -> str:
-    if field not in row:
-        raise BadRow(f"has no field {field!r}")
-    value = row[field]
-    if not isinstance(value, str):
-        raise BadRow(f"has {kind_name(value)} in {field!r} where text belongs")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"has half a Unicode character (a lone surrogate) in {field!r}") from None
-    return value
-
-
-def kind_name(value: Any) -> str:
-    if isinstance(value, float) and value != value:
-        return "NaN (an empty cell)"
-    names: list[tuple[Any, str]] = [
-        (type(None), "null"),
-        (bool, "true or false"),
-        (int | float, "a number"),
-        (str, "a text"),
-        (list, "a list"),
-        (dict, "an object"),
-    ]
-    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)

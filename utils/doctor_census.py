@@ -18,6 +18,7 @@ from utils.data_rows import BadRow, to_messages, to_text
 from utils.doctor_text import broken_unicode, invisible, script_of
 from utils.errors import UserError
 from utils.findings import Places, places_of
+from utils.turns import REASONING
 
 _LINES = (1 << 40) - 1  # the line within a number of `source_of`
 
@@ -92,7 +93,7 @@ def read_texts(task: str, value: Any) -> Reading:
 
 
 def _said(message: dict) -> str:
-    more = [message[key] for key in ("reasoning_content",) if message.get(key)]
+    more = [message[key] for key in REASONING if message.get(key)]
     more += [json.dumps(message[key], ensure_ascii=False) for key in ("tool_calls", "tools") if message.get(key)]
     return "\n".join([message["content"], *more])
 

@@ -141,7 +141,7 @@ def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[
     for finding in findings:
         if finding.code == "ROW_TOO_LONG":
             finding.message += measure({p: report.places[p] for p in report.places if report.kinds[p] == TOO_LONG})
-    findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()]
+    findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()] + _untrained(report)
     if report.shortened:
         places = {
             split_place(place, report.files)[0]: Places(lines, report.counted[place])
@@ -153,6 +153,22 @@ def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[
         message += f", and are cut at their beginning{measure(report.shortened_at)}"
         findings.append(Finding("ROW_SHORTENED", message, places))
     return findings
+
+
+def _untrained(report: DataReport) -> list[Finding]:
+    """Answers of kept rows that are not trained; none that the row itself marks so."""
+    if not report.untrained:
+        return []
+    places: dict[str, Places] = {}
+    reasons: Counter = Counter()
+    for place, lines in report.untrained_at.items():
+        file, reason = split_place(place, report.files)
+        reasons[reason] += report.counted[place]
+        kept = places.setdefault(file, Places())
+        kept.lines, kept.count = sorted({*kept.lines, *lines}), kept.count + report.counted[place]
+    named = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
+    message = f"{report.untrained:,} answer{'s' * (report.untrained > 1)} of {report.kept:,} rows: {named}"
+    return [Finding("ANSWER_NOT_TRAINED", message, places)]
 
 
 def problem_findings(census: Census, args) -> list[Finding]:

@@ -59,6 +59,7 @@ def _rows(explained) -> str:
     packed = f" in {plan['rows']:,} packed rows" if explained.values.get("packing") else ""
     text = f"{explained.data.rows_trained():,} of {report.rows:,} train{packed}"
     text += f", {report.dropped_rows():,} are left out ({report.counts()})" if report.dropped else ""
+    text += f", {report.untrained:,} of their answers are not trained" if report.untrained else ""
     more = plan["rows_repeated"]
     if more:
         text += f", {more:,} a second time, for all processes to have as many" if more > 0 else (

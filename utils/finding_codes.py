@@ -119,6 +119,13 @@ CODES = {
         "Raise --max_len (for pairs --max_prompt_length as well), or cut the rows up",
         "增大 --max_len（偏好对还有 --max_prompt_length），或把行拆短",
     ),
+    "ANSWER_NOT_TRAINED": Code(
+        WARNING, False, "Answers of rows that are trained on are not trained themselves",
+        "参与训练的行里，有的回答本身不训练",
+        "Give empty answers a text or take them out; where the template shows thinking only in the last turn, make a row "
+        "of each turn, or use a template that keeps it",
+        "补上或删去空回答；模板只在最后一轮显示思考时，把每轮拆成一行，或改用保留思考的模板",
+    ),
     "FIELDS_UNREAD": Code(
         NOTE, False, "Rows have fields that are not read", "有的字段不会被读取",
         "Nothing to do where they only describe the row; what is to be trained belongs into the fields of a format",

@@ -18,6 +18,7 @@ from utils.data_rows import (
     with_tools,
 )
 from utils.errors import UserError
+from utils.turns import as_written
 
 PROMPT_FORMATS = (
     '{"instruction": …} (with "input", "system", "history" if wanted), {"messages": […]} or {"conversations": […]}, '
@@ -100,7 +101,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
         json.dumps([messages, tools], ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as error:  # a date of a Parquet file, a lone surrogate
         raise BadRow(f"has something that JSON cannot hold ({error})") from None
-    return messages, tools, answer or None
+    return [as_written(message) for message in messages], tools, answer or None
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:

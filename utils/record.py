@@ -57,7 +57,7 @@ def _rows_record(report) -> dict:
     files = [
         {"file": file, "bytes": report.bytes_of[file], "sha256": report.hashes[file]} for file in report.files
     ]
-    names = ("rows", "kept", "dropped", "shortened", "tokens", "trained_tokens")
+    names = ("rows", "kept", "dropped", "shortened", "untrained", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}
 
 

@@ -18,7 +18,7 @@ def encode_within(
         **options: of `Template.encode`.
 
     Returns:
-        for each `{"input_ids", "labels", "shortened"}`, or the reason why it cannot be trained.
+        for each `{"input_ids", "labels", "shortened", "notes"}`, or the reason why it cannot be trained.
     """
 
     def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
@@ -32,7 +32,7 @@ def encode_within(
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if encoded["labels"].count(IGNORED) == len(encoded["labels"]):
             return Dropped("has nothing to train")
-        return {**encoded, "shortened": shortened}
+        return {**encoded, "shortened": shortened, "notes": template.notes(messages, options.get("train_on", "all_turns"))}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]

@@ -50,7 +50,11 @@ def encode_pairs_within(
                 return Dropped(f"is too long for {limits} with its answers, which are never cut", TOO_LONG)
             pair, shortened = {**pair, "prompt": kept[:-1]}, True
             row = _encode([pair], template, tokenizer, allow_special)[0]
-        return row if isinstance(row, Dropped) else {**row, "shortened": shortened}
+        if isinstance(row, Dropped):
+            return row
+        # every answer of a pair is trained; fields that are not read are named
+        notes = template.notes(pair["prompt"] + pair["chosen"], train_on=count_answers(pair["chosen"]))
+        return {**row, "shortened": shortened, "notes": notes}
 
     return [fit(*both) for both in zip(pairs, _encode(pairs, template, tokenizer, allow_special), strict=True)]
 

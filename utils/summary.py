@@ -16,6 +16,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "folder": str(folder),
         "rows_trained": data.rows_trained(),
         "rows_dropped": data.report.dropped_rows(),
+        "answers_untrained": data.report.untrained,
         "steps": trainer.state.global_step,
         "steps_skipped": trainer.steps_skipped,
         "first_loss": losses[0] if losses else None,
@@ -42,9 +43,10 @@ def print_summary(summary: dict) -> None:
         return "not measured" if value is None else f"{value:.4f}"
 
     skipped = f", {summary['steps_skipped']:,} of them left out (--on_nan skip)" if summary["steps_skipped"] else ""
+    untrained = f"; {summary['answers_untrained']:,} of their answers are not" if summary["answers_untrained"] else ""
     logger.info(
         "\nfinished: {folder}\n"
-        "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}\n"
+        "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"
         "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
         "{evaluation}"
@@ -53,5 +55,6 @@ def print_summary(summary: dict) -> None:
         last=figure(summary["last_loss"]),
         evaluation=evaluation_lines(summary),
         skipped=skipped,
+        untrained=untrained,
         **summary,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from utils.errors import UserError
 from utils.segments import Segment, encode_segments
 from utils.template_jinja import to_jinja
-from utils.turns import EMPTY, MEDIA, REASONING, UNREAD, UNTRAINED, Message, Note, is_empty, is_wanted, only_answers, unread_fields
+from utils.turns import EMPTY, MEDIA, REASONING, UNTRAINED, Message, Note, is_empty, is_wanted, only_answers, unread
 
 _TOOLS = " (--template_name auto takes the tokenizer's own, which may have tools)"
 _OWN = " (--template_name auto takes the tokenizer's own, which may have one)"
@@ -187,8 +187,8 @@ class Template:
         """Which answers that `train_on` has trained are not, why, and which fields of the turns no token shows."""
         answers = filter(is_wanted, only_answers(messages, train_on))
         notes = [Note(UNTRAINED, EMPTY) for answer in answers if is_empty(answer)]
-        unread = dict.fromkeys(field for message in messages for field in unread_fields(message))
-        return notes + [Note(UNREAD, f"has {field!r} in a turn, which the template does not show") for field in unread]
+        fields = [field for message in messages for field in message.get("extra", {})]
+        return notes + unread([*fields, *("name" for message in messages if message.get("name"))])
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""

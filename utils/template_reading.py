@@ -10,13 +10,13 @@ from utils.turns import (
     EMPTY,
     MEDIA,
     REASONING,
-    UNREAD,
     UNTRAINED,
     Message,
     Note,
     hidden_fields,
     is_empty,
     is_wanted,
+    unread,
     without,
 )
 
@@ -81,18 +81,18 @@ def _judge(
     template, messages: list[Message], hidden: list[tuple[int, str]]
 ) -> tuple[str | None, dict[int, str], list[Note]]:
     """What follows from texts that are not shown: the row is refused, an answer is not trained, or it is only noted."""
-    refused, lost, notes = None, {}, []
+    refused, lost, fields = None, {}, []
     for turn, field in hidden:
         message = messages[turn]
         named = _NAMES.get(field, repr(field))
         if field == "name" or (field in message.get("extra", {}) and field not in (*REASONING, *MEDIA)):
-            notes.append(Note(UNREAD, f"has {field!r} in a turn, which the template does not show"))
+            fields.append(field)
         elif message["role"] == "assistant" and _shown_last(template, messages[: turn + 1], field):
             lost[turn] = f"has an answer of which the template shows {named} only where no turn follows"
         elif refused is None:
             role = message["role"]
             refused = f"turn {turn + 1} ({role}) has {named}, which the tokenizer's chat template does not show"
-    return refused, lost, notes
+    return refused, lost, unread(fields)
 
 
 def _shown_last(template, messages: list[Message], field: str) -> bool:

@@ -4,9 +4,10 @@ import functools
 import json
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from utils.data_fields import DESCRIPTIVE
 from utils.errors import UserError
 
 Message = dict[str, Any]
@@ -22,8 +23,8 @@ class Note(NamedTuple):
     """Something about a row that is trained on, for the report.
 
     Attributes:
-        kind: `UNTRAINED` for an answer that is not trained, `UNREAD` for a field that no token shows.
-        reason: completes "line N …".
+        kind: `UNTRAINED` for an answer that is not trained, `UNREAD` for a field of a turn that no token shows.
+        reason: completes "line N …"; the name of the field.
     """
 
     kind: str
@@ -58,9 +59,9 @@ def only_answers(messages: list[Message], train_on: str | int) -> list[Message]:
     return [{**message, "train": False} if turn in answers else message for turn, message in enumerate(messages)]
 
 
-def unread_fields(message: Message) -> list[str]:
-    """The further fields of a turn, which a format of texts alone has no place for."""
-    return [field for field in ("name", *message.get("extra", {})) if field != "name" or message.get(field)]
+def unread(fields: Iterable[str]) -> list[Note]:
+    """Notes of fields that no token shows, each once, without those that only describe a turn."""
+    return [Note(UNREAD, f"{field} (of a turn)") for field in dict.fromkeys(fields) if field not in DESCRIPTIVE]
 
 
 def count_answers(messages: list[Message]) -> int:

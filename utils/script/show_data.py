@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"--- {data.report.kept:,} of {data.report.rows:,} rows are trained on, {data.report.dropped_rows():,} left out"
     )
+    if data.report.untrained:
+        print(f"answers of these rows that are not trained: {data.report.untrained:,}")
     share = 100 * data.report.trained_tokens / max(data.report.tokens, 1)
     print(f"tokens: {data.report.tokens:,}, of them trained {data.report.trained_tokens:,} ({share:.0f} %)")
     lengths = [max(len(part["input_ids"]) for part in parts_of(row).values()) for row in data.train]
