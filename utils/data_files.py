@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.data_json import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
-from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
 from utils.data_nulls import without_padding
+from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
 from utils.errors import nearest
 from utils.paths import project_path
 

@@ -39,7 +39,8 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
     for key, text in thoughts.items():
         if text not in message.values():  # servers write the same thought under two names
             message[key] = text
-    message |= {} if _is_trained(turn, role) else {"train": False}
+    if not _is_trained(turn, role) and role == "assistant":
+        message["train"] = False
     known = {role_field, text_field, "tool_calls", "function_call", *_NAMES, *_MARKS, *REASONING}
     extra = {key: _as_json(value) for key, value in turn.items() if key not in known and not is_empty(value)}
     return {**message, "extra": extra} if extra else message
