@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -104,16 +106,63 @@ PEAKS = [
     ("gemma", "dora", "false", "1"),
     ("phi3", "qlora", "false", "2"),
     ("mistral", "full", "true", "1"),
+    ("mixtral", "full", "false", "2"),
+    ("qwen2_moe", "qlora", "false", "2"),
+    ("qwen3_moe", "lora", "true", "1"),
+    ("gpt_oss", "lora", "false", "2"),
 ]
+EXPERTS = {
+    **dict.fromkeys(("mixtral", "gpt_oss"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe"),
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    ),
+}
 
 
 @pytest.mark.parametrize(("architecture", "mode", "again", "rows"), PEAKS)
 def test_the_peak_of_a_step_is_the_planned_one(architecture, mode, again, rows, tiny_models, tmp_path):
     more = ("--gradient_checkpointing", again, "--per_device_train_batch_size", rows)
-    flags = flags_of(mode, tmp_path, "--model_name_or_path", tiny_models(architecture), *more)
+    base = tiny_models(architecture, **EXPERTS.get(architecture, {}))
+    flags = flags_of(mode, tmp_path, "--model_name_or_path", base, *more)
     measured, plan = peaks(flags, tmp_path)
     assert measured > 1e6
     assert plan == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_mixture_s_weights_are_all_counted(architecture, mode, tiny_models):
+    """Experts included, in the type that the mode loads them in; the sizes are those in the file's header."""
+    from utils.weight_files import read_header
+
+    folder = tiny_models(architecture, **EXPERTS[architecture])
+    args, train_args = read(folder, "--train_mode", mode)
+    args.precision = "bf16"
+    header, _ = read_header(Path(folder) / "model.safetensors")
+    entries = sum(math.prod(entry["shape"]) for entry in header.values())
+    found = estimate(args, train_args, 1)
+    if mode == "full":
+        assert (found.parameters, found.gradients) == (4 * entries, 4 * entries)
+    else:
+        assert found.parameters - found.gradients == 2 * entries
+
+
+def test_a_model_that_cannot_be_run_without_weights_ends_nothing(config_folder, monkeypatch, capsys):
+    from utils.doctor_sizes import estimated
+    from utils.errors import UserError
+
+    def broken(*_, **__):
+        raise RuntimeError("no kernel for this\nC++ stack")
+
+    args, train_args = read(config_folder("llama"))
+    args.precision = "bf16"
+    monkeypatch.setattr("utils.memory.planner.step_bytes", broken)
+    with pytest.raises(UserError, match=r"does not run without weights \(RuntimeError: no kernel for this\)"):
+        estimate(args, train_args, 1)
+    assert estimated(args, train_args, 1) is None
+    monkeypatch.setattr("utils.memory.planner.Planner.__init__", broken)
+    assert estimated(args, train_args, 1) is None
 
 
 # of 8 tokens the head takes more than the gradients of four layers, and less than those of nine

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from loguru import logger
+
 from utils.adapter import ADAPTERS
 from utils.adapter_targets import find_targets
 from utils.checkpoints import checkpoints_of
@@ -166,12 +168,14 @@ class Memory(NamedTuple):
 
 
 def estimated(args, train_args, processes: int):
-    """The estimate of utils.memory, or None where it cannot be made."""
+    """The estimate of utils.memory, or None where it cannot be made, which a line says: no training ends for it."""
     from utils.memory import estimate
 
     try:
         return estimate(args, train_args, processes)
-    except UserError:
+    except Exception as error:  # it runs the model's own code, which raises whatever it likes
+        what = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        logger.info("the memory that the training takes is not estimated: {}", what.partition("\n")[0][:300])
         return None
 
 

@@ -133,6 +133,8 @@ def changes(batch: Batch, dtype):
 
     yield patch.dict(AttentionInterface._global_mapping, {"sdpa": attend})
     yield patch("transformers.masking_utils.find_packed_sequence_indices", nothing)
+    # a mixture's experts in one product: its shapes are known for bf16 alone, those of its fallback for every type
+    yield patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
     yield patch("peft.tuners.lora.dora.dequantize_module_weight", _unpacked)
     if batch.on_gpu:  # a Triton kernel works on each tile where it lies
         yield patch("trl.kernels.chunked_logprob._forward_tile", nothing)

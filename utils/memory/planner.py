@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from utils.adapter import ADAPTERS
 from utils.check_deepspeed import short_name
+from utils.errors import UserError
 from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
@@ -104,7 +105,23 @@ class Planner:
         return setting_of(self.args, self.train_args, self.weights)
 
     def estimate(self, setting: Setting) -> Estimate:
-        """The memory of one setting."""
+        """The memory of one setting.
+
+        Raises:
+            UserError: the model's own code, or the optimizer's, does not run without weights.
+        """
+        try:
+            return self._estimate(setting)
+        except UserError:
+            raise
+        except Exception as error:  # every model raises its own
+            first = str(error).partition("\n")[0][:300]
+            raise UserError(
+                f"--model_name_or_path {self.args.model_name_or_path!r} cannot be planned with --train_mode "
+                f"{setting.mode}: its code does not run without weights ({type(error).__name__}: {first})"
+            ) from error
+
+    def _estimate(self, setting: Setting) -> Estimate:
         args, layout = self._args_of(setting.mode), layout_of(setting.layout, self.processes)
         size = compute_dtype(args).itemsize
         key = (setting.mode, layout.laid_out)
