@@ -8,6 +8,7 @@ from conftest import write_rows
 
 import main_train
 from utils.args import parse_args
+from utils.errors import UserError
 
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
 
@@ -59,6 +60,22 @@ def test_refused(refused, tmp_path, flags, said):
 def test_all_problems_at_once(refused):
     out = refused(main_train.main, *DPO, "--beta", "-1", "--loss_type", "x", "--max_prompt_length", "2000")
     assert out.startswith("3 errors:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--train_on", "last_turn", "--discopop_tau", "0.3", "--label_smoothing_factor", "0.1"],
+         ["train_on", "discopop_tau", "label_smoothing_factor"]),
+        (["--task_type", "dpo_single", "--loss_type", "ipo", "--ld_alpha", "0.5"], ["loss_type", "ld_alpha"]),
+        (["--max_len", "300", "--max_prompt_length", "300"], ["max_prompt_length"]),
+    ],
+)  # fmt: skip
+def test_what_would_do_nothing_is_a_problem_of_the_arguments(flags, names):
+    """Told by the parser alone, each by name, before anything is read or loaded."""
+    with pytest.raises(UserError) as error:
+        parse_args([*DPO, *flags])
+    assert sorted(problem.split()[0] for problem in error.value.problems) == sorted(f"--{name}" for name in names)
 
 
 def test_losses_with_weights_are_read():

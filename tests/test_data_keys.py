@@ -12,7 +12,7 @@ from conftest import ROOT, write_rows
 
 from utils import data_keys, data_process
 from utils.args import parse_args
-from utils.data_keys import tokenizer_key
+from utils.data_keys import rows_key, tokenizer_key
 from utils.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template
@@ -136,6 +136,15 @@ def test_what_the_rows_do_not_depend_on_is_no_part_of_the_key(prepare, tmp_path)
 def test_other_ids_in_the_same_order_have_another_key(prepare):
     keys = {prepare(rows=rows).report.key for rows in (tiny.ROWS, tiny.ROWS[::-1], tiny.ROWS[1:])}
     assert len(keys | {prepare("--train_on", "last_turn").report.key}) == 4
+
+
+def test_rows_that_are_cut_at_other_places_have_another_key():
+    """The same ids in the same order, divided otherwise into rows."""
+    from datasets import Dataset
+
+    rows = [[[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3], []]]
+    keys = {rows_key(Dataset.from_dict({"input_ids": ids, "labels": ids, "source": [[1], [2]]})) for ids in rows}
+    assert len(keys) == 3
 
 
 # ---------------------------------------------------------------------- the day that a template prints

@@ -317,6 +317,30 @@ def test_adapters_are_trained_in_float32_and_token_rows_begin_as_the_bases(one_t
         assert torch.equal(logits_of(model), expected)
 
 
+def test_a_head_with_a_bias_has_no_trained_rows(tiny_models, rows_file, tmp_path, refused):
+    """PEFT's layer for them computes W h: a model with a bias would have other logits, by more than 1 here."""
+    import main_train
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_models("phi_bias"), dtype=torch.float32)
+    expected = logits_of(base)
+    rows = {"embed_tokens": [5], "lm_head": [5]}
+    of_peft = logits_of(get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows)))
+    assert (of_peft - expected).abs().max() > 1, "PEFT keeps the bias now: nothing has to be refused any more"
+    flags = ["--model_name_or_path", tiny_models("phi_bias"), "--train_data_path", rows_file, "--report_to", "none"]
+    out = refused(main_train.main, *flags, "--output_dir", str(tmp_path / "run"), "--train_special_tokens", "on")
+    assert "the embeddings of <|im_end|>, <|im_start|> are to be trained" in out
+    assert "bias that the head of PhiForCausalLM has" in out and "--train_special_tokens off" in out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_full_training_begins_at_the_bases_own_weights(precision, train, tiny_models):
+    """To the bit, in float32: loaded in the arithmetic's bf16, each would have lost 16 of its bits."""
+    run = train("--train_mode", "full", "--precision", precision, "--learning_rate", "0", "--max_steps", "1")
+    before, after = load_file(f"{tiny_models()}/model.safetensors"), load_file(run / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_tokenizer_of_the_run_speaks_and_stops_as_trained(train):
     folder = train()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -52,11 +52,8 @@ def build_adapter(args, model, tokenizer, template: Template | None):
     from peft import LoraConfig, TaskType
 
     tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template) if template else []
-    if tokens and hasattr(model.get_input_embeddings().weight, "ds_numel"):
-        raise UserError(
-            f"the base never learned {', '.join(tokenizer.convert_ids_to_tokens(tokens))}, and ZeRO-3 splits the rows "
-            "that would be trained; use --deepspeed zero2, or --train_special_tokens off to leave them as they are"
-        )
+    if tokens:
+        _refuse_token_rows(model, ", ".join(tokenizer.convert_ids_to_tokens(tokens)))
     targets = find_targets(model, args.lora_target_modules)
     tell(targets, model, args.lora_target_modules)
     config = LoraConfig(
@@ -76,6 +73,25 @@ def build_adapter(args, model, tokenizer, template: Template | None):
         names = tokenizer.convert_ids_to_tokens(tokens)
         logger.info("the embeddings of {} are trained as well", ", ".join(names))
     return config
+
+
+def _refuse_token_rows(model, names: str) -> None:
+    """Refuses models whose embeddings cannot be trained for some tokens alone.
+
+    PEFT's layer for trained rows computes a head as W h, and would lose its bias (GPT-J, Phi-2): DPO, `infer` and
+    every other program would see other logits than the loss of SFT.
+    """
+    if hasattr(model.get_input_embeddings().weight, "ds_numel"):
+        raise UserError(
+            f"the embeddings of {names} are to be trained, and ZeRO-3 splits them; use --deepspeed zero2, or "
+            "--train_special_tokens off to leave them as they are"
+        )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"the embeddings of {names} are to be trained, and PEFT leaves out the bias that the head of "
+            f"{type(model).__name__} has where it trains rows; use --train_special_tokens off to leave them as they "
+            "are, or --train_mode full"
+        )
 
 
 def special_tokens_to_train(choice: str, model, tokenizer, template: Template) -> list[int]:
