@@ -4,6 +4,7 @@ from utils.data_files import parse_row, raw_rows
 from utils.data_pairs import to_pair
 from utils.data_report import split_place
 from utils.data_rows import to_messages, to_text
+from utils.shorten import count_tokens
 
 
 def measured(places: dict[str, list[int]], files: list[str], args, template, tokenizer) -> str:
@@ -36,20 +37,15 @@ def _lengths(file: str, lines: set[int], args, template, tokenizer) -> list[tupl
             values.append(parse_row(row).value)
         if row.line >= max(lines):
             break
-    allow = args.allow_special_tokens_in_content
     if args.task_type == "pretrain":
         encoded = tokenizer([to_text(value) for value in values], return_attention_mask=False)["input_ids"]
         return [(len(ids) + 1, 0) for ids in encoded]  # each ends with the eos token
     if args.task_type == "sft":
-        rows = template.encode_batch([to_messages(value) for value in values], tokenizer, allow)
-        return [(len(row["input_ids"]), 0) for row in rows]
+        return [(count_tokens(template.render(to_messages(value)), tokenizer), 0) for value in values]
     pairs = [to_pair(value) for value in values]
-    prompts = template.encode_batch([pair["prompt"] for pair in pairs], tokenizer, allow)
-    sides = [
-        template.encode_batch([pair["prompt"] + pair[side] for pair in pairs], tokenizer, allow)
-        for side in ("chosen", "rejected")
-    ]
-    return [
-        (max(len(chosen["input_ids"]), len(rejected["input_ids"])), len(prompt["input_ids"]))
-        for prompt, chosen, rejected in zip(prompts, *sides, strict=True)
-    ]
+    counts = []
+    for pair in pairs:
+        sides = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
+        prompt, *whole = (count_tokens(template.render(turns), tokenizer) for turns in (pair["prompt"], *sides))
+        counts.append((max(whole), prompt))
+    return counts

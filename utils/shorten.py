@@ -1,6 +1,10 @@
 """Fitting a conversation into `max_len`: the oldest turns go first, an answer is never cut."""
 
+import bisect
+from collections.abc import Callable
+
 from utils.data_report import TOO_LONG, Dropped
+from utils.errors import UserError
 from utils.template import IGNORED, Message, Template
 
 
@@ -10,7 +14,7 @@ def encode_within(
     """Encodes conversations so that none is longer than `max_len`.
 
     Args:
-        conversations: messages each, which the template can hold.
+        conversations: messages each, which the template can hold; those of `cut_far` count as shortened.
         template: renders them.
         tokenizer: a fast one.
         max_len: tokens.
@@ -22,7 +26,7 @@ def encode_within(
     """
 
     def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
-        shortened = False
+        shortened = isinstance(messages, Shortened)
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
             if not truncate:
                 return Dropped(f"is too long for --max_len {max_len}", TOO_LONG)
@@ -36,6 +40,77 @@ def encode_within(
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
+
+
+_MANY = 32  # from so many questions on, even short ones, one turn after the other takes long
+_CHARACTERS = 4  # from so many characters a token on a conversation is rendered to see whether it is far too long
+
+
+class Shortened(list):
+    """The messages of a conversation that has lost its oldest turns."""
+
+
+def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int) -> list[Message]:
+    """Drops the oldest turns of a conversation that is far too long, so that no template has to read all of it.
+
+    One turn after the other, each with a rendering, its tokens and its labels anew, would take time that grows with
+    the square of the length, or worse. No turn is dropped that `encode_within` would keep.
+
+    Args:
+        messages: ending with an answer.
+        template: renders them.
+        tokenizer: a fast one.
+        max_len: tokens.
+
+    Returns:
+        the messages themselves, or `Shortened`.
+    """
+    if not is_far(messages, max_len):
+        return messages
+    # as plain text: where a special token's text stands in a content, its encoding is longer
+    return first_fit(messages, lambda rest: count_tokens(template.render(rest), tokenizer) > max_len)
+
+
+def is_far(messages: list[Message], max_len: int) -> bool:
+    """Whether a conversation is worth a rendering of its own to see whether it is far too long."""
+    questions = sum(message["role"] == "user" for message in messages)
+    characters = sum(len(message["content"]) for message in messages)
+    return questions > _MANY or (questions > 1 and characters > _CHARACTERS * max_len)
+
+
+def check_all(template: Template, kept: list[Message], messages: list[Message]) -> None:
+    """Raises a `UserError` where a template cannot hold what is kept of a conversation, by the turns of the whole."""
+    try:
+        template.check(kept)
+    except UserError:
+        template.check(messages)
+        raise
+
+
+def first_fit(messages: list[Message], too_long: Callable[[list[Message]], bool]) -> list[Message]:
+    """The conversation without its oldest turns, as few as it takes that it is not too long, or all that can go.
+
+    Args:
+        messages: ending with an answer.
+        too_long: what holds of a conversation holds of every longer one.
+
+    Returns:
+        the messages themselves, or `Shortened`.
+    """
+    starts = _starts(messages)
+    try:
+        if not starts or not too_long(messages):
+            return messages
+        # from the last question back: how many of the starts leave little enough
+        fitting = bisect.bisect_left(starts[::-1], True, key=lambda start: too_long(_from(messages, start)))
+    except UserError:
+        return messages  # what the template cannot hold is told by its check, turn by turn
+    return Shortened(_from(messages, starts[-max(1, fitting)]))
+
+
+def count_tokens(text: str, tokenizer) -> int:
+    """How many tokens a rendering has."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def shorter(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
@@ -56,10 +131,21 @@ def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:
 
 def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
     """Drops everything between the system message and the second question; None if there is no second."""
+    starts = _starts(messages)
+    return _from(messages, starts[0]) if starts else None
+
+
+def _starts(messages: list[Message]) -> list[int]:
+    """The questions a shortened conversation may begin with: all but the first, as long as an answer follows."""
+    turns = _split_head(messages)[1]
+    last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=0)
+    return [i for i, message in enumerate(turns[:last]) if message["role"] == "user" and i > 0]
+
+
+def _from(messages: list[Message], start: int) -> list[Message]:
+    """The system message, where there is one, and the turns from `start` on."""
     head, turns = _split_head(messages)
-    later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
-    start = next((i for i in later if any(m["role"] == "assistant" for m in turns[i:])), None)
-    return None if start is None else _keep_tools(head + turns[start:], messages)
+    return _keep_tools(head + turns[start:], messages)
 
 
 def _keep_tools(shorter: list[Message], messages: list[Message]) -> list[Message]:

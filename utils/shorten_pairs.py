@@ -3,7 +3,7 @@
 from utils.data_pairs import EqualPair, Pair
 from utils.data_report import TOO_LONG, Dropped
 from utils.segments import IGNORED
-from utils.shorten import shorter
+from utils.shorten import Shortened, count_tokens, first_fit, is_far, shorter
 from utils.template import Template
 from utils.turns import count_answers
 
@@ -23,7 +23,7 @@ def encode_pairs_within(
     """Encodes pairs so that no prompt and no prompt with its answer is too long.
 
     Args:
-        pairs: from `to_pair`, which the template can hold.
+        pairs: from `to_pair`, which the template can hold; the prompts of `cut_pair_far` count as shortened.
         template: renders them, exactly as for SFT.
         tokenizer: a fast one.
         max_len: tokens of the prompt and the longer answer.
@@ -40,7 +40,7 @@ def encode_pairs_within(
         return max(len(row["prompt_ids"]) - max_prompt_length, len(row["prompt_ids"]) + answer - max_len)
 
     def fit(pair: Pair, row: dict | Dropped) -> dict | Dropped:
-        shortened = False
+        shortened = isinstance(pair["prompt"], Shortened)
         limits = f"--max_len {max_len} and --max_prompt_length {max_prompt_length}"
         while not isinstance(row, Dropped) and (too_many := surplus(row)) > 0:
             if not truncate:
@@ -57,6 +57,27 @@ def encode_pairs_within(
         return {**row, "shortened": shortened, "notes": notes}
 
     return [fit(*both) for both in zip(pairs, _encode(pairs, template, tokenizer, allow_special), strict=True)]
+
+
+_SLACK = 16  # tokens by which a rendering may be counted longer than what the pair is made of
+
+
+def cut_pair_far(pair: Pair, template: Template, tokenizer, max_len: int, max_prompt_length: int) -> Pair:
+    """As `cut_far`, for the prompt of a pair: no turn is dropped that `encode_pairs_within` would keep."""
+    if not is_far(pair["prompt"], min(max_len, max_prompt_length)):
+        return pair
+
+    def too_long(asked: list) -> bool:
+        for side in _SIDES:
+            turns = [*asked[:-1], *pair[side]]
+            tokens = count_tokens(template.render(turns), tokenizer) - _SLACK
+            answer = count_tokens(pair[side][0]["content"], tokenizer)
+            if tokens > max_len or (len(pair[side]) == 1 and tokens - answer > max_prompt_length):
+                return True
+        return False
+
+    asked = first_fit([*pair["prompt"], pair["chosen"][0]], too_long)
+    return {**pair, "prompt": Shortened(asked[:-1])} if isinstance(asked, Shortened) else pair
 
 
 def _encode(pairs: list[Pair], template: Template, tokenizer, allow_special: bool) -> list[dict | Dropped]:

@@ -11,7 +11,7 @@ from utils.data_rows import BadRow
 from utils.errors import UserError
 from utils.launch import wait_for_all
 from utils.model import load_model
-from utils.shorten_pairs import COLUMNS, encode_pairs_within
+from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind
 from utils.trainer import Surviving
 from utils.turns import UNTRAINED, count_answers
@@ -22,14 +22,16 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
     def read(row) -> Pair:
         pair = to_pair(row)
+        if truncate:
+            pair = cut_pair_far(pair, template, tokenizer, args.max_len, args.max_prompt_length)
         for side in ("chosen", "rejected"):
             _check_answers(template, pair["prompt"] + pair[side], count_answers(pair[side]))
         return pair
 
+    truncate = args.overlong == "truncate"
     lengths = {"max_prompt_length": args.max_prompt_length, "allow_special": args.allow_special_tokens_in_content}
 
     def encode(pairs: list[Pair]):
-        truncate = args.overlong == "truncate"
         return encode_pairs_within(pairs, template, tokenizer, args.max_len, truncate=truncate, **lengths)
 
     key = {"task": "dpo", "template": template.key, **lengths}

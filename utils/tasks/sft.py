@@ -8,7 +8,7 @@ from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.evaluation import CountsTokens, fill_up
 from utils.head import use_trained_positions
-from utils.shorten import encode_within
+from utils.shorten import check_all, cut_far, encode_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
 from utils.trainer import Surviving
 
@@ -18,18 +18,20 @@ USES_TEMPLATE = True
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares conversations: `input_ids` and `labels`, the answers and their stop tokens labelled."""
 
+    truncate = args.overlong == "truncate"
+
     def read(row):
         messages = to_messages(row)
         try:
-            template.check(messages)
+            kept = cut_far(messages, template, tokenizer, args.max_len) if truncate else messages
+            check_all(template, kept, messages)
         except UserError as error:
             raise BadRow(error.problems[0]) from None
-        return messages
+        return kept
 
     options = {"allow_special": args.allow_special_tokens_in_content, "train_on": args.train_on}
 
     def encode(conversations):
-        truncate = args.overlong == "truncate"
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
     key = {"task": "sft", "template": template.key, **options}

@@ -1,0 +1,125 @@
+"""Long conversations lose the same turns as one at a time, in a time that grows with their length."""
+
+import random
+
+import pytest
+import tiny
+
+from utils.data_report import Dropped
+from utils.errors import UserError
+from utils.shorten import Shortened, check_all, cut_far, encode_within, shorter
+from utils.shorten_pairs import cut_pair_far, encode_pairs_within
+from utils.template import get_template
+
+TEMPLATES = ["qwen", "llama3", "default", "auto"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """A tokenizer for each template; `auto` has a form of its own, which drops thinking from all but the last turn."""
+    from utils.template import template_dict
+
+    made = {name: tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer) for name in TEMPLATES[:-1]}
+    made["auto"] = tiny.byte_level_tokenizer()
+    made["auto"].chat_template = get_template("qwen").to_jinja()
+    return made
+
+
+def template_of(name, tokenizer):
+    return get_template(name, tokenizer)
+
+
+def conversation(draw, turns):
+    words = ["one", "two", "the fox", "你好", "<|im_end|>", "a\n\nb", "x" * 9, "."]
+    said = lambda: " ".join(draw.choices(words, k=draw.randint(1, 12)))  # noqa: E731
+    messages = [{"role": "system", "content": said()}] * draw.randint(0, 1)
+    for _ in range(turns):
+        messages += [{"role": "user", "content": said()}] * (2 if draw.random() < 0.1 else 1)
+        messages += [{"role": "assistant", "content": said()}] * (0 if draw.random() < 0.1 else 1)
+    return [*messages, {"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
+
+
+def one_at_a_time(messages, template, tokenizer, max_len):
+    """What is trained of a conversation that loses a turn, is encoded anew, and so on."""
+    encoded = template.encode(messages, tokenizer)
+    while (surplus := len(encoded["input_ids"]) - max_len) > 0:
+        messages = shorter(messages, surplus, tokenizer)
+        if messages is None:
+            return None
+        encoded = template.encode(messages, tokenizer)
+    return encoded
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_as_many_turns_are_dropped_as_one_at_a_time(tokenizers, name):
+    tokenizer, draw = tokenizers[name], random.Random(name)
+    template = template_of(name, tokenizer)
+    cut = 0
+    for _ in range(8 if name == "auto" else 25):  # of which one at a time takes seconds a row
+        messages = conversation(draw, draw.choice([2, 5, 12, 34]))
+        max_len = draw.choice([30, 60, 150, 400])
+        kept = cut_far(messages, template, tokenizer, max_len)
+        cut += isinstance(kept, Shortened)
+        (row,) = encode_within([kept], template, tokenizer, max_len)
+        expected = one_at_a_time(messages, template, tokenizer, max_len)
+        if expected is None:
+            assert isinstance(row, Dropped)
+        else:
+            assert {name: row[name] for name in ("input_ids", "labels")} == expected
+            assert row["shortened"] == (len(template.encode(messages, tokenizer)["input_ids"]) > max_len)
+    assert cut > (1 if name == "auto" else 5)
+
+
+@pytest.mark.parametrize("name", TEMPLATES[:2])
+def test_of_pairs_as_well(tokenizers, name):
+    tokenizer, draw = tokenizers[name], random.Random(name)
+    template = template_of(name, tokenizer)
+    cut = 0
+    for _ in range(16):
+        *prompt, answer = conversation(draw, draw.choice([2, 12, 34]))
+        other = [{**answer, "content": "another"}] + draw.choice([[], [prompt[-1], answer]])
+        pair = {"prompt": prompt, "chosen": [answer], "rejected": other}
+        limits = draw.choice([(60, 40), (200, 150), (400, 60)])
+        kept = cut_pair_far(pair, template, tokenizer, *limits)
+        cut += kept is not pair
+        row, expected = (encode_pairs_within([p], template, tokenizer, *limits)[0] for p in (kept, pair))
+        assert row == expected
+    assert cut > 5
+
+
+@pytest.mark.parametrize("name", ["qwen", "auto"])
+def test_a_long_conversation_is_rendered_whole_only_once(tokenizers, name, monkeypatch):
+    """The work is counted in turns rendered: one after the other, 400 turns are 160,000 of them and more."""
+    tokenizer = tokenizers[name]
+    template = template_of(name, tokenizer)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": f"Number {i}, said once."} for i in range(400) for role in roles]
+    rendered = []
+    original = type(template).render
+    monkeypatch.setattr(
+        type(template), "render", lambda self, rows, *more, **options: (
+            rendered.append(len(rows)), original(self, rows, *more, **options))[1],
+    )  # fmt: skip
+    kept = cut_far(messages, template, tokenizer, 512)
+    template.check(kept)
+    (row,) = encode_within([kept], template, tokenizer, 512)
+    assert 450 < len(row["input_ids"]) <= 512 and row["shortened"]
+    assert sum(rendered) < 4 * len(messages) + 4 * len(kept) ** 2
+
+
+def test_the_system_message_and_its_tools_stay(tokenizers):
+    system = {"role": "system", "content": "Be kind.", "tools": [{"name": "f"}]}
+    messages = [system, *conversation(random.Random(1), 40)[-60:]]
+    kept = cut_far(messages, template_of("auto", tokenizers["auto"]), tokenizers["auto"], 100)
+    assert kept[0] == system and isinstance(kept, Shortened) and len(kept) < 40
+    messages = [{**messages[2], "tools": [{"name": "f"}]}, *messages[3:]]
+    kept = cut_far(messages, template_of("qwen", tokenizers["qwen"]), tokenizers["qwen"], 100)
+    assert not isinstance(kept, Shortened)  # the template has no form for tools, which its check says
+
+
+def test_what_is_wrong_is_told_by_the_turns_of_the_row(tokenizers):
+    template = template_of("llama3", tokenizers["llama3"])
+    messages = conversation(random.Random(1), 10)
+    messages[-1] = {"role": "assistant", "content": "x", "tool_calls": [{}]}
+    with pytest.raises(UserError, match=f"turn {len(messages)} "):
+        check_all(template, messages[-4:], messages)
