@@ -4,15 +4,16 @@ import json
 import math
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from loguru import logger
+from typing import Any
 
 from utils.errors import UserError, is_about_the_disk
 from utils.imports import import_peft
+from utils.merge_check import Compared, compare, logits_in_float32, refuse_difference
+from utils.merge_files import load_exactly, main_type
+from utils.merge_layers import Merged, Rounding, merge_onto, types_of
 from utils.tokenizer import load_failure
 from utils.trained import Parts, TrainedArgs
 from utils.weight_files import read_header, weight_files
@@ -22,8 +23,8 @@ MERGED = "merged.json"  # written last: a folder that has it holds a merged mode
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None):
-    """Loads a base and merges its adapters into it, on the CPU.
+def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Merged:
+    """Loads a base and merges its adapters into it, on the CPU; each merge is compared with the adapter unmerged.
 
     Only a layer at a time is held in float32, so that a 7B in bf16 needs little more memory than its 14 GB; of a
     chain every layer that an adapter changes stays in float32 until the last is merged.
@@ -31,19 +32,37 @@ def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None):
     Args:
         args: the flags, for the messages.
         parts: from `check_trained`, with at least one adapter.
-        dtype: of the result, a key of `DTYPES`; None for the one the base is saved in.
-
-    Returns:
-        transformers.PreTrainedModel
+        dtype: of the result, a key of `DTYPES`: for the weights that have the base's usual type. Those that its files
+            hold in another, and all without `dtype`, keep their type.
 
     Raises:
-        UserError: base or adapter cannot be loaded, do not fit each other, or give weights that are not finite.
+        UserError: base or adapter cannot be loaded, do not fit each other, give weights that are not finite, or other
+            logits when they are merged.
     """
-    import_peft()
+    model, main = _load_base(args, parts)
     import torch
+
+    types = types_of(model)
+    if dtype:
+        usual = getattr(torch, main)
+        types = {name: getattr(torch, dtype) if kind == usual else kind for name, kind in types.items()}
+        model.config.dtype = getattr(torch, dtype)
+    rounding = Rounding()
+    for adapter in parts.adapters:
+        last = adapter is parts.adapters[-1]
+        merged = merge_onto(model, adapter, "--model_path or --adapter", types if last else None, rounding)
+        model = merged.model
+    rounding.report(dtype or main)
+    return merged
+
+
+def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
+    """The base in the type that most of its files' bytes have, with other types where the files have others."""
+    import_peft()
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    main = main_type(parts.base)
+    options = {"dtype": main or "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     flag = "--base_model" if args.base_model else "--model_path"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(parts.base, output_loading_info=True, **options)
@@ -52,73 +71,30 @@ def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None):
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         # transformers makes up random ones
         raise UserError(f"the base {parts.base!r} lacks weights, such as {lacking[0]}; give a complete one as {flag}")
-    final = getattr(torch, dtype) if dtype else model.dtype
-    rounding = Rounding()
-    for adapter in parts.adapters:
-        last = adapter is parts.adapters[-1]
-        model = _merge(model, adapter, final if last else torch.float32, rounding)
-    model = model.to(final)
-    if final is torch.float16 and not all(weight.isfinite().all() for weight in model.parameters()):
-        raise UserError("--dtype float16 has no room for the largest of the merged weights; use bfloat16 or float32")
-    rounding.report(final)
-    return model
+    loaded = str(model.dtype).removeprefix("torch.")
+    load_exactly(model, parts.base)
+    return model, main_type(parts.base) or loaded
 
 
-def _merge(model, path: str, dtype, rounding: "Rounding"):
-    """Merges one adapter; the layers it changes are in `dtype` afterwards."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_remote_code: bool) -> Compared:
+    """Loads a merged model's files and compares their logits with the adapter's.
 
-    try:
-        peft = PeftModel.from_pretrained(model, path)
-    except Exception as error:  # another shape, a damaged file
-        raise UserError(load_failure("adapter", "--model_path or --adapter", path, error)) from error
-    if not hasattr(peft, "merge_and_unload"):
-        kind = peft.peft_config["default"].peft_type.value
-        raise UserError(f"adapter {path!r} is of the type {kind}, which changes no weights and cannot be merged")
-    try:
-        for layer in [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]:
-            base = layer.get_base_layer().float()
-            before = [weight.detach().clone() for weight in base.parameters()]
-            layer.merge(safe_merge=True)
-            merged = [weight.detach() for weight in base.parameters()]
-            base.to(dtype)
-            rounding.add(before, merged, base.parameters())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that each layer is merged already
-            return peft.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT's word for weights that are not finite
-        raise UserError(
-            f"adapter {path!r} cannot be merged: {error}. Its training may have diverged; see its train.log, and take "
-            "a checkpoint from before"
-        ) from error
+    Args:
+        folder: what was saved.
+        merged: from `load_merged`; its `model` may be let go before.
+        dtype: of the merged weights, a key of `DTYPES`.
+        adapter: the last adapter's folder.
 
+    Raises:
+        UserError: the logits are others.
+    """
+    from transformers import AutoModelForCausalLM
 
-class Rounding:
-    """How much of what training changed is lost when the merged weights are rounded to a smaller type."""
-
-    def __init__(self):
-        self.moved = self.lost = 0.0
-
-    def add(self, before, merged, rounded) -> None:
-        """Counts one layer's weights; of a chain each adapter's own change."""
-        for old, new, kept in zip(before, merged, rounded, strict=True):
-            self.moved += float((new - old).double().square().sum())
-            self.lost += float((new - kept.detach().float()).double().square().sum())
-
-    def share(self) -> float:
-        """|rounding| / |change|, both as the root of the sum of squares."""
-        return (self.lost / self.moved) ** 0.5 if self.moved else 0.0
-
-    def report(self, dtype) -> None:
-        """Says what was lost, if anything was."""
-        if self.lost:
-            logger.info(
-                "rounding to {} moved the merged weights by {:.2g} % of what training moved them; "
-                "--dtype float32 keeps it all, in twice the space",
-                str(dtype).removeprefix("torch."),
-                100 * self.share(),
-            )
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    found = logits_in_float32(AutoModelForCausalLM.from_pretrained(folder, **options), merged.ids)
+    compared = compare(merged.base, merged.adapter, found)
+    refuse_difference(compared, dtype, "the merged model, loaded from its files,", adapter)
+    return compared
 
 
 def size_of(base: str, dtype: str | None) -> int:

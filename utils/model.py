@@ -5,9 +5,11 @@ import contextlib
 from loguru import logger
 
 from utils.adapter import ADAPTERS
+from utils.adapter_files import attach_adapter
 from utils.attention import use_row_attention
 from utils.errors import UserError
 from utils.launch import uses_fsdp
+from utils.merge_layers import merge_onto
 from utils.tokenizer import load_failure
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
@@ -101,17 +103,18 @@ def whole_models(train_args):
 
 
 def with_trained_adapter(model, args):
-    """The model under an adapter that was trained before, to go on with; merged where every weight is trained."""
-    from peft import PeftModel
+    """The model under an adapter that was trained before, to go on with; merged where every weight is trained.
 
-    path, lora = args.adapter_name_or_path, ADAPTERS[args.train_mode].lora
-    try:
-        model = PeftModel.from_pretrained(model, path, is_trainable=lora)
-    except Exception as error:  # a base of another shape, a damaged file, the hub
-        raise UserError(load_failure("adapter", "--adapter_name_or_path", path, error)) from error
+    Raises:
+        UserError: the adapter does not fit the base, or cannot be merged without changing the logits.
+    """
+    path, flag = args.adapter_name_or_path, "--adapter_name_or_path"
+    if not ADAPTERS[args.train_mode].lora:
+        return merge_onto(model, path, flag, None).model.requires_grad_(True)
+    model = attach_adapter(model, path, flag, trainable=True)
     # where the base lies now, for whoever loads the run
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
-    return model if lora else model.merge_and_unload().requires_grad_(True)
+    return model
 
 
 def settle_attention(model, precision: str, device) -> None:

@@ -62,7 +62,7 @@ def merged(subject: Subject) -> list[Measure]:
         if expected is None:
             expected = _logits(load_trained(args, parts, "float32"), subject)
         whole = subject.scratch / "merged"
-        load_merged(args, parts, "float32").save_pretrained(whole)
+        load_merged(args, parts, "float32").model.save_pretrained(whole)
         model = load_trained(dataclasses.replace(args, model_path=str(whole)), Parts(str(whole), ()), "float32")
         found = _logits(model, subject)
         shutil.rmtree(whole)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.adapter_files import attach_adapter
 from utils.balance import leave_router_logits_out
 from utils.check_args import check_model_path
 from utils.checkpoints import checkpoints_of, noted_by_run, read_manifest
 from utils.errors import UserError
 from utils.flags import arg
 from utils.imports import import_peft
+from utils.merge_layers import merge_onto, types_of
 from utils.paths import project_path
 from utils.template import get_template, template_dict, unknown_template
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
@@ -156,22 +158,19 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
         flag = "--base_model" if args.base_model else "--model_path"
         raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
     leave_router_logits_out(model)
-    for number, adapter in enumerate(parts.adapters, start=1):
-        model = _with_adapter(model, adapter, merged=number < len(parts.adapters))
+    model = _with_adapters(model, parts.adapters) if parts.adapters else model
     if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
         # the run's own stop tokens, not the base's
         model.generation_config = GenerationConfig.from_pretrained(parts.last())
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _with_adapter(model, path: str, merged: bool):
-    from peft import PeftModel
-
-    try:
-        model = PeftModel.from_pretrained(model, path)
-        return model.merge_and_unload() if merged else model
-    except Exception as error:  # another shape, a damaged file
-        raise UserError(load_failure("adapter", "--adapter or --model_path", path, error)) from error
+def _with_adapters(model, paths: tuple[str, ...]):
+    """The model under the last adapter; those before it are merged, and rounded once, after the last of them."""
+    flag, types = "--adapter or --model_path", types_of(model)
+    for number, path in enumerate(paths[:-1], start=2):
+        model = merge_onto(model, path, flag, types if number == len(paths) else None).model
+    return attach_adapter(model, paths[-1], flag)
 
 
 def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):

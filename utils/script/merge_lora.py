@@ -14,12 +14,14 @@ from typing import Literal
 
 from loguru import logger
 
+from utils.adapter_files import check_mergeable
 from utils.checkpoints import FINISHED, noted_by_run
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.imports import leave_deepspeed_out
 from utils.log import route_library_logs, setup_logging
-from utils.merge import MERGED, check_output_dir, load_merged, whole_or_nothing, write_json
+from utils.merge import MERGED, check_output_dir, compare_saved, load_merged, whole_or_nothing, write_json
+from utils.merge_files import keep_types, main_type
 from utils.model import settle_generation
 from utils.modelfile import NAME, template_in, write_modelfile
 from utils.record import sha256_of
@@ -58,7 +60,7 @@ def parse(argv: list[str] | None = None) -> tuple[MergeArgs, Parts]:
     if parts and not parts.adapters:
         problems += _check_whole(args, parts)
     elif parts:
-        problems += _check_base_type(parts.base)
+        problems += _check_base_type(parts.base) + [text for path in parts.adapters for text in check_mergeable(path)]
         # files that are damaged have been named already, and their size cannot be told
         problems += check_output_dir(args.output_dir, args.overwrite, parts, args.dtype, sized=not found)
     raise_if_any(problems)
@@ -114,13 +116,15 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     folder = Path(args.output_dir).expanduser().resolve()
     tokenizer = load_tokenizer(_home(parts), args.trust_remote_code, flag="--model_path")
     template = _template(args, tokenizer, parts)
-    model = load_merged(args, parts, args.dtype)
+    merged = load_merged(args, parts, args.dtype)
+    model, dtype = merged.model, args.dtype or main_type(parts.base)
     model.generation_config = _generation_config(parts, model)
     settle_generation(model)
     if args.template_name:
         set_format(tokenizer, get_template(args.template_name, tokenizer), model)
     with whole_or_nothing(folder, f"--output_dir {args.output_dir!r}") as part:
         model.save_pretrained(part, max_shard_size=args.max_shard_size)
+        keep_types(part, parts.base, main_type(parts.base) if args.dtype else None)
         tokenizer.save_pretrained(part)
         # SentencePiece's own file, which the converters to GGUF read and transformers does not write
         if vocabulary := _file_of(parts.base, "tokenizer.model"):
@@ -129,7 +133,10 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
             write_modelfile(part, template, tokenizer, model.generation_config.eos_token_id)
         found = template.name if template else "auto" if tokenizer.chat_template else None
         _write_settings(parts, part, args.template_name or _trained_template(parts) or found)
-        _write_origin(parts, part, str(model.dtype).removeprefix("torch."))
+        merged, model = merged._replace(model=None), None  # room for the saved one
+        compared = compare_saved(part, merged, dtype, parts.last(), args.trust_remote_code)
+        _write_origin(parts, part, dtype)
+    logger.info("the merged files against base and adapter: {}", compared.text())
     return folder
 
 
