@@ -77,3 +77,66 @@ def test_a_run_in_micro_batches_is_the_run_in_batches(train, tmp_path, task):
     whole = train(*flags, "--per_device_train_batch_size", "4", data=data, output="whole")
     parts = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     the_same(losses_and_weights(train(*flags, *parts, data=data, output="parts")), losses_and_weights(whole))
+
+
+# ---------------------------------------------------------------------- several processes
+def test_batches_are_equal_and_full_and_each_row_comes_once():
+    from utils.filler import FullBatches
+
+    assert list(FullBatches(range(5), 2, processes=2, filler=5)) == [[0, 1], [2, 3], [4, 5], [5, 5]]
+    for rows in range(1, 20):
+        for size in (1, 2, 3):
+            for processes in (2, 3):
+                batches = list(full := FullBatches(range(rows), size, processes, filler=rows))
+                assert len(batches) == len(full) and len(batches) % processes == 0
+                assert all(len(batch) == size for batch in batches) and len(batches) < rows / size + processes
+                assert [row for batch in batches for row in batch if row < rows] == list(range(rows))
+
+
+def on_two(tmp_path, model, data, name, *flags):
+    from test_launch import launched
+
+    run = ["--model_name_or_path", model, "--train_data_path", data, *STEPS, *flags, "--report_to", "none",
+           "--disable_tqdm", "true", "--output_dir", str(tmp_path / name)]  # fmt: skip
+    done = launched("torchrun --nproc_per_node 2 main_train.py", run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tmp_path / name, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_two_processes_train_each_row_once(train, tiny_models, tmp_path, padding_free):
+    """Five rows, two processes of two: the last step has one row, and three that train nothing."""
+    data, flags = write_rows(tmp_path / "rows.jsonl", tiny.ROWS[:5]), ["--padding_free", padding_free]
+    one = train(*STEPS, *flags, "--per_device_train_batch_size", "4", data=data, output="one")
+    two, _ = on_two(tmp_path, tiny_models(), data, "two", *flags, "--per_device_train_batch_size", "2")
+    the_same(losses_and_weights(two), losses_and_weights(one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_of_pairs_are_one_in_accumulation_too(train, tiny_models, tmp_path, mode):
+    """Six pairs on two processes, updates of 4 and 2; and seven, of which one is trained twice, as is said."""
+    flags = ["--train_args_path", "train_args/dpo/base.py", "--task_type", mode]
+    data = write_rows(tmp_path / "rows.jsonl", tiny.PAIRS[:6])
+    one = train(*STEPS, *flags, "--per_device_train_batch_size", "4", data=data, output="one")
+    parts = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    two, said = on_two(tmp_path, tiny_models(), data, "two", *flags, *parts)
+    the_same(losses_and_weights(two), losses_and_weights(one))
+    assert "pairs are trained twice" not in said
+    data = write_rows(tmp_path / "seven.jsonl", tiny.PAIRS[:7])
+    evaluated = ["--eval_data_path", data, "--per_device_eval_batch_size", "4"]
+    _, said = on_two(tmp_path, tiny_models(), data, "seven", *flags, *parts, *evaluated)
+    assert said.count("of 2 processes up, 1 of 7 pairs are trained twice and 1 of 7 pairs are evaluated twice") == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_at_the_same_row(train, tiny_models, tmp_path):
+    """One process of two rows, then two of one, in the middle of the second epoch; seven rows in an epoch."""
+    data = write_rows(tmp_path / "rows.jsonl", tiny.ROWS[:7])
+    flags = ["--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99"]
+    one = train(*STEPS, *flags, "--per_device_train_batch_size", "2", data=data, output="one")
+    resume = ["--resume_from_checkpoint", str(one / "checkpoint-6"), "--per_device_train_batch_size", "1"]
+    two, said = on_two(tmp_path, tiny_models(), data, "two", *flags, *resume)
+    assert "the same rows in every step" in said
+    the_same(losses_and_weights(two), losses_and_weights(one))

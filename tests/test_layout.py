@@ -95,6 +95,7 @@ FLOW = [
     "memory.ladder",
     "memory",
     "trainer",
+    "filler",
     "evaluation",
     "tasks.common",
     "tasks.sft",

@@ -2,8 +2,8 @@
 
 import math
 
+from utils.filler import empty_row
 from utils.launch import all_of
-from utils.segments import IGNORED
 
 
 class CountsTokens:
@@ -67,8 +67,7 @@ def fill_up(rows, train_args):
         return rows
     from datasets import Dataset, concatenate_datasets
 
-    empty = {"input_ids": [0], "labels": [IGNORED], "source": [], "seq_lengths": [1]}
-    one = {name: empty[name] for name in rows.column_names}
+    one = empty_row(rows.column_names)
     missing = -len(rows) % step
     return concatenate_datasets([rows, Dataset.from_list([one] * missing, features=rows.features)])
 

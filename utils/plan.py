@@ -88,6 +88,8 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     from torch.utils.data import BatchSampler, SequentialSampler
     from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+    from utils.filler import FullBatches, fills_up
+
     lengths, size = rows.tokens.tolist(), train_args.train_batch_size
     seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     steps, drop_last = train_args.gradient_accumulation_steps, train_args.dataloader_drop_last
@@ -107,6 +109,9 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     if processes == 1:
         return list(batches)  # accelerate fills the last batch up only where others wait for it
     config = train_args.accelerator_config
+    if rows.sequences == 1 and fills_up(train_args, processes):
+        share = BatchSamplerShard(FullBatches(order, size, processes, len(lengths)), processes, rank)
+        return [[row for row in batch if row < len(lengths)] for batch in share]
     shard = {"split_batches": config.split_batches, "even_batches": config.even_batches}
     return list(BatchSamplerShard(batches, processes, rank, **shard))
 
@@ -164,7 +169,7 @@ def _sizes(updates: list, rows: Rows, padded: bool) -> dict:
     tokens, trained, examples = (
         [int(column[one].sum()) for one in each] for column in (rows.tokens, rows.trained, rows.examples)
     )
-    passes = [batch for update in updates for one in update for batch in one]
+    passes = [batch for update in updates for one in update for batch in one if batch]  # some may only fill up
     computed = [
         len(batch) * rows.sequences * int(rows.longest[batch].max()) if padded else int(rows.tokens[batch].sum())
         for batch in passes

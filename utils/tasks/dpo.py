@@ -4,11 +4,13 @@ import functools
 from pathlib import Path
 
 import pyarrow
+from loguru import logger
 
 from utils.data_files import SUFFIXES
 from utils.data_pairs import Pair, to_pair
 from utils.data_rows import BadRow
 from utils.errors import UserError
+from utils.filler import repeats
 from utils.launch import wait_for_all
 from utils.model import load_model
 from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
@@ -118,6 +120,9 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
     """
     from peft import PeftModel, get_peft_model
+
+    if twice := repeats(train_args, data.train, data.eval):
+        logger.warning("{}; a batch size that divides them leaves none", twice)
 
     class Trainer(PreparedPairs, trainer_class):
         pass

@@ -7,6 +7,7 @@ from utils.data_files import SUFFIXES
 from utils.data_rows import BadRow, to_messages
 from utils.errors import UserError
 from utils.evaluation import CountsTokens, fill_up
+from utils.filler import FillsUp
 from utils.head import use_trained_positions
 from utils.shorten import check_all, cut_far, encode_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
@@ -50,7 +51,7 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
 
     use_trained_positions()
 
-    class Trainer(CountsTokens, Surviving, SFTTrainer):
+    class Trainer(CountsTokens, FillsUp, Surviving, SFTTrainer):
         pass
 
     data = dataclasses.replace(data, eval=fill_up(data.eval, train_args))
