@@ -141,12 +141,23 @@ def test_all_problems_come_at_once(parse, also):
         (["--num_train_epochs", "0"], "trains nothing"),
         (["--num_train_epochs", "1e30"], "never ends; give a number above 0 and at most 1,000,000"),
         (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
+        (["--report_to", "tensorboard", "tensorbord"], "--report_to 'tensorbord' is not installed. Did you mean"),
+        (["--report_to", "none", "tensorboard"], "--report_to none tensorboard: 'none' goes with no other"),
         (["--warmup_steps"], "--warmup_steps"),
         (["stray"], "stray"),
     ],
 )
 def test_what_is_refused_and_how(parse, flags, said):
     assert said in "\n".join(problems_of(parse, *flags))
+
+
+def test_several_trackers(parse, monkeypatch):
+    from transformers import integrations
+
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    assert parse("--report_to", "wandb", "tensorboard", "--seed", "7")[1].report_to == ["wandb", "tensorboard"]
+    for word, wanted in (("none", []), ("tensorboard", ["tensorboard"])):
+        assert parse("--report_to", word)[1].report_to == wanted
 
 
 @pytest.mark.parametrize("flag", sorted(REPLACED_FLAGS))

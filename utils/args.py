@@ -142,14 +142,13 @@ class CommonArgs:
 
 def _make_recipe_parser(recipe: type):
     # CommonArgs comes last: it wins where TRL has a field of the same name
-    parser = make_parser(
-        [recipe, CommonArgs],
-        "main_train.py",
-        "Fine-tunes a language model by a recipe of train_args/. Every flag is also a default to edit.",
-    )
+    about = "Fine-tunes a language model by a recipe of train_args/. Every flag is also a default to edit."
+    parser = make_parser([recipe, CommonArgs], "main_train.py", about)
     for action in parser._actions:
         if action.dest in REPLACED_FLAGS:
             action.help = argparse.SUPPRESS
+        if action.dest == "report_to":  # TrainingArguments takes a list, and its parser one word
+            action.nargs = "+"
     common = next(group for group in parser._action_groups if group.title == CommonArgs._argument_group_name)
     parser._action_groups.remove(common)
     parser._action_groups.insert(0, common)

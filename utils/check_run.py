@@ -116,7 +116,10 @@ def _check_trainer(train_args) -> list[str]:
     elif train_args.use_liger_kernel and not torch.accelerator.is_available():
         problems.append("--use_liger_kernel true needs a GPU, and there is none here; leave it out")
     available = get_available_reporting_integrations()
-    for name in train_args.report_to:
+    alone = {"none", "all"} & set(train_args.report_to)
+    if alone:  # by itself it is a list of others by now
+        problems.append(f"--report_to {' '.join(train_args.report_to)}: {alone.pop()!r} goes with no other; leave it out")
+    for name in dict.fromkeys(name for name in train_args.report_to if name not in alone):
         if name in INTEGRATION_TO_CALLBACK and name not in available:
             problems.append(
                 f"--report_to {name!r} needs a package that is not installed; install it (pip install {name}), or give "
