@@ -201,3 +201,50 @@ def test_figures_that_are_refused():
         "--max_new_tokens", "--temperature", "--top_p", "--top_k", "--num_beams", "--seed"
     ]  # fmt: skip
     assert "do not go together" in check_generate(GenerateArgs(do_sample=True, num_beams=2))[0]
+
+
+OWN = {
+    "do_sample": True, "temperature": 0.3, "top_k": 5, "num_return_sequences": 2, "stop_strings": ["e"],
+    "no_repeat_ngram_size": 2, "suppress_tokens": [33, 34], "begin_suppress_tokens": [40], "forced_bos_token_id": 50,
+    "forced_eos_token_id": 51, "min_length": 60, "min_new_tokens": 9, "max_length": 3, "max_time": 1e-9,
+    "repetition_penalty": 1.7, "num_beams": 3, "length_penalty": 2.0, "penalty_alpha": 0.6, "bad_words_ids": [[60]],
+    "sequence_bias": [[[61], 9.0]], "return_dict_in_generate": True, "output_scores": True, "renormalize_logits": True,
+    "guidance_scale": 1.5, "prompt_lookup_num_tokens": 2, "exponential_decay_length_penalty": [1, 9.0],
+    "encoder_no_repeat_ngram_size": 2, "max_window_size": 6144,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{name: value} for name, value in OWN.items()], ids=list(OWN))
+@pytest.mark.parametrize("adapter", [False, True])
+def test_of_a_bases_generation_config_only_its_stop_tokens_count(given, adapter, tokenizer):
+    """Whatever else it brings, greedy answers are those of a loop of argmax, and it is the same afterwards."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GenerationConfig
+
+    model, prompts = make("qwen2"), ids_of([5, 9])
+    stop = argmax_loop(model, prompts[0], 8)[5]
+    if "num_beams" in given or "num_return_sequences" in given:
+        given = {**given, "num_beams": 3, "do_sample": False}
+    own = GenerationConfig(**given, eos_token_id=[stop, 0], pad_token_id=0)
+    model.generation_config = own
+    expected = [tokenizer.decode(argmax_loop(model, prompt, 8, [stop, 0]), skip_special_tokens=True) for prompt in prompts]
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
+    assert all_answers(model, tokenizer, prompts, 2, max_new_tokens=8) == expected
+    assert model.generation_config is own
+    assert all(getattr(own, name) == value for name, value in given.items())
+
+
+def test_what_of_a_bases_generation_config_is_set_aside_is_said_once(tokenizer):
+    from loguru import logger
+    from transformers import GenerationConfig
+
+    model = make("qwen2")
+    said = []
+    sink = logger.add(said.append, format="{message}")
+    model.generation_config = GenerationConfig(temperature=0.61, do_sample=True, eos_token_id=[0], num_beams=1)
+    for _ in range(2):
+        all_answers(model, tokenizer, ids_of([5]), 1, max_new_tokens=2)
+    logger.remove(sink)
+    lines = [line for line in map(str, said) if "generation_config" in line]
+    assert len(lines) == 1 and "do_sample True, temperature 0.61:" in lines[0] and "eos" not in lines[0]

@@ -74,6 +74,7 @@ FLOW = [
     "trained",
     "merge_files",
     "merge",
+    "base_generation",
     "generate",
     "answers",
     "chat",

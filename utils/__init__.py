@@ -4,7 +4,7 @@ log → launch → errors → paths → weight_files → checkpoints → segment
 template_auto → template → data_fields → data_json → data_splits → data_files → check_adapter → check_args →
 check_deepspeed → check_dpo → check_evaluation → check_run → precision → flags → recipe → record → config_file → args →
 tokenizer → modelfile → data_report → data_rows → data_pairs → prompts → shorten → shorten_pairs → data_encode →
-data_process → data_collator → model_parts → adapter_targets → adapter → model → trained → merge → generate → answers →
+data_process → data_collator → model_parts → adapter_targets → adapter → model → trained → merge → base_generation → generate → answers →
 chat → metrics → choices → contenders → assess → assess_report → resume → head → trainer → evaluation → tasks →
 callbacks → plot → pissa → samples → card → summary → save → script
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from utils.base_generation import own_generation
 from utils.errors import UserError
 from utils.flags import arg
 from utils.segments import Segment, break_leaves, encode_segments, free_break, special_pattern
@@ -173,7 +174,7 @@ def generate_ids(
     options |= {"max_new_tokens": room_for(model, max(prompts, key=len), args)}
     options |= {"pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), own_generation(model):
             output = model.generate(**batch, **options)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -215,9 +216,7 @@ def _options(model, args: GenerateArgs, seeds: list[int], padding: list[int]) ->
         if args.top_p < 1:
             steps.append(TopPLogitsWarper(args.top_p))
         steps.append(_Noise(args.seed, seeds, model.device))
-    # a base may bring sampling figures, which generate would take, or warn of
-    none = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
-    return none | {"do_sample": False, "num_beams": args.num_beams, "use_cache": True, "logits_processor": steps}
+    return {"do_sample": False, "num_beams": args.num_beams, "use_cache": True, "logits_processor": steps}
 
 
 class _Noise:
