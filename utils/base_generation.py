@@ -47,7 +47,7 @@ def set_aside(config) -> dict:
     return {
         name: value
         for name, value in sorted(given.items())
-        if name not in technical and value is not None and value != neutral.get(name)
+        if name not in technical and value not in (None, False) and value != neutral.get(name)
     }
 
 
