@@ -361,6 +361,19 @@ def test_another_end_of_text_makes_the_rows_anew(tmp_path, tiny_models, tokenize
     assert ends == ["<|endoftext|>", "<|im_end|>"]
 
 
+def test_special_tokens_in_pretraining_text_are_plain_text_unless_allowed(tmp_path, tiny_models, tokenizer):
+    text = "A turn ends with <|im_end|>, a text with <|endoftext|>."
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": text}, {"text": "The fox."}])
+    flags = ["--train_args_path", "train_args/pretrain/base.py", "--train_data_path", data, "--packing", "false"]
+    flags += ["--model_name_or_path", tiny_models(), "--cache_dir", str(tmp_path / "cache")]
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    for more, counts in (([], [0, 1]), (["--allow_special_tokens_in_content", "true"], [1, 2])):
+        first, other = get_task("pretrain").load_datasets(*parse_args([*flags, *more]), None, tokenizer).train
+        assert [first["input_ids"].count(end) for end in ends] == counts
+        assert tokenizer.decode(first["input_ids"]) == f"{text}<|endoftext|>" and first["labels"] == first["input_ids"]
+        assert other["input_ids"] == [*tokenizer("The fox.")["input_ids"], ends[1]]
+
+
 def test_evaluation_rows_of_their_own(load, tmp_path):
     other = write_rows(tmp_path / "eval.jsonl", tiny.ROWS[:3])
     data = load(tiny.ROWS, "--eval_data_path", other)

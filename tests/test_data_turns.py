@@ -42,7 +42,8 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
     good = {name: True for name in mark}
     for row in (
         talk({"content": "Carburettor", **mark}, {"content": "Pear", **good}),
-        {"conversations": [{"from": "human", "value": "A fruit?", "weight": 0}, {"from": "gpt", "value": "Spoon", **mark},
+        {"conversations": [{"from": "human", "value": "A fruit?", "weight": 0},
+                           {"from": "gpt", "value": "Spoon", **mark},
                            {"from": "human", "value": "Again."}, {"from": "gpt", "value": "Pear"}]},
     ):  # fmt: skip
         messages = to_messages(row)
@@ -61,7 +62,8 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
     ([USER, {**ANSWER, "train": "no"}], "turn 2 has 'train' 'no'"),
     ([{**USER, "train": True}, ANSWER], "turn 1 (user) has 'train' True"),
     ([USER, {**ANSWER, "train": True, "weight": 0}], "turn 2 has marks that differ"),
-    ([USER, {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}], "'function_call'"),
+    ([USER, {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}],
+     "turn 2 has 'function_call'"),
     ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{people: 4}"}}]}],
      "turn 2 has a tool call whose arguments are not JSON"),
     ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
@@ -105,7 +107,8 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
         to_messages({"messages": [USER, {**ANSWER, "content": " "}]})
     kind = RowKind((".jsonl",), to_messages, lambda rows: encode_within(rows, template, tokenizer, 512), {"t": "sft"})
     rows = [talk(ANSWER), row, row]
-    _, report = load_rows(write_rows(tmp_path / "a.jsonl", rows), "--train_data_path", kind, "auto", str(tmp_path), 1)
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    _, report = load_rows(file, "--train_data_path", kind, "auto", str(tmp_path), 1)
     ((place, lines),) = report.untrained_at.items()
     assert (report.untrained, lines, place.endswith("has an empty answer")) == (2, [2, 3], True)
 
@@ -165,9 +168,9 @@ def test_a_special_token_in_a_key_forges_no_turn():
     counts = []
     for text in ("plain", "<|im_end|>"):
         call = {"type": "function", "function": {"name": f"f{text}", "arguments": {f"a{text}": {f"b{text}": text}}}}
-        tools = [{"type": "function", "function": {
-            "name": f"f{text}", "description": text,
-            "parameters": {"type": "object", "properties": {f"a{text}": {"enum": [text]}}, "required": [f"a{text}"]}}}]  # fmt: skip
+        parameters = {"type": "object", "properties": {f"a{text}": {"enum": [text]}}, "required": [f"a{text}"]}
+        function = {"name": f"f{text}", "description": text, "parameters": parameters}
+        tools = [{"type": "function", "function": function}]
         row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]},
                             {"role": "tool", "name": text, "content": text}, ANSWER], "tools": tools}  # fmt: skip
         ids = template.encode(to_messages(row), tokenizer)["input_ids"]
@@ -220,7 +223,8 @@ def test_further_fields_of_a_turn_are_shown_or_named():
         assert [note.kind for note in notes] == [UNREAD, UNREAD]
         assert {note.reason.split()[0] for note in notes} == {"country", "score"}
     # a template that shows such a field is given it
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['content'] }}", "{{ message['content'] ~ message.country }}")
+    shows = "{{ message['content'] ~ message.country }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['content'] }}", shows)
     official = tokenizer.apply_chat_template(row["messages"])["input_ids"]
     template = get_template("auto", tokenizer)
     assert template.encode(messages, tokenizer)["input_ids"] == official

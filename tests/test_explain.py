@@ -308,7 +308,7 @@ NOTHING_CHANGES = [
       "--per_device_eval_batch_size", "1", "--bf16_full_eval", "true"]),
     ([*PRETRAIN, "--max_len", "32"],
      ["--template_name", "yi", "--train_on", "last_turn", "--train_special_tokens", "on", "--overlong", "error",
-      "--allow_special_tokens_in_content", "true", "--max_prompt_length", "3", "--metric_for_best_model", "loss"]),
+      "--max_prompt_length", "3", "--metric_for_best_model", "loss"]),
 ]  # fmt: skip
 
 

@@ -170,4 +170,4 @@ def _check_answer(name: str, answer: list[Message]) -> None:
         if message["role"] == "assistant" and says_nothing(message):
             raise EmptyRow(f"has an empty answer in {name!r}")
         if message.get("train") is False:
-            raise BadRow(f"has in {name!r} an answer marked as not to be trained, and both answers of a pair are trained")
+            raise BadRow(f"has in {name!r} an answer marked as not to be trained, and those of a pair are all trained")

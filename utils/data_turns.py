@@ -52,7 +52,8 @@ def _is_trained(turn: dict, role: str) -> bool:
     for name, value in said.items():
         if value not in (0, 1):  # true and false, too
             raise BadRow(
-                f"has {name!r} {value!r}, and an answer is trained or not; write 1 or true for trained, 0 or false for not"
+                f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or false "
+                "where it is not"
             )
         if value and role != "assistant":
             raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")
@@ -64,7 +65,8 @@ def _is_trained(turn: dict, role: str) -> bool:
 def _calls(calls: Any) -> list[dict]:
     """Tool calls with their arguments as objects, however they are written.
 
-    `[{"function": {"name": "f", "arguments": "{\\"n\\": 3}"}}]` → `[{"function": {"name": "f", "arguments": {"n": 3}}}]`
+    `[{"function": {"name": "f", "arguments": "{\\"n\\": 3}"}}]`
+    → `[{"function": {"name": "f", "arguments": {"n": 3}}}]`
     """
     if not isinstance(calls, list):
         raise BadRow(f"has {kind_name(calls)} in 'tool_calls', not a list")

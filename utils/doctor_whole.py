@@ -180,8 +180,8 @@ def _parted(census: Census, data) -> tuple[Census, Census]:
 
 
 def _forbidden(args, tokenizer):
-    """What must not stand in a content: of plain text only what begins and ends one, since chat text is written so."""
-    if get_task(args.task_type).USES_TEMPLATE:
+    """What is not to stand in a content: where it may be the token, only what begins and ends a plain text."""
+    if get_task(args.task_type).USES_TEMPLATE or not args.allow_special_tokens_in_content:
         return special_pattern(tokenizer)
     ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and len(token) > 1}
     return re.compile("|".join(map(re.escape, sorted(ends)))) if ends else None

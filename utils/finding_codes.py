@@ -122,8 +122,8 @@ CODES = {
     "ANSWER_NOT_TRAINED": Code(
         WARNING, False, "Answers of rows that are trained on are not trained themselves",
         "参与训练的行里，有的回答本身不训练",
-        "Give empty answers a text or take them out; where the template shows thinking only in the last turn, make a row "
-        "of each turn, or use a template that keeps it",
+        "Give empty answers a text or take them out; where the template shows thinking only in the last turn, make a "
+        "row of each turn, or use a template that keeps it",
         "补上或删去空回答；模板只在最后一轮显示思考时，把每轮拆成一行，或改用保留思考的模板",
     ),
     "FIELDS_UNREAD": Code(

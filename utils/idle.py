@@ -74,7 +74,7 @@ TABLE = [
          "it is for a new adapter, and this run has none, or goes on from one"),
     # ------------------------------------------------------------------ rows
     Idle(("max_prompt_length",), lambda c: not c.dpo, "only the tasks dpo_multi and dpo_single have pairs"),
-    Idle(("template_name", "allow_special_tokens_in_content", "train_special_tokens"),
+    Idle(("template_name", "train_special_tokens"),
          lambda c: c.task == "pretrain", "the task pretrain has plain text, without a chat format"),
     Idle(("train_on",), lambda c: c.task != "sft", "only the task sft trains the answers of a conversation"),
     Idle(("overlong",), lambda c: c.task == "pretrain" and c.packing,

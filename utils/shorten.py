@@ -36,7 +36,8 @@ def encode_within(
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if encoded["labels"].count(IGNORED) == len(encoded["labels"]):
             return Dropped("has nothing to train")
-        return {**encoded, "shortened": shortened, "notes": template.notes(messages, options.get("train_on", "all_turns"))}
+        notes = template.notes(messages, options.get("train_on", "all_turns"))
+        return {**encoded, "shortened": shortened, "notes": notes}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]

@@ -129,9 +129,10 @@ def _ends(answer: str, message: Message, special: re.Pattern) -> tuple[int, int,
     said = (message.get("content") or "").strip()
     found = answer.find(said) if said else -1
     tokens = list(special.finditer(answer, max(found, 0) + len(said) if found >= 0 else 0))
-    first = len(tokens)
-    while first and not answer[tokens[first - 1].end() : tokens[first].start() if first < len(tokens) else None].strip():
+    first, after = len(tokens), None
+    while first and not answer[tokens[first - 1].end() : after].strip():
         first -= 1
+        after = tokens[first].start()
     if first == len(tokens):
         return found, 0, None
     last = first

@@ -59,6 +59,7 @@ def pretrain(init_folder: Path, text_file: Path, folder: Path, seed: int) -> Non
         "max_len": ROW_LENGTH, "num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
         "warmup_steps": 0.02, "logging_steps": 50, "eval_strategy": "no", "save_steps": 0.5, "save_total_limit": 1,
         "report_to": "none", "seed": seed,
+        "allow_special_tokens_in_content": True,  # the chat forms of the text are made of the tokens
     }
     command = [sys.executable, "main_train.py"]
     for name, value in flags.items():

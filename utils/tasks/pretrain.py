@@ -3,6 +3,7 @@
 from utils.data_files import TEXT_SUFFIXES
 from utils.data_report import TOO_LONG, Dropped
 from utils.data_rows import to_text
+from utils.segments import Segment, encode_segments
 from utils.tasks.common import Data, load_both, row_kind
 from utils.tasks.sft import build_collator, build_trainer
 
@@ -14,13 +15,16 @@ USES_TEMPLATE = False  # plain text: the chat format of the model stays what it 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares texts: each ends with the tokenizer's eos token, all ids are labels.
 
+    The text of a special token stays plain text, unless `--allow_special_tokens_in_content true` lets it be the token.
     Packed, they share rows of `max_len`; a longer text goes on in the next row, nothing is cut off.
     """
 
     begin, end = _ends(tokenizer)
+    allow_special = args.allow_special_tokens_in_content
 
     def encode(texts):
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        pieces = [[Segment(text, content=True)] for text in texts]
+        encoded = [row["input_ids"] for row in encode_segments(pieces, tokenizer, allow_special)]
         rows = [begin + ids + end for ids in encoded]
         if not train_args.packing:
             return [
@@ -31,7 +35,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             ]
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
 
-    kind = row_kind(args, train_args, tokenizer, "bfd_split", TEXT_SUFFIXES, to_text, encode, task="pretrain")
+    key = {"task": "pretrain", "allow_special": allow_special}
+    kind = row_kind(args, train_args, tokenizer, "bfd_split", TEXT_SUFFIXES, to_text, encode, **key)
     return load_both(args, train_args, kind)
 
 
