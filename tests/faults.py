@@ -547,6 +547,20 @@ FAULTS = [
         "tests/test_generate.py -k only_its_stop_tokens",
     ),
     Fault(
+        "neftune: transformers adds the noise",
+        "utils/tasks/common.py",
+        "    add_noise(trainer)\n",
+        "",
+        "tests/test_neftune.py -k has_that_noise",
+    ),
+    Fault(
+        "neftune: the length is the step's",
+        "utils/neftune.py",
+        "return counts.gather(1, rows) * real",
+        "return torch.full(shape, float(shape[1])) * real",
+        "tests/test_neftune.py -k papers_for_each_row",
+    ),
+    Fault(
         "targets: the head is adapted",
         "utils/model_parts.py",
         "if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head",

@@ -98,6 +98,7 @@ FLOW = [
     "trainer",
     "filler",
     "evaluation",
+    "neftune",
     "tasks.common",
     "tasks.sft",
     "tasks.pretrain",

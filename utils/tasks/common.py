@@ -16,6 +16,7 @@ from utils.data_keys import tokenizer_key
 from utils.data_process import DataReport, RowKind, load_rows
 from utils.errors import UserError
 from utils.imports import leave_deepspeed_out
+from utils.neftune import add_noise
 from utils.resume import run_settings
 
 # whose errors are about the hub and the way to it
@@ -210,6 +211,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
             "leave the flag out"
         ) from error
     trainer.settle_weights()
+    add_noise(trainer)
     settle_balance(trainer)
     trainer.base_config = base_config
     trainer.on_nan = args.on_nan
