@@ -33,6 +33,7 @@ FLOW = [
     "data_splits",
     "data_nulls",
     "data_files",
+    "quantised_base",
     "check_adapter",
     "check_args",
     "check_deepspeed",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.check_adapter import check_adapter, start_from_adapter, template_of_run
 from utils.errors import nearest
+from utils.quantised_base import settle_base
 from utils.template import template_dict, unknown_template
 from utils.weight_files import check_weight_files
 
@@ -45,7 +46,7 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> lis
         common.max_prompt_length = min(common.max_prompt_length, max(1, common.max_len // 2))
     problems = start_from_adapter(common, given) if common.adapter_name_or_path else []
     template_of_run(common, given)
-    return problems
+    return problems + settle_base(common)
 
 
 def new_folder(path: str) -> str:

@@ -7,9 +7,18 @@ from loguru import logger
 from utils.adapter import ADAPTERS
 from utils.adapter_files import attach_adapter
 from utils.attention import use_row_attention
-from utils.errors import UserError
+from utils.check_deepspeed import zero_stage
+from utils.errors import UserError, raise_if_any
 from utils.launch import uses_fsdp
 from utils.merge_layers import merge_onto
+from utils.quantised_base import (
+    forget_unpacking,
+    is_stored_in_bytes,
+    keep_quantised_weights,
+    loading_options,
+    quantised,
+    settle_base,
+)
 from utils.tokenizer import load_failure
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
@@ -35,6 +44,7 @@ def load_model(args, train_args):
     import torch
     from transformers import AutoModelForCausalLM
 
+    _settle_quantised_base(args, train_args)
     adapter = ADAPTERS[args.train_mode]
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     options = {
@@ -46,6 +56,8 @@ def load_model(args, train_args):
         options["attn_implementation"] = args.attn_implementation
     if adapter.quantised:
         options |= quantised(compute_dtype, train_args)
+    saved = loading_options(args, compute_dtype)
+    options |= saved
     use_row_attention()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
@@ -53,12 +65,24 @@ def load_model(args, train_args):
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
     _refuse_incomplete(info, args.model_name_or_path)
     settle_generation(model)
+    if saved:
+        forget_unpacking(model)
     if adapter.quantised:
-        _keep_quantised_weights(model)
+        keep_quantised_weights(model)
     if args.attn_implementation == "auto":
         settle_attention(model, args.precision, train_args.device)
     _settle_checkpointing(model, train_args)
     return with_trained_adapter(model, args) if args.adapter_name_or_path else model
+
+
+def _settle_quantised_base(args, train_args) -> None:
+    """A base from a hub is looked at here: its config.json is not on the machine when the arguments are checked."""
+    raise_if_any(settle_base(args, download=True))
+    if is_stored_in_bytes(args) and (zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp()):
+        raise UserError(
+            f"--model_name_or_path {args.model_name_or_path!r} is saved in 4 bits, stored in bytes, which ZeRO-3 and "
+            "FSDP cannot divide; use --deepspeed zero2, or give the model it was made from with --train_mode qlora"
+        )
 
 
 def without_weights(path: str, trust_remote_code: bool, config=None, **options):
@@ -190,37 +214,6 @@ def _refuse_incomplete(info: dict, path: str) -> None:
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
         logger.warning("{} weights in {} are not used by the model, such as {}", len(names), path, names[0])
-
-
-def quantised(compute_dtype, train_args) -> dict:
-    """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-    if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
-        # sharding splits storage of a floating type only, and places the weights by itself
-        config.bnb_4bit_quant_storage = compute_dtype
-        return {"quantization_config": config}
-    # quantised weights cannot be moved later, so each process loads them where it trains
-    return {"quantization_config": config, "device_map": {"": train_args.device}}
-
-
-def _keep_quantised_weights(model) -> None:
-    """Stops bitsandbytes from rewriting the weights at the first evaluation on a CPU.
-
-    Its fast path for inference packs them anew, in place and with coarser scales, so the
-    training that goes on after would be against another base.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _settle_checkpointing(model, train_args) -> None:

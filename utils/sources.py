@@ -31,6 +31,7 @@ _REASONS = {
     ("defaults", "max_prompt_length"): "half of --max_len {max_len}, which is less than the default",
     ("defaults", "resume_from_checkpoint"): "the word that was given",
     ("defaults", "model_name_or_path"): _ADAPTER,
+    ("defaults", "train_mode"): "the base {model_name_or_path}, which is saved in 4 bits",
     ("defaults", "template_name"): "the chat format of the run that this one starts from",
     **{("defaults", f"lora_{name}"): _ADAPTER for name in ("rank", "alpha", "dropout")},
     **{("defaults", f"use_{name}"): _ADAPTER for name in ("dora", "rslora")},

@@ -15,6 +15,7 @@ from utils.flags import arg
 from utils.imports import import_peft
 from utils.merge_layers import merge_onto, types_of
 from utils.paths import project_path
+from utils.quantised_base import keep_quantised_weights
 from utils.template import get_template, template_dict, unknown_template
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
 from utils.weight_files import check_weight_files, fingerprint
@@ -162,6 +163,9 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
         # the run's own stop tokens, not the base's
         model.generation_config = GenerationConfig.from_pretrained(parts.last())
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_quantised_weights(model)  # the adapter was trained on them as they are
+        return model.eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

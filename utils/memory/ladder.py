@@ -5,6 +5,7 @@ import shlex
 from utils.adapter import ADAPTERS
 from utils.flags import split_flags
 from utils.memory.planner import MODES, Setting
+from utils.quantised_base import method_of, quantisation_of
 
 LAYOUTS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 # beside the allocator's peak: CUDA, the libraries' own memory, gaps between tensors; reckoned, not measured
@@ -45,8 +46,11 @@ def settings_of(args, train_args, own: Setting, gpus: int) -> list[Setting]:
 
 
 def _can_run(args, mode: str, layout: str) -> bool:
-    """What `utils.check_deepspeed` and `utils.check_adapter` refuse is no choice."""
+    """What `check_deepspeed`, `check_adapter` and `quantised_base` of utils refuse is no choice."""
     train_mode = MODES.get(mode, ("qlora", True))[0]
+    saved = quantisation_of(args.model_name_or_path)
+    if saved and (train_mode == "qlora") != (method_of(saved) == "bitsandbytes_4bit"):
+        return False
     if args.init_lora_weights == "pissa" and mode != "full" and (train_mode == "qlora" or "dora" in mode):
         return False
     if "zero3" not in layout or not ADAPTERS[train_mode].lora:

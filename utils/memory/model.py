@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 from utils.adapter import ADAPTERS, build_adapter
 from utils.errors import UserError
-from utils.model import CHECKPOINTING_FROM, quantised, without_weights
+from utils.model import CHECKPOINTING_FROM, without_weights
+from utils.quantised_base import quantisation_of, quantised
 from utils.tokenizer import load_failure
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
@@ -65,7 +66,7 @@ def meta_model(args, train_args, laid_out: bool, config=None):
     options["dtype"] = dtype if kind.lora else torch.float32
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config, **options)
     if kind.quantised:
-        _quantise(model, quantised(dtype, train_args)["quantization_config"])
+        _quantise(model, _how_quantised(args, train_args, dtype))
     adapter = _adapter(args, model)
     if adapter is not None:
         with torch.device("meta"), _shapes_of_quantised_weights():
@@ -96,6 +97,18 @@ def _adapter(args, model):
     return build_adapter(args, model, tokenizer, template)
 
 
+def _how_quantised(args, train_args, dtype):
+    """The base's own BitsAndBytesConfig where it is saved in 4 bits, else that of `--train_mode qlora`."""
+    from transformers import BitsAndBytesConfig
+
+    saved = quantisation_of(args.model_name_or_path)
+    if saved is None:
+        return quantised(dtype, train_args)["quantization_config"]
+    options = BitsAndBytesConfig.from_dict(saved)
+    options.bnb_4bit_compute_dtype = dtype
+    return options
+
+
 def _quantise(model, options) -> None:
     """Replaces the layers that bitsandbytes would, as transformers does when it loads."""
     import torch
@@ -104,7 +117,8 @@ def _quantise(model, options) -> None:
 
     dtype = options.bnb_4bit_compute_dtype
     with torch.device("meta"):
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), options)
+        kept = options.llm_int8_skip_modules or get_keys_to_not_convert(model)
+        replace_with_bnb_linear(model, kept, options)
     model.requires_grad_(False)
     for parameter in model.parameters():
         if not is_quantised(parameter):

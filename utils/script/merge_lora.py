@@ -24,6 +24,7 @@ from utils.merge import MERGED, check_output_dir, compare_saved, load_merged, wh
 from utils.merge_files import keep_types, main_type
 from utils.model import settle_generation
 from utils.modelfile import NAME, template_in, write_modelfile
+from utils.quantised_base import method_of, quantisation_of
 from utils.record import sha256_of
 from utils.template import get_template
 from utils.tokenizer import load_tokenizer, set_format
@@ -92,11 +93,10 @@ def _check_whole(args: MergeArgs, parts: Parts) -> list[str]:
 
 
 def _check_base_type(base: str) -> list[str]:
-    file = _file_of(base, "config.json")
-    kind = json.loads(Path(file).read_text(encoding="utf-8")).get("quantization_config") if file else None
-    if not kind:
+    quantisation = quantisation_of(base)
+    if quantisation is None:
         return []
-    method = kind.get("quant_method") if isinstance(kind, dict) else kind
+    method = method_of(quantisation)
     return [
         f"the base {base!r} is saved quantised ({method}), and weights of that type cannot take an adapter in exactly; "
         "give the model it was made from as --base_model (with --allow_other_base true)"
