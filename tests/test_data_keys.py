@@ -228,3 +228,9 @@ def test_without_a_day_a_template_prints_what_transformers_prints(base):
     official = tokenizer.apply_chat_template(rows, tokenize=False)
     assert stopped.startswith("Today is 08 September 2001. ")
     assert stopped.replace("08 September 2001", datetime.now().strftime("%d %B %Y")) == official
+
+
+def test_processes_that_read_different_rows_are_refused(prepare, monkeypatch):
+    monkeypatch.setattr(data_process, "all_of", lambda keys: [*keys, "another"])
+    with pytest.raises(UserError, match="--train_data_path: the processes have read different rows; give each machine"):
+        prepare()

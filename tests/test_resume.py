@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.recipe import load_recipe
-from utils.resume_rules import FREE, LIVE, ORDER, SIZES, UPDATED, rule_of
+from utils.resume_rules import FIXED, FREE, LIVE, ORDER, SIZES, UPDATED, rule_of
 
 STEPS = ["--precision", "fp32", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1",
          "--per_device_train_batch_size", "2", "--lr_scheduler_type", "linear", "--warmup_steps", "0"]  # fmt: skip
@@ -52,11 +52,11 @@ def group_of(monkeypatch):
 
 def test_every_setting_of_every_recipe_has_a_rule():
     """A field that TRL adds is to be decided on: `live` is only for what a recipe adds by itself."""
-    known = {*FREE, *LIVE, *ORDER, *SIZES, *UPDATED}
+    rules = [FREE, LIVE, ORDER, FIXED, SIZES, UPDATED]
+    known = set().union(*rules)
     for recipe in ("sft", "dpo", "pretrain"):
         for field in dataclasses.fields(load_recipe(f"train_args/{recipe}/base.py", frozenset())):
             assert field.name in known or rule_of(field.name) is None or not field.init, field.name
-    rules = [FREE, LIVE, ORDER, SIZES, UPDATED]
     assert len(known) == sum(map(len, rules))  # each in one
 
 
@@ -109,8 +109,9 @@ def test_new_intervals_are_used(resume):
         (["--dataloader_drop_last", "true"], "dataloader_drop_last False, now: True"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"], "goes on from its own past"),
         (["--per_device_train_batch_size", "4"],
-         "2 rows a step (1 processes × 2 rows × 1 accumulated), now: 4 rows a step (1 processes × 4 rows × 1"),
+         "2 rows a step (1 process × 2 rows × 1 accumulated), now: 4 rows a step (1 process × 4 rows × 1 acc"),
         (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps = 2 with these processes"),
+        (["--optim_args", "foreach=False"], "optim_args None, now: foreach=False, and the optimizer keeps"),
         (["--optim", "adafactor"], "optim adamw_torch_fused, now: adafactor"),
     ],
 )  # fmt: skip
@@ -152,3 +153,42 @@ def test_a_checkpoint_of_weights_alone_is_begun_from(refused, train, tiny_models
     base = tiny_models() if mode == "lora" else str(checkpoint)
     main_train.main(["--model_name_or_path", base, "--train_data_path", rows_file, *flags, *new, "--report_to", "none",
                      "--output_dir", str(tmp_path / "new"), "--disable_tqdm", "true"])  # fmt: skip
+
+
+def test_how_to_go_on_without_an_optimizer_is_a_new_run(tmp_path):
+    from types import SimpleNamespace
+
+    from utils.trainer import Surviving
+
+    (tmp_path / "checkpoint-3").mkdir()
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), save_only_model=False))
+    assert Surviving.how_to_go_on(trainer).endswith(f"--output_dir {tmp_path} --resume_from_checkpoint true")
+    trainer.args.save_only_model, trainer.settings = True, {"must": {"train_mode": "lora"}}
+    wanted = f"start a new run from its weights: --adapter_name_or_path {tmp_path}/checkpoint-3, with another"
+    assert Surviving.how_to_go_on(trainer).startswith(wanted)
+
+
+def test_deepspeed_keeps_the_checkpoints_options(tiny_models, rows_file, tmp_path):
+    """Which is refused; more steps only lengthen the schedule."""
+    from utils.args import parse_args
+    from utils.resume import _why_not
+
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(tmp_path)]
+    train_args = parse_args(flags)[1]
+    then = {"lr_scheduler_type": "cosine"}
+    assert _why_not("learning_rate", then, train_args) is None
+    train_args.deepspeed_plugin = object()
+    for name in ("learning_rate", "weight_decay", "adam_beta1", "warmup_steps", "lr_scheduler_type"):
+        assert "DeepSpeed and FSDP set it back" in _why_not(name, then, train_args)
+    assert _why_not("max_steps", then, train_args) is None
+
+
+def test_other_validation_rows_are_warned_of(train, tmp_path, rows_file):
+    flags = [*STEPS, "--eval_strategy", "steps", "--eval_steps", "2", "--eval_data_path", rows_file]
+    checkpoint = train(*flags, "--max_steps", "4") / "checkpoint-2"
+    other = tmp_path / "other.jsonl"
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines(True)
+    other.write_text("".join(lines[:3]), encoding="utf-8")
+    more = ["--eval_data_path", str(other), "--resume_from_checkpoint", str(checkpoint)]
+    folder = train(*flags, *more, "--max_steps", "4", output="later")
+    assert "resuming with other validation rows" in (folder / "train.log").read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
 """What happens beside the training: figures for the log, and an orderly end on a signal."""
 
-import shlex
 import signal
 from math import isfinite, nan
 from pathlib import Path
@@ -116,8 +115,12 @@ class StopOnSignal(TrainerCallback):
             self.signum = self.signum or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
-    def raise_if_stopped(self, state, output_dir: str) -> None:
+    def raise_if_stopped(self, state, how_to_go_on: str) -> None:
         """Ends the command with the signal's exit code, where one ended the training.
+
+        Args:
+            state: the trainer's.
+            how_to_go_on: what to type, from the trainer.
 
         Raises:
             Interrupted: with what to type to go on.
@@ -125,6 +128,6 @@ class StopOnSignal(TrainerCallback):
         if self.signum is not None and state.global_step < state.max_steps:
             raise Interrupted(
                 self.signum,
-                f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, give "
-                f"the same command with --output_dir {shlex.quote(output_dir)} --resume_from_checkpoint true",
+                f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, "
+                f"{how_to_go_on}",
             )

@@ -12,7 +12,7 @@ from utils.check_deepspeed import zero_stage
 from utils.checkpoints import anew, read_manifest
 from utils.errors import UserError
 from utils.launch import uses_fsdp, world_size
-from utils.resume_rules import OPTIONS, ORDER, PLAIN_OPTIMIZERS, SCHEDULE, SIZES, STEP_BY_STEP, UPDATED, rule_of
+from utils.resume_rules import FIXED, OPTIONS, ORDER, PLAIN_OPTIMIZERS, SCHEDULE, SIZES, STEP_BY_STEP, UPDATED, rule_of
 
 # a checkpoint made with another of these is a checkpoint of another model
 _SAME = (
@@ -45,7 +45,8 @@ def run_settings(args, train_args, data) -> dict:
     recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
     should = {name: _plain(getattr(train_args, name)) for name in recipe if rule_of(name) is not None}
     should |= {"processes": str(world_size()), "lora_dropout": str(args.lora_dropout), "precision": args.precision}
-    return {"must": must, "should": should}
+    evaluated = data.eval_report.key[:12] if data.eval_report else None
+    return {"must": must, "should": should, "evaluation": evaluated}
 
 
 def _plain(value) -> str:
@@ -104,13 +105,8 @@ def check_resume(args, train_args, data) -> list[dict]:
     ]
     if different:
         raise UserError(*different)
-    for name, (before, value) in changed.items():
-        how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
-        if name not in SIZES:
-            logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
-    if changed.keys() & SIZES:
-        logger.info("resuming with {}, it was {}: the same rows in every step", _sizes(now["should"])[1], changed)
-    if str(train_args.train_sampling_strategy) == "group_by_length":
+    _tell(then, now, changed)
+    if train_args.train_sampling_strategy == "group_by_length":
         logger.warning(
             "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
             "some rows may be trained twice and others not"
@@ -118,10 +114,27 @@ def check_resume(args, train_args, data) -> list[dict]:
     return [{"from": str(checkpoint), "changed": changed}]
 
 
+def _tell(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
+    """Names in the log what is another value than the checkpoint's, and what follows from it."""
+    for name, (before, value) in changed.items():
+        how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
+        if name not in SIZES:
+            logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
+    if changed.keys() & set(SIZES):
+        drawn = "; what is drawn by chance, as dropout, is drawn anew" if "processes" in changed else ""
+        sizes = _sizes(now["should"])[1], _sizes(then["should"])[1]
+        logger.info("resuming with {}, it was {}: the same rows in every step{}", *sizes, drawn)
+    rows = [settings.get("evaluation") for settings in (then, now)]
+    if rows[0] != rows[1]:
+        logger.warning("resuming with other validation rows: evaluations before and after do not compare")
+
+
 def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
     """Why a resumed run cannot have another value of a setting; None where it can."""
     if name in ORDER:
         return "rows of the epoch would be trained twice, and others not"
+    if name in FIXED:
+        return "the optimizer keeps the checkpoint's"
     if name not in UPDATED:
         return None
     if name in ("max_steps", "num_train_epochs"):
@@ -140,7 +153,8 @@ def _sizes(settings: dict[str, str]) -> tuple[int, str]:
     """Rows of a step, and how they come about: `(8, "8 rows a step (2 processes × 2 rows × 2 accumulated)")`."""
     processes, rows, accumulated = (int(settings.get(name, 1)) for name in SIZES)
     total = processes * rows * accumulated
-    return total, f"{total} rows a step ({processes} processes × {rows} rows × {accumulated} accumulated)"
+    how = f"{processes} process{'es' if processes > 1 else ''} × {rows} rows × {accumulated} accumulated"
+    return total, f"{total} rows a step ({how})"
 
 
 def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: dict) -> list[str]:

@@ -7,10 +7,9 @@ rates, the random state, the step, and the trainer's state with its intervals. E
 from utils.replaced import REPLACED_FLAGS
 
 # the place in the epoch, and which rows come next: refused
-ORDER = (
-    "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config", "optim_args",
-    "optim_target_modules",
-)  # fmt: skip
+ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config")
+# options that only some optimizers have: refused
+FIXED = ("optim_args", "optim_target_modules")
 # rows of a step: allowed where their product stays
 SIZES = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 # the schedule is a function of the step, so another one simply applies
@@ -53,11 +52,12 @@ _FREE_BEGINNINGS = (
 
 
 def rule_of(name: str) -> str | None:
-    """`order`, `sizes`, `updated` or `live`; None for a setting that changes nothing of the training.
+    """`order`, `fixed`, `sizes`, `updated` or `live`; None for a setting that changes nothing of the training.
 
     A field that a recipe adds by itself counts as `live`.
     """
-    for rule, names in (("order", ORDER), ("sizes", SIZES), ("updated", UPDATED), ("live", LIVE)):
+    rules = (("order", ORDER), ("fixed", FIXED), ("sizes", SIZES), ("updated", UPDATED), ("live", LIVE))
+    for rule, names in rules:
         if name in names:
             return rule
     return None if name in FREE or name in REPLACED_FLAGS or name.startswith(_FREE_BEGINNINGS) else "live"

@@ -156,7 +156,7 @@ def end_if_stopped(trainer) -> None:
     """Ends the command here if a signal stopped the training, with what to type to go on."""
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "raise_if_stopped"):
-            callback.raise_if_stopped(trainer.state, trainer.args.output_dir)
+            callback.raise_if_stopped(trainer.state, trainer.how_to_go_on())
 
 
 def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from loguru import logger
 
 from utils.base_config import saved_with
-from utils.checkpoints import MANIFEST, mark_complete, rotate
+from utils.checkpoints import MANIFEST, anew, checkpoints_of, mark_complete, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
@@ -107,7 +107,7 @@ class Surviving(Resumable):
         raise UserError(
             f"the checkpoint of step {self.state.global_step} cannot be written: {'; '.join(told)}. {free:.1f} GB are "
             f"free on the disk of {self.args.output_dir!r}. The unfinished one is removed, earlier ones are whole: "
-            f"make room, then {self._how_to_go_on()}"
+            f"make room, then {self.how_to_go_on()}"
         )
 
     @contextlib.contextmanager
@@ -152,8 +152,11 @@ class Surviving(Resumable):
             self.control.should_save = True  # evaluated more often than saved, the best would have no checkpoint
         return is_best
 
-    def _how_to_go_on(self) -> str:
-        folder = shlex.quote(self.args.output_dir)
+    def how_to_go_on(self) -> str:
+        """What to type once a run has ended before its last step."""
+        folder, found = shlex.quote(self.args.output_dir), checkpoints_of(Path(self.args.output_dir))
+        if self.args.save_only_model and found:
+            return anew(shlex.quote(str(found[-1])), self.settings["must"]["train_mode"])
         return f"give the same command with --output_dir {folder} --resume_from_checkpoint true"
 
     # ------------------------------------------------------------------ numbers that are none
@@ -199,7 +202,7 @@ class Surviving(Resumable):
         raise UserError(
             f"step {step}: {what}; its rows are{rows}\n   Look at these rows, lower --learning_rate or raise "
             "--warmup_steps, use --precision bf16 or fp32 rather than fp16; --on_nan skip goes on without such a step, "
-            f"but not without {SKIPPED_AT_MOST} in a row. Checkpoints written before are whole: {self._how_to_go_on()}"
+            f"but not without {SKIPPED_AT_MOST} in a row. Checkpoints written before are whole: {self.how_to_go_on()}"
         )
 
     def prediction_step(self, model, inputs, *args, **kwargs):
