@@ -81,3 +81,15 @@ def test_each_command_of_after_training(folder):
             assert (output / "merged" / "model.safetensors").is_file()
         elif "compare_runs" in command:
             assert (folder / "compare.png").is_file() and "output_dir" not in said
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_run_without_weights_never_says_that_it_finished(mode, train, monkeypatch, tmp_path):
+    """As under a backend that saves the parts of each process alone."""
+    from utils import save
+    from utils.errors import UserError
+
+    monkeypatch.setattr(save, "save_weights", lambda trainer, args, folder: (folder / "zero_to_fp32.py").touch())
+    with pytest.raises(UserError, match="no weights were saved"):
+        train("--train_mode", mode, "--max_steps", "1")
+    assert not (tmp_path / "run" / "train_args.json").exists()

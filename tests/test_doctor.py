@@ -464,6 +464,22 @@ def test_help_and_own_flags(capsys, refused):
     assert "--processes -1 is not allowed" in refused(doctor.main, "--processes", "-1")
 
 
+def test_another_format_names_the_flag_that_trains_the_tokenizers_own(patient, report):
+    """A registered one by its name, any other as auto; both in the line that the log has."""
+    for form, name in ((get_template("yi").to_jinja(), "qwen3"), (_ODD, "auto")):
+        model = patient.model(lambda form=form: _tokenizer(chat_template=form))
+        findings = report(*patient.flags(model=model))[1]["findings"]
+        (finding,) = (finding for finding in findings if finding["code"] == "TEMPLATE_DIFFERS")
+        assert f"give --template_name {name}" in finding["message"]
+
+
+# ChatML with another opening
+_ODD = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}:\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}"
+)
+
+
 def test_the_page_of_codes_is_not_stale():
     """utils/script/doctor.md is what `doctor --write_codes true` would write."""
     assert doctor.CODES_PAGE.read_text(encoding="utf-8") == catalogue()

@@ -190,6 +190,62 @@ def test_what_fights_with_a_flag_is_refused_with_both_values(settle, tmp_path, t
         assert line[0] == "refused" and said in line[1], (said, line)
 
 
+LOOKED_AT = """
+import json, sys
+from utils.args import parse_args
+from utils.errors import UserError
+try:
+    args, train_args = parse_args(sys.argv[1:])
+except UserError as error:
+    print(json.dumps({"refused": error.problems}))
+    sys.exit()
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+from utils.model import whole_models
+with whole_models(train_args):
+    inside = is_deepspeed_zero3_enabled()
+plugin = train_args.deepspeed_plugin
+print(json.dumps({"inside": inside, "after": is_deepspeed_zero3_enabled(), "config": plugin.hf_ds_config.config,
+                  "loaded with": deepspeed_config()}))
+"""
+# what `accelerate launch` sets for a process under `zero_stage: 3`
+ACCELERATE = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "a file", "false in a file"])
+def test_zero3_gathers_its_weights_and_only_the_first_process_may_look_at_a_whole_model(launcher, tmp_path):
+    """A model that one process builds to look at must not be split: the others would have to build it as well."""
+    file = tmp_path / "zero3.json"
+    config = json.loads((CONFIGS / "ds_config_zero3.json").read_text())
+    del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    if launcher == "false in a file":
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+    file.write_text(json.dumps(config))
+    given = [] if launcher == "accelerate" else ["--deepspeed", str(file)]
+    found, said = looked_at(tmp_path, given, ACCELERATE if launcher == "accelerate" else {})
+    assert found["config"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert "stage3_gather_16bit_weights_on_model_save is set to true" in said
+    assert not found["inside"] and found["after"] and found["loaded with"] == found["config"]
+    assert found["config"]["train_micro_batch_size_per_gpu"] == 16
+
+
+def test_accelerates_deepspeed_that_fights_with_a_flag_is_refused(tmp_path):
+    found, _ = looked_at(tmp_path, [], ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
+    (problem,) = found["refused"]
+    assert "of accelerate says gradient_accumulation_steps 4, and --gradient_accumulation_steps is 1" in problem
+
+
+def looked_at(tmp_path, given, environment):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", **(alone if environment else {}), **environment}
+    words = [sys.executable, "-c", LOOKED_AT, *given, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_flag_can_set_is_auto(name):
     config = json.loads((CONFIGS / f"ds_config_{name}.json").read_text(encoding="utf-8"))

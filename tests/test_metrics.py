@@ -86,6 +86,23 @@ def test_a_file_of_one_language_has_one_bleu():
     assert keys == ["bleu_zh", "exact"]
 
 
+@pytest.mark.parametrize(("pairs", "told"), [
+    ([("The cat.", "A cat.")], {"bleu_13a", "chrf"}),
+    ([("今天天气好", "天气很好")], {"bleu_zh", "chrf"}),
+    ([("The cat.", "A cat."), ("今天天气好", "天气很好")], {"bleu_13a", "bleu_zh", "chrf"}),
+    ([("", "A cat.")], {"bleu_13a", "chrf"}),
+    ([("", "")], {"bleu_13a", "chrf"}),
+])  # fmt: skip
+def test_the_settings_are_told_of_the_scores_that_were_computed(pairs, told):
+    """In a process that computed nothing before: a BLEU of sacrebleu has no `num_refs` until it is used."""
+    for cached in (metrics._bleu, metrics._chrf, metrics._rouge):
+        cached.cache_clear()
+    rows = [score_row(answer, reference, ALL) for answer, reference in pairs]
+    figures = score_file([pair[0] for pair in pairs], [pair[1] for pair in pairs], rows)
+    assert all(0 <= figure.value <= 100 for figure in figures)
+    assert set(signatures(ALL)) == told
+
+
 def test_exact_forgives_spaces_at_the_ends_and_normalised_more():
     exact = [score_row(answer, "Paris is big.", ["exact"])["exact"] for answer in (" Paris is big.\n", "paris is big.")]
     assert exact == [100, 0]

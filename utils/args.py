@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils.check_args import check_common, resolve_defaults
-from utils.check_deepspeed import check_deepspeed, settle_deepspeed
+from utils.check_deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
 from utils.check_evaluation import settle_evaluation
 from utils.check_run import check_together
 from utils.config_file import read_config
@@ -172,11 +172,7 @@ def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
 
 
 def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True):
-    """As `parse_args`, and says of each value where it came from.
-
-    Returns:
-        (CommonArgs, TrainArgument, Sources)
-    """
+    """As `parse_args`; returns (CommonArgs, TrainArgument, Sources), the last says where each value came from."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config = read_config(_given_early(argv, "config"))
     path = _given_early(argv, "train_args_path")
@@ -200,6 +196,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()
         read_deepspeed_safely()
+        settle_plugin(train_args)
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
     problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
     train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = agree(

@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+from loguru import logger
+
 from utils.errors import nearest
 from utils.launch import begin_alone, started_by_deepspeed
+from utils.log import is_main_process
 from utils.paths import ROOT, project_path
 
 CONFIGS = ROOT / "train_args" / "deepspeed_config"
 NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 ALLOWED = ", ".join((*NAMES, "none"))
 DEFAULT = "zero2"  # of DeepSpeed's launcher
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def settle_deepspeed(values: dict) -> list[str]:
@@ -90,6 +94,39 @@ def _shadows(config: dict, values: dict, given) -> list[str]:
     return problems
 
 
+def settle_plugin(train_args) -> None:
+    """Settles DeepSpeed's configuration, whether it came by `--deepspeed` or by `accelerate launch`."""
+    _adopt_accelerates(train_args)
+    _gather_at_saving(train_args)
+
+
+def _adopt_accelerates(train_args) -> None:
+    """Treats the DeepSpeed configuration of `accelerate launch` as that of `--deepspeed`, filled in and kept alike.
+
+    transformers would fill it in only once the trainer is made, after the weights are loaded.
+    """
+    plugin = train_args.deepspeed_plugin
+    if getattr(train_args, "hf_deepspeed_config", None) is not None:
+        return
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    config.trainer_config_process(train_args)
+    train_args.hf_deepspeed_config = plugin.hf_ds_config = plugin.dschf = config
+    plugin.deepspeed_config = config.config
+
+
+def _gather_at_saving(train_args) -> None:
+    """Has ZeRO-3 put the split weights together when they are saved; otherwise a run would end without weights."""
+    if zero_stage(train_args) != 3:
+        return
+    zero = train_args.hf_deepspeed_config.config["zero_optimization"]
+    if zero.get(GATHER) is not True:
+        zero[GATHER] = True
+        if is_main_process():
+            logger.info("{} is set to true for this run: without it ZeRO-3 saves no weights to load", GATHER)
+
+
 def zero_stage(train_args) -> int:
     """The ZeRO stage, 0 without DeepSpeed."""
     return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0
@@ -104,6 +141,7 @@ def check_deepspeed(common, train_args) -> list[str]:
     if train_args.deepspeed_plugin is None:
         return []
     config = getattr(train_args, "hf_deepspeed_config", None)
+    source = "--deepspeed" if train_args.deepspeed else "the DeepSpeed configuration of accelerate"
     problems = []
     for mismatch in config.mismatches if config else []:
         theirs, _, ours = mismatch.removeprefix("- ds ").partition(" vs hf ")
@@ -111,11 +149,11 @@ def check_deepspeed(common, train_args) -> list[str]:
         flag, _, flag_value = ours.rpartition("=")
         ours = f"--{flag} is {flag_value}" if flag.isidentifier() else f"the flags make it {flag_value}"
         problems.append(
-            f'--deepspeed says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same'
+            f'{source} says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same'
         )
     if train_args.max_grad_norm and config is not None and config.get_value("gradient_clipping") is None:
         problems.append(
-            f"--deepspeed has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
+            f"{source} has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
             'write "gradient_clipping": "auto" into the file'
         )
     name = f"ZeRO-{zero_stage(train_args)}"

@@ -4,6 +4,7 @@ import re
 
 from utils.errors import UserError
 from utils.findings import Finding
+from utils.modelfile import template_in
 from utils.segments import special_pattern
 from utils.template_auto import AutoTemplate
 
@@ -75,8 +76,21 @@ def _differences(template, tokenizer) -> list[Finding]:
             message = (
                 f"{name}: template {template.name!r} and the tokenizer's own differ {_first_difference(ours, theirs)}"
             )
-            return [Finding("TEMPLATE_DIFFERS", message)]
+            remedy = _flag_for(tokenizer)
+            return [Finding("TEMPLATE_DIFFERS", f"{message}; {remedy}", remedy=remedy[0].upper() + remedy[1:])]
     return []
+
+
+def _flag_for(tokenizer) -> str:
+    """Which flag trains the tokenizer's own format."""
+    same = template_in(tokenizer)
+    name = same.name if same else "auto"
+    if same is None:
+        try:
+            AutoTemplate.of(tokenizer)
+        except UserError:
+            return "the tokenizer's own has no exact mask, so that a model which knows it learns this format anew"
+    return f"give --template_name {name} to train the tokenizer's own; a base model may be taught any"
 
 
 def _rendered(template, messages, prompt: bool) -> str | None:

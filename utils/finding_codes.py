@@ -80,7 +80,7 @@ CODES = {
         "使用 --template_name auto 或适合该模型的模板；基座模型可以教任何一种",
     ),
     "PAD_IS_STOP": Code(
-        WARNING, True, "The pad token is the stop token that is trained", "填充符就是要训练的停止符",
+        NOTE, False, "The pad token is the stop token that is trained", "填充符就是要训练的停止符",
         "Nothing is lost here, where padding is never trained; a program that masks labels by the pad token's id would "
         "lose the stop token: give the tokenizer a pad token of its own",
         "本项目从不训练填充，没有损失；按填充符 id 屏蔽标签的程序会丢掉停止符：给分词器单独的填充符",

@@ -183,6 +183,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         ) from error
     if not is_main_process():
         return {}
+    _refuse_without_weights(folder, args)
     record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
     try:
         # pickled, and said again in readable form by train_args.json
@@ -200,6 +201,17 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     if trainer.args.push_to_hub:
         push_run(trainer, folder)
     return record["summary"]
+
+
+def _refuse_without_weights(folder: Path, args) -> None:
+    """A backend that splits the weights may save its own parts alone, which nothing but a resume reads."""
+    wanted = r"adapter_model\.safetensors" if args.train_mode != "full" else _WEIGHTS
+    if not any(re.fullmatch(wanted, path.name) for path in folder.iterdir()):
+        raise UserError(
+            f"the training ended, but no weights were saved in --output_dir {str(folder)!r}; its checkpoints hold the "
+            "state to go on from. Have the backend gather the weights when it saves, and give the same command with "
+            f"--output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
+        )
 
 
 def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) -> None:
