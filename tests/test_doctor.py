@@ -594,6 +594,51 @@ def test_memory_of_each_process_and_of_the_machine(monkeypatch, total, host, pro
     assert [f"{finding.severity} {finding.message}" for finding in found] == wanted
 
 
+def test_of_equal_rows_all_but_the_first_repeat(tmp_path):
+    from utils.doctor_census import take_census
+    from utils.doctor_rows import census_findings
+
+    said = ["a", "a", "b", "a", "c", "b"]
+    file = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say {text}.", "output": text} for text in said])
+    (finding,) = census_findings(take_census(file, "--train_data_path", "sft", workers=1), None)
+    assert finding.code == "DUPLICATE_ROWS" and finding.message.startswith("3 rows of 6 say what an earlier one says")
+    assert f"{file}:2 repeats {file}:1; the most frequent stands 3 times" in finding.message
+    assert finding.places[file].lines == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("lengths", "over"), [([3, 10], 0), ([3, 11], 1), ([11, 25], 2)])
+def test_a_row_may_be_as_long_as_the_positions(lengths, over, monkeypatch):
+    from datasets import Dataset
+
+    from utils import doctor_settings
+
+    monkeypatch.setattr(doctor_settings, "shape_of", lambda args: None)
+    config = SimpleNamespace(max_position_embeddings=10, rope_parameters=None)
+    config.get_text_config = lambda: config
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    data = SimpleNamespace(train=rows.with_format("arrow"), eval=None, eval_report=None)
+    found = doctor_settings._positions(SimpleNamespace(task_type="sft"), config, data)
+    wanted = f"{over} rows are longer than the model's 10 positions, the longest {max(lengths)} tokens"
+    assert [finding.message[: len(wanted)] for finding in found] == [wanted] * (over > 0)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("modules", [None, "q_proj,down_proj"])
+def test_trained_weights_are_as_many_as_pefts(dora, modules, tiny_models):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    args = SimpleNamespace(
+        train_mode="lora", lora_rank=3, use_dora=dora, adapter_name_or_path=None, trust_remote_code=False,
+        model_name_or_path=tiny_models("llama"), lora_target_modules=modules,
+    )  # fmt: skip
+    targets = modules.split(",") if modules else "all-linear"
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, use_dora=dora, target_modules=targets)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_models("llama")), config)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert doctor_sizes.trained_weights(args, doctor_sizes.shape_of(args)) == trained
+
+
 @pytest.mark.parametrize(
     ("optim", "only_model", "sizes"),
     [("adamw_torch", False, (12, 4)), ("adamw_torch", True, (4, 4)), ("sgd", False, (4, 4)),

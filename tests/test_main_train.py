@@ -207,6 +207,14 @@ def test_a_finished_run_is_replaced_only_when_told(train, refused, tmp_path, tin
     assert not list(folder.glob("checkpoint-*"))
 
 
+def test_of_a_run_that_is_replaced_no_weights_stay(train):
+    """An adapter beside whole weights would be what every loader takes first, and the other way round."""
+    names = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+    for mode in ("lora", "full", "lora"):
+        folder = train("--train_mode", mode, "--overwrite_output_dir", "true", "--max_steps", "1")
+        assert [path.name for path in folder.glob("*.safetensors")] == [names[mode]]
+
+
 def test_remote_code_is_not_run_unless_asked(tmp_path, refused, tiny_models, rows_file):
     import shutil
 

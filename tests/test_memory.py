@@ -64,6 +64,15 @@ def test_states_by_hand(config_folder, flags, layout, gpus, wanted):
     assert (found.parameters, found.gradients, found.optimizer) == wanted
 
 
+@pytest.mark.parametrize(("gpus", "copies"), [(1, 0), (2, 1), (8, 1)])
+def test_data_parallel_training_holds_a_second_copy_of_the_gradients(config_folder, gpus, copies):
+    """DDP's buckets, of all that is trained, however many take part; nothing else is split or added."""
+    args, train_args = read(config_folder("llama", tie_word_embeddings=False), "--train_mode", "full")
+    args.precision = "bf16"
+    found = hold(args, train_args, meta_model(args, train_args, False), layout_of("none", gpus), 2)
+    assert (found.buffers, found.parameters, found.gradients) == (copies * 4 * WEIGHTS, 4 * WEIGHTS, 4 * WEIGHTS)
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (704, 256), (128, 64), (100, 30)])
 def test_a_quantised_weight_has_the_bytes_that_bitsandbytes_gives_it(shape):
     import torch

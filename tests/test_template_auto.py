@@ -194,6 +194,27 @@ def test_spaces_that_a_format_sets_before_an_answer_are_not_trained(before, spac
     assert "".join(segment.text for segment in segments) == f"User: Hi\nAssistant:{before}Hello<|im_end|>"
 
 
+def test_of_two_stop_tokens_both_are_trained_and_an_end_of_the_conversation_is_not():
+    """As LFM2 ends a call; a token that stands behind a line feed belongs to no answer."""
+    form = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+        "{{ '<|im_end|><|endoftext|>' if m['role'] == 'assistant' else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+    )
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    tokenizer = with_template(form)
+    wanted = "b<|im_end|><|endoftext|>d<|im_end|><|endoftext|>"
+    assert said(get_template("auto", tokenizer), talk, tokenizer) == wanted
+
+
+def test_tools_that_a_template_drops_refuse_the_row():
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    talk = [{"role": "user", "content": "Hi", "tools": tools}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(UserError, match="turn 1 has tools, which the tokenizer's chat template does not show"):
+        get_template("auto", with_template(THINKING)).check(talk)
+    get_template("auto", with_template(TOOLS)).check(talk)
+
+
 def test_a_template_that_drops_what_a_row_says_refuses_the_row():
     tokenizer = with_template(THINKING)
     auto = get_template("auto", tokenizer)
