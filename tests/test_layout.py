@@ -26,6 +26,7 @@ FLOW = [
     "template_format",
     "template_day",
     "template_spans",
+    "template_parts",
     "template_reading",
     "template_auto",
     "template",

@@ -5,6 +5,7 @@ import json
 from typing import NamedTuple
 
 from utils.errors import UserError
+from utils.template_parts import read_in_parts
 from utils.template_spans import NoSpan, answer_span
 from utils.turns import (
     EMPTY,
@@ -53,6 +54,11 @@ def read_conversation(template, dumped: str) -> Reading:
         UserError: what the template refuses.
     """
     messages: list[Message] = json.loads(dumped)
+    return read_in_parts(template, messages, read_whole) or read_whole(template, messages)
+
+
+def read_whole(template, messages: list[Message]) -> Reading:
+    """As `read_conversation`, of messages, with a rendering up to each answer."""
     text, marks = template.rendered(messages)
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge(template, messages, hidden)
