@@ -202,6 +202,7 @@ DEFECTS = {
     "LAST_BATCH_SHORT": lambda p: p.flags("--gradient_accumulation_steps", "2"),
     "DISK_TOO_SMALL": _full_disk,
     "MEMORY_TOO_SMALL": _little_memory,
+    "QLORA_LEAVES_WEIGHTS": lambda p: p.flags("--train_mode", "qlora", model=p.models("mixtral", num_local_experts=4)),
     "MAX_LEN_OVER_POSITIONS": lambda p: p.flags(
         rows=_row(instruction=LONG), model=p.models("qwen2", max_position_embeddings=128)
     ),

@@ -116,6 +116,7 @@ FLOW = [
     "doctor_template",
     "doctor_sizes",
     "doctor_tokens",
+    "doctor_quantised",
     "doctor_settings",
     "doctor",
     "doctor_whole",

@@ -124,7 +124,7 @@ EXPERTS = {
     **dict.fromkeys(("mixtral", "gpt_oss"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
     **dict.fromkeys(
         ("qwen2_moe", "qwen3_moe"),
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64),
     ),
 }
 

@@ -144,3 +144,56 @@ def test_the_base_may_ask_for_router_logits(train, tmp_path):
     folder = train("--max_steps", "1", "--train_mode", "full", "--router_aux_loss_coef", "0", model=str(base))
     assert changed(config_of(base), config_of(folder)) <= {"eos_token_id", "dtype"}
     assert AutoConfig.from_pretrained(folder).output_router_logits
+
+
+def qlora_findings(folder):
+    from utils.args import parse_args
+    from utils.doctor_quantised import quantised_findings
+
+    run = ["--model_name_or_path", str(folder), "--train_mode", "qlora"]
+    args, train_args = parse_args(run, needs_weights=False)
+    args.precision = "bf16"
+    return [finding.message for finding in quantised_findings(args, train_args)]
+
+
+def test_what_qlora_leaves_of_a_mixture_in_16_bits_is_said_with_numbers(tmp_path):
+    """The published shape of Qwen3-30B-A3B: its experts are 48 × 128 × 3 × 2048 × 768 weights."""
+    shape = {
+        "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
+    }  # fmt: skip
+    AutoConfig.for_model("qwen3_moe", **shape).save_pretrained(tmp_path)
+    experts, routers = 48 * 128 * 3 * 2048 * 768, 48 * 128 * 2048
+    (said,) = qlora_findings(tmp_path)
+    assert said.startswith(f"{experts + routers:,} of 30,532,122,624 weights are in no linear layer")
+    assert "and stay in 16 bits, 58.0 GB: " in said
+    assert "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in said
+
+
+def test_what_is_said_and_planned_of_qlora_is_what_lies_in_memory(tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    from utils.args import parse_args
+    from utils.memory import estimate
+
+    base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=options, dtype=torch.bfloat16)
+    named = model.named_parameters()
+    experts = [weight for name, weight in named if ".experts." in name or name.endswith("gate.weight")]
+    left = [weight for weight in experts if weight.dtype == torch.bfloat16]
+    (said,) = qlora_findings(base)
+    assert said.startswith(f"{sum(weight.numel() for weight in left):,} of ")
+    held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    for state in [weight.quant_state for weight in model.parameters() if hasattr(weight, "quant_state")]:
+        scales = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        held += sum(scale.numel() * scale.element_size() for scale in scales)
+    args, train_args = parse_args(["--model_name_or_path", base, "--train_mode", "qlora"])
+    args.precision = "bf16"
+    found = estimate(args, train_args, 1)
+    assert found.parameters - found.gradients == held
+
+
+def test_of_a_dense_model_nothing_is_said(tiny_models):
+    assert qlora_findings(tiny_models()) == []

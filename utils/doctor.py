@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from loguru import logger
 
+from utils.adapter import ADAPTERS
+from utils.doctor_quantised import quantised_findings
 from utils.doctor_settings import settings_findings, steps_of
 from utils.doctor_sizes import disk_findings, memory_findings
 from utils.doctor_template import template_findings
@@ -81,6 +83,8 @@ def quick_findings(
     checks = {
         "the settings": lambda: settings_findings(args, train_args, config_of(args), data, seen, processes),
     }
+    if ADAPTERS[args.train_mode].quantised:
+        checks["the weights in 4 bits"] = lambda: quantised_findings(args, train_args)
     if memory:
         checks["memory"] = lambda: memory_findings(args, train_args, processes)
     if template is not None:

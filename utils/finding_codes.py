@@ -64,6 +64,10 @@ CODES = {
         "减小 --per_device_train_batch_size 或 --max_len，使用 --gradient_checkpointing true，或用 --train_mode qlora、"
         "--deepspeed zero3",
     ),
+    "QLORA_LEAVES_WEIGHTS": Code(
+        WARNING, True, "--train_mode qlora leaves many weights in 16 bits", "qlora 有许多权重仍是 16 位",
+        "Reckon with their bytes, as plan_memory does; --train_mode lora takes little more", "按这些字节估算显存（plan_memory 已计入）；--train_mode lora 也多不了多少",
+    ),
     "MAX_LEN_OVER_POSITIONS": Code(
         WARNING, True, "Rows are longer than the model's positions", "有的行比模型的位置数还长",
         "Lower --max_len to the model's max_position_embeddings", "把 --max_len 降到模型的 max_position_embeddings",

@@ -58,15 +58,8 @@ def meta_model(args, train_args, laid_out: bool, config=None):
     import torch
     from peft import get_peft_model
 
-    kind, dtype = ADAPTERS[args.train_mode], compute_dtype(args)
-    config = config or load_config(args)
-    options = {} if args.attn_implementation in ("auto", "flash_attention_2") else {
-        "attn_implementation": args.attn_implementation
-    }  # fmt: skip
-    options["dtype"] = dtype if kind.lora else torch.float32
-    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, **options)
-    if kind.quantised:
-        _quantise(model, _how_quantised(args, train_args, dtype))
+    dtype = compute_dtype(args)
+    model = meta_base(args, train_args, config)
     adapter = _adapter(args, model)
     if adapter is not None:
         with torch.device("meta"), _shapes_of_quantised_weights():
@@ -76,6 +69,22 @@ def meta_model(args, train_args, laid_out: bool, config=None):
             parameter.data = parameter.data.to(dtype)
         elif parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return model
+
+
+def meta_base(args, train_args, config=None):
+    """The base alone, as `load_model` would have it: quantised where the run's is."""
+    import torch
+
+    kind, dtype = ADAPTERS[args.train_mode], compute_dtype(args)
+    options = {} if args.attn_implementation in ("auto", "flash_attention_2") else {
+        "attn_implementation": args.attn_implementation
+    }  # fmt: skip
+    options["dtype"] = dtype if kind.lora else torch.float32
+    config = config or load_config(args)
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, **options)
+    if kind.quantised:
+        _quantise(model, _how_quantised(args, train_args, dtype))
     return model
 
 
