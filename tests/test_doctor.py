@@ -162,6 +162,14 @@ def _bos_twice():
     return _tokenizer(bos_token="<|endoftext|>", chat_template="{{ bos_token }}{{ bos_token }}" + form)
 
 
+def _opens_a_thought():
+    opening = "{{ '<|im_start|>assistant\\n' }}"
+    form = get_template("yi").to_jinja()
+    assert form.rstrip().endswith("{% endif %}") and opening in form
+    before, after = form.rsplit(opening, 1)
+    return _tokenizer(chat_template=f"{before}{{{{ '<|im_start|>assistant\\n<think>\\n' }}}}{after}")
+
+
 def _sets_bos():
     from tokenizers.processors import TemplateProcessing
 
@@ -210,6 +218,7 @@ DEFECTS = {
     "TEMPLATE_DIFFERS": lambda p: p.flags(
         model=p.model(lambda: _tokenizer(chat_template=get_template("yi").to_jinja()))
     ),
+    "PROMPT_NOT_FOLLOWED": lambda p: p.flags("--template_name", "auto", model=p.model(_opens_a_thought)),
     "PAD_IS_STOP": lambda p: p.flags("--template_name", "default"),
     "BOS_DOUBLE": lambda p: p.flags("--template_name", "auto", model=p.model(_bos_twice)),
     "BOS_MISSING": lambda p: p.flags(model=p.model(_sets_bos)),

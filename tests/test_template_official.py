@@ -80,6 +80,8 @@ CASES = {
     "empty answer": [user("Q-ONE?"), answer(""), user("Q-TWO?"), answer("A-TWO.")],
     "spaces": [user("Q-ONE?"), answer("  A-ONE.\n"), user("Q-TWO?"), answer("\nA-TWO. ")],
 }  # fmt: skip
+# of these every answer is trained
+WHOLE = ("single", "multi", "system", "two systems", "call", "two calls", "call last", "spaces")
 _TEXT = re.compile(r"[AT]-[A-Z]{3,4}\.|LARK|ROOK")
 _OTHERS = re.compile(r"Q-[A-Z]{3}\?|SYSTEM\.|SECOND\.|RESULT|\[INST\]|<\|im_start\|>user")
 
@@ -126,9 +128,17 @@ def test_official_templates(name):
         notes = [note for note in template.notes(messages) if note.kind == UNTRAINED]
         answers = [message for message in messages if message["role"] == "assistant"]
         assert len(texts) + len(notes) == len(answers), (case, texts, notes)
+        assert not notes or case not in WHOLE, (case, notes)
         _compare_texts(case, answers, texts, tokenizer)
         if template.has_marks():
             _compare_marks(case, tokenizer, template, messages, encoded)
+
+
+@pytest.mark.parametrize(("name", "rest"), [
+    ("deepseek_r1_distill", "<think>\n"), ("nemotron_3_nano", "\n"), ("qwen3", ""), ("qwen3_6", ""), ("gptoss", ""),
+])  # fmt: skip
+def test_a_prompt_that_opens_a_thought_which_plain_answers_lack_is_told(name, rest):
+    assert get_template("auto", tokenizer_of(name)).unanswered_prompt() == rest
 
 
 def _may_be_refused(name, case, error):

@@ -31,7 +31,7 @@ def template_findings(template, tokenizer) -> list[Finding]:
         tokenizer: a fast one.
     """
     findings = _split_tokens(template, tokenizer) + _pad(template, tokenizer)
-    return findings if template.name == "auto" else findings + _differences(template, tokenizer)
+    return findings + (_prompt(template) if template.name == "auto" else _differences(template, tokenizer))
 
 
 def tokens_of(template) -> list[str]:
@@ -62,6 +62,13 @@ def _pad(template, tokenizer) -> list[Finding]:
     if tokenizer.pad_token != stop:
         return []
     return [Finding("PAD_IS_STOP", f"the tokenizer pads with {stop!r}, which also ends an answer")]
+
+
+def _prompt(template) -> list[Finding]:
+    """A prompt that says more than what answers are trained to follow."""
+    rest = template.unanswered_prompt()
+    message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
+    return [Finding("PROMPT_NOT_FOLLOWED", message)] if rest else []
 
 
 def _differences(template, tokenizer) -> list[Finding]:

@@ -83,6 +83,12 @@ CODES = {
         "Use --template_name auto, or the one made for this model; a base model may be taught any",
         "使用 --template_name auto 或适合该模型的模板；基座模型可以教任何一种",
     ),
+    "PROMPT_NOT_FOLLOWED": Code(
+        WARNING, True, "The prompt for an answer ends otherwise than the answers that are trained begin",
+        "生成提示的结尾与所训练回答的开头不一致",
+        "Train answers with thinking, or generate with a prompt that opens none (often enable_thinking=False)",
+        "训练带思考的回答，或生成时用不开启思考的提示（多数模板：enable_thinking=False）",
+    ),
     "PAD_IS_STOP": Code(
         NOTE, False, "The pad token is the stop token that is trained", "填充符就是要训练的停止符",
         "Nothing is lost here, where padding is never trained; a program that masks labels by the pad token's id would "

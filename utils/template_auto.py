@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 
@@ -173,6 +174,11 @@ class AutoTemplate:
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that a conversation shows."""
         return sorted(set(self.special.findall(self.render(_PROBE))))
+
+    def unanswered_prompt(self) -> str:
+        """What a prompt ends with that a plain answer is shown without: DeepSeek-R1's `<think>\\n`; often nothing."""
+        prompt, text = self.render(_PROBE[:1], add_generation_prompt=True), self.render(_PROBE)
+        return prompt[len(os.path.commonprefix([prompt, text])) :]
 
     def stop_token(self) -> str:
         """The token that ends an answer."""
