@@ -242,3 +242,19 @@ def test_a_run_with_auto_saves_the_template_it_was_given(train, tmp_path):
     base = tiny.save_tiny_model(tmp_path / "base", tokenizer=tokenizer)
     folder = train("--template_name", "auto", model=base)
     assert (folder / "chat_template.jinja").read_text() == THINKING
+
+
+@pytest.mark.parametrize("opening", ["", "<|im_start|>assistant\\n"])
+def test_earlier_answers_are_found_without_the_empty_thought_that_the_last_has(opening):
+    """As Qwen3 sets it after the last question, here with two tokens that end an answer and with no opening of one."""
+    tokenizer = with_template(
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+        "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{{ '" + opening + "' }}"
+        "{% if loop.index0 > ns.last %}{{ '(think)' }}{% endif %}{{ m.content + '<|endoftext|><|im_end|>\\n' }}"
+        "{% else %}{{ '[' + m.role + ']' + m.content + '[/]' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + opening + "' }}{% endif %}"
+    )
+    roles = ("user", "assistant", "tool", "assistant", "user", "assistant")
+    talk = [{"role": role, "content": text} for role, text in zip(roles, "abcdef", strict=True)]
+    auto = get_template("auto", tokenizer)
+    assert said(auto, talk, tokenizer) == "".join(f"{text}<|endoftext|><|im_end|>" for text in ("b", "d", "(think)f"))
