@@ -6,6 +6,7 @@ import pytest
 import tiny
 from conftest import write_rows
 
+from utils.data_fields import unread_fields
 from utils.data_files import files_left_out, find_files, read_rows
 from utils.data_rows import BadRow, to_messages
 
@@ -83,6 +84,36 @@ def test_an_empty_cell_is_no_value(tmp_path):
     (row,) = read_rows(str(path.rename(tmp_path / "a.json")))
     with pytest.raises(BadRow, match=r"NaN \(an empty cell\) in 'output'"):
         to_messages(row.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"instruction,output,output\nHi,a,b\nHo,c,d\n", "has the column 'output' twice; keep one of them"),
+        ("a.csv", b"instruction;output\nHi;a\nHo;c\n", "has the one column 'instruction;output'; save it with commas"),
+        ("a.csv", b"instruction\toutput\nHi\ta\n", "save it with commas between the cells, not '\\t'"),
+        ("a.csv", "instruction,output\nHi,a\nHo,b\n".encode("utf-16"), "is not UTF-8; save the file as UTF-8"),
+        ("a.parquet", None, "has the column 'output' twice; keep one of them"),
+    ],
+)
+def test_a_table_with_other_columns_than_it_seems_is_one_sentence(tmp_path, name, content, said):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / name
+    if content is None:
+        columns = [pyarrow.array([text]) for text in ("Hi", "a", "b")]
+        pyarrow.parquet.write_table(pyarrow.table(columns, names=["instruction", "output", "output"]), file)
+    else:
+        file.write_bytes(content)
+    (row,) = read_rows(str(file))
+    assert said in row.problem and row.fatal
+
+
+def test_spaces_in_a_header_and_an_index_of_pandas_are_no_fields(tmp_path):
+    (tmp_path / "a.csv").write_text(",instruction, output\n0,Hi,Hello\n")
+    (row,) = read_rows(str(tmp_path / "a.csv"))
+    assert to_messages(row.value)[1]["content"] == "Hello" and unread_fields("sft", row.value) == []
 
 
 # ------------------------------------------------------------------ folders and files

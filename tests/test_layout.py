@@ -33,6 +33,7 @@ FLOW = [
     "data_json",
     "data_splits",
     "data_nulls",
+    "data_tables",
     "data_files",
     "quantised_base",
     "check_adapter",

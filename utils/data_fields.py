@@ -11,6 +11,7 @@ DESCRIPTIVE = frozenset(
     "time timestamp updated_at model models model_name generator teacher tokens token_count num_tokens n_tokens "
     "length num_turns title parallel_tool_calls score_chosen score_rejected chosen_model rejected_model "
     "__index_level_0__ difficulty level".split()
+    + ["", "Unnamed: 0"]  # pandas' index, written as a column
 )
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
 _SYSTEM = "name it 'system' to have it read"

@@ -1,17 +1,14 @@
 """Paths → files → raw rows, each with the place it came from."""
 
-import csv
 import glob
-import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.data_json import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
-from utils.data_nulls import without_padding
 from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
+from utils.data_tables import read_csv, read_parquet
 from utils.errors import nearest
 from utils.paths import project_path
 
@@ -135,7 +132,7 @@ def read_rows(file: str) -> Iterator[RawRow]:
 
 def raw_rows(file: str) -> Iterator[RawRow]:
     """Yields a file's rows, lines of JSON as they stand: `parse_row` is most of the work, and another process's."""
-    reader = {".jsonl": read_json, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
     try:
         yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
     except OSError as error:
@@ -164,57 +161,6 @@ def _has_bad_bytes(value: Any) -> bool:
     """Bytes that are not UTF-8 are read as lone surrogates, so that one bad line costs no other."""
     items = value.items() if isinstance(value, dict) else ()
     return any(isinstance(text, str) and bad_bytes(text) for item in items for text in item)
-
-
-def _read_csv(file: str) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
-    with open_text(file, newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        if not reader.fieldnames:  # reads the header line
-            return
-        while True:
-            start = reader.line_num + 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield RawRow(file, start, None, f"is not CSV ({error})", fatal=True)
-                return
-            if None in row or None in row.values():
-                yield RawRow(
-                    file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})"
-                )
-            else:
-                yield RawRow(file, start, {name: _cell(name, value) for name, value in row.items()})
-
-
-_LISTS = ("messages", "conversations", "history", "tools")
-_TEXTS_OR_LISTS = ("prompt", "chosen", "rejected", "reject")
-
-
-def _cell(name: str, value: str) -> Any:
-    """How a list of turns stands in a CSV file: as JSON, in the columns that hold one."""
-    if name not in _LISTS and not (name in _TEXTS_OR_LISTS and value.lstrip()[:2] in ("[{", '{"')):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _read_parquet(file: str) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(file, number, without_padding(value))
-    except (pyarrow.ArrowException, OSError) as error:
-        yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})", fatal=True)
 
 
 def _read_text(file: str) -> Iterator[RawRow]:
