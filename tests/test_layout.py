@@ -52,6 +52,7 @@ FLOW = [
     "args",
     "idle",
     "tokenizer",
+    "template_derived",
     "modelfile",
     "data_report",
     "data_turns",

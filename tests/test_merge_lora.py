@@ -309,7 +309,7 @@ def test_a_full_run_and_a_format_without_a_form_in_go(refused, copied):
     out = copied.parent / "merged"
     flags = ["--model_path", str(copied), "--output_dir", str(out), "--modelfile", "true"]
     said = refused(merge_lora.main, *flags)
-    assert "none of the registered ones" in said and "--template_name" in said and "convert_hf_to_gguf.py" in said
+    assert "no form in Go's syntax" in said and "--template_name" in said and "convert_hf_to_gguf.py" in said
     assert not out.exists()
     merge_lora.main(flags[:4])
     assert "!" in AutoTokenizer.from_pretrained(out).chat_template

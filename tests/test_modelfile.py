@@ -174,7 +174,7 @@ def test_another_chat_template_is_not_taken_for_a_registered_one():
     template, tokenizer = fitted("qwen")
     assert template_in(tokenizer) is None
     tokenizer.chat_template = template.to_jinja().replace("<|im_end|>", "<|im_end|> ")
-    assert template_in(tokenizer, "qwen") is None
+    assert template_in(tokenizer, "qwen").name == "auto"
     tokenizer.chat_template = "{% if %}"
     assert template_in(tokenizer) is None
 
@@ -244,3 +244,71 @@ def test_a_tokenizer_without_the_templates_stop_is_no_candidate():
     before = (tokenizer.chat_template, tokenizer.eos_token, len(tokenizer))
     assert template_in(tokenizer).name == "mistral"
     assert (tokenizer.chat_template, tokenizer.eos_token, len(tokenizer)) == before
+
+
+# as SmolLM2's: the BOS token opens every turn, and the system message of a conversation without one is its own
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a small model<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# as Llama-3.1's without tools: a BOS before all, contents trimmed
+HEADERS = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set start = 1 %}{% set text = messages[0]['content'] | "
+    "trim %}{% else %}{% set start = 0 %}{% set text = '' %}{% endif %}<|start|>system<|sep|>\n\nToday is Monday\n"
+    "{{ text }}<|im_end|>{% for m in messages[start:] %}<|start|>{{ m['role'] }}<|sep|>\n\n"
+    "{{ m['content'] | trim }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|sep|>\n\n"
+    "{% endif %}"
+)
+OWN = {"smollm2": (SMOLLM2, "<|im_start|>", False), "headers": (HEADERS, "<s>", True)}
+
+
+def own_format(name):
+    chat_template, bos, _ = OWN[name]
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<|start|>", "<|sep|>", "<|im_start|>"]})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, "<|im_end|>", chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_format_of_the_tokenizers_own_is_read_from_its_renderings(name, evaluate, tmp_path):
+    """Go's rendering, with the BOS that Ollama adds where it is told so, is that of `apply_chat_template`."""
+    tokenizer = own_format(name)
+    template = template_in(tokenizer, "auto")
+    assert template.name == "auto"
+    tokenizer.save_pretrained(tmp_path)
+    write_modelfile(tmp_path, template, tokenizer, None)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"]
+    assert told is OWN[name][2]
+    added = tokenizer.bos_token if told else ""
+    asked = [messages for messages in CONVERSATIONS if messages[-1]["role"] == "user"]
+    asked = [messages for messages in asked if not any(m["role"] == "system" for m in messages[1:])]
+    for messages, answer in zip(asked, evaluate([case_of(template, tokenizer, m) for m in asked]), strict=True):
+        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert (added + answer["text"], answer["error"]) == (wanted, ""), messages
+    assert len(asked) > 20
+
+
+@pytest.mark.parametrize("old, new", [
+    ("+ message['content'] +", "+ message['content'].split('</think>')[-1] +"),
+    ("<|im_start|>system\n", "<|im_start|>system\n{{ strftime_now('%Y') }}"),
+    ("{{ '<|im_start|>' + message['role'] + '\n'", "{{ message['role'] + ': '"),
+    ("{% for", "{% if messages | length > 2 %}Long.{% endif %}{% for"),
+], ids=["thinking", "date", "no token before a turn", "by length"])  # fmt: skip
+def test_a_format_that_pieces_cannot_hold_is_none(old, new):
+    tokenizer = own_format("smollm2")
+    assert old in SMOLLM2
+    tokenizer.chat_template = SMOLLM2.replace(old, new)
+    assert template_in(tokenizer) is None
+
+
+def test_a_registered_format_whose_bos_opens_the_turns_keeps_it_in_its_text(evaluate, tmp_path):
+    """ChatML on SmolLM2's tokenizer: with a system message first it would be left out twice, or not at all."""
+    template, tokenizer = fitted("qwen2.5")
+    tokenizer.bos_token = "<|im_start|>"
+    assert leading_bos(template, tokenizer) == ""
+    for messages in (turns("Hi"), turns("Hi", system="Be brief.")):
+        (answer,) = evaluate([case_of(template, tokenizer, messages)])
+        assert answer["text"] == template.render(messages, add_generation_prompt=True)

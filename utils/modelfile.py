@@ -8,14 +8,18 @@
 Whoever tokenises a prompt for a GGUF file, Ollama or llama.cpp, sets the BOS token before it where the file's
 `tokenizer.ggml.add_bos_token` says so, and both converters take that from `add_bos_token` in tokenizer_config.json.
 transformers neither reads nor writes that key where there is a tokenizer.json. So it is written here as what was
-trained: true where a rendering begins with the BOS token, which TEMPLATE then leaves out, and false elsewhere.
+trained: true where a rendering begins with the BOS token, which TEMPLATE then leaves out, and false elsewhere, also
+where that token opens every turn.
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.template import Template, get_template, template_dict
+from utils.template_derived import derive
 from utils.template_go import to_go
 
 _PROBES = [
@@ -26,12 +30,18 @@ _PROBES = [
         {"role": "assistant", "content": " Yo "},
         {"role": "user", "content": "And {{ so }}?"},
     ],
+    # a template that leaves out earlier thinking is another in its second turn
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYo"},
+        {"role": "user", "content": "And?"},
+    ],
 ]
 NAME = "Modelfile"
 
 
 def template_in(tokenizer, likely: str | None = None) -> Template | None:
-    """The registered template that renders as a tokenizer's own chat template does.
+    """The template that renders as a tokenizer's own chat template does: a registered one, or one read from it.
 
     Args:
         tokenizer: with or without a chat template.
@@ -43,14 +53,21 @@ def template_in(tokenizer, likely: str | None = None) -> Template | None:
     wanted = [_own_rendering(tokenizer, messages) for messages in _PROBES] if tokenizer.chat_template else []
     if not any(wanted):
         return None
-    for name in sorted(template_dict, key=lambda name: name != likely):
-        try:
-            template = get_template(name, tokenizer)
-        except UserError:
-            continue  # made for a tokenizer with other tokens
+    for template in _candidates(tokenizer, likely):
         if [_rendering(template, messages) for messages in _PROBES] == wanted:
             return template
     return None
+
+
+def _candidates(tokenizer, likely: str | None) -> Iterator[Template]:
+    for name in sorted(template_dict, key=lambda name: name != likely):
+        try:
+            yield get_template(name, tokenizer)
+        except UserError:
+            continue  # made for a tokenizer with other tokens
+    if derived := derive(tokenizer):
+        yield derived
+        yield replace(derived, strip=True)
 
 
 def _own_rendering(tokenizer, messages: list[dict]) -> str | None:
@@ -68,8 +85,14 @@ def _rendering(template: Template, messages: list[dict]) -> str | None:
 
 
 def leading_bos(template: Template, tokenizer) -> str:
-    """The BOS token where each prompt of the format begins with it, else an empty text."""
+    """The BOS token that the program which tokenises is to set, since every prompt begins with it; else an empty text.
+
+    Where it opens every turn, as `<|im_start|>` does in SmolLM2, it is a part of the turns and stays in their text: a
+    conversation may begin with any of them.
+    """
     bos = tokenizer.bos_token or ""
+    if bos and not template.bos and any((form or "").startswith(bos) for form in (template.system, template.assistant)):
+        return ""
     return bos if bos and template.render(_PROBES[0], add_generation_prompt=True).startswith(bos) else ""
 
 

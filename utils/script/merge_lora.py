@@ -147,15 +147,16 @@ def _home(parts: Parts) -> str:
 
 
 def _template(args: MergeArgs, tokenizer, parts: Parts):
-    """The registered format the model speaks, None for another; it must be one where `--modelfile` is given."""
+    """The format the model speaks, None where it has no other form; it must have one where `--modelfile` is given."""
     if args.template_name and args.template_name != "auto":
         return get_template(args.template_name, tokenizer)
     template = template_in(tokenizer, _trained_template(parts))
     if args.modelfile and template is None:
-        has = "is none of the registered ones" if tokenizer.chat_template else "is not saved with it"
+        has = "has no form in Go's syntax that renders alike" if tokenizer.chat_template else "is not saved with it"
         raise UserError(
-            f"--modelfile true: the chat format of --model_path {args.model_path!r} {has}, and only those have a form "
-            "in Go's syntax. Name the one it speaks with --template_name, or leave --modelfile out: "
+            f"--modelfile true: the chat format of --model_path {args.model_path!r} {has} (it may print a date, leave "
+            "out earlier thinking, or have no special token before a turn). Name a registered format that the model "
+            "was trained in with --template_name, or leave --modelfile out: "
             "convert_hf_to_gguf.py of llama.cpp takes the format as it is"
         )
     return template
