@@ -4,7 +4,9 @@ import pytest
 import tiny
 from conftest import write_rows
 
+from utils.choices import read_choices
 from utils.data_fields import DESCRIPTIVE, unread_fields
+from utils.data_files import RawRow
 from utils.data_pairs import to_pair
 from utils.data_rows import BadRow, EmptyRow, to_messages, to_text
 from utils.prompts import to_prompt
@@ -40,6 +42,9 @@ def test_content_that_would_be_lost_is_refused_by_name(kind, name):
 def test_what_is_asked_of_a_model_is_whole_as_well(name):
     with pytest.raises(BadRow, match=f"has a field '{name}'"):
         to_prompt({**PLAIN, name: LOST[name]})
+    row = {"question": "Which?", "choices": ["one", "two"], "answer": "A", name: LOST[name]}
+    with pytest.raises(BadRow, match=f"has a field '{name}'"):
+        read_choices(RawRow("a.jsonl", 1, row))
 
 
 @pytest.mark.parametrize(

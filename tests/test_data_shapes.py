@@ -49,6 +49,11 @@ def test_rows_one_after_another_are_told_by_the_line_they_begin_on(tmp_path):
     assert [row.line for row in rows] == [2 + length * place for place in range(3)]
 
 
+def test_rows_on_one_line_are_told_by_their_number(tmp_path):
+    rows = read(tmp_path / "a.json", "".join(map(json.dumps, ROWS)))
+    assert [(row.line, row.value) for row in rows] == list(enumerate(ROWS, 1))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

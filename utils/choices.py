@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from utils.data_files import RawRow
-from utils.data_rows import BadRow, Message, kind_name, read_question, read_text
+from utils.data_rows import BadRow, Message, check_fields, kind_name, read_question, read_text
 from utils.errors import UserError
 from utils.segments import IGNORED, Segment, break_leaves, encode_segments, free_break, special_pattern
 
@@ -63,6 +63,7 @@ def read_choices(raw: RawRow) -> Choices:
     missing = [name for name in ("question", "choices", "answer") if row.get(name) is None]
     if missing:
         raise BadRow(f"has no field {missing[0]!r}; needed is {CHOICE_FORMAT}")
+    check_fields(row, "prompt", [])
     messages = read_question(row, "question")
     letters, texts = _read_texts(row["choices"])
     answer = _find(row["answer"], letters, texts, by_index=not isinstance(_parsed(row["choices"]), dict))

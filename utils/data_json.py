@@ -127,7 +127,11 @@ def _whole(file: str, text: str) -> list[RawRow] | None:
         end = _skip_space(text, end)
         line += text.count("\n", place, end)
         place = end
-    return _from_one(file, rows[0].value) if len(rows) == 1 and not rows[0].problem else rows
+    if len(rows) == 1 and not rows[0].problem:
+        return _from_one(file, rows[0].value)
+    if len({row.line for row in rows}) < len(rows):  # several on one line: a row is known by its number
+        return [row._replace(line=number) for number, row in enumerate(rows, 1)]
+    return rows
 
 
 _SPACE = re.compile(r"\s*")
