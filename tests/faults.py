@@ -1,6 +1,6 @@
 """The faults that tests/mutants.py plants: what could go wrong unnoticed, and the tests that are to notice it.
 
-A line of the code that has changed needs its fault changed as well; `python tests/mutants.py --changed main` says so.
+A line of the code that has changed needs its fault changed as well; `python tests/mutants.py --check` says so.
 """
 
 from typing import NamedTuple

@@ -3,6 +3,7 @@
     python tests/mutants.py                          # every fault of tests/faults.py
     python tests/mutants.py --only softcap --only bias    # those whose name holds one of these texts
     python tests/mutants.py --changed main           # those in files that differ from a git revision
+    python tests/mutants.py --check                  # only whether each text still stands where it is to be replaced
     python tests/mutants.py --list                   # their names, files and tests; nothing runs
 
 Each fault is a text in a file and what it is replaced by. It is planted in a copy of the project, the few tests that
@@ -148,6 +149,15 @@ def start_worker(folder: str) -> None:
     shutil.copytree(ROOT, _tree, ignore=shutil.ignore_patterns(".git", "__pycache__", "output", ".*cache"))
 
 
+def misplaced(fault: Fault, root: Path) -> str | None:
+    """What is wrong with where a fault is to be planted; None where its text stands there exactly once."""
+    file = root / fault.file
+    count = file.read_text(encoding="utf-8").count(fault.old) if file.is_file() else 0
+    if count == 1:
+        return None
+    return f"its text stands {count} times in {fault.file}: {fault.old.strip().splitlines()[0]}"
+
+
 def try_fault(fault: Fault, check_first: bool = True) -> Outcome:
     """Plants one fault and has its tests look for it.
 
@@ -160,15 +170,15 @@ def try_fault(fault: Fault, check_first: bool = True) -> Outcome:
     def outcome(state: str, reason: str = "") -> Outcome:
         return Outcome(fault, state, time.monotonic() - started, reason)
 
-    file = _tree / fault.file
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if (count := text.count(fault.old)) != 1:
-        return outcome("BROKEN", f"its text stands {count} times in {fault.file}: {fault.old.strip().splitlines()[0]}")
+    if reason := misplaced(fault, _tree):
+        return outcome("BROKEN", reason)
     if check_first and fault.tests not in _passed:
         code, said = run_tests(_tree, fault.tests)
         if code:
             return outcome("BROKEN", f"its tests {_NO_TESTS.get(code, 'fail without it')}: {fault.tests}: {said}")
         _passed.add(fault.tests)
+    file = _tree / fault.file
+    text = file.read_text(encoding="utf-8")
     try:
         file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
         code, said = run_tests(_tree, fault.tests)
@@ -193,6 +203,7 @@ def main() -> int:
     parser.add_argument("--changed", metavar="REVISION", help="faults in files that differ from this git revision")
     parser.add_argument("--jobs", type=int, default=1, help="how many faults are tried at once")
     parser.add_argument("--suite-passed", action="store_true", help="the tests pass without a fault: half the time")
+    parser.add_argument("--check", action="store_true", help="see whether each can still be planted and run nothing")
     parser.add_argument("--list", action="store_true", help="print the faults and run nothing")
     args = parser.parse_args()
     files = changed_since(args.changed) if args.changed else None
@@ -206,6 +217,10 @@ def main() -> int:
     faults = [fault for fault in faults if not fault.equivalent]
     if args.list:
         return 0
+    if args.check:
+        wrong = [Outcome(fault, "BROKEN", 0.0, reason) for fault in faults if (reason := misplaced(fault, ROOT))]
+        print("\n".join([*map(str, wrong), f"{len(faults) - len(wrong)} of {len(faults)} faults can be planted"]))
+        return int(bool(wrong))
     import_libraries()
     started, outcomes = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
