@@ -39,12 +39,15 @@ def build_collator(pad_token_id: int, padding_free: bool):
 def _with_sources(collate):
     """The collator, which also says where the rows of a step come from, to name them if one breaks the training.
 
-    `source` is a list of numbers from `data_report.source_of`, not a tensor: no model sees it.
+    `source` is a list of numbers from `data_report.source_of`, not a tensor: no model sees it. Rows of no source only
+    fill a step up (utils/filler.py), and are left out where there are others.
     """
 
     def collate_with_sources(rows: list[dict]) -> dict:
-        sources = sorted({source for row in rows for source in row.get("source", [])})
-        return {**collate(rows), "source": sources}
+        if "source" not in rows[0]:
+            return collate(rows)
+        there = [row for row in rows if row["source"]] or rows[:1]
+        return {**collate(there), "source": sorted({source for row in there for source in row["source"]})}
 
     return collate_with_sources
 

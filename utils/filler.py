@@ -1,5 +1,6 @@
 """The last step of an epoch on several processes: filled up with rows that train nothing, rather than with repeats."""
 
+from loguru import logger
 from torch.utils.data import BatchSampler, Dataset
 
 from utils.segments import IGNORED
@@ -11,6 +12,11 @@ def empty_row(columns: list[str]) -> dict:
     return {name: empty[name] for name in columns}
 
 
+def empty_pair(pair: dict) -> dict:
+    """A pair that any loss can take, of no file: by that it is known as one that does not count."""
+    return {**pair, "source": []}
+
+
 class WithEmptyRow(Dataset):
     """Rows, with an empty one behind the last, which `len` does not count.
 
@@ -19,7 +25,8 @@ class WithEmptyRow(Dataset):
     """
 
     def __init__(self, rows):
-        self.rows, self._empty = rows, empty_row(rows.column_names)
+        pairs = "prompt_ids" in rows.column_names
+        self.rows, self._empty = rows, empty_pair(rows[0]) if pairs else empty_row(rows.column_names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,32 +67,31 @@ def fills_up(train_args, processes: int) -> bool:
 
 
 class FillsUp:
-    """A mix-in for TRL's SFTTrainer: an epoch trains each row once, on however many processes.
+    """A mix-in for TRL's trainers: an epoch trains each row once, on however many processes.
 
     accelerate would give the epoch's first rows a second time, and count them in the loss of the last step.
     """
 
     def get_train_dataloader(self):
         rows = self.train_dataset
-        if not fills_up(self.args, self.accelerator.num_processes):
-            return super().get_train_dataloader()
-        loader = self._get_dataloader(
-            WithEmptyRow(rows), "Training", self._train_batch_size, lambda _: self._get_train_sampler(rows), True
-        )
-        # accelerate's own, with its order of rows, of which each process takes its share
+        if fills_up(self.args, self.accelerator.num_processes):
+            return self.filled_loader(rows, "Training", self._train_batch_size, self._get_train_sampler, True)
+        if self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last:
+            logger.warning("with this --accelerator_config an epoch's last step may train some of its rows twice")
+        return super().get_train_dataloader()
+
+    def filled_loader(self, rows, what: str, size: int, sampler_of, training: bool = False):
+        """accelerate's own loader, with its order of rows, of which each process takes its share.
+
+        Args:
+            rows: a datasets.Dataset.
+            what: for transformers' messages.
+            size: rows of a batch.
+            sampler_of: makes a sampler of the rows.
+            training: whether it is trained.
+        """
+        loader = self._get_dataloader(WithEmptyRow(rows), what, size, lambda _: sampler_of(rows), training)
         shard = loader.batch_sampler
         inner = shard.batch_sampler
         shard.batch_sampler = FullBatches(inner.sampler, inner.batch_size, shard.num_processes, len(rows))
         return loader
-
-
-def repeats(train_args, train, evaluation) -> str:
-    """How many rows accelerate gives twice to fill a last step up, as a sentence; empty where there are none."""
-    processes = train_args.world_size
-    told = []
-    if processes > 1 and not train_args.dataloader_drop_last:
-        sizes = (train_args.train_batch_size, train_args.eval_batch_size)
-        for what, rows, size in zip(("trained", "evaluated"), (train, evaluation), sizes, strict=True):
-            twice = -len(rows) % (size * processes) if rows is not None else 0
-            told += [f"{twice} of {len(rows):,} pairs are {what} twice"] if twice else []
-    return f"to fill the last step of {processes} processes up, {' and '.join(told)}" if told else ""

@@ -109,7 +109,7 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     if processes == 1:
         return list(batches)  # accelerate fills the last batch up only where others wait for it
     config = train_args.accelerator_config
-    if rows.sequences == 1 and fills_up(train_args, processes):
+    if fills_up(train_args, processes):
         share = BatchSamplerShard(FullBatches(order, size, processes, len(lengths)), processes, rank)
         return [[row for row in batch if row < len(lengths)] for batch in share]
     shard = {"split_batches": config.split_batches, "even_batches": config.even_batches}

@@ -1,16 +1,18 @@
 """What both modes of DPO share: the pairs, the reference, and how TRL's trainer gets them."""
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow
-from loguru import logger
+import torch
 
 from utils.data_files import SUFFIXES
 from utils.data_pairs import Pair, to_pair
 from utils.data_rows import BadRow
 from utils.errors import UserError
-from utils.filler import repeats
+from utils.filler import FillsUp, fills_up
 from utils.launch import wait_for_all
 from utils.model import load_model
 from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
@@ -52,7 +54,7 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
         raise BadRow(error.problems[0]) from None
 
 
-class PreparedPairs(Surviving):
+class PreparedPairs(FillsUp, Surviving):
     """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
 
     TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short
@@ -63,16 +65,26 @@ class PreparedPairs(Surviving):
 
     loss_is_scaled_for_ga = True  # tells transformers not to divide by the number of micro-batches
     _weight: float = 1.0
+    _pairs: int | None = None  # of the batch at hand, where a trainer's step or evaluation has counted them
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None or not fills_up(self.args, self.accelerator.num_processes):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.filled_loader(rows, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        import torch
-
         pairs = torch.tensor([sum(map(count_pairs, batch_samples))], device=device)
         return self.accelerator.gather(pairs).sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._weight = count_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
+        self._pairs = count_pairs(inputs)
+        self._weight = self._pairs * self.accelerator.num_processes / num_items_in_batch
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self._pairs = count_pairs(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -89,8 +101,14 @@ class PreparedPairs(Surviving):
         return super()._precompute_ref_logps(*inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        result = super()._compute_loss(model, inputs, return_outputs)
-        _weigh_figures(self, inputs)
+        pairs = count_pairs(inputs) if self._pairs is None else self._pairs
+        counts = self.accelerator.gather(torch.tensor([pairs], device=self.accelerator.device)).tolist()
+        gather = functools.partial(gather_uneven, self.accelerator.gather, counts, count_pairs(inputs))
+        uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
+        with uneven:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        _weigh_figures(self, sum(counts))
+        self._pairs = None
         return result
 
     def compute_ref_log_probs(self, model, inputs):
@@ -121,9 +139,6 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
     """
     from peft import PeftModel, get_peft_model
 
-    if twice := repeats(train_args, data.train, data.eval):
-        logger.warning("{}; a batch size that divides them leaves none", twice)
-
     class Trainer(PreparedPairs, trainer_class):
         pass
 
@@ -149,16 +164,37 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
     return trainer
 
 
-def _weigh_figures(trainer, inputs: dict) -> None:
+def _weigh_figures(trainer, pairs: int) -> None:
     """Lets each pair count once in the figures: TRL takes the mean of batches, the last of which may be smaller."""
-    pairs = count_pairs(inputs)
     figures = trainer._metrics["train" if trainer.model.training else "eval"]
     for name, values in figures.items():
         if name.startswith(("rewards/", "logps/")):
             values.extend([values[-1]] * (pairs - 1))
 
 
+def gather_uneven(gather, counts: list[int], here: int, values):
+    """As accelerate's `gather`, for figures of pairs where the processes do not have equally many.
+
+    Args:
+        gather: accelerate's, which needs one size.
+        counts: how many pairs of each process count, [processes].
+        here: how many pairs this one's batch has.
+        values: a figure of each pair, [here]; anything else is gathered as it is.
+
+    Returns:
+        [sum of counts]
+    """
+    if values.ndim != 1 or len(values) != here:
+        return gather(values)
+    padded = values.new_zeros(max(counts))
+    padded[:here] = values
+    parts = gather(padded).view(len(counts), -1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def count_pairs(batch: dict) -> int:
-    """How many pairs a batch of either collator holds."""
+    """How many pairs of a batch of either collator count: none in one that only fills a step up."""
+    if batch.get("source") == []:
+        return 0
     rows = len(batch["completion_mask"]) if "completion_mask" in batch else int(batch["row"][-1, -1]) + 1
     return rows // 2
