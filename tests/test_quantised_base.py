@@ -170,3 +170,11 @@ def test_a_plan_for_a_base_in_4_bits_has_qlora_alone(in_4_bits, capsys, monkeypa
     held += sum(scale.numel() * scale.element_size() for scale in scales)
     row = plan["settings"][0]
     assert row["parameters"] - row["gradients"] == held
+
+
+def test_the_doctor_has_nothing_against_packed_weights(in_4_bits, rows_file, tmp_path, capsys):
+    from utils.script import doctor
+
+    run = ["--model_name_or_path", in_4_bits, "--train_data_path", rows_file, "--output_dir", str(tmp_path / "run")]
+    doctor.main(["--json", "true", *run])
+    assert "ARGUMENTS" not in {finding["code"] for finding in json.loads(capsys.readouterr().out)["findings"]}

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.finding_codes import ERROR
 from utils.findings import Finding
 from utils.model import whole_models, without_weights
+from utils.quantised_base import quantisation_of
 from utils.segments import special_pattern
 from utils.tasks import get_task
 from utils.template import get_template
@@ -104,6 +105,8 @@ def _check_model(args) -> None:
     if config is None:
         return
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config)
+    if quantisation_of(args.model_name_or_path) is not None:
+        return  # packed weights have other shapes
     asked = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     for file in weight_files(args.model_name_or_path):
         for name, entry in read_header(file)[0].items():

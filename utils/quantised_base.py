@@ -19,17 +19,15 @@ def quantisation_of(path: str, download: bool = False) -> dict | None:
         path: a folder, or a hub's name.
         download: whether the file may be fetched from the hub; else only a copy on this machine is read.
     """
-    file = Path(path).expanduser() / "config.json"
-    if not Path(path).expanduser().is_dir():
-        from transformers.utils import cached_file
-
-        try:
-            file = Path(cached_file(path, "config.json", local_files_only=not download))
-        except (OSError, ValueError, TypeError):
-            return None
     try:
+        if Path(path).expanduser().is_dir():
+            file = Path(path).expanduser() / "config.json"
+        else:
+            from transformers.utils import cached_file
+
+            file = Path(cached_file(path, "config.json", local_files_only=not download))
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # whoever loads the model says it better
         return None
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
     for part in filter(lambda part: isinstance(part, dict), parts):
