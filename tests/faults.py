@@ -638,6 +638,13 @@ FAULTS = [
         "tests/test_neftune.py -k papers_for_each_row",
     ),
     Fault(
+        "pissa: the residual is rounded to the base's type",
+        "utils/pissa.py",
+        "        base.register_forward_hook(_residual)",
+        "        base.weight.data = (whole.float() - base.pissa_scaling * base.pissa_B @ base.pissa_A).to(whole.dtype)",
+        "tests/test_models.py -k pissa_in_bf16",
+    ),
+    Fault(
         "targets: the head is adapted",
         "utils/model_parts.py",
         "if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head",

@@ -521,3 +521,33 @@ def test_flash_attention_gets_rows_end_to_end_one_at_a_time(collator, tiny_model
         model.config._attn_implementation_internal = "flash_attention_2"
         together = model(**batch, use_cache=False).logits[0]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo_single"])
+def test_pissa_in_bf16_is_saved_as_it_was_trained(task, train, tiny_models, tmp_path, monkeypatch):
+    """The residual of the weights is not rounded: in float32, base and saved adapter are the model that was trained."""
+    import utils.save
+
+    kept = {}
+    finish = utils.save.finish_run
+    monkeypatch.setattr(utils.save, "finish_run", lambda trainer, *rest: (kept.update(trainer=trainer), finish(trainer, *rest))[1])  # fmt: skip
+    kind = task.split("_")[0]
+    rows = {"sft": tiny.ROWS, "dpo": tiny.PAIRS}[kind]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    flags = ["--train_args_path", f"train_args/{kind}/base.py", "--task_type", task, "--init_lora_weights", "pissa"]
+    folder = train(*flags, "--precision", "bf16", "--learning_rate", "1e-3", data=str(data))
+    trainer = kept["trainer"]
+    # without the autocast that training leaves around it
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).float().eval()
+    half = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.bfloat16).float()
+    base = logits_of(half)
+    again = PeftModel.from_pretrained(half, folder)
+    lost = (logits_of(again) - logits_of(model)).norm() / (logits_of(model) - base).norm()
+    assert lost < 1e-4  # of what training changed; with residuals rounded to bf16 it is some per cent
+    layers = {name: layer for name, layer in again.named_modules() if name.endswith("up_proj")}
+    for name, layer in layers.items():
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            moved, difference = layer(x) - layer.base_layer(x), layer(x) - model.get_submodule(name)(x)
+        assert difference.norm() < 1e-4 * moved.norm(), name

@@ -5,8 +5,8 @@ template_auto → template → data_fields → data_json → data_tables → dat
 check_deepspeed → check_dpo → check_evaluation → check_run → precision → flags → recipe → record → config_file → args →
 tokenizer → modelfile → data_report → data_rows → data_pairs → prompts → shorten → shorten_pairs → data_encode →
 data_process → data_collator → model_parts → adapter_targets → adapter → model → trained → merge → base_generation → generate → answers →
-chat → metrics → choices → contenders → assess → assess_report → resume → head → trainer → evaluation → neftune → tasks →
-callbacks → plot → pissa → samples → card → summary → save → script
+chat → metrics → choices → contenders → assess → assess_report → resume → head → trainer → evaluation → neftune → pissa → tasks →
+callbacks → plot → samples → card → summary → save → script
 
 A module imports only from those before it; `tests/test_layout.py` holds that.
 """

@@ -4,6 +4,57 @@ import json
 from pathlib import Path
 
 
+def with_pissa(model, config, one_type: bool):
+    """Wraps a model in adapters that start as the main singular vectors of its weights.
+
+    PiSSA (arXiv 2404.02948) trains (W0 - s B0 A0) + s B A. PEFT stores the residual W0 - s B0 A0 in the base's type:
+    in bf16 its rounding is as large as a good part of what training changes, and an adapter for W0 lacks it. Here W0
+    stays as it is, and s B0 A0 x is taken off what the layer gives, so that nothing is rounded but activations.
+
+    Args:
+        model: the base.
+        config: peft.LoraConfig, with `init_lora_weights="pissa"`; the wrapped model keeps it.
+        one_type: whether DeepSpeed or FSDP will turn the adapters into bf16; they then begin with values of that type.
+
+    Returns:
+        peft.PeftModel; its base layers hold A0 and B0 beside their weights, and neither is saved with them.
+    """
+    import torch
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    config.init_lora_weights = True  # PEFT's own start would overwrite the base
+    model = get_peft_model(model, config)
+    config.init_lora_weights = model.peft_config["default"].init_lora_weights = "pissa"
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        whole = base.weight.data.clone()
+        layer.pissa_init("default", "pissa")
+        base.weight.data = whole
+        for half, name in ((layer.lora_A, "pissa_A"), (layer.lora_B, "pissa_B")):
+            start = half["default"].weight.data.contiguous()
+            start = start.to(torch.bfloat16).float() if one_type else start
+            half["default"].weight.data = start
+            base.register_buffer(name, start.clone(), persistent=False)
+        base.pissa_scaling = layer.scaling["default"]
+        base.register_forward_hook(_residual)
+    return model
+
+
+def _residual(base, args, output):
+    """W0 x → W0 x - s B0 A0 x, in the types in which PEFT adds s B A x."""
+    import torch
+    from torch.nn.functional import linear
+
+    x = args[0]
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(base.pissa_A.dtype)
+    taken = linear(linear(x, base.pissa_A), base.pissa_B) * base.pissa_scaling
+    return (output - taken).to(output.dtype)
+
+
 def pissa_to_lora(folder: Path, start: Path) -> None:
     """Rewrites a PiSSA adapter as a plain LoRA on the unchanged base, of twice the rank.
 

@@ -16,7 +16,9 @@ from utils.data_keys import tokenizer_key
 from utils.data_process import DataReport, RowKind, load_rows
 from utils.errors import UserError
 from utils.imports import leave_deepspeed_out
+from utils.launch import uses_fsdp
 from utils.neftune import add_noise
+from utils.pissa import with_pissa
 from utils.resume import run_settings
 
 # whose errors are about the hub and the way to it
@@ -169,6 +171,12 @@ def for_trl(train_args):
     return settled
 
 
+def wants_one_type(args, train_args) -> bool:
+    """Whether DeepSpeed or FSDP lays the weights out, which wants all of them in the arithmetic's type."""
+    laid_out = train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp()
+    return bool(laid_out) and args.precision != "fp32"
+
+
 def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer, **more):
     """Builds one of TRL's trainers on rows that are prepared already.
 
@@ -180,15 +188,16 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     Raises:
         UserError: the trainer refuses the recipe's values.
     """
+    one_type = wants_one_type(args, train_args)
+    if adapter is not None and args.init_lora_weights == "pissa":
+        model, adapter = with_pissa(model, adapter, one_type), None
     start = adapter_weights(model)
     base_config = copy.deepcopy(model.config)  # before TRL and transformers fit it to the training
     leave_router_logits_out(model, more.get("ref_model"))
 
     class Trainer(trainer_class):
         def settle_weights(self):
-            # DeepSpeed and FSDP want one type for all the weights
-            laid_out = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            settle_trainable(self.model, laid_out and args.precision != "fp32", start)
+            settle_trainable(self.model, one_type, start)
 
     try:
         trainer = Trainer(

@@ -15,8 +15,9 @@ from utils.errors import UserError
 from utils.filler import FillsUp, fills_up
 from utils.launch import wait_for_all
 from utils.model import load_model
+from utils.pissa import with_pissa
 from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
-from utils.tasks.common import Data, load_both, make_trainer, row_kind
+from utils.tasks.common import Data, load_both, make_trainer, row_kind, wants_one_type
 from utils.trainer import Surviving
 from utils.turns import UNTRAINED, count_answers
 
@@ -137,18 +138,19 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         trainer_class: TRL's DPOTrainer, or a class that extends it.
         args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     class Trainer(PreparedPairs, trainer_class):
         pass
 
     if adapter is not None and args.init_lora_weights == "pissa":
         # PiSSA takes weight out of the base, which is not the reference any more with the adapter off
-        model, adapter = get_peft_model(model, adapter), None
+        model, adapter = with_pissa(model, adapter, wants_one_type(args, train_args)), None
     has_copy = isinstance(model, PeftModel)
     if has_copy:
         # the trainer fills the copy; PiSSA's own start would take weight out of the base once more
-        model.peft_config["default"].init_lora_weights = True
+        config = model.peft_config["default"]
+        start, config.init_lora_weights = config.init_lora_weights, True
     if train_args.precompute_ref_log_probs:
         # TRL keeps log-probabilities by rows and weights alone, but they depend on these as well
         for dataset in filter(None, (data.train, data.eval)):
@@ -158,6 +160,7 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
     parts = (args, train_args, model, adapter, data, collator, tokenizer)
     trainer = make_trainer(Trainer, *parts, ref_model=reference)
     if has_copy:
+        trainer.model.peft_config["default"].init_lora_weights = start  # checkpoints say how to be read
         # the reference can be had from the folder it came from
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
