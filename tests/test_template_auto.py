@@ -258,3 +258,62 @@ def test_earlier_answers_are_found_without_the_empty_thought_that_the_last_has(o
     talk = [{"role": role, "content": text} for role, text in zip(roles, "abcdef", strict=True)]
     auto = get_template("auto", tokenizer)
     assert said(auto, talk, tokenizer) == "".join(f"{text}<|endoftext|><|im_end|>" for text in ("b", "d", "(think)f"))
+
+
+# ------------------------------------------------------------------------------ several templates by name
+
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALLED = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    ]},
+]  # fmt: skip
+
+
+def named(**templates):
+    return with_template({"default": get_template("yi").to_jinja(), **templates})
+
+
+def test_rows_with_tools_take_the_template_that_transformers_takes():
+    """`tool_use` for rows with tools, also where the list is empty, and `default` for the others; all of both."""
+    tokenizer = named(tool_use=TOOLS, rag=THINKING)
+    template = get_template("auto", tokenizer)
+    for tools, messages in ((WEATHER, CALLED), (WEATHER, TALK), ([], TALK), (None, TALK), (None, TALK[:2])):
+        row = [{**messages[0], **({} if tools is None else {"tools": tools})}, *messages[1:]]
+        for prompt in (False, True):
+            wanted = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+            assert template.render(row, prompt) == wanted
+        encoded = template.encode(row, tokenizer)
+        assert encoded["input_ids"] == tokenizer(template.render(row), add_special_tokens=False)["input_ids"]
+        assert any(label != -100 for label in encoded["labels"])
+    row = [{**CALLED[0], "tools": WEATHER}, CALLED[1]]
+    assert "<call>" in said(template, row, tokenizer)
+    alone = get_template("auto", with_template(TOOLS))  # the same template by itself
+    assert template.encode(row, tokenizer) == alone.encode(row, tokenizer)
+
+
+def test_named_templates_are_kept_on_saving_and_by_a_run(tmp_path, train, tiny_models):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_models(), tmp_path / "base")
+    tokenizer = named(tool_use=TOOLS, rag=THINKING)
+    tokenizer.save_pretrained(tmp_path / "base")
+    first = train("--template_name", "auto", "--max_steps", "1", model=str(tmp_path / "base"), output="first")
+    assert AutoTokenizer.from_pretrained(first).chat_template == tokenizer.chat_template
+    # a run from its adapter takes them from there, whatever the base has by now
+    named().save_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "additional_chat_templates", ignore_errors=True)
+    more = ["--adapter_name_or_path", str(first), "--max_steps", "1"]
+    second = train(*more, model=str(tmp_path / "base"), output="second")
+    assert AutoTokenizer.from_pretrained(second).chat_template == tokenizer.chat_template
+
+
+def test_several_templates_without_a_default_are_refused_by_their_names():
+    tokenizer = with_template({"tool_use": TOOLS, "rag": THINKING})
+    with pytest.raises(UserError, match=r"\(rag, tool_use\) and none is named 'default'"):
+        get_template("auto", tokenizer)

@@ -34,6 +34,7 @@ class AutoTemplate:
         text_arguments: whether the arguments of a tool call are given as JSON text, for a template that joins texts.
         null_content: whether a call without text is given the content null, where the template drops it otherwise.
         parts: whether a content is given as a list of parts, for a template that shows no other.
+        tool_use: the template of that name for conversations with tools; None where the tokenizer has but one.
     """
 
     chat_template: str
@@ -44,6 +45,7 @@ class AutoTemplate:
     text_arguments: bool = False
     null_content: bool = False
     parts: bool = False
+    tool_use: "AutoTemplate | None" = None
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
@@ -64,16 +66,25 @@ class AutoTemplate:
             )
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
         date = (date or today()) if prints_date(tokenizer) else ""
-        template = cls(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer), date)
-        parted = replace(template, parts=True)
-        template = parted if not template._takes(_PROBE) and parted._takes(_PROBE) else template
+        default, with_tools = own_templates(tokenizer)
+        template = cls(default, tokens, special_pattern(tokenizer), date)._fitted()
         template.check(_PROBE)
+        return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fitted())
+
+    def _fitted(self) -> "AutoTemplate":
+        """Given contents, calls and arguments in the form that the template takes."""
+        template, parted = replace(self, parts=False), replace(self, parts=True)
+        template = parted if not template._takes(_PROBE) and parted._takes(_PROBE) else template
         forms = [(False, False), (True, False), (False, True), (True, True)]
         for null_content, text_arguments in forms:
             form = replace(template, null_content=null_content, text_arguments=text_arguments)
             if form._takes(_CALLING):
                 return form
         return template
+
+    def _for(self, messages: list[Message]) -> "AutoTemplate":
+        """The template of a conversation, chosen as `PreTrainedTokenizer.get_chat_template` does."""
+        return self.tool_use if self.tool_use and messages and messages[0].get("tools") is not None else self
 
     def _takes(self, messages: list[Message]) -> bool:
         try:
@@ -95,6 +106,8 @@ class AutoTemplate:
 
         if not messages:
             raise UserError("the conversation is empty; it needs at least one message")
+        if (template := self._for(messages)) is not self:
+            return template.rendered(messages, prompt)
         try:
             with on_day(self.date):
                 texts, marks = render_jinja_template(
@@ -136,7 +149,7 @@ class AutoTemplate:
             raise UserError(refused)
 
     def _read(self, messages: list[Message]) -> Reading:
-        return read_conversation(self, _plain(messages))
+        return read_conversation(self._for(messages), _plain(messages))
 
     def segments(self, messages: list[Message], mark: str | None = None) -> list[Segment]:
         """The rendering in pieces, cut where something trained begins or ends.
@@ -188,6 +201,23 @@ class AutoTemplate:
     def to_jinja(self) -> str:
         """The template as it came."""
         return self.chat_template
+
+
+def own_templates(tokenizer) -> tuple[str, str | None]:
+    """A tokenizer's chat template, and the one for conversations with tools where that is another.
+
+    Raises:
+        UserError: it has several by name, and none is named `default`.
+    """
+    try:
+        default, with_tools = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
+    except ValueError:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has several chat templates "
+            f"({', '.join(sorted(tokenizer.chat_template))}) and none is named 'default', which transformers takes; "
+            "name one of them so, or choose a template with --template_name"
+        ) from None
+    return default, with_tools if with_tools != default else None
 
 
 def _with_text_arguments(call):

@@ -11,8 +11,9 @@ def today() -> str:
 
 
 def prints_date(tokenizer) -> bool:
-    """Whether the tokenizer's chat template prints the day on which it renders."""
-    return bool(tokenizer.chat_template) and "strftime_now" in tokenizer.get_chat_template()
+    """Whether a chat template of the tokenizer's prints the day on which it renders."""
+    own = tokenizer.chat_template
+    return any("strftime_now" in text for text in (own.values() if isinstance(own, dict) else [own or ""]))
 
 
 class _StoppedClock:

@@ -24,7 +24,7 @@ def derive(tokenizer) -> Template | None:
         the template, named `auto`; None where the renderings have no such pieces, or print the day.
     """
     try:
-        if not isinstance(tokenizer.chat_template, str) or prints_date(tokenizer):
+        if prints_date(tokenizer):
             return None
         own = AutoTemplate.of(tokenizer)
         return _from_renderings(own, own.stop_token(), special_pattern(tokenizer), tokenizer.bos_token or "")

@@ -10,6 +10,7 @@ from utils.launch import agree
 from utils.template import Template
 from utils.template_day import prints_date, today
 
+_NAMED = "additional_chat_templates"  # transformers' folder for the templates beside the default one
 # a reserved token is better than eos: it never stands for anything else
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
@@ -57,7 +58,9 @@ def tokenizer_of(args):
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
     if args.template_name == "auto" and args.adapter_name_or_path and saved.is_file():
-        tokenizer.chat_template = saved.read_text(encoding="utf-8")
+        named = {file.stem: file.read_text(encoding="utf-8") for file in saved.parent.glob(f"{_NAMED}/*.jinja")}
+        default = saved.read_text(encoding="utf-8")
+        tokenizer.chat_template = {"default": default, **named} if named else default
     if args.template_name == "auto" and prints_date(tokenizer):
         args.template_date = args.template_date or agree(today())  # midnight may pass between two processes
     elif args.template_date:
@@ -99,8 +102,9 @@ def set_format(tokenizer, template: Template, model) -> None:
 
 
 def speak(tokenizer, template: Template) -> None:
-    """Writes a chat format and its stop token into a tokenizer."""
-    tokenizer.chat_template = template.to_jinja()
+    """Writes a chat format and its stop token into a tokenizer; under `auto` it keeps all the templates it has."""
+    if template.name != "auto" or not isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = template.to_jinja()
     tokenizer.eos_token = template.stop_token()
 
 

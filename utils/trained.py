@@ -17,6 +17,7 @@ from utils.merge_layers import merge_onto, types_of
 from utils.paths import project_path
 from utils.quantised_base import keep_quantised_weights
 from utils.template import get_template, template_dict, unknown_template
+from utils.template_auto import own_templates
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
 from utils.weight_files import check_weight_files, fingerprint
 
@@ -220,5 +221,7 @@ def load_format(args: TrainedArgs, parts: Parts):
         )
     if args.template_name:
         speak(tokenizer, get_template(args.template_name, tokenizer))
+    else:
+        own_templates(tokenizer)  # refused where none of several is the default
     tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
     return tokenizer

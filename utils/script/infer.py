@@ -189,6 +189,7 @@ def settings_of(args: InferArgs, parts: Parts) -> dict:
     weights = [f"{path} (weights {fingerprint(path)})" for path in (parts.base, *parts.adapters)]
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     home = Path(parts.last())
+    names += tuple(str(file.relative_to(home)) for file in sorted(home.glob("additional_chat_templates/*.jinja")))
     hashes = {f"the content of {name}": _hash_of(home / name) for name in names if (home / name).is_file()}
     files, _ = find_files(args.input, "--input")
     read = {f"the content of --input {file}": _hash_of(file) for file in files}
