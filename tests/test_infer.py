@@ -334,7 +334,7 @@ def test_killed_at_a_line_while_sorting_and_at_the_end_it_goes_on_and_nothing_is
     lines = []
     for where, left in [
         ("a line", ["answers.jsonl.partial"]),
-        ("the sorting", ["answers.jsonl.partial", "answers.jsonl.sorted"]),
+        ("the sorting", [".answers.jsonl.sorted", "answers.jsonl.partial"]),
         ("the end", ["answers.jsonl", "answers.jsonl.partial"]),
     ]:
         killed = subprocess.run(

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main_train
 from utils import merge as merging
+from utils.errors import UserError
+from utils.merge_folder import foreign_to_merge, whole_or_nothing
 from utils.script import merge_lora
 from utils.trained import check_trained
 from utils.weight_files import fingerprint
@@ -285,7 +287,9 @@ def test_a_modelfile_alone(run, tmp_path, refused, monkeypatch):
     before = listing(whole)
     merge_lora.main(["--model_path", str(whole), "--modelfile", "true"])
     after = listing(whole)
-    assert {name for name in after if after[name] != before.get(name)} == {"Modelfile", "tokenizer_config.json"}
+    changed = {"Modelfile", "tokenizer_config.json", "merged.json"}  # the last lists the files of a merge
+    assert {name for name in after if after[name] != before.get(name)} == changed
+    assert foreign_to_merge(whole) == []
     assert "Modelfile already" in refused(merge_lora.main, "--model_path", str(whole), "--modelfile", "true")
     (whole / "checkpoint-1").mkdir()
     shutil.copy(whole / "model.safetensors", whole / "checkpoint-1")
@@ -457,7 +461,10 @@ def test_what_fails_leaves_nothing_and_what_was_there(error, refused, run, tmp_p
                 with pytest.raises(type(error)):
                     merge_lora.main([*flags, "--overwrite", "true"])
         assert listing(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
-    (tmp_path / "merged" / "old.txt").write_text("of the earlier merge")
+    (tmp_path / "merged" / "model.gguf").write_text("mine")
+    said = refused(merge_lora.main, *flags, "--overwrite", "true")
+    assert "holds 'model.gguf', which no merge wrote" in said and "move it away" in said
+    (tmp_path / "merged" / "model.gguf").unlink()
     merge_lora.main([*flags, "--overwrite", "true"])
     assert listing(tmp_path).keys() == before.keys() and len(list(tmp_path.iterdir())) == 1
 
@@ -466,16 +473,54 @@ def test_what_a_killed_merge_left_is_cleared_and_put_back(tmp_path):
     """Killed while writing, or between the two renames."""
     folder, part, old = tmp_path / "merged", tmp_path / ".merged.part", tmp_path / ".merged.old"
     part.mkdir()
+    (part / ".merging").touch()
     (part / "torso").write_text("half")
     old.mkdir()
     (old / "earlier").write_text("whole")
-    with pytest.raises(RuntimeError), merging.whole_or_nothing(folder, "--output_dir x") as written:
-        assert not list(written.iterdir()) and (folder / "earlier").read_text() == "whole"
+    (old / "merged.json").write_text('{"files": {"earlier": 5}}')
+    with pytest.raises(RuntimeError), whole_or_nothing(folder, "--output_dir x") as written:
+        assert not (written / "torso").exists() and (folder / "earlier").read_text() == "whole"
         raise RuntimeError
-    assert listing(tmp_path).keys() == {"merged/earlier"}
-    with merging.whole_or_nothing(folder, "--output_dir x") as written:
+    assert listing(tmp_path).keys() == {"merged/earlier", "merged/merged.json"}
+    with whole_or_nothing(folder, "--output_dir x") as written:
         (written / "new").write_text("whole")
     assert listing(tmp_path).keys() == {"merged/new"}
+
+
+@pytest.mark.parametrize("change", ["added", "changed", "link", "while merging"])
+def test_a_merged_folder_that_was_changed_is_not_replaced(tmp_path, change):
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("whole")
+    (folder / "merged.json").write_text('{"files": {"model.safetensors": 5}}')
+    if change == "changed":
+        (folder / "model.safetensors").write_text("another")
+    elif change == "link":
+        (tmp_path / "elsewhere").write_text("whole")
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    elif change == "added":
+        (folder / "sub").mkdir()
+        (folder / "sub" / "model.gguf").write_text("mine")
+    with (
+        pytest.raises(UserError, match="which no merge wrote"),
+        whole_or_nothing(folder, "--output_dir x") as written,
+    ):
+        (written / "new").write_text("whole")
+        if change == "while merging":
+            (folder / "notes.txt").write_text("mine")
+    assert "new" not in {path.name for path in tmp_path.rglob("*")}
+    assert (folder / "merged.json").exists() and not (tmp_path / ".merged.part").exists()
+
+
+def test_a_folder_of_ones_own_by_the_name_a_merge_uses_is_left_alone(tmp_path):
+    for name in (".merged.part", ".merged.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), whole_or_nothing(tmp_path / "merged", "--output_dir x"):
+        pass
+    assert listing(tmp_path).keys() == {".merged.part/mine", ".merged.old/mine"}
 
 
 def test_merging_leaves_deepspeed_out(train, tmp_path, monkeypatch):

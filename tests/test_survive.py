@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import main_train
 from benchmarks.matrix import free_port, two_processes
-from utils.checkpoints import checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
+from utils.checkpoints import begin_checkpoint, checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
 from utils.errors import UserError
 
 SHORT = [
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
 def test_the_only_whole_checkpoint_is_never_rotated_away(tmp_path):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
+        begin_checkpoint(folder)
         (folder / "weights").write_text("x")
     mark_complete(tmp_path / "checkpoint-1", {})
     rotate(tmp_path, 1, None)
@@ -281,13 +281,15 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 
 def test_a_torso_is_told_from_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-7"
-    folder.mkdir()
+    begin_checkpoint(folder)
     (folder / "weights").write_text("whole")
     assert read_manifest(folder) is None
     mark_complete(folder, {"must": {}})
     assert read_manifest(folder)["settings"] == {"must": {}}
     (folder / "weights").write_text("who")
     assert read_manifest(folder) is None
+    assert remove_torsos(tmp_path) == [] and folder.exists()  # it was whole once: its owner changed it
+    begin_checkpoint(folder)
     assert remove_torsos(tmp_path) == ["checkpoint-7"] and not folder.exists()
 
 

@@ -133,7 +133,7 @@ class AnswerFile:
         self._file.seek(0)
         entries = [json.loads(line) for line in self._file][1:]
         entries.sort(key=lambda entry: entry["number"])
-        whole = Path(f"{self.path}.sorted")
+        whole = self.path.with_name(f".{self.path.name}.sorted")
         try:
             with whole.open("w", encoding="utf-8") as file:
                 for entry in entries:

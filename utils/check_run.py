@@ -7,17 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
-from utils.checkpoints import FINISHED, anew, checkpoints_of, has_optimizer, newer_than, read_manifest
+from utils.checkpoints import FINISHED, anew, checkpoints_of, has_optimizer, is_removable, newer_than, read_manifest
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 from utils.pickles import check_pickles
+from utils.run_files import WRITTEN, foreign_files
 
 MOST_EPOCHS = 1_000_000
-# what a run writes beside its weights; a file of this name that lies there already would be lost
-WRITTEN = (
-    "README.md", "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
-    "tokenizer.json", "tokenizer_config.json", "train.log", "trainer_state.json", "training_args.bin",
-)  # fmt: skip
 
 
 def check_together(common, train_args) -> list[str]:
@@ -136,6 +132,8 @@ def _check_trainer(train_args) -> list[str]:
 def _check_output_dir(common, train_args) -> list[str]:
     folder = Path(train_args.output_dir)
     flag = f"--output_dir {train_args.output_dir!r}"
+    if folder.is_symlink() and not folder.exists():
+        return [f"{flag} is a symbolic link to {os.readlink(folder)!r}, which is not there; give another folder"]
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
     for start in filter(None, (common.model_name_or_path, common.adapter_name_or_path)):
@@ -161,6 +159,11 @@ def _check_output_dir(common, train_args) -> list[str]:
                 f"{flag} already holds {held}; give another folder, --overwrite_output_dir true to replace it, "
                 "or --resume_from_checkpoint true to go on with it"
             ]
+    if not train_args.resume_from_checkpoint and (foreign := foreign_files(folder)):
+        return [
+            f"{flag} holds {foreign[0]!r}, which no run of this project wrote, or which was changed since, and "
+            "--overwrite_output_dir true replaces nothing but what a run wrote; move it away, or give another folder"
+        ]
     return _check_writable(flag, folder)
 
 
@@ -185,6 +188,12 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
             f"and schedule would begin anew; {anew(str(whole[-1]), common.train_mode)}"
         ]
     newer = newer_than(str(whole[-1]), folder)
+    if changed := [path.name for path in newer if not is_removable(path)]:
+        return [
+            f"--output_dir {str(folder)!r} holds {changed[0]!r}, which is newer than the checkpoint to go on from "
+            f"({whole[-1].name}), and which no run wrote or which was changed since, so it is not written over; move "
+            "it away, or give another folder"
+        ]
     if newer and not common.overwrite_output_dir:
         return [
             f"--resume_from_checkpoint {str(whole[-1])!r} is older than {newer[-1].name} in --output_dir "

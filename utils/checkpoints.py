@@ -1,15 +1,19 @@
 """Checkpoints that are whole or not there: each ends with a list of its files, written last. And a run's record.
 
 A process can die at any moment, also between two files of a checkpoint or in the middle of one.
-What `complete.json` lists, with sizes, was there before it; a folder without it is a torso.
+What `complete.json` lists, with sizes, was there before it. While a checkpoint is written, `incomplete.json` stands in
+its place: with it, and without the list, a folder is a torso. Only what a run wrote by these two is ever removed.
 """
 
+import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 MANIFEST = "complete.json"
+INCOMPLETE = "incomplete.json"
+_OURS = {name + ending for name in (MANIFEST, INCOMPLETE) for ending in ("", ".part")}
+MERGED = "merged.json"  # written last: a folder that has it holds a merged model
 FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
 BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
 STATE = "trainer_state.json"
@@ -41,10 +45,25 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def newer_than(checkpoint: str, run: Path) -> list[Path]:
-    """A run's checkpoints of later steps than `checkpoint`; for a run that goes on from it, those of another branch."""
-    found = [folder for folder in checkpoints_of(run) if read_manifest(folder) is not None]
+    """A run's checkpoints of later steps than `checkpoint`, but torsos; for a run that goes on, another branch's."""
+    found = [folder for folder in checkpoints_of(run) if not is_torso(folder)]
     step = Path(checkpoint).name.removeprefix("checkpoint-")
     return [folder for folder in found if step.isdigit() and int(folder.name.removeprefix("checkpoint-")) > int(step)]
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """The files of a folder and of those below it: path within it → bytes."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """Notes that a checkpoint is being written, and the files that lie there and are none of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {*(_read(folder / MANIFEST).get("files") or ()), *_OURS}
+    begun = _read(folder / INCOMPLETE).get("foreign")
+    foreign = sorted(files_in(folder).keys() - own) if begun is None else begun
+    _write(folder / INCOMPLETE, {"foreign": foreign})
+    (folder / MANIFEST).unlink(missing_ok=True)  # no checkpoint until it is written again
 
 
 def mark_complete(folder: Path, settings: dict) -> None:
@@ -54,12 +73,24 @@ def mark_complete(folder: Path, settings: dict) -> None:
         folder: the checkpoint, all of whose files are written.
         settings: what a run must have in common with this one to go on from it.
     """
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    sizes.pop(MANIFEST, None)  # of an earlier save of the same step
-    text = json.dumps({"settings": settings, "files": sizes}, indent=1, ensure_ascii=False, default=str)
-    temporary = folder / (MANIFEST + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    foreign = {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}
+    sizes = {name: size for name, size in files_in(folder).items() if name not in foreign}
+    _write(folder / MANIFEST, {"settings": settings, "files": sizes})
+    (folder / INCOMPLETE).unlink(missing_ok=True)
+
+
+def _read(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, values: dict) -> None:
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -85,16 +116,65 @@ def anew(checkpoint: str, train_mode: str) -> str:
     return f"start a new run from its weights: {flag} {checkpoint}, with another --output_dir"
 
 
+def is_torso(folder: Path) -> bool:
+    """Whether a run began to write this checkpoint and did not come to its end, be it before its first file."""
+    if folder.is_symlink() or (folder / MANIFEST).exists():
+        return False
+    return isinstance(_read(folder / INCOMPLETE).get("foreign"), list) or files_in(folder).keys() <= _OURS
+
+
+def is_removable(folder: Path) -> bool:
+    """Whether all that the run wrote into a checkpoint is there as it was written, or as it was left unfinished.
+
+    One that was changed since was made into something else by its owner. What a symbolic link leads to may be shared.
+    """
+    return is_torso(folder) or (read_manifest(folder) is not None and not folder.is_symlink())
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes what a run wrote into a checkpoint, and the folder if nothing else lies in it.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    if not is_removable(folder):
+        return
+    names = {*(_read(folder / MANIFEST).get("files") or files_in(folder))}
+    if not is_torso(folder):
+        with contextlib.suppress(OSError):  # a full disk has no room for the note
+            begin_checkpoint(folder)  # half removed it is a torso
+    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}
+    remove_files(folder, [MANIFEST, *sorted(names), *sorted(_OURS)])
+
+
+def remove_files(folder: Path, names: list[str]) -> None:
+    """Removes files of a folder in this order, then the folders left empty; never what lies outside by its real path.
+
+    Args:
+        folder: the folder.
+        names: paths within it; what is not there is passed over.
+    """
+    real = folder.resolve()
+    for name in names:
+        if (folder / name).parent.resolve().is_relative_to(real):
+            (folder / name).unlink(missing_ok=True)
+    below = sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
+    for path in [*below, folder]:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
 def remove_torsos(run: Path) -> list[str]:
     """Removes checkpoints that were not written to their end; returns their names."""
-    torsos = [folder for folder in checkpoints_of(run) if read_manifest(folder) is None]
+    torsos = [folder for folder in checkpoints_of(run) if is_torso(folder)]
     for folder in torsos:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_checkpoint(folder)
     return [folder.name for folder in torsos]
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`; never the newest whole one, nor the best.
+    """Removes the oldest checkpoints beyond `limit`; never the newest whole one, nor the best, nor one changed since.
 
     Args:
         run: the run's folder.
@@ -103,10 +183,10 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     """
     if not limit or limit < 1:
         return
-    found = checkpoints_of(run)
-    whole = [folder for folder in found if read_manifest(folder) is not None]
+    found = [folder for folder in checkpoints_of(run) if is_removable(folder)]
+    whole = [folder for folder in found if not is_torso(folder)]
     kept = {folder.resolve() for folder in whole[-1:]} | ({Path(best).resolve()} if best else set())
     spare = [folder for folder in found if folder.resolve() not in kept]
     for folder in spare[: max(0, len(found) - max(limit, len(kept)))]:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: half removed it is no checkpoint any more
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_checkpoint(folder)

@@ -4,21 +4,20 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, is_about_the_disk
+from utils.checkpoints import MERGED
+from utils.errors import UserError
 from utils.imports import import_peft
 from utils.merge_check import Compared, compare, logits_in_float32, refuse_difference
 from utils.merge_files import load_exactly, main_type
+from utils.merge_folder import foreign_to_merge
 from utils.merge_layers import Merged, Rounding, merge_onto, types_of
 from utils.tokenizer import load_failure
 from utils.trained import Parts, TrainedArgs
 from utils.weight_files import read_header, weight_files
 
-MERGED = "merged.json"  # written last: a folder that has it holds a merged model
 # type → bytes of a weight
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -128,6 +127,11 @@ def check_output_dir(path: str | None, overwrite: bool, parts: Parts, dtype: str
         return [f"{flag} holds {held[0]!r}, which no merge has left there; give a new or an empty folder"]
     if held and not overwrite:
         return [f"{flag} holds a merged model; give another folder, or --overwrite true to replace it"]
+    if foreign := foreign_to_merge(folder):
+        return [
+            f"{flag} holds {foreign[0]!r}, which no merge wrote, or which was changed since, and --overwrite true "
+            "replaces nothing but a merge; move it away, or give another folder"
+        ]
     existing = next(parent for parent in folder.parents if parent.is_dir())
     try:
         # only a real attempt tells: permissions, a read-only disk, a full one
@@ -142,47 +146,6 @@ def check_output_dir(path: str | None, overwrite: bool, parts: Parts, dtype: str
             "folder on another disk, or a smaller --dtype"
         ]
     return []
-
-
-@contextmanager
-def whole_or_nothing(folder: Path, flag: str) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once all is written.
-
-    What fails or is interrupted leaves nothing behind, and an earlier `folder` as it was.
-
-    Args:
-        folder: where it shall be.
-        flag: the flag it came by, with its value.
-
-    Raises:
-        UserError: the disk is full, or refuses.
-    """
-    # beside it, so that a rename brings it there; always the same names, so that the next try finds a killed one's
-    part, old = (folder.with_name(f".{folder.name}.{ending}") for ending in ("part", "old"))
-    try:
-        _put_back(old, folder)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except Exception as error:
-        if not is_about_the_disk(error):
-            raise
-        raise UserError(
-            f"{flag} cannot be written: {error}. Nothing is left of it; make room, or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        _put_back(old, folder)
-
-
-def _put_back(old: Path, folder: Path) -> None:
-    """What stood in the folder's place comes back, unless a whole folder stands there."""
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(file: Path, values: dict) -> None:

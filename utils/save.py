@@ -3,29 +3,25 @@
 import contextlib
 import json
 import os
-import re
 import shlex
-import shutil
 from pathlib import Path
 
 from loguru import logger
 
 from utils.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.check_args import is_default_folder, new_folder
-from utils.checkpoints import BEGUN, FINISHED, STATE, checkpoints_of, newer_than, read_record, remove_torsos
+from utils.checkpoints import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import agree
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.pissa import pissa_to_lora
 from utils.plot import plot_history
 from utils.record import effective_args, run_record, write_record
+from utils.run_files import PISSA_START, clear_run, remove_pissa_start, written_here
 from utils.samples import begin_samples, end_samples
 from utils.summary import summarise
 from utils.tokenizer import set_format
 from utils.trainer import refuse_broken_weights
-
-_PISSA_START = "_pissa_start"  # what begins so is never pushed
-_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 
 
 def open_run(train_args, args) -> Path:
@@ -36,7 +32,7 @@ def open_run(train_args, args) -> Path:
         folder = Path(train_args.output_dir)
         if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
             for newer in newer_than(train_args.resume_from_checkpoint, folder):
-                shutil.rmtree(newer)
+                remove_checkpoint(newer)
         if is_main_process() and train_args.resume_from_checkpoint:
             for name in remove_torsos(folder):
                 logger.warning("{} was not written to its end and is removed", name)
@@ -63,25 +59,6 @@ def _claim_folder(train_args, may_exist: bool) -> None:
     Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
 
 
-def _clear_finished(folder: Path) -> None:
-    """Removes what an earlier run of this project left, and nothing else."""
-    names = [
-        FINISHED,
-        BEGUN,
-        STATE,
-        "train.log",
-        "loss.png",
-        "adapter_model.safetensors",
-        "model.safetensors.index.json",
-    ]
-    shards = [path.name for path in folder.glob("*") if re.fullmatch(_WEIGHTS, path.name)]
-    names += [CARD] if is_own_card(folder / CARD) else []
-    for name in names + shards:
-        (folder / name).unlink(missing_ok=True)
-    for old in checkpoints_of(folder):
-        shutil.rmtree(old)
-
-
 def prepare_trainer(trainer, tokenizer, template, args) -> None:
     """Makes every checkpoint, not only the last, speak and stop as trained."""
     from utils.callbacks import FindBest, MetricsToLog, StopEarly, StopOnSignal
@@ -100,7 +77,7 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         set_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
         # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
-        model.save_pretrained(Path(trainer.args.output_dir) / _PISSA_START)
+        model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
 
 
 def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
@@ -124,7 +101,7 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
         record["resumed"] = resumed
     try:
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
-            _clear_finished(folder)
+            clear_run(folder, is_own_card(folder / CARD))
         (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         log_to_file(str(folder / "train.log"))
         write_record(record, folder / BEGUN)
@@ -191,7 +168,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         if args.train_mode != "full":
             trainer.model.generation_config.save_pretrained(folder)
         _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
-        write_record(record, folder / BEGUN)
+        write_record(record | {"files": written_here(folder)}, folder / BEGUN)
         os.replace(folder / BEGUN, folder / FINISHED)
     except OSError as error:
         raise UserError(
@@ -246,5 +223,5 @@ def push_run(trainer, folder: Path) -> None:
 def save_weights(trainer, args, folder: Path) -> None:
     trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
     if args.init_lora_weights == "pissa" and is_main_process():
-        pissa_to_lora(folder, folder / _PISSA_START)
-        shutil.rmtree(folder / _PISSA_START)
+        pissa_to_lora(folder, folder / PISSA_START)
+        remove_pissa_start(folder)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from loguru import logger
 
 from utils.base_config import saved_with
-from utils.checkpoints import MANIFEST, anew, checkpoints_of, mark_complete, rotate
+from utils.checkpoints import anew, begin_checkpoint, checkpoints_of, mark_complete, remove_torsos, rotate
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
@@ -66,9 +66,7 @@ class Surviving(Resumable):
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / MANIFEST).unlink(missing_ok=True)  # no checkpoint until it is written again
-        wait_for_all()
+        self._write_or_give_up(folder, lambda: is_first_here() and begin_checkpoint(folder))
         self._write_or_give_up(folder, lambda: super(Surviving, self)._save_checkpoint(model, trial))
         self._write_or_give_up(folder, lambda: self.args.should_save and self._complete(folder))
         if self.args.should_save:
@@ -101,7 +99,7 @@ class Surviving(Resumable):
         if not told:
             return
         if is_first_here():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_torsos(folder.parent)
         wait_for_all()
         free = shutil.disk_usage(self.args.output_dir).free / 1e9
         raise UserError(

@@ -15,13 +15,14 @@ from typing import Literal
 from loguru import logger
 
 from utils.adapter_files import check_mergeable
-from utils.checkpoints import FINISHED, noted_by_run
+from utils.checkpoints import FINISHED, MERGED, files_in, noted_by_run
 from utils.errors import UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.imports import leave_deepspeed_out
 from utils.log import route_library_logs, setup_logging
-from utils.merge import MERGED, check_output_dir, compare_saved, load_merged, whole_or_nothing, write_json
+from utils.merge import check_output_dir, compare_saved, load_merged, write_json
 from utils.merge_files import keep_types, main_type
+from utils.merge_folder import read_merged, whole_or_nothing
 from utils.model import settle_generation
 from utils.modelfile import NAME, template_in, write_modelfile
 from utils.quantised_base import method_of, quantisation_of
@@ -204,6 +205,7 @@ def _write_origin(parts: Parts, folder: Path, dtype: str) -> None:
             "adapters": adapters,
             "dtype": dtype,
             "fingerprint": fingerprint(folder),
+            "files": {name: size for name, size in files_in(folder).items() if not name.startswith(".")},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
     )
@@ -216,6 +218,11 @@ def add_modelfile(args: MergeArgs, parts: Parts) -> Path:
     file = folder / "generation_config.json"
     stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     write_modelfile(folder, _template(args, tokenizer, parts), tokenizer, stops)
+    noted = read_merged(folder)
+    if isinstance(noted.get("files"), dict):
+        changed = (NAME, "tokenizer_config.json")
+        noted["files"] |= {name: size for name, size in files_in(folder).items() if name in changed}
+        write_json(folder / MERGED, noted)
     if list(folder.glob("*/model*.safetensors")):
         logger.warning(
             "ollama create reads the weights in folders below {} as well; move its checkpoints away before", folder
