@@ -121,7 +121,7 @@ def test_a_newer_checkpoint_that_was_changed_is_not_written_over(train, refused)
 
 # ---------------------------------------------------------------------- --overwrite_output_dir
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "mine.safetensors", "adapter_config.json", "train.log", "checkpoint-7/weights"]
+    "name", ["model.safetensors", "adapter_config.json", "train.log", "checkpoint-7/weights"]
 )
 def test_a_folder_that_no_run_made_is_not_overwritten(name, tmp_path, refused, tiny_models, rows_file):
     folder = tmp_path / "theirs"

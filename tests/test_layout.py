@@ -19,6 +19,7 @@ FLOW = [
     "pickles",
     "checkpoints",
     "run_files",
+    "run_lock",
     "segments",
     "template_jinja",
     "template_go",

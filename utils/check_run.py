@@ -7,18 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.check_dpo import check_dpo
-from utils.checkpoints import FINISHED, anew, checkpoints_of, has_optimizer, is_removable, newer_than, read_manifest
+from utils.checkpoints import (
+    FINISHED, anew, checkpoints_of, has_optimizer, is_cut_short, is_removable, newer_than, read_manifest,
+)  # fmt: skip
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
 from utils.pickles import check_pickles
 from utils.run_files import WRITTEN, foreign_files
+from utils.run_lock import holder, in_use, lock_of_run
 
 MOST_EPOCHS = 1_000_000
 
 
 def check_together(common, train_args) -> list[str]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
-    problems = _check_output_dir(common, train_args)
+    problems = check_output_dir(common, train_args)
     problems += _check_data_files(common) + _check_attention(common)
     problems += _check_trainer(train_args) + _check_optimizer(train_args) + check_dpo(common, train_args)
     if common.cache_dir is not None:
@@ -129,13 +132,16 @@ def _check_trainer(train_args) -> list[str]:
     return problems
 
 
-def _check_output_dir(common, train_args) -> list[str]:
+def check_output_dir(common, train_args) -> list[str]:
+    """Whether a run may write into its folder, and whether there is what it is to go on from; returns the problems."""
     folder = Path(train_args.output_dir)
     flag = f"--output_dir {train_args.output_dir!r}"
     if folder.is_symlink() and not folder.exists():
         return [f"{flag} is a symbolic link to {os.readlink(folder)!r}, which is not there; give another folder"]
     if folder.exists() and not folder.is_dir():
         return [f"{flag} is a file; give a folder"]
+    if told := holder(lock_of_run(folder)):
+        return [in_use(flag, told)]
     for start in filter(None, (common.model_name_or_path, common.adapter_name_or_path)):
         start = Path(start).resolve()
         if folder.resolve() == start or (folder.resolve() in start.parents and "checkpoint-" in start.name):
@@ -188,12 +194,13 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[str]:
             f"and schedule would begin anew; {anew(str(whole[-1]), common.train_mode)}"
         ]
     newer = newer_than(str(whole[-1]), folder)
-    if changed := [path.name for path in newer if not is_removable(path)]:
+    if changed := [path.name for path in newer if not is_removable(path) and not is_cut_short(path)]:
         return [
             f"--output_dir {str(folder)!r} holds {changed[0]!r}, which is newer than the checkpoint to go on from "
             f"({whole[-1].name}), and which no run wrote or which was changed since, so it is not written over; move "
             "it away, or give another folder"
         ]
+    newer = [path for path in newer if is_removable(path)]
     if newer and not common.overwrite_output_dir:
         return [
             f"--resume_from_checkpoint {str(whole[-1])!r} is older than {newer[-1].name} in --output_dir "

@@ -131,6 +131,16 @@ def is_removable(folder: Path) -> bool:
     return is_torso(folder) or (read_manifest(folder) is not None and not folder.is_symlink())
 
 
+def is_cut_short(folder: Path) -> bool:
+    """Whether a whole checkpoint's files are all there and some have lost their end, as when a machine loses power."""
+    try:
+        files = _read(folder / MANIFEST).get("files") or {}
+        missing = [size - (folder / name).stat().st_size for name, size in files.items()]
+        return any(missing) and min(missing) >= 0
+    except (OSError, TypeError, AttributeError):
+        return False
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Removes what a run wrote into a checkpoint, and the folder if nothing else lies in it.
 

@@ -27,7 +27,7 @@ def written_here(folder: Path) -> dict[str, int]:
 
 def _names_in(folder: Path) -> list[str]:
     files = [path for path in folder.glob("*") if path.is_file()]
-    return sorted(path.name for path in files if path.name in WRITTEN or path.suffix == ".safetensors")
+    return sorted(path.name for path in files if path.name in WRITTEN or _WEIGHTS.fullmatch(path.name))
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -43,12 +43,10 @@ def foreign_files(folder: Path) -> list[str]:
     noted = record.get("files") if isinstance(record.get("files"), dict) else None
     found = []
     for name in _names_in(folder):
-        weights = name.endswith(".safetensors")
-        if weights and not _WEIGHTS.fullmatch(name):
-            found.append(name)
-        elif noted is not None and name not in _ALWAYS and (
-            name not in noted or (weights and (folder / name).stat().st_size != noted[name])
-        ):
+        if noted is None or name in _ALWAYS:
+            continue
+        resized = _WEIGHTS.fullmatch(name) and (folder / name).stat().st_size != noted.get(name)
+        if name not in noted or resized:
             found.append(name)
     return found + [path.name for path in checkpoints_of(folder) if not is_removable(path)]
 

@@ -10,14 +10,16 @@ from loguru import logger
 
 from utils.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.check_args import is_default_folder, new_folder
+from utils.check_run import check_output_dir
 from utils.checkpoints import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
-from utils.errors import UserError, is_about_the_disk
+from utils.errors import UserError, is_about_the_disk, raise_if_any
 from utils.launch import agree
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.pissa import pissa_to_lora
 from utils.plot import plot_history
 from utils.record import effective_args, run_record, write_record
 from utils.run_files import PISSA_START, clear_run, remove_pissa_start, written_here
+from utils.run_lock import RUN_LOCK, claim, lock_of_run, release
 from utils.samples import begin_samples, end_samples
 from utils.summary import summarise
 from utils.tokenizer import set_format
@@ -30,6 +32,7 @@ def open_run(train_args, args) -> Path:
     try:
         _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
         folder = Path(train_args.output_dir)
+        raise_if_any(agree(_lock_folder(args, train_args)))
         if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
             for newer in newer_than(train_args.resume_from_checkpoint, folder):
                 remove_checkpoint(newer)
@@ -40,6 +43,21 @@ def open_run(train_args, args) -> Path:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
     return folder
+
+
+def _lock_folder(args, train_args) -> list[str]:
+    """Keeps other runs out of the folder until this one ends; what another has done there meanwhile is refused.
+
+    Returns:
+        the problems, on the first process.
+    """
+    if not is_main_process():
+        return []
+    try:
+        claim(lock_of_run(train_args.output_dir), f"--output_dir {train_args.output_dir!r}")
+        return check_output_dir(args, train_args)
+    except UserError as error:
+        return error.problems
 
 
 def _claim_folder(train_args, may_exist: bool) -> None:
@@ -114,8 +132,10 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
 @contextlib.contextmanager
 def keep_figures(trainer):
     """Writes the history and draws it however the training ends, and never hides how that was."""
+    ended = False
     try:
         yield
+        ended = True
     finally:
         if is_main_process() and trainer.state.log_history:
             folder = Path(trainer.args.output_dir)
@@ -127,6 +147,8 @@ def keep_figures(trainer):
                 with contextlib.suppress(OSError):
                     (folder / (STATE + ".part")).unlink(missing_ok=True)
                 logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
+        if not ended:
+            release(lock_of_run(trainer.args.output_dir))
 
 
 def end_if_stopped(trainer) -> None:
@@ -177,6 +199,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         ) from error
     if trainer.args.push_to_hub:
         push_run(trainer, folder)
+    release(lock_of_run(folder))
     return record["summary"]
 
 
@@ -211,7 +234,7 @@ def push_run(trainer, folder: Path) -> None:
         upload_folder(
             repo_id=trainer.hub_model_id,
             folder_path=folder,
-            ignore_patterns=["checkpoint-*", "_*", "*.part", "*~", "training_args.bin"],
+            ignore_patterns=["checkpoint-*", "_*", "*.part", "*~", "training_args.bin", RUN_LOCK],
             delete_patterns=["*.part", "training_args.bin"],  # of checkpoints that were pushed on the way
             commit_message="The finished run",
             revision=trainer.args.hub_revision,

@@ -24,6 +24,7 @@ from utils.flags import arg, make_parser, read_flags
 from utils.generate import GenerateArgs, check_generate
 from utils.log import setup_logging
 from utils.metrics import METRICS, check_metrics
+from utils.run_lock import lock_beside, only_writer
 from utils.trained import Parts, TrainedArgs
 
 _SHOWN = 100  # so many rows that cannot be evaluated are named in the terminal
@@ -137,7 +138,14 @@ def ask(task, contender: Contender, encoded: dict[int, list], args: EvaluateArgs
 
 def main(argv: list[str] | None = None) -> None:
     setup_logging()
-    args, models, metrics, given = parse(argv)
+    args, *parsed = parse(argv)
+    with only_writer(lock_beside(args.output), f"--output {args.output!r}"):
+        raise_if_any(check_output(args.output, args.overwrite, []))  # another may have ended meanwhile
+        evaluate(args, *parsed)
+
+
+def evaluate(args: EvaluateArgs, models: dict[str, Parts], metrics: list[str], given: set[str]) -> None:
+    """Evaluates what `parse` read, and writes rows and summary."""
     kind, rows, problems = read_task(args.eval_data_path, "--eval_data_path")
     task = make_task(args, kind, metrics, given)
     rows = rows[: args.max_rows]

@@ -27,6 +27,7 @@ from utils.model import settle_generation
 from utils.modelfile import NAME, template_in, write_modelfile
 from utils.quantised_base import method_of, quantisation_of
 from utils.record import sha256_of
+from utils.run_lock import lock_beside, only_writer
 from utils.template import get_template
 from utils.tokenizer import load_tokenizer, set_format
 from utils.trained import Parts, TrainedArgs, check_trained
@@ -234,7 +235,12 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     args, parts = parse(argv)
     route_library_logs()
-    folder = merge(args, parts) if parts.adapters else add_modelfile(args, parts)
+    if parts.adapters:
+        with only_writer(lock_beside(args.output_dir), f"--output_dir {args.output_dir!r}"):
+            raise_if_any(check_output_dir(args.output_dir, args.overwrite, parts, args.dtype, sized=False))
+            folder = merge(args, parts)
+    else:
+        folder = add_modelfile(args, parts)
     said = ["merged: {}", "talk to it:\n  python -m utils.script.infer --model_path {}"] if parts.adapters else []
     said += ["make an Ollama model of it:\n  ollama create my-model -f {}/" + NAME] if args.modelfile else []
     logger.info("\n".join(said).replace("{}", "{0}"), folder)
