@@ -1765,9 +1765,9 @@ FAULTS = [
     ),
     Fault(
         "run: a finished run's weights stay beside the new one's",
-        "utils/save.py",
-        '        "adapter_model.safetensors",\n        "model.safetensors.index.json",\n',
-        "",
+        "utils/run_files.py",
+        "    gone += [name for name in _names_in(folder) if _WEIGHTS.fullmatch(name)] + ",
+        "    gone += ",
         "tests/test_main_train.py -k no_weights_stay",
     ),
 ]

@@ -51,6 +51,11 @@ def foreign_files(folder: Path) -> list[str]:
     return found + [path.name for path in checkpoints_of(folder) if not is_removable(path)]
 
 
+def holds_weights(folder: Path, adapter: bool) -> bool:
+    """Whether a folder holds weights as a run saves them: an adapter's, or whole ones."""
+    return any(name.startswith("adapter_model") == adapter for name in _names_in(folder) if _WEIGHTS.fullmatch(name))
+
+
 def clear_run(folder: Path, own_card: bool) -> None:
     """Removes what an earlier run of this project left, and nothing else.
 

@@ -18,7 +18,7 @@ from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.pissa import pissa_to_lora
 from utils.plot import plot_history
 from utils.record import effective_args, run_record, write_record
-from utils.run_files import PISSA_START, clear_run, remove_pissa_start, written_here
+from utils.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
 from utils.run_lock import RUN_LOCK, claim, lock_of_run, release
 from utils.samples import begin_samples, end_samples
 from utils.summary import summarise
@@ -205,8 +205,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
 
 def _refuse_without_weights(folder: Path, args) -> None:
     """A backend that splits the weights may save its own parts alone, which nothing but a resume reads."""
-    wanted = r"adapter_model\.safetensors" if args.train_mode != "full" else _WEIGHTS
-    if not any(re.fullmatch(wanted, path.name) for path in folder.iterdir()):
+    if not holds_weights(folder, adapter=args.train_mode != "full"):
         raise UserError(
             f"the training ended, but no weights were saved in --output_dir {str(folder)!r}; its checkpoints hold the "
             "state to go on from. Have the backend gather the weights when it saves, and give the same command with "
