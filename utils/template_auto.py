@@ -64,6 +64,11 @@ class AutoTemplate:
                 f"--template_name auto takes the tokenizer's own chat template, and that of {path!r} has none; "
                 "choose a template by name"
             )
+        if special_pattern(tokenizer) is None:
+            raise UserError(
+                f"--template_name auto finds where an answer ends by the tokenizer's special tokens, and that of "
+                f"{tokenizer.name_or_path!r} has none; choose a template by name"
+            )
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
         date = (date or today()) if prints_date(tokenizer) else ""
         default, with_tools = own_templates(tokenizer)

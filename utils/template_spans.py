@@ -54,8 +54,8 @@ def answer_span(
     if size is None:
         raise NoSpan("the template shows in another form once a turn follows")
     shown = text[begin : begin + size]
-    header = _opening(render)
-    if header and shown.startswith(header):  # where the prompt after a tool's result has none (DiffusionGemma)
+    # where the prompt after a tool's result has no opening of its own (DiffusionGemma)
+    if special.match(shown) and (header := _opening(render)) and shown.startswith(header):
         return begin + len(header), begin + size
     return begin + _space_before(shown, messages[turn]), begin + size
 

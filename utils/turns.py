@@ -1,5 +1,6 @@
 """What a turn of a conversation holds beside its text, and which answers are trained."""
 
+import copy
 import functools
 import json
 import operator
@@ -117,12 +118,25 @@ def hidden_fields(messages: list[Message], render: Callable[[list[Message]], str
     except UserError:
         shown = ""
     missing = [place for place in places if place not in marks or marks[place] not in shown]
-    hidden = [(place.turn, place.field) for place in missing if _same(messages, render, text, place)]
-    for turn, message in enumerate(messages):
-        for field, value in message.get("extra", {}).items():
-            if not isinstance(value, str) and _same_without(messages, render, text, turn, field):
-                hidden.append((turn, field))
+    hidden = [(place.turn, place.field) for place in _without_effect(missing, _with_x, messages, render, text)]
+    others = [(turn, name) for turn, message in enumerate(messages) for name, value in _extra(message)
+              if not isinstance(value, str)]  # fmt: skip
+    hidden += _without_effect(others, _without_fields, messages, render, text)
     return list(dict.fromkeys(hidden))
+
+
+def _without_effect(found: list, change: Callable, messages: list[Message], render, text: str) -> list:
+    """Those whose change leaves the rendering as it is: tried all at once, then one by one."""
+
+    def same(some: list) -> bool:
+        try:
+            return render(change(messages, some)) == text
+        except UserError:
+            return False  # refused without it, so it matters
+
+    if not found or same(found):
+        return found
+    return [one for one in found if same([one])]
 
 
 def without(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
@@ -153,12 +167,17 @@ def _places(turn: int, message: Message) -> Iterator[Place]:
     for key, value in message.items():
         if isinstance(value, str) and value.strip() and key in ("name", *REASONING) and message["role"] != "tool":
             yield Place(turn, (key,), len(value.rstrip()), key)
-    for key, value in message.get("extra", {}).items():
-        if isinstance(value, str) and value.strip():
+    for key, value in _extra(message):
+        if isinstance(value, str):
             yield Place(turn, ("extra", key), len(value.rstrip()), key)
     for path, value in _leaves(message.get("tool_calls") or [], ("tool_calls",)):
         if value.strip() and path[-1] not in ("id", "type"):
             yield Place(turn, path, len(value.rstrip()), "tool_calls")
+
+
+def _extra(message: Message) -> list[tuple[str, Any]]:
+    """The further fields that may say something."""
+    return [(key, value) for key, value in message.get("extra", {}).items() if key not in DESCRIPTIVE]
 
 
 def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
@@ -170,8 +189,6 @@ def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
 
 
 def _with_marks(messages: list[Message], marks: dict[Place, str]) -> list[Message]:
-    import copy
-
     copied = copy.deepcopy(messages)
     for place, char in sorted(marks.items(), key=lambda item: -item[0].end):
         *way, last = place.path
@@ -180,17 +197,13 @@ def _with_marks(messages: list[Message], marks: dict[Place, str]) -> list[Messag
     return copied
 
 
-def _same(messages: list[Message], render, text: str, place: Place) -> bool:
-    """Whether the rendering does not change with the text at `place`; one that is refused then depends on it."""
-    try:
-        return render(_with_marks(messages, {place: "x"})) == text
-    except UserError:
-        return False
+def _with_x(messages: list[Message], places: list[Place]) -> list[Message]:
+    return _with_marks(messages, dict.fromkeys(places, "x"))
 
 
-def _same_without(messages: list[Message], render, text: str, turn: int, field: str) -> bool:
-    extra = {key: value for key, value in messages[turn]["extra"].items() if key != field}
-    try:
-        return render([*messages[:turn], {**messages[turn], "extra": extra}, *messages[turn + 1 :]]) == text
-    except UserError:
-        return False
+def _without_fields(messages: list[Message], fields: list[tuple[int, str]]) -> list[Message]:
+    changed = list(messages)
+    for turn, field in fields:
+        extra = {key: value for key, value in changed[turn]["extra"].items() if key != field}
+        changed[turn] = {**changed[turn], "extra": extra}
+    return changed
