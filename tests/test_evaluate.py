@@ -9,6 +9,7 @@ import tiny
 import torch
 from conftest import ROOT, write_rows
 
+from utils import metrics
 from utils.assess import MultipleChoice, share_right
 from utils.choices import encode_choices, log_likelihoods, read_choices
 from utils.contenders import Contender, check_contenders, load_contenders
@@ -171,6 +172,24 @@ def test_the_share_of_right_answers_and_its_error():
 
 
 # ------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("said", ["", "Hello! 好。"], ids=["empty", "some"])
+@pytest.mark.parametrize("rows", [
+    [{"instruction": "Hi", "output": "Hello!"}], [{"instruction": "再见", "output": "好。"}],
+    [{"instruction": "Hi", "output": "Hello!"}, {"instruction": "再见", "output": "好。"}],
+    [{"instruction": "Hi", "output": "?!"}, {"instruction": "Hi", "output": "x"}],
+], ids=["one English row", "one Chinese row", "mixed", "signs"])  # fmt: skip
+def test_the_files_are_written_whatever_the_rows_are_like(rows, said, tiny_models, tmp_path, capsys, monkeypatch):
+    """Each score of sacrebleu is as if it were the first one that the process computes."""
+    for cached in (metrics._bleu, metrics._chrf, metrics._rouge):
+        cached.cache_clear()
+    monkeypatch.setattr(evaluate, "ask", lambda task, one, encoded, args: dict.fromkeys(encoded, said))
+    lines, summary, out, _ = run(tmp_path, capsys, tiny_models(), rows, "--template_name", "qwen")
+    assert len(lines) == summary["rows"] == len(rows)
+    figures = summary["figures"][next(iter(summary["figures"]))]
+    assert {name for name in figures if "bleu" in name} | {"chrf"} == set(summary["sacrebleu"])
+    assert "ROUGE-L" in out
 
 
 def test_answers_of_a_run_and_its_base_side_by_side(run_folder, tmp_path, capsys):

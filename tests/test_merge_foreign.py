@@ -181,6 +181,16 @@ def test_a_merge_with_other_logits_is_refused_and_leaves_nothing(where, tiny_mod
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_base_that_does_not_compute_here_is_merged_with_a_warning(tiny_models, tmp_path, monkeypatch):
+    wanted = make_adapter(tiny_models(), tmp_path / "adapter", lora())
+    told = []
+    monkeypatch.setattr(merge_check.logger, "warning", lambda text, *more: told.append(text.format(*more)))
+    monkeypatch.setattr(merge_check, "logits_in_float32", lambda *_: torch.empty(1).cuda())
+    whole = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert "cannot be compared" in told[0]
+    torch.testing.assert_close(logits(load(whole)), wanted, rtol=1e-4, atol=1e-4)
+
+
 def spoil(file):
     weights = load_file(file)
     weights["lm_head.weight"] *= 1.1

@@ -92,6 +92,7 @@ def test_a_file_of_one_language_has_one_bleu():
     ([("The cat.", "A cat."), ("今天天气好", "天气很好")], {"bleu_13a", "bleu_zh", "chrf"}),
     ([("", "A cat.")], {"bleu_13a", "chrf"}),
     ([("", "")], {"bleu_13a", "chrf"}),
+    ([("A cat.", "")], {"bleu_13a", "chrf"}),
 ])  # fmt: skip
 def test_the_settings_are_told_of_the_scores_that_were_computed(pairs, told):
     """In a process that computed nothing before: a BLEU of sacrebleu has no `num_refs` until it is used."""

@@ -10,7 +10,7 @@ from typing import Any
 from utils.checkpoints import MERGED
 from utils.errors import UserError
 from utils.imports import import_peft
-from utils.merge_check import Compared, compare, logits_in_float32, refuse_difference
+from utils.merge_check import compare, logits_in_float32, refuse_difference
 from utils.merge_files import load_exactly, main_type
 from utils.merge_folder import foreign_to_merge
 from utils.merge_layers import Merged, Rounding, merge_onto, types_of
@@ -75,7 +75,7 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     return model, main_type(parts.base) or loaded
 
 
-def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_remote_code: bool) -> Compared:
+def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_remote_code: bool) -> str:
     """Loads a merged model's files and compares their logits with the adapter's.
 
     Args:
@@ -84,16 +84,21 @@ def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_
         dtype: of the merged weights, a key of `DTYPES`.
         adapter: the last adapter's folder.
 
+    Returns:
+        what the comparison gave, for the log.
+
     Raises:
         UserError: the logits are others.
     """
+    if merged.adapter is None:
+        return "not compared"
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
     found = logits_in_float32(AutoModelForCausalLM.from_pretrained(folder, **options), merged.ids)
     compared = compare(merged.base, merged.adapter, found)
     refuse_difference(compared, dtype, "the merged model, loaded from its files,", adapter)
-    return compared
+    return compared.text()
 
 
 def size_of(base: str, dtype: str | None) -> int:

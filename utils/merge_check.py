@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from loguru import logger
+
 from utils.errors import UserError
 
 _ROWS, _LENGTH, _SEED = 2, 24, 0
@@ -76,6 +78,20 @@ def logits_in_float32(model, ids):
             return torch.cat(logits)
         finally:
             model.train(training)
+
+
+def logits_or_none(model, ids):
+    """As `logits_in_float32`; None, with a warning, for a model that does not compute on the CPU."""
+    try:
+        return logits_in_float32(model, ids)
+    except Exception as error:  # kernels for GPUs alone, a model's own code
+        logger.warning(
+            "the merged model cannot be compared with base and adapter, since the base does not compute on the CPU "
+            "({}: {}); compare a few answers before you use it",
+            type(error).__name__,
+            error,
+        )
+        return None
 
 
 @contextmanager

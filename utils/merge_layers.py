@@ -7,7 +7,7 @@ from loguru import logger
 
 from utils.adapter_files import attach_adapter, fit_vocabulary, trained_tokens
 from utils.errors import UserError
-from utils.merge_check import compare, logits_in_float32, probe_ids, refuse_difference
+from utils.merge_check import compare, logits_in_float32, logits_or_none, probe_ids, refuse_difference
 
 
 class Merged(NamedTuple):
@@ -16,8 +16,8 @@ class Merged(NamedTuple):
     Attributes:
         model: transformers.PreTrainedModel
         ids: the tokens that are compared, (rows, length).
-        base: the logits before the last adapter.
-        adapter: the logits of the last adapter on the models before it.
+        base: the logits before the last adapter; None where the model does not compute on the CPU.
+        adapter: the logits of the last adapter on the models before it; None likewise.
     """
 
     model: Any
@@ -71,14 +71,16 @@ def merge_onto(model, adapter: str, flag: str, types: dict | None, rounding: Rou
     if any(weight.is_meta for weight in model.parameters()):  # FSDP loads the weights in one process alone
         return Merged(merge_adapter(attach_adapter(model, adapter, flag), adapter, types, rounding), None, None, None)
     ids = probe_ids(model, trained_tokens(adapter))
-    base = logits_in_float32(model, ids)
+    base = logits_or_none(model, ids)
     peft = attach_adapter(model, adapter, flag)
-    expected = logits_in_float32(peft, ids)
+    expected = logits_or_none(peft, ids) if base is not None else None
     model = merge_adapter(peft, adapter, types, rounding)
     smallest = min((types or {"": torch.float32}).values(), key=lambda kind: torch.finfo(kind).bits)
     if smallest is torch.float16 and not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError("--dtype float16 has no room for the largest of the merged weights; use bfloat16 or float32")
-    refuse_difference(compare(base, expected, logits_in_float32(model, ids)), smallest, "the merged model", adapter)
+    if expected is not None:
+        compared = compare(base, expected, logits_in_float32(model, ids))
+        refuse_difference(compared, smallest, "the merged model", adapter)
     return Merged(model, ids, base, expected)
 
 

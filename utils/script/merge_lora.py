@@ -138,7 +138,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
         merged, model = merged._replace(model=None), None  # room for the saved one
         compared = compare_saved(part, merged, dtype, parts.last(), args.trust_remote_code)
         _write_origin(parts, part, dtype)
-    logger.info("the merged files against base and adapter: {}", compared.text())
+    logger.info("the merged files against base and adapter: {}", compared)
     return folder
 
 
