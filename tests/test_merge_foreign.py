@@ -240,6 +240,36 @@ def mixed_base(folder, architecture="qwen3_moe"):
     return str(folder)
 
 
+WIDE = {
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "n_shared_experts": 1, "num_key_value_heads": 4,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": None, "sliding_window": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", WIDE)
+def test_what_a_mixture_keeps_in_float32_stays_so(architecture, tmp_path):
+    """The balance of a router, its bias and the sinks of attention, in files of bf16."""
+    tiny.save_tiny_model(tmp_path / "base", architecture, **WIDE[architecture])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    wide = [name for name in weights if name.endswith(("e_score_correction_bias", "sinks", "router.bias"))]
+    assert wide
+    for name in wide:
+        weights[name] = torch.randn(weights[name].shape)
+    save_file(weights, file, metadata={"format": "pt"})
+    make_adapter(tmp_path / "base", tmp_path / "adapter", lora("o_proj"))
+    after = bits(merge(tmp_path / "adapter", tmp_path / "merged") / "model.safetensors")
+    assert after.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert after[name].dtype == weight.dtype
+        assert after[name].equal(weight) == ("o_proj.weight" not in name), name
+
+
 def bits(file):
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
