@@ -393,10 +393,12 @@ def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeyp
 def test_a_resume_with_other_settings_is_told(train):
     more = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
     train(*more)
-    folder = train(*more[:-1], "3", "--resume_from_checkpoint", "true", "--seed", "7")
+    folder = train(*more[:-1], "3", "--resume_from_checkpoint", "true", "--learning_rate", "7e-5")
     card, record = card_of(folder), json.loads((folder / "train_args.json").read_text())
-    assert record["resumed"][0]["changed"]["seed"] == ["42", "7"]
-    assert "Resumed from `" in card and "seed 7 (it was 42)" in card and "one command does not repeat it" in card
+    before, now = record["resumed"][0]["changed"]["learning_rate"]
+    assert (float(before), float(now)) == (2e-3, 7e-5)
+    assert f"learning_rate {now} (it was {before})" in card
+    assert "Resumed from `" in card and "one command does not repeat it" in card
 
 
 def test_a_changed_start_adapter_is_in_the_record_and_told(train, tmp_path):
