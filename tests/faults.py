@@ -180,8 +180,8 @@ FAULTS = [
     Fault(
         "collator: rows lose their places",
         "utils/data_collator.py",
-        'return {**collate(rows), "source": sources}',
-        'return {**collate(rows), "source": []}',
+        '"source": sorted({source for row in there for source in row["source"]})}',
+        '"source": []}',
         "tests/test_survive.py -k 'a_loss_that_is_none and sft'",
     ),
     Fault(
@@ -704,7 +704,7 @@ FAULTS = [
         "adapter: routers by one name alone",
         "utils/model_parts.py",
         "(gate|router|gating|wg)$",
-        "(gate|router)$",
+        "(gate|gating|wg)$",
         "tests/test_adapter_targets.py -k routers_are_found",
     ),
     Fault(
@@ -741,6 +741,13 @@ FAULTS = [
         'if layers["output"].weight is not layers["input"].weight:',
         "if True:",
         "tests/test_models.py -k 'left_alone_unless_told and on'",
+    ),
+    Fault(
+        "pissa: its main part is taken off at another scale",
+        "utils/pissa.py",
+        "base.pissa_B) * base.pissa_scaling",
+        "base.pissa_B)",
+        "tests/test_dpo.py -k 'every_adapter_begins and pissa'",
     ),
     Fault(
         "pissa: the start is added, not taken off",
@@ -990,6 +997,41 @@ FAULTS = [
         "(folder / name).stat().st_size == size for",
         "(folder / name).stat().st_size >= 0 for",
         "tests/test_survive.py -k a_torso_is_told",
+    ),
+    Fault(
+        "checkpoint: one that its owner changed is removed",
+        "utils/checkpoints.py",
+        "return is_torso(folder) or (read_manifest(folder) is not None and not folder.is_symlink())",
+        "return True",
+        "tests/test_deletions.py -k 'changed_stays'",
+    ),
+    Fault(
+        "checkpoint: what lies beside its files is removed",
+        "utils/checkpoints.py",
+        '    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}\n',
+        "    names = set(files_in(folder))\n",
+        "tests/test_deletions.py -k 'beside_a_checkpoints_files'",
+    ),
+    Fault(
+        "checkpoint: files elsewhere are removed",
+        "utils/checkpoints.py",
+        "if (folder / name).parent.resolve().is_relative_to(real):",
+        "if True:",
+        "tests/test_deletions.py -k names_files_elsewhere",
+    ),
+    Fault(
+        "run: a changed folder is overwritten",
+        "utils/run_files.py",
+        "        if name not in noted or resized:\n",
+        "        if False:\n",
+        "tests/test_deletions.py -k what_was_changed",
+    ),
+    Fault(
+        "run: two runs write into one folder",
+        "utils/run_lock.py",
+        "        if free and _is_still(lock, descriptor):\n",
+        "        if True:\n",
+        "tests/test_run_lock.py -k held_by_one",
     ),
     Fault(
         "checkpoint: the best is rotated away",
