@@ -675,7 +675,7 @@ FAULTS = [
     Fault(
         "targets: vision towers are trained in full",
         "utils/model_parts.py",
-        "model.get_submodule(name).requires_grad_(False)",
+        "tower.requires_grad_(False)",
         "pass",
         "tests/test_adapter_targets.py -k full_training_leaves",
     ),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -219,6 +219,14 @@ def test_full_training_leaves_the_vision_tower_as_it_is():
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert {name for name, weight in model.named_parameters() if weight.grad is not None} == trained
     assert trained and not any("vision" in name or "projector" in name for name in trained)
+
+
+def test_an_adapter_from_elsewhere_is_not_trained_on_in_the_vision_tower():
+    model = get_peft_model(build("gemma3"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    assert any("vision_tower" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    assert build_adapter(flags(adapter_name_or_path="elsewhere"), model, None, None) is None
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained and all(".language_model." in name for name in trained)
 
 
 def test_the_targets_are_known_without_weights():

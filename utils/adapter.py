@@ -47,9 +47,12 @@ def build_adapter(args, model, tokenizer, template: Template | None):
     if not ADAPTERS[args.train_mode].lora:
         freeze_towers(model)
         return None
+    from peft import LoraConfig, PeftModel, TaskType
+
     if args.adapter_name_or_path:
+        if isinstance(model, PeftModel):
+            freeze_towers(model.get_base_model())
         return None
-    from peft import LoraConfig, TaskType
 
     tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template) if template else []
     if tokens:

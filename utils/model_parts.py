@@ -90,11 +90,13 @@ def freeze_towers(model) -> None:
 
     Optimizer and gradient synchronisation between processes would otherwise wait for gradients that never come.
     """
-    towers = towers_of(model)
-    for name in towers:
-        model.get_submodule(name).requires_grad_(False)
-    if towers:
-        logger.info("only text is trained: {} stay as they are", ", ".join(towers))
+    moving = []
+    for name in towers_of(model):
+        tower = model.get_submodule(name)
+        moving += [name] if any(weight.requires_grad for weight in tower.parameters()) else []
+        tower.requires_grad_(False)
+    if moving:
+        logger.info("only text is trained: {} stay as they are", ", ".join(moving))
 
 
 # ------------------------------------------------------------------ routers
