@@ -74,7 +74,7 @@ FAMILIES = {
     ),
     "glm4_moe": (
         {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS},
-        {f"model.layers.N.mlp.{part}{name}_proj" for part in ("", "shared_experts.") for name in ("gate", "up", "down")},
+        {f"model.layers.N.mlp.{part}{name}_proj" for part in ("", "shared_experts.") for name in ("gate", "up", "down")}
     ),
     "laguna": (
         {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},

@@ -227,7 +227,8 @@ def test_of_a_bases_generation_config_only_its_stop_tokens_count(given, adapter,
         given = {**given, "num_beams": 3, "do_sample": False}
     own = GenerationConfig(**given, eos_token_id=[stop, 0], pad_token_id=0)
     model.generation_config = own
-    expected = [tokenizer.decode(argmax_loop(model, prompt, 8, [stop, 0]), skip_special_tokens=True) for prompt in prompts]
+    greedy = [argmax_loop(model, prompt, 8, [stop, 0]) for prompt in prompts]
+    expected = [tokenizer.decode(answer, skip_special_tokens=True) for answer in greedy]
     if adapter:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
     assert all_answers(model, tokenizer, prompts, 2, max_new_tokens=8) == expected

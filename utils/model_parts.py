@@ -111,9 +111,10 @@ def routers_of(model) -> set[str]:
     counts = _expert_counts(model.config)
     found = set()
     for name, module in model.named_modules():
-        if not any(_EXPERT.search(child) or _EXPERT.search(type(part).__name__) for child, part in module.named_children()):
+        children = dict(module.named_children())
+        if not any(_EXPERT.search(child) or _EXPERT.search(type(part).__name__) for child, part in children.items()):
             continue
-        for child, part in module.named_children():
+        for child, part in children.items():
             one_each = isinstance(part, torch.nn.Linear) and part.out_features in counts
             if _ROUTER.search(child) or one_each:
                 found |= {".".join(filter(None, (name, child, inner))) for inner, _ in part.named_modules()}
