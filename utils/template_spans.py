@@ -49,7 +49,10 @@ def answer_span(
     answer = alone[first:]
     content, stop, end = _ends(answer, messages[turn], special)
     if end is None:
-        raise NoSpan("no special token ends")
+        raise NoSpan(
+            "no special token ends, so that the model would not learn to stop; give the tokenizer a chat template "
+            "that ends it with one (TRL's training templates do), or choose another --template_name"
+        )
     size = _found_again(answer[:end], content, stop, text[begin:], special)
     if size is None:
         raise NoSpan("the template shows in another form once a turn follows")
