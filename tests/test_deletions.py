@@ -165,6 +165,17 @@ def test_what_was_changed_in_a_runs_folder_is_not_overwritten(change, train, ref
     assert contents(folder) == before
 
 
+def test_going_on_from_elsewhere_writes_over_no_weights_of_others(train, refused, tmp_path):
+    folder = train("--max_steps", "2", *STEPS)
+    record = json.loads((folder / "train_args.json").read_text())["common"]
+    write(tmp_path / "theirs", **{"adapter_model.safetensors": "mine"})
+    paths = [word for name in ("model_name_or_path", "train_data_path") for word in (f"--{name}", record[name])]
+    resume = ["--resume_from_checkpoint", str(folder / "checkpoint-1"), *OVER]
+    said = refused(main_train.main, *paths, "--output_dir", str(tmp_path / "theirs"), *resume)
+    assert "holds 'adapter_model.safetensors', which no run of this project wrote" in said
+    assert contents(tmp_path / "theirs") == {"adapter_model.safetensors": b"mine"}
+
+
 def test_a_run_through_a_symbolic_link(train, tmp_path, refused, tiny_models, rows_file):
     folder = train("--max_steps", "1", *STEPS)
     folder.rename(tmp_path / "real")

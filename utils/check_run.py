@@ -165,7 +165,7 @@ def check_output_dir(common, train_args) -> list[str]:
                 f"{flag} already holds {held}; give another folder, --overwrite_output_dir true to replace it, "
                 "or --resume_from_checkpoint true to go on with it"
             ]
-    if not train_args.resume_from_checkpoint and (foreign := foreign_files(folder)):
+    if not (train_args.resume_from_checkpoint and own) and (foreign := foreign_files(folder)):
         return [
             f"{flag} holds {foreign[0]!r}, which no run of this project wrote, or which was changed since, and "
             "--overwrite_output_dir true replaces nothing but what a run wrote; move it away, or give another folder"
