@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from utils.checkpoints import (
-    BEGUN, FINISHED, MERGED, STATE, checkpoints_of, is_removable, read_record, remove_checkpoint, remove_files,
+    FINISHED, MERGED, STATE, checkpoints_of, is_removable, read_record, remove_checkpoint, remove_files,
 )  # fmt: skip
 
 # what a run writes beside its weights; a file of this name that lies there already would be lost
@@ -57,14 +57,14 @@ def holds_weights(folder: Path, adapter: bool) -> bool:
 
 
 def clear_run(folder: Path, own_card: bool) -> None:
-    """Removes what an earlier run of this project left, and nothing else.
+    """Removes what an earlier run of this project left, and nothing else; the record of the one that begins stays.
 
     Args:
         folder: the run's.
         own_card: whether its README.md is one that a run wrote.
     """
     foreign = foreign_files(folder)
-    gone = [FINISHED, BEGUN, STATE, "train.log", "loss.png", "model.safetensors.index.json"]
+    gone = [FINISHED, STATE, "train.log", "loss.png", "model.safetensors.index.json"]
     gone += [name for name in _names_in(folder) if _WEIGHTS.fullmatch(name)] + ["README.md"] * own_card
     for name in gone:
         if name not in foreign:

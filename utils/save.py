@@ -118,11 +118,11 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
     if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
         record["resumed"] = resumed
     try:
+        write_record(record, folder / BEGUN)  # first: killed from here on, it is known as a run's folder
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             clear_run(folder, is_own_card(folder / CARD))
         (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
         log_to_file(str(folder / "train.log"))
-        write_record(record, folder / BEGUN)
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     samples, why_none = begin_samples(trainer, args, train_args, data, tokenizer)
