@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from utils.adapter import build_adapter
     from utils.doctor import examine
+    from utils.layout import resolve_layout
     from utils.model import load_model
     from utils.resume import check_resume
     from utils.save import end_if_stopped, finish_run, keep_figures, note_start, open_run, prepare_trainer
@@ -33,17 +34,18 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = tokenizer_of(args)
     template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
 
-    # ------------------------------------------------------------------ datasets and collator
+    # ------------------------------------------------------------------ datasets
     data = task.load_datasets(args, train_args, template, tokenizer)
-    collator = task.build_collator(args, train_args, tokenizer)
     resumed = check_resume(args, train_args, data)
     examine(args, train_args, data, template, tokenizer)
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)
+    resolve_layout(args, train_args, task, model, tokenizer)
     adapter = build_adapter(args, model, tokenizer, template)
 
-    # ------------------------------------------------------------------ trainer
+    # ------------------------------------------------------------------ collator and trainer
+    collator = task.build_collator(args, train_args, tokenizer)
     open_run(train_args, args)
     trainer = task.build_trainer(args, train_args, model, adapter, data, collator, tokenizer)
     prepare_trainer(trainer, tokenizer, template, args)

@@ -201,6 +201,18 @@ def _row(**row):
     return [*CLEAN, {"instruction": "Say hello.", "output": "Hello.", **row}]
 
 
+def _ignores_positions(patient):
+    """OPT counts positions by the attention mask, and so through all rows that lie end to end."""
+    from transformers import AutoModelForCausalLM
+
+    folder, tokenizer = patient.folder / "opt", tiny.byte_level_tokenizer()
+    AutoModelForCausalLM.from_config(
+        tiny.config_for("opt", len(tokenizer), ffn_dim=64, word_embed_proj_dim=64)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 DEFECTS = {
     "ARGUMENTS": lambda p: p.flags("--lora_rank", "0"),
     "DEEPSPEED_SHADOWS": _deepspeed_with_optimizer,
@@ -208,6 +220,8 @@ DEFECTS = {
     "LEARNING_RATE_UNUSUAL": lambda p: p.flags("--learning_rate", "0.5"),
     "WARMUP_TOO_LONG": lambda p: p.flags("--warmup_steps", "0.9"),
     "LAST_BATCH_SHORT": lambda p: p.flags("--gradient_accumulation_steps", "2"),
+    "LAYOUT_WRONG": lambda p: p.flags("--packing", "true", model=_ignores_positions(p)),
+    "ROWS_PADDED": lambda p: p.flags(model=_ignores_positions(p)),
     "DISK_TOO_SMALL": _full_disk,
     "MEMORY_TOO_SMALL": _little_memory,
     "QLORA_LEAVES_WEIGHTS": lambda p: p.flags("--train_mode", "qlora", model=p.models("mixtral", num_local_experts=4)),
@@ -280,7 +294,9 @@ def test_main_train_sees_the_quick_ones(patient, no_weights, capsys, code):
         main_train.main(planted)
     said = f"{capsys.readouterr().err}\n{stop.value}"
     assert (f"{code}: " in said) == CODES[code].quick
-    assert (stop.type is Loaded) == (CODES[code].severity != "error" and code != "NOT_EXAMINED")
+    # a layout that is wrong is found on the model itself, once it is loaded
+    goes_on = CODES[code].severity != "error" and code != "NOT_EXAMINED" or code == "LAYOUT_WRONG"
+    assert (stop.type is Loaded) == goes_on
 
 
 def test_a_clean_corpus_raises_none(patient, report):

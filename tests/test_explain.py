@@ -205,7 +205,6 @@ NOT_IDLE = [
     ("train_on", "only the task sft", DPO, []),
     ("overlong", "packed text", PRETRAIN, [*PRETRAIN, "--packing", "false"]),
     ("padding_free", "TRL's DPO", DPO, SINGLE),
-    ("padding_free", "with --trust_remote_code", ["--trust_remote_code", "true"], []),
     ("length_column_name", "only --train_sampling", [], ["--train_sampling_strategy", "group_by_length"]),
     ("dataloader_in_order", "--dataloader_num_workers", [], ["--dataloader_num_workers", "1"]),
     ("dataloader_pin_memory", "without a GPU", [], {"use_cpu": False}),

@@ -29,11 +29,6 @@ def check_together(common, train_args) -> list[str]:
     packing = getattr(train_args, "packing", False)
     if packing and not train_args.padding_free:
         problems.append("--packing true needs --padding_free true: only positions keep the rows within a row apart")
-    if packing and common.trust_remote_code:
-        problems.append(
-            "--packing true does not go with --trust_remote_code true, whose attention may not heed "
-            "positions; use --packing false"
-        )
     return problems
 
 

@@ -2,6 +2,9 @@
 
 from utils.segments import IGNORED
 
+# what a collator adds to the model's own inputs
+NOT_INPUTS = frozenset(("labels", "source", "row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"))
+
 
 def build_collator(pad_token_id: int, padding_free: bool):
     """Makes the collator for rows of `input_ids` and `labels`.
@@ -99,45 +102,31 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
 
     `row` says to which row a token belongs, so that the loss can add up each row's
     log-probabilities in either form. Log-probabilities of a reference that were computed
-    beforehand pass through.
+    beforehand pass through. The inputs of the model are those of `build_collator`.
     """
+    import torch
+
+    lay_out = build_collator(pad_token_id, padding_free)
 
     def collate(pairs: list[dict]) -> dict:
-        rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
-        labels = [
-            [IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"]
+        rows = [
+            {
+                "input_ids": pair["prompt_ids"] + pair[f"{side}_ids"],
+                "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"],
+                "source": pair.get("source", []),
+            }
             for side in ("chosen", "rejected")
             for pair in pairs
         ]
-        batch = _end_to_end(rows, labels) if padding_free else _padded(rows, labels, pad_token_id)
+        batch = lay_out(rows)
+        numbers = torch.arange(len(rows))
+        if padding_free:
+            batch["row"] = numbers.repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))[None]
+        else:
+            batch["row"] = numbers[:, None].expand_as(batch["input_ids"])
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in pairs[0]:
                 batch[name] = torch.tensor([pair[name] for pair in pairs])
         return batch
 
-    import torch
-
-    return _with_sources(collate)
-
-
-def _end_to_end(rows: list[list[int]], labels: list[list[int]]) -> dict:
-    import torch
-
-    return {
-        "input_ids": torch.tensor([sum(rows, [])]),
-        "labels": torch.tensor([sum(labels, [])]),
-        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
-        "row": torch.cat([torch.full((len(row),), number) for number, row in enumerate(rows)])[None],
-    }
-
-
-def _padded(rows: list[list[int]], labels: list[list[int]], pad_token_id: int) -> dict:
-    import torch
-
-    length = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows]),
-        "labels": torch.tensor([row + [IGNORED] * (length - len(row)) for row in labels]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        "row": torch.arange(len(rows))[:, None].expand(-1, length),
-    }
+    return collate

@@ -13,6 +13,7 @@ from utils.doctor_rows import census_findings, problem_findings, report_findings
 from utils.errors import UserError
 from utils.finding_codes import ERROR
 from utils.findings import Finding
+from utils.layout import expected_layout
 from utils.model import whole_models, without_weights
 from utils.quantised_base import quantisation_of
 from utils.segments import special_pattern
@@ -82,7 +83,18 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
         # of the census, which also knows rows that are asked alike
         known = {finding.code for finding in found} & {"EVAL_IN_TRAIN"}
         found += [finding for finding in quick if finding.code not in known]
+    if tokenizer is not None and not aside & (_MODEL_FLAGS | _READING_FLAGS):
+        with whole_models(train_args):
+            found += layout_findings(args, train_args, task, tokenizer)
     return examined
+
+
+def layout_findings(args, train_args, task, tokenizer) -> list[Finding]:
+    """Whether the model computes rows in the layout they will be trained in, tried on a small one of its kind."""
+    problem, _, reason = expected_layout(args, train_args, task, tokenizer)
+    if problem:
+        return [Finding("LAYOUT_WRONG", problem)]
+    return [Finding("ROWS_PADDED", reason)] if reason else []
 
 
 def _attempt(examined: Examined, what: str, make):

@@ -53,6 +53,12 @@ def is_about_the_disk(error: BaseException | None) -> bool:
     return here or is_about_the_disk(error.__cause__ or error.__context__)
 
 
+def first_line(error: BaseException) -> str:
+    """`"ValueError: no such file"`: an exception's type and the beginning of its text, for a message of ours."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
 def raise_if_any(problems: Iterable[str]) -> None:
     """Raises one `UserError` with all the problems, if there are any."""
     problems = list(problems)

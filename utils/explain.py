@@ -11,12 +11,13 @@ from utils.adapter import ADAPTERS, build_adapter
 from utils.check_deepspeed import short_name
 from utils.errors import UserError
 from utils.idle import Case, idle_settings
+from utils.layout import expected_layout
 from utils.model import CHECKPOINTING_FROM, settle_checkpointing, whole_models, without_weights
 from utils.plan import measure, plan
 from utils.record import effective_args
 from utils.sources import Source, Sources, unannotated
 from utils.tasks import get_task
-from utils.tasks.common import Data, use_padding_free
+from utils.tasks.common import Data
 from utils.template import get_template
 from utils.tokenizer import tokenizer_of
 
@@ -93,7 +94,8 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
-    padded = args.task_type == "dpo_multi" or not use_padding_free(args, train_args)
+    _expect_layout(args, train_args, task, tokenizer, sources)
+    padded = args.task_type == "dpo_multi" or not train_args.padding_free
     planned = plan(train_args, measure(data.train), evaluated, processes, padded)
     if counted is not None and settle_checkpointing(counted["all"], train_args):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -114,6 +116,20 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
         counted,
         deepspeed_values(train_args, counted, planned["steps"], processes),
     )
+
+
+def _expect_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
+    """Sets `padding_free` as a run will, by a small model of the same architecture.
+
+    Raises:
+        UserError: no layout that the settings allow is right for it.
+    """
+    problem, padding_free, reason = expected_layout(args, train_args, task, tokenizer)
+    if problem:
+        raise UserError(problem)
+    if padding_free != train_args.padding_free:
+        train_args.padding_free = padding_free
+        sources["padding_free"] = Source("derived", reason, "model", sources["padding_free"])
 
 
 def _without_list(part):

@@ -52,6 +52,17 @@ CODES = {
         "Choose --gradient_accumulation_steps so that it divides the batches of an epoch",
         "让 --gradient_accumulation_steps 整除每轮的批数",
     ),
+    "LAYOUT_WRONG": Code(
+        ERROR, False, "The model does not compute the rows of a step as it computes rows alone",
+        "模型在一批数据中的计算与单独计算每行不一致",
+        "Follow the message: leave out --packing, give batches of one row, or choose another model",
+        "按提示去掉 --packing、把批大小设为 1，或换一个模型",
+    ),
+    "ROWS_PADDED": Code(
+        NOTE, False, "Rows are padded, though --padding_free is set", "虽然设置了 --padding_free，数据仍会被填充",
+        "Nothing is to be done: the model, or its eager attention, is not made for rows laid end to end",
+        "无需处理：该模型或其 eager 注意力不适合首尾相接的数据",
+    ),
     "DISK_TOO_SMALL": Code(
         ERROR, True, "The disk has no room for the checkpoints to come", "磁盘放不下将要写的检查点",
         "Make room, lower --save_total_limit, give --save_only_model true, or another --output_dir",

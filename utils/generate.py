@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.base_generation import own_generation
 from utils.errors import UserError
 from utils.flags import arg
+from utils.rope import depends_on_length
 from utils.segments import Segment, break_leaves, encode_segments, free_break, special_pattern
 
 
@@ -127,7 +128,7 @@ def answer_all(
 
 def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: int) -> Iterator[list[int]]:
     """Places of prompts that can be answered together: all of a batch may have equally long answers."""
-    alike = _width_matters(model.config.get_text_config())
+    alike = depends_on_length(model.config.get_text_config())
     batch: list[int] = []
     kind = None
     for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
@@ -139,12 +140,6 @@ def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: in
         batch.append(place)
     if batch:
         yield batch
-
-
-def _width_matters(config) -> bool:
-    """Whether a row's position codes change with the longest row of its batch, as these kinds of RoPE do."""
-    rope = str(getattr(config, "rope_parameters", None))
-    return "longrope" in rope or "dynamic" in rope
 
 
 def generate_ids(

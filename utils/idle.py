@@ -80,8 +80,6 @@ TABLE = [
     Idle(("overlong",), lambda c: c.task == "pretrain" and c.packing,
          "packed text of the task pretrain goes on in the next row, so that none is too long"),
     Idle(("padding_free",), lambda c: c.task == "dpo_multi", "TRL's DPO pads its rows; dpo_single need not"),
-    Idle(("padding_free",), lambda c: c.trust_remote_code and c.padding_free,
-         "with --trust_remote_code true rows are padded, as such attention may not heed positions"),
     Idle(("remove_unused_columns",), lambda c: True, "the rows hold what the collators take, and no more"),
     Idle(("length_column_name",), lambda c: c.train_sampling_strategy not in _BY_LENGTH,
          "only --train_sampling_strategy group_by_length and batch_rebalance look at lengths"),

@@ -19,6 +19,7 @@ from utils.quantised_base import (
     quantised,
     settle_base,
 )
+from utils.rope import use_row_rope
 from utils.tokenizer import load_failure
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
@@ -67,6 +68,7 @@ def load_model(args, train_args):
     settle_generation(model)
     if saved:
         forget_unpacking(model)
+    use_row_rope(model)
     if adapter.quantised:
         keep_quantised_weights(model)
     if args.attn_implementation == "auto":

@@ -15,8 +15,11 @@ from loguru import logger
 from utils.adapter import ADAPTERS, build_adapter
 from utils.data_files import read_rows
 from utils.errors import UserError
+from utils.layout import resolve_layout
 from utils.model import load_model, with_trained_adapter
+from utils.probe_state import leave_dropout_out
 from utils.proof_figures import Gradients, logits_of
+from utils.proof_plain import plain_loss
 from utils.save import prepare_trainer
 from utils.tasks import get_task
 from utils.tasks.common import Data
@@ -114,6 +117,7 @@ class Subject:
             self.base_logits = logits_of(model, self.rows)
         if args.adapter_name_or_path:
             model = with_trained_adapter(model, args)
+        self.layout = resolve_layout(args, train_args, self.task, model, self.tokenizer)
         adapter = build_adapter(args, model, self.tokenizer, self.template)
         collator = self.collator(train_args.padding_free)
         trainer = self.task.build_trainer(args, train_args, model, adapter, self.data, collator, self.tokenizer)
@@ -175,8 +179,20 @@ class Subject:
 
     @functools.cached_property
     def reference(self) -> Gradients:
-        """All rows in one padded batch: the form that needs neither positions nor the attention to heed them."""
-        found = self.step([self.collator(padding_free=False)(self.rows)])
+        """Each row alone through the plain model.
+
+        A loss that is not written out in `utils/proof_plain.py` is the trainer's own, of all rows in one padded batch.
+        """
+        trainer = self.trainer
+        trainer.model.zero_grad(set_to_none=True)
+        loss = plain_loss(trainer, self.rows)
+        self.reference_is_plain = loss is not None
+        if loss is None:
+            found = self.step([self.collator(padding_free=False)(self.rows)])
+        else:
+            loss.backward()
+            weights = trained(trainer.model)
+            found = Gradients(loss.item(), {n: weight.grad for n, weight in weights.items() if weight.grad is not None})
         return Gradients(found.loss, {name: gradient.cpu().clone() for name, gradient in found.of.items()})
 
     def step(self, batches: list[dict]) -> Gradients:
@@ -209,18 +225,6 @@ def length_of(row: dict) -> int:
 def trained(model) -> dict:
     """name → weight of all that is trained."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def leave_dropout_out(model) -> None:
-    """Dropout draws other random numbers for other batches, so that nothing could be compared."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 @contextmanager

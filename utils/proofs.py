@@ -13,7 +13,7 @@ from loguru import logger
 from utils.errors import UserError
 from utils.proof_figures import DoesNotApply, Measure, ProofFailed, Verdict
 from utils.proof_subject import Subject
-from utils.proofs_loss import GRADIENTS, LOSS, accumulation, packed, padding_free
+from utils.proofs_loss import GRADIENTS, LOSS, accumulation, packed, padded, padding_free
 from utils.proofs_model import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
 from utils.proofs_runs import SAVED, ranks, resumed
 
@@ -37,21 +37,27 @@ class Proof(NamedTuple):
 _SUMS = f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients: float32 sums in another order"
 # what runs processes of its own comes last: the model has left the memory by then
 PROOFS = {
+    "padded": Proof(
+        "plain transformers = padded",
+        "each row alone through the model, its loss written out, and all rows in one padded batch: loss and gradients",
+        _SUMS,
+        padded,
+    ),
     "padding_free": Proof(
-        "padded = padding-free",
-        "all rows in one batch, padded and end to end: loss and gradients",
+        "plain transformers = padding-free",
+        "each row alone, and all rows in one batch end to end: loss and gradients",
         _SUMS,
         padding_free,
     ),
     "packed": Proof(
-        "padded = packed",
-        "all rows in one batch, padded and as --packing true packs them: loss and gradients",
+        "plain transformers = packed",
+        "each row alone, and all rows in one batch as --packing true packs them: loss and gradients",
         _SUMS,
         packed,
     ),
     "accumulation": Proof(
-        "one batch = accumulation",
-        "all rows in one batch, and one row a batch with the gradients accumulated: loss and gradients",
+        "plain transformers = accumulation",
+        "each row alone, and one row a batch with the gradients accumulated: loss and gradients",
         _SUMS,
         accumulation,
     ),

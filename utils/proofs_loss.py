@@ -1,4 +1,4 @@
-"""Proofs that a step is the same step however its rows are laid out: padded, end to end, packed, accumulated."""
+"""Proofs that a step is that of the plain model however its rows are laid out: padded, end to end, packed."""
 
 import copy
 import dataclasses
@@ -6,7 +6,6 @@ import dataclasses
 from utils.data_collator import build_collator
 from utils.proof_figures import DoesNotApply, Gradients, Measure, ProofFailed, relative, worst
 from utils.proof_subject import Subject, quiet
-from utils.tasks.common import use_padding_free
 
 # float32 has 7 digits, and a sum of a thousand terms in another order loses one or two of them
 LOSS = 1e-5
@@ -14,26 +13,36 @@ GRADIENTS = 1e-4  # of all weights, and of each: through all layers, forward and
 _SMALL = 1e-3  # of the whole gradient's norm; what is smaller than that is measured against it
 
 
+def padded(subject: Subject) -> list[Measure]:
+    """Rows padded against each row alone through the plain model."""
+    reference = subject.reference
+    if not subject.reference_is_plain:
+        raise DoesNotApply("this loss is not written out; the other proofs compare with the trainer's own, padded")
+    return compare(reference, subject.step([subject.collator(padding_free=False)(subject.rows)]))
+
+
 def padding_free(subject: Subject) -> list[Measure]:
-    """Rows end to end against rows padded."""
+    """Rows end to end against each row alone."""
     if subject.args.task_type == "dpo_multi":
         raise DoesNotApply("TRL's preference loss takes padded rows only; --task_type dpo_single has both forms")
-    settled = copy.copy(subject.train_args)
-    settled.padding_free = True
-    if not use_padding_free(subject.args, settled):
-        raise DoesNotApply("with --trust_remote_code true rows are always padded")
+    _needs_end_to_end(subject)
     return compare(subject.reference, subject.step([subject.collator(padding_free=True)(subject.rows)]))
 
 
 def packed(subject: Subject) -> list[Measure]:
-    """Rows that `--packing true` puts into one, against rows padded."""
+    """Rows that `--packing true` puts into one, against each row alone."""
     if subject.prefers:
         raise DoesNotApply("pairs are not packed")
-    if subject.args.trust_remote_code:
-        raise DoesNotApply("--packing true does not go with --trust_remote_code true")
+    _needs_end_to_end(subject)
     rows = _pack(subject)
     collate = build_collator(subject.tokenizer.pad_token_id, padding_free=True)
     return compare(subject.reference, subject.step([collate(rows)]))
+
+
+def _needs_end_to_end(subject: Subject) -> None:
+    subject.trainer  # noqa: B018  builds it: the model is probed on the way
+    if reason := subject.layout.end_to_end:
+        raise DoesNotApply(f"rows are always padded, since the model {reason}")
 
 
 def _pack(subject: Subject) -> list[dict]:

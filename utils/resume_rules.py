@@ -33,7 +33,7 @@ LIVE = (
     "max_grad_norm", "label_smoothing_factor", "average_tokens_across_devices", "neftune_noise_alpha", "tf32",
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
     "use_cache", "auto_find_batch_size", "ignore_data_skip", "full_determinism", "use_cpu", "parallelism_config",
-    "fsdp", "fsdp_config", "router_aux_loss_coef", "padding_free", "loss_type", "disable_dropout", "loss_weights",
+    "fsdp", "fsdp_config", "router_aux_loss_coef", "loss_type", "disable_dropout", "loss_weights",
     "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta", "use_weighting",
     "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
@@ -41,8 +41,8 @@ LIVE = (
 FREE = (
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "deepspeed", "optim", "disable_tqdm",
     "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval",
-    "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug", "packing",
-    "remove_unused_columns", "label_names", "length_column_name", "trust_remote_code", "model_init_kwargs",
+    "padding_free", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
+    "packing", "remove_unused_columns", "label_names", "length_column_name", "trust_remote_code", "model_init_kwargs",
 )  # fmt: skip
 _FREE_BEGINNINGS = (
     "log", "save_", "eval_", "hub_", "push_to_hub", "trackio", "dataset_", "include_", "skip_memory", "batch_eval",

@@ -73,7 +73,7 @@ def batch_of(args, train_args, on_gpu: bool = True, whole_logits: bool = False) 
     return Batch(
         rows=train_args.per_device_train_batch_size * (2 if pairs else 1),
         tokens=args.max_len,
-        end_to_end=train_args.padding_free and not args.trust_remote_code and args.task_type != "dpo_multi",
+        end_to_end=train_args.padding_free and args.task_type != "dpo_multi",
         on_gpu=on_gpu,
         whole_logits=whole_logits,
     )

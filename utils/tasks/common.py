@@ -15,6 +15,7 @@ from utils.data_fields import unread_fields
 from utils.data_keys import tokenizer_key
 from utils.data_process import DataReport, RowKind, load_rows
 from utils.errors import UserError
+from utils.head import check_head
 from utils.imports import leave_deepspeed_out
 from utils.launch import uses_fsdp
 from utils.neftune import add_noise
@@ -145,14 +146,6 @@ def _held_rows(val_size: float, rows: int) -> int:
     return held
 
 
-def use_padding_free(args, train_args) -> bool:
-    """Padding-free needs attention that heeds positions, which code from outside may not have."""
-    if train_args.padding_free and args.trust_remote_code:
-        logger.info("rows are padded: --trust_remote_code models may not keep rows apart without padding")
-        return False
-    return train_args.padding_free
-
-
 def for_trl(train_args):
     """The recipe as TRL's trainer is to see it: rows are prepared, packed and collated already."""
     if train_args.deepspeed_plugin is None:
@@ -223,6 +216,8 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     add_noise(trainer)
     settle_balance(trainer)
     trainer.base_config = base_config
+    for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+        check_head(each)
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None

@@ -13,6 +13,7 @@ from utils.data_pairs import Pair, to_pair
 from utils.data_rows import BadRow
 from utils.errors import UserError
 from utils.filler import FillsUp, fills_up
+from utils.head import check_head
 from utils.launch import wait_for_all
 from utils.model import load_model
 from utils.pissa import with_pissa
@@ -96,6 +97,7 @@ class PreparedPairs(FillsUp, Surviving):
 
     def _precompute_ref_logps(self, *inputs):
         self.settle_weights()  # TRL comes here before its constructor ends
+        check_head(self.model)
         if self.args.should_save:  # one process for all: each of them reads the same file
             _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
         wait_for_all()

@@ -12,9 +12,10 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from utils.data_collator import build_pair_collator
+from utils.data_collator import NOT_INPUTS, build_pair_collator
+from utils.head import keep_logits
 from utils.segments import IGNORED
-from utils.tasks.common import Data, use_padding_free
+from utils.tasks.common import Data
 from utils.tasks.dpo import load_datasets, make_dpo_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
@@ -55,13 +56,14 @@ def sequence_log_probs(model, batch: dict, **options):
     Returns:
         (log π(y|x) of each row, [2 pairs], chosen before rejected; the model's output)
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     targets = batch["labels"][:, 1:]  # the logits at t say what comes at t + 1
     places = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    output = model(**inputs, use_cache=False, logits_to_keep=places, **options)
+    output = model(**inputs, use_cache=False, **keep_logits(model, places), **options)
+    logits = output.logits if output.logits.shape[1] == len(places) else output.logits[:, places]
     # log π(y_t | x, y_<t) = log softmax(logits_t)[y_t]
     losses = cross_entropy(
-        output.logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED, reduction="none"
     )
     rows = batch["row"][:, places].flatten()
     # log π(y|x) = Σ_t log π(y_t | x, y_<t)
@@ -118,7 +120,7 @@ class WrittenOutTrainer(DPOTrainer):
 
 def build_collator(args, train_args, tokenizer):
     """Rows end to end by default, padded where that is asked for or needed."""
-    return build_pair_collator(tokenizer.pad_token_id, use_padding_free(args, train_args))
+    return build_pair_collator(tokenizer.pad_token_id, train_args.padding_free)
 
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):

@@ -10,7 +10,7 @@ from utils.evaluation import CountsTokens, fill_up
 from utils.filler import FillsUp
 from utils.head import use_trained_positions
 from utils.shorten import check_all, cut_far, encode_within
-from utils.tasks.common import Data, load_both, make_trainer, row_kind, use_padding_free
+from utils.tasks.common import Data, load_both, make_trainer, row_kind
 from utils.trainer import Surviving
 
 USES_TEMPLATE = True
@@ -42,7 +42,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 def build_collator(args, train_args, tokenizer):
     """Rows end to end by default, padded where that is asked for or needed."""
-    return _collator(tokenizer.pad_token_id, use_padding_free(args, train_args))
+    return _collator(tokenizer.pad_token_id, train_args.padding_free)
 
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):

@@ -1,0 +1,199 @@
+"""Which layouts a model computes correctly, found on the model, and what a run makes of it."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from utils.data_collator import build_collator, build_pair_collator
+from utils.errors import UserError
+from utils.layout import choose_layout
+from utils.probe import NOT_INPUTS, Probe, example_rows, probe
+from utils.small_model import small_model
+
+LAYOUTS = {"padded": build_collator(0, False), "end_to_end": build_collator(0, True)}
+# heed positions; ignore them; carry a state; raise for want of a kernel; see what comes
+RIGHT = ("qwen2", "llama", "gemma2", "gemma3_text", "phi3", "mistral", "cohere", "mixtral")
+LEAKS = ("gpt_oss", "opt", "falcon", "bloom", "mamba", "rwkv", "jamba")
+RAISES = ("lfm2", "bamba", "qwen3_next")
+
+
+# what a default configuration does not have
+SWITCHES = {"lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}}
+
+
+def small(kind):
+    return small_model(CONFIG_MAPPING[kind](**SWITCHES.get(kind, {})))
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_end_to_end_is_right(kind, tokenizer):
+    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, "sft"))
+    assert (found.fails, found.not_causal, found.padded, found.end_to_end) == (None,) * 4
+    assert found.differences["end_to_end"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", LEAKS + RAISES)
+def test_end_to_end_is_wrong(kind, tokenizer):
+    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, "sft"))
+    assert found.padded is None
+    assert ("see each other" if kind in LEAKS else "cannot compute") in found.end_to_end
+
+
+def test_a_model_that_sees_what_comes_is_refused(tokenizer):
+    assert "not causal" in probe(small("bert"), LAYOUTS, example_rows(tokenizer, "sft")).not_causal
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mamba", "qwen2"])
+def test_pairs_are_laid_out_by_their_own_collator(kind, tokenizer):
+    layouts = {"padded": build_pair_collator(0, False), "end_to_end": build_pair_collator(0, True)}
+    found = probe(small(kind), layouts, example_rows(tokenizer, "dpo_single"))
+    assert found.padded is None
+    assert (found.end_to_end is None) == (kind == "qwen2")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "falcon", "mamba"])
+def test_a_small_leak_is_seen_in_bf16(kind, tokenizer, monkeypatch):
+    """Weights too many for float32: what 16 bits would hide shows where other tokens of another row change anything."""
+    monkeypatch.setattr("utils.probe_state.FLOAT32_UP_TO", 0)
+    torch.manual_seed(0)
+    from utils.small_model import small_config
+
+    # usual random weights: attention adds less to the logits than bf16 rounds off
+    model = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING[kind]()), dtype=torch.bfloat16)
+    assert probe(model, LAYOUTS, example_rows(tokenizer, "sft")).end_to_end
+
+
+def test_bf16_does_not_count_as_a_leak(tokenizer, monkeypatch):
+    monkeypatch.setattr("utils.probe_state.FLOAT32_UP_TO", 0)
+    for kind in ("qwen2", "mixtral"):
+        found = probe(small(kind).bfloat16(), LAYOUTS, example_rows(tokenizer, "sft"))
+        assert (found.not_causal, found.padded, found.end_to_end) == (None,) * 3
+
+
+def test_the_model_and_the_random_numbers_stay_as_they_were(tokenizer):
+    model = AutoModelForCausalLM.from_config(
+        tiny.config_for("mistral", 600, sliding_window=100, attention_dropout=0.1), dtype=torch.bfloat16
+    )
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
+    assert model.config.sliding_window == 100
+    assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {0.1}
+
+
+def test_windows_are_reached_by_short_rows(tokenizer):
+    """A window that counted from the start of the step, not of the row, would show."""
+    model = small("mistral")
+    model.config.sliding_window = 4096
+    seen = []
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: seen.append(model.config.sliding_window) or forward(*args, **kwargs)
+    probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    assert set(seen) == {4} and model.config.sliding_window == 4096
+
+
+class Args:
+    model_name_or_path, task_type = "base", "sft"
+    padding_free, packing, per_device_train_batch_size, per_device_eval_batch_size = True, False, 8, 8
+
+    def __init__(self, **changes):
+        vars(self).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "eager", "expected"),
+    [
+        ({}, Probe(), False, (None, True)),
+        ({}, Probe(end_to_end="leaks"), False, (None, False)),
+        ({}, Probe(), True, (None, False)),
+        ({"per_device_train_batch_size": 1}, Probe(), True, (None, True)),
+        ({"packing": True}, Probe(), True, (None, True)),
+        ({"packing": True}, Probe(end_to_end="leaks"), False, ("--packing true", False)),
+        ({}, Probe(padded="differs", end_to_end="leaks"), False, ("--per_device_train_batch_size 1", False)),
+        ({}, Probe(padded="differs"), False, (None, True)),
+        ({"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
+         Probe(padded="differs", end_to_end="leaks"), False, (None, False)),
+        ({"task_type": "dpo_multi"}, Probe(padded="differs"), False, ("another model", False)),
+        ({}, Probe(not_causal="sees"), False, ("another model", False)),
+    ],
+)  # fmt: skip
+def test_what_is_chosen(changes, found, eager, expected):
+    args = Args(**changes)
+    problem, padding_free, _ = choose_layout(args, args, found, eager)
+    assert (expected[0] in problem) if expected[0] else problem is None
+    assert padding_free == expected[1]
+
+
+def one_by_one(folder, rows):
+    """Loss of the first step by plain transformers: rows alone, each trained token once."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """kind → the folder of a small random model with a tokenizer."""
+    from utils.small_model import small_config
+
+    folders = {}
+
+    def folder_of(kind):
+        if kind not in folders:
+            folder, tokenizer = tmp_path_factory.mktemp(kind), tiny.byte_level_tokenizer()
+            config = CONFIG_MAPPING[kind](**SWITCHES.get(kind, {}))
+            config = small_config(config, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=0)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.data.normal_(std=weight.shape[-1] ** -0.5)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folders[kind] = str(folder)
+        return folders[kind]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "falcon", "mamba", "lfm2", "modernbert-decoder", "recurrent_gemma"])
+def test_the_loss_of_a_run_is_that_of_rows_one_by_one(kind, saved, train, rows_file):
+    from utils.template import get_template
+
+    flags = ["--train_mode", "full", "--precision", "fp32", "--max_steps", "1", "--logging_steps", "1"]
+    flags += ["--router_aux_loss_coef", "0"] if kind == "gpt_oss" else []  # it would count in the loss
+    folder = train(*flags, "--per_device_train_batch_size", "8", model=saved(kind))
+    template = get_template("qwen", tiny.byte_level_tokenizer())
+    from utils.data_rows import to_messages
+
+    rows = [template.encode(to_messages(row), tiny.byte_level_tokenizer()) for row in tiny.ROWS]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] == pytest.approx(one_by_one(saved(kind), rows), rel=1e-4)
+    assert json.loads((folder / "train_args.json").read_text())["trainer"]["padding_free"] is (
+        kind == "modernbert-decoder"
+    )
+
+
+def test_packing_a_model_that_lets_rows_see_each_other_is_refused(saved, train):
+    with pytest.raises(UserError, match="--packing true"):
+        train("--packing", "true", model=saved("gpt_oss"))
+
+
+def test_the_right_hand_side_of_not_inputs():
+    """What a collator adds is no input of the model, and all else is."""
+    batch = build_pair_collator(0, True)(example_rows(tiny.byte_level_tokenizer(), "dpo_single"))
+    assert set(batch) - NOT_INPUTS == {
+        "input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""Which layouts of rows a model computes correctly, measured on the model itself before it is trained.
+
+A model that ignores `position_ids`, or that carries a recurrent state, lets rows that lie end to end see each other:
+the loss is wrong, and nothing says so. So a few short rows go through the model alone, padded and end to end, and their
+logits are compared. `utils/layout.py` chooses by what is found.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loguru import logger
+
+from utils.data_collator import NOT_INPUTS
+from utils.errors import first_line
+from utils.probe_state import as_for_probing, is_whole, short_windows
+from utils.rope import use_row_rope
+from utils.small_model import small_model
+
+LENGTHS = (9, 14, 11)  # tokens of the rows; longer than a short convolution and than probe_state.WINDOW
+# relative to the largest logit; float32 differs by some 1e-6 where a sum has another order
+_TOLERANCE, _TIMES_NOISE = 1e-5, 10
+_TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT = 0.03, 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found; each None where the layout is right, else the reason, which completes "the model …".
+
+    Attributes:
+        fails: why no forward pass is possible at all.
+        not_causal: why a token's logits are not those of the tokens up to it.
+        padded: why rows padded to one length differ from rows alone.
+        end_to_end: why rows laid end to end differ from rows alone.
+        differences: layout → the largest difference, relative to the largest logit.
+        small: whether a small random model of the same architecture was probed instead of the weights.
+    """
+
+    fails: str | None = None
+    not_causal: str | None = None
+    padded: str | None = None
+    end_to_end: str | None = None
+    differences: dict | None = None
+    small: bool = False
+
+
+def example_rows(tokenizer, task_type: str) -> list[dict]:
+    """Rows of plain tokens, in the columns that the task's collator takes; pairs where it trains pairs."""
+    special = set(tokenizer.added_tokens_decoder)
+    size = min(len(tokenizer), 20_000)
+    plain = [token for token in range(size) if token not in special] or list(range(size))
+    ids = [plain[(7919 * (place + 1)) % len(plain)] for place in range(2 * sum(LENGTHS))]
+    rows = []
+    for length in LENGTHS:
+        row, ids = ids[:length], ids[length:]
+        if task_type.startswith("dpo"):
+            other = [*row[4:], row[0], row[1]]
+            rows.append(
+                {
+                    "prompt_ids": row[:4], "chosen_ids": row[4:], "chosen_labels": row[4:],
+                    "rejected_ids": other, "rejected_labels": other,
+                }
+            )  # fmt: skip
+        else:
+            rows.append({"input_ids": row, "labels": row})
+    return rows
+
+
+def probe(model, layouts: dict[str, Callable], rows: list[dict]) -> Probe:
+    """Compares the logits of rows in each layout with those of each row alone.
+
+    Args:
+        model: transformers' causal language model, or PEFT's around it. It is left as it was, and so is the state of
+            the random numbers.
+        layouts: `padded` and, if wanted, `end_to_end`, each with a collator.
+        rows: for the collators.
+
+    Returns:
+        what was found. Where the weights are not whole on this process (ZeRO-3, FSDP), a small random model of the
+        same configuration is probed in their place.
+    """
+    import torch
+
+    small = not is_whole(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng())
+        if small:
+            model = small_model(model.config)
+            if model is None:
+                logger.warning("the layout of rows was not checked: the weights are split over several processes")
+                return Probe(small=True)
+            use_row_rope(model)
+        precise = stack.enter_context(as_for_probing(model))
+        stack.enter_context(short_windows(model))
+        return _compare(model, layouts, _within_vocabulary(rows, model), precise, small)
+
+
+def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: bool, small: bool) -> Probe:
+    import torch
+
+    device = next(model.parameters()).device
+    forward = lambda **inputs: model(use_cache=False, **inputs).logits.float()  # noqa: E731
+    batches = {name: _inputs(collate, rows, device) for name, collate in layouts.items()}
+    parts = _rows_of(batches["padded"])
+    ids = [batches["padded"]["input_ids"][place] for place in parts]
+    try:
+        alone = {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
+        again = forward(input_ids=ids[0][None])[0]
+    except Exception as error:  # every model's code raises its own
+        return Probe(fails=f"cannot compute a short row: {first_line(error)}", small=small)
+    if not torch.equal(again, alone[tuple(ids[0].tolist())]):  # noise while training, in a router say
+        model.eval()
+        alone = {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
+    largest = max(float(logits.abs().max()) for logits in alone.values())
+    if not (0 < largest < float("inf")):
+        return Probe(fails=f"computes logits that are not finite numbers above 0 ({largest})", small=small)
+
+    # a row's own logits at the beginning of a longer one: the same sums in another shape, so the rounding to expect
+    lengthened = [torch.cat([row, ids[0]]) for row in ids]
+    noise = max(
+        _difference(forward(input_ids=longer[None])[0, : len(row)], alone[tuple(row.tolist())], largest)
+        for row, longer in zip(ids, lengthened, strict=True)
+    )
+    least, times = (_TOLERANCE, _TIMES_NOISE) if precise else (_TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT)
+    if noise > (1e-3 if precise else 0.2):
+        what = f"lets a token see those after it (logits differ by {noise:.2g} of the largest), so it is not causal"
+        return Probe(not_causal=what, differences={"longer": noise}, small=small)
+    tolerance = max(least, times * noise)
+    found: dict = {"longer": noise}
+    reasons = {}
+    texts = {
+        "padded": "computes padded rows otherwise than rows alone",
+        "end_to_end": "lets rows laid end to end see each other",
+    }
+    for name, batch in batches.items():
+        try:
+            logits = forward(**batch)
+            rows_in = _rows_of(batch)
+            found[name] = max(
+                _from_alone(logits[place], alone, batch["input_ids"][place], largest) for place in rows_in
+            )
+            if name == "end_to_end" and found[name] <= tolerance and not precise:
+                found[name] = max(found[name], _leak(forward, batch, rows_in, largest, noise))
+        except Exception as error:
+            reasons[name] = f"cannot compute {name.replace('_', ' ')} rows: {first_line(error)}"
+            continue
+        if not found[name] <= tolerance:
+            reasons[name] = f"{texts[name]} (logits differ by {found[name]:.2g} of the largest)"
+    return Probe(padded=reasons.get("padded"), end_to_end=reasons.get("end_to_end"), differences=found, small=small)
+
+
+def _leak(forward, batch: dict, places: list, largest: float, noise: float) -> float:
+    """How far other tokens in the first row change the later rows, where 16 bits hide a small difference.
+
+    With the same shapes the same sums are rounded in the same way, so that any change at all is a leak. A mixture of
+    experts groups its tokens otherwise, which rounds otherwise.
+    """
+    first = places[0]
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][first] = changed["input_ids"][first].flip(0)
+    before, after = forward(**batch), forward(**changed)
+    worst = max(_difference(after[place], before[place], largest) for place in places[1:])
+    return float("inf") if worst > noise else 0.0
+
+
+def _inputs(collate: Callable, rows: list[dict], device) -> dict:
+    """The model's inputs of a step."""
+    batch = {name: value for name, value in collate(rows).items() if name not in NOT_INPUTS}
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+def _rows_of(batch: dict) -> list[tuple]:
+    """Where each row lies in the batch, as an index of its tensors: `(0, slice(9, 23))`."""
+    import torch
+
+    if "attention_mask" in batch:
+        return [(number, slice(0, int(mask.sum()))) for number, mask in enumerate(batch["attention_mask"])]
+    positions = batch["position_ids"][0]
+    starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
+    return [(0, slice(start, end)) for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def _from_alone(logits, alone: dict, ids, largest: float) -> float:
+    expected = alone.get(tuple(ids.tolist()))  # none where positions do not say where a row begins
+    return float("inf") if expected is None else _difference(logits, expected, largest)
+
+
+def _difference(found, expected, largest: float) -> float:
+    return float((found - expected).abs().max()) / largest
+
+
+def _within_vocabulary(rows: list[dict], model) -> list[dict]:
+    """The same rows, with ids that a small model has too."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if all(token < size for row in rows for ids in row.values() for token in ids):
+        return rows
+    return [{name: [5 + token % (size - 5) for token in ids] for name, ids in row.items()} for row in rows]

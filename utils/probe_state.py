@@ -1,0 +1,81 @@
+"""The state a model is probed in, and how it gets back what it had."""
+
+import contextlib
+from collections.abc import Iterator
+
+WINDOW = 4  # sliding windows and attention chunks while probing, so that short rows reach beyond them
+FLOAT32_UP_TO = 500_000_000  # weights; larger models are probed in the precision they were loaded in
+
+
+def is_whole(model) -> bool:
+    """Whether every weight is on this process: ZeRO-3 and FSDP split them."""
+    return all(weight.numel() and weight.device.type != "meta" for weight in model.parameters())
+
+
+@contextlib.contextmanager
+def as_for_probing(model) -> Iterator[bool]:
+    """Training mode without dropout, in float32 where that costs little; everything is put back.
+
+    Yields:
+        whether the model computes in float32.
+    """
+    import torch
+
+    was_training = model.training
+    weights = {weight: weight.data for weight in model.parameters()}
+    buffers = {buffer: buffer.data for buffer in model.buffers()}
+    floating = all(weight.is_floating_point() and weight.dtype.itemsize >= 2 for weight in weights)
+    precise = floating and sum(weight.numel() for weight in weights) <= FLOAT32_UP_TO
+    rates: list = []
+    try:
+        for tensor, data in buffers.items():  # some are written to in a forward pass
+            tensor.data = data.to(torch.float32 if precise and data.is_floating_point() else data.dtype, copy=True)
+        if precise:
+            for weight in weights:
+                weight.data = weight.data.float()
+        rates = leave_dropout_out(model)
+        model.train()
+        yield precise
+    finally:
+        for tensor, data in {**weights, **buffers}.items():
+            tensor.data = data
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+        model.train(was_training)
+
+
+def leave_dropout_out(model) -> list[tuple]:
+    """Sets every dropout to 0: it draws other random numbers for other batches, so that nothing could be compared.
+
+    Returns:
+        (module, name of its attribute, rate that it had), to put them back.
+    """
+    import torch
+
+    rates = [(module, "p", module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                rates.append((module, name, getattr(module, name)))
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    return rates
+
+
+@contextlib.contextmanager
+def short_windows(model) -> Iterator[None]:
+    """Shortens sliding windows and attention chunks, so that rows of a few tokens reach beyond them."""
+    configs = [model.config, *(part for part in vars(model.config).values() if hasattr(part, "to_dict"))]
+    before = []
+    for owner in [*configs, *model.modules()]:
+        for name in ("sliding_window", "attention_chunk_size"):
+            size = vars(owner).get(name)
+            if isinstance(size, int) and not isinstance(size, bool) and size > WINDOW:
+                before.append((owner, name, size))
+    try:
+        for owner, name, _ in before:
+            setattr(owner, name, WINDOW)
+        yield
+    finally:
+        for owner, name, size in before:
+            setattr(owner, name, size)
