@@ -105,15 +105,15 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
     beforehand pass through. The inputs of the model are those of `build_collator`.
     """
     import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    lay_out = build_collator(pad_token_id, padding_free)
+    lay_out = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
 
     def collate(pairs: list[dict]) -> dict:
         rows = [
             {
                 "input_ids": pair["prompt_ids"] + pair[f"{side}_ids"],
                 "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"],
-                "source": pair.get("source", []),
             }
             for side in ("chosen", "rejected")
             for pair in pairs
@@ -129,4 +129,4 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
                 batch[name] = torch.tensor([pair[name] for pair in pairs])
         return batch
 
-    return collate
+    return _with_sources(collate)
