@@ -106,7 +106,8 @@ def fit_vocabulary(model, path: str, flag: str) -> None:
     layers = {name: layer for name, layer in _vocabulary_layers(model).items() if layer is not None}
     rows = {name: _rows(header, name) for name in layers}
     wanted = {count for counts in rows.values() for count in counts.values()}
-    has = {layer.weight.shape[0] for layer in layers.values()}
+    # ZeRO-3 leaves each process a part, and the whole's shape beside it
+    has = {getattr(layer.weight, "ds_shape", layer.weight.shape)[0] for layer in layers.values()}
     if not wanted or wanted == has:
         return
     held = [name for name, counts in rows.items() if "weight" in counts]
