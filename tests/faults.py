@@ -1512,14 +1512,14 @@ FAULTS = [
         "utils/base_config.py",
         "    saved.get_text_config().eos_token_id = worked_with.get_text_config().eos_token_id\n",
         "",
-        "tests/test_mixtures.py -k 'a_saved_configuration and full'",
+        "tests/test_mixtures.py -k stop_token_that_was_trained",
     ),
     Fault(
         "mixture: another auxiliary loss than the model's",
         "utils/balance.py",
         "abs(found - own) > _ALIKE * abs(own)",
         "found is None",
-        "tests/test_mixtures.py -k auxiliary_loss",
+        "tests/test_mixtures.py -k not_the_models_own",
     ),
     Fault(
         "model: a merged adapter leaves its base frozen",

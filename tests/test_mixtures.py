@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from conftest import write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import main_train
+from utils.errors import UserError
 from utils.script.infer import main as infer
 from utils.script.merge_lora import main as merge_lora
 
@@ -197,3 +199,34 @@ def test_what_is_said_and_planned_of_qlora_is_what_lies_in_memory(tmp_path):
 
 def test_of_a_dense_model_nothing_is_said(tiny_models):
     assert qlora_findings(tiny_models()) == []
+
+
+def test_a_saved_configuration_has_the_stop_token_that_was_trained(train, tiny_models, tokenizer):
+    """The one field in which it is not the base's: many programs stop by it, whatever generation_config.json says."""
+    before = json.loads(Path(tiny_models(), "config.json").read_text())
+    after = json.loads((train("--train_mode", "full", "--max_steps", "1") / "config.json").read_text())
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert before["eos_token_id"] == 0 and after["eos_token_id"] == stop != 0
+
+
+@pytest.mark.parametrize(("own", "fused", "trained"), [(1.0, 1.01, True), (1.0, 1.5, False), (1.0, 0.5, False)])
+def test_an_auxiliary_loss_that_is_not_the_models_own_is_left_out_or_refused(own, fused, trained, monkeypatch):
+    """As TRL's for a family whose experts it counts otherwise; to two per cent, since bf16 rounds both."""
+    from utils import balance
+
+    config = SimpleNamespace(num_experts=4, num_experts_per_tok=2)
+    config.get_text_config = lambda: config
+    monkeypatch.setattr(balance, "_tried", lambda trainer, **options: (fused if options else own, None))
+
+    def settled(coefficient):
+        trainer = SimpleNamespace(
+            model=SimpleNamespace(config=config), aux_loss_enabled=True, is_deepspeed_enabled=False,
+            is_fsdp_enabled=False, args=SimpleNamespace(router_aux_loss_coef=coefficient),
+        )  # fmt: skip
+        balance.settle_balance(trainer)
+        return trainer.aux_loss_enabled
+
+    assert settled(0.0) == trained
+    if not trained:
+        with pytest.raises(UserError, match=f"TRL computes {fused:g} where the model itself computes 1"):
+            settled(0.001)
