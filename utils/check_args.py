@@ -33,6 +33,8 @@ def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> lis
     sample, eval_sample = SAMPLE_DATA.get(common.task_type, (None, None))
     if common.train_data_path is None and sample:
         common.train_data_path = sample
+        if common.task_type == "pretrain" and "allow_special_tokens_in_content" not in given:
+            common.allow_special_tokens_in_content = True  # some of the sample's texts are chats, written out
         if common.eval_data_path is None and not common.val_size:
             common.eval_data_path = eval_sample
     if not values.get("output_dir"):

@@ -1,8 +1,8 @@
 """The pretraining recipe: every token of plain text is trained, in packed rows.
 
 The embedded tiny model was made with it; on a larger base it is continued pretraining.
-Rows are `{"text": ...}`, or the paragraphs of a .txt file. A special token's text within them stays plain text; the
-sample data writes chat forms out, which become tokens with `--allow_special_tokens_in_content true`.
+Rows are `{"text": ...}`, or the paragraphs of a .txt file. A special token's text within them stays plain text, unless
+`--allow_special_tokens_in_content true` is given, as it is by itself for the sample data, which writes chats out.
 """
 
 from dataclasses import dataclass
