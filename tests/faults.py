@@ -134,6 +134,35 @@ FAULTS = [
         "(~allowed.diagonal(-1)).nonzero().flatten() + 2",
         "tests/test_attention.py -k where_the_rows_lie",
     ),
+    # ------------------------------------------------------------------ position codes, the probe at a start
+    Fault(
+        "rope: a long row changes the others of its step",
+        "utils/rope.py",
+        "        module.forward = types.MethodType(_row_by_row, module)",
+        "        pass",
+        "tests/test_rope.py -k positions_it_has_alone",
+    ),
+    Fault(
+        "rope: a dynamic embedding remembers longer rows",
+        "utils/rope.py",
+        "        _forget_longer_rows(self)\n",
+        "",
+        "tests/test_rope.py -k positions_it_has_alone",
+    ),
+    Fault(
+        "probe: rows that see each other end to end are not noticed",
+        "utils/probe.py",
+        "        if not found[name] <= tolerance:\n",
+        "        if False:\n",
+        "tests/test_probe.py -k end_to_end_is_wrong",
+    ),
+    Fault(
+        "probe: a model that sees what comes is trained",
+        "utils/probe.py",
+        "if noise > (1e-3 if precise else 0.2):",
+        "if False:",
+        "tests/test_probe.py -k sees_what_comes",
+    ),
     # ------------------------------------------------------------------ collators
     Fault(
         "collator: the prompt of a pair is trained",
@@ -145,23 +174,37 @@ FAULTS = [
     Fault(
         "collator: chosen and rejected in turns",
         "utils/data_collator.py",
-        'rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]',
-        'rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for pair in pairs for side in ("chosen", "rejected")]',
+        '            for side in ("chosen", "rejected")\n            for pair in pairs\n',
+        '            for pair in pairs\n            for side in ("chosen", "rejected")\n',
         "tests/test_dpo.py -k 'log_probs_are_those and qwen2'",
     ),
     Fault(
-        "collator: padding of pairs is attended to",
+        "collator: pairs always end to end",
         "utils/data_collator.py",
-        "[[1] * len(row) + [0] * (length - len(row)) for row in rows]",
-        "[[1] * length for row in rows]",
+        "lay_out = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)",
+        "lay_out = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=True)",
         "tests/test_dpo.py -k own_collator_padded",
     ),
     Fault(
-        "collator: pairs end to end see each other",
+        "collator: padded tokens of pairs belong to other rows",
         "utils/data_collator.py",
-        "torch.cat([torch.arange(len(row)) for row in rows])[None]",
-        "torch.arange(sum(map(len, rows)))[None]",
+        "numbers[:, None].expand_as",
+        "numbers.flip(0)[:, None].expand_as",
+        "tests/test_dpo.py -k own_collator_padded",
+    ),
+    Fault(
+        "collator: tokens of pairs end to end belong to other rows",
+        "utils/data_collator.py",
+        "numbers.repeat_interleave(",
+        "numbers.flip(0).repeat_interleave(",
         "tests/test_dpo.py -k own_collator_padding_free",
+    ),
+    Fault(
+        "collator: rows always padded",
+        "utils/data_collator.py",
+        "_with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free))",
+        "_with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id))",
+        "tests/test_losses.py -k tensors",
     ),
     Fault(
         "collator: TRL's pairs train a user's turns",
@@ -171,27 +214,12 @@ FAULTS = [
         "tests/test_dpo.py -k trl_collator",
     ),
     Fault(
-        "collator: labels of padding are trained",
-        "utils/data_collator.py",
-        "[row + [IGNORED] * (length - len(row)) for row in labels]",
-        "[row + [pad_token_id] * (length - len(row)) for row in labels]",
-        "tests/test_dpo.py -k own_collator_padded",
-    ),
-    Fault(
         "collator: rows lose their places",
         "utils/data_collator.py",
         '"source": sorted({source for row in there for source in row["source"]})}',
         '"source": []}',
         "tests/test_survive.py -k 'a_loss_that_is_none and sft'",
     ),
-    Fault(
-        "collator: rows always padded",
-        "utils/data_collator.py",
-        "DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)",
-        "DataCollatorForLanguageModeling(pad_token_id=pad_token_id)",
-        "tests/test_losses.py -k tensors",
-    ),
-    # ------------------------------------------------------------------ what is trained of a rendering
     Fault(
         "labels: the stop token is not trained",
         "utils/template_format.py",
@@ -823,14 +851,14 @@ FAULTS = [
     # ------------------------------------------------------------------ answers
     Fault(
         "generate: rows are mixed under dynamic rope",
-        "utils/generate.py",
+        "utils/rope.py",
         'return "longrope" in rope or "dynamic" in rope',
         'return "longrope" in rope',
         "tests/test_generate.py -k 'position_codes or other_lengths'",
     ),
     Fault(
         "generate: rows are mixed under longrope",
-        "utils/generate.py",
+        "utils/rope.py",
         'return "longrope" in rope or "dynamic" in rope',
         'return "dynamic" in rope',
         "tests/test_generate.py -k 'position_codes or other_lengths'",
