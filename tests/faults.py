@@ -539,11 +539,11 @@ FAULTS = [
         "tests/test_dpo.py -k 'loss_gradients_and_rewards or reference_under'",
     ),
     Fault(
-        "dpo: PiSSA's changed base is the reference",
-        "utils/tasks/dpo.py",
+        "pissa: PEFT's own start, whose residual is rounded",
+        "utils/tasks/common.py",
         'if adapter is not None and args.init_lora_weights == "pissa":',
         "if False:",
-        "tests/test_dpo.py -k 'begins_at_ln_2 and pissa'",
+        "tests/test_models.py -k 'pissa_in_bf16'",
     ),
     Fault(
         "dpo: batches count once in the figures, not pairs",
@@ -642,7 +642,7 @@ FAULTS = [
         "utils/adapter.py",
         '        head.register_parameter("bias", getattr(head.original_module, "bias", None))',
         "        pass",
-        "tests/test_models.py -k 'untrained_special_tokens and False-fp32'",
+        "tests/test_models.py -k asked_for_its_bias",
     ),
     Fault(
         "generation: a base's own configuration counts",

@@ -317,6 +317,18 @@ def test_adapters_are_trained_in_float32_and_token_rows_begin_as_the_bases(one_t
         assert torch.equal(logits_of(model), expected)
 
 
+def test_a_head_with_trained_rows_can_be_asked_for_its_bias():
+    """TRL's fused loss reads it; without it each step would go through the whole logits instead."""
+    base = AutoModelForCausalLM.from_config(tiny.config_for("qwen2", 500, tie_word_embeddings=False))
+    rows = {"embed_tokens": [5], "lm_head": [5]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    head = model.get_output_embeddings()
+    with pytest.raises(AttributeError):
+        head.bias  # noqa: B018
+    settle_trainable(model, one_type=False, start=None)
+    assert head.bias is None
+
+
 def test_a_head_with_a_bias_has_no_trained_rows(tiny_models, rows_file, tmp_path, refused):
     """PEFT's layer for them computes W h: a model with a bias would have other logits, by more than 1 here."""
     import main_train
