@@ -247,12 +247,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of architectures, as in config.json's model_type")
     args = parser.parse_args()
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    import peft  # noqa: F401
     import torch
+    import trl  # noqa: F401
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     import main_train  # noqa: F401  what every child would import
-    import peft  # noqa: F401
-    import trl  # noqa: F401
 
     torch.set_num_threads(1)
     unknown = sorted(set(args.only) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -95,11 +95,18 @@ def test_windows_are_reached_by_short_rows(tokenizer):
     forward = model.forward
     model.forward = lambda *args, **kwargs: seen.append(model.config.sliding_window) or forward(*args, **kwargs)
     probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
-    assert set(seen) == {4} and model.config.sliding_window == 4096
+    assert set(seen) == {4096, 4} and model.config.sliding_window == 4096
+
+
+def test_sparse_attention_chooses_among_the_rows_of_a_step(tokenizer):
+    """Its indexer takes the best of all tokens that are there, also of those it may not see."""
+    found = probe(small("axk2"), LAYOUTS, example_rows(tokenizer, "sft"))
+    assert found.padded is None and found.not_causal is None
+    assert "more than 64" in found.end_to_end and found.longest == 64
 
 
 class Args:
-    model_name_or_path, task_type = "base", "sft"
+    model_name_or_path, task_type, max_len = "base", "sft", 1024
     padding_free, packing, per_device_train_batch_size, per_device_eval_batch_size = True, False, 8, 8
 
     def __init__(self, **changes):
@@ -121,6 +128,8 @@ class Args:
          Probe(padded="differs", end_to_end="leaks"), False, (None, False)),
         ({"task_type": "dpo_multi"}, Probe(padded="differs"), False, ("another model", False)),
         ({}, Probe(not_causal="sees"), False, ("another model", False)),
+        ({}, Probe(end_to_end="chooses", longest=512), False, ("--max_len 512", False)),
+        ({}, Probe(end_to_end="chooses", longest=2048), False, (None, False)),
     ],
 )  # fmt: skip
 def test_what_is_chosen(changes, found, eager, expected):

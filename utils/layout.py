@@ -60,6 +60,9 @@ def choose_layout(args, train_args, found: Probe, eager: bool) -> tuple[str | No
         (why the run cannot be trained or None, whether rows lie end to end, the line that says so or None)
     """
     name = f"--model_name_or_path {args.model_name_or_path!r}"
+    if found.longest and args.max_len > found.longest:
+        what = f"the model lets the tokens of a row of more than {found.longest:,} see those after them"
+        return f"{name}: {what}; give --max_len {found.longest}", False, None
     packing = bool(getattr(train_args, "packing", False))
     if found.fails or found.not_causal:
         return f"{name}: the model {found.fails or found.not_causal}; choose another model", False, None

@@ -7,13 +7,13 @@ logits are compared. `utils/layout.py` chooses by what is found.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loguru import logger
 
 from utils.data_collator import NOT_INPUTS
 from utils.errors import first_line
-from utils.probe_state import as_for_probing, is_whole, short_windows
+from utils.probe_state import as_for_probing, is_whole, short_spans
 from utils.rope import use_row_rope
 from utils.small_model import small_model
 
@@ -32,6 +32,7 @@ class Probe:
         not_causal: why a token's logits are not those of the tokens up to it.
         padded: why rows padded to one length differ from rows alone.
         end_to_end: why rows laid end to end differ from rows alone.
+        longest: rows of more tokens are not causal, where there is such a bound.
         differences: layout → the largest difference, relative to the largest logit.
         small: whether a small random model of the same architecture was probed instead of the weights.
     """
@@ -40,6 +41,7 @@ class Probe:
     not_causal: str | None = None
     padded: str | None = None
     end_to_end: str | None = None
+    longest: int | None = None
     differences: dict | None = None
     small: bool = False
 
@@ -92,8 +94,32 @@ def probe(model, layouts: dict[str, Callable], rows: list[dict]) -> Probe:
                 return Probe(small=True)
             use_row_rope(model)
         precise = stack.enter_context(as_for_probing(model))
-        stack.enter_context(short_windows(model))
-        return _compare(model, layouts, _within_vocabulary(rows, model), precise, small)
+        rows = _within_vocabulary(rows, model)
+        found = _compare(model, layouts, rows, precise, small)
+        if found.fails or found.not_causal:
+            return found
+        with short_spans(model) as shortest:
+            return (
+                found if shortest is None else _merged(found, _compare(model, layouts, rows, precise, small), shortest)
+            )
+
+
+def _merged(found: Probe, near: Probe, shortest: int) -> Probe:
+    """The result with spans as they are, and that of rows longer than them.
+
+    Args:
+        found: with the model as it is.
+        near: with shortened spans.
+        shortest: the smallest span of the model, in tokens.
+    """
+    if near.fails:  # modules may have taken the size over when they were built
+        return found
+    if near.not_causal:
+        beyond = f"chooses among all tokens of a step where they are more than {shortest:,}"
+        return replace(found, end_to_end=found.end_to_end or beyond, longest=shortest)
+    worst = {name: max(found.differences[name], near.differences.get(name, 0.0)) for name in found.differences}
+    padded, end_to_end = found.padded or near.padded, found.end_to_end or near.end_to_end
+    return replace(found, padded=padded, end_to_end=end_to_end, differences=worst)
 
 
 def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: bool, small: bool) -> Probe:

@@ -3,7 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
-WINDOW = 4  # sliding windows and attention chunks while probing, so that short rows reach beyond them
+WINDOW = 4  # spans of attention while probing, so that short rows reach beyond them
+# how a configuration and its modules call the number of tokens that one token may see, or chooses
+_SPANS = (
+    "sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "local_attention",
+    "index_topk", "index_topk_blocks",
+)  # fmt: skip
 FLOAT32_UP_TO = 500_000_000  # weights; larger models are probed in the precision they were loaded in
 
 
@@ -63,19 +68,23 @@ def leave_dropout_out(model) -> list[tuple]:
 
 
 @contextlib.contextmanager
-def short_windows(model) -> Iterator[None]:
-    """Shortens sliding windows and attention chunks, so that rows of a few tokens reach beyond them."""
+def short_spans(model) -> Iterator[int | None]:
+    """Shortens sliding windows, attention chunks and the choice of sparse attention, so that short rows reach beyond.
+
+    Yields:
+        the smallest of their sizes, in tokens; None for a model that has none.
+    """
     configs = [model.config, *(part for part in vars(model.config).values() if hasattr(part, "to_dict"))]
     before = []
     for owner in [*configs, *model.modules()]:
-        for name in ("sliding_window", "attention_chunk_size"):
+        for name in _SPANS:
             size = vars(owner).get(name)
             if isinstance(size, int) and not isinstance(size, bool) and size > WINDOW:
                 before.append((owner, name, size))
     try:
         for owner, name, _ in before:
             setattr(owner, name, WINDOW)
-        yield
+        yield min((size for _, _, size in before), default=None)
     finally:
         for owner, name, size in before:
             setattr(owner, name, size)
