@@ -1,4 +1,4 @@
-"""Every causal language model of transformers that can be built small, trained here and compared with plain transformers.
+"""Every causal language model of transformers that can be built small, trained and compared with plain transformers.
 
     python -m benchmarks.architectures                    # all; writes benchmarks/architectures.json and .md
     python -m benchmarks.architectures --only gpt_oss     # some; prints them
@@ -175,23 +175,32 @@ def _child(kind: str, file: str) -> None:
     os._exit(0)  # without the exit handlers of what the parent imported
 
 
-def examine_apart(kind: str) -> dict:
-    """`examine` in a process of its own, which a model may crash or hold up."""
-    started = time.perf_counter()
+def examine_apart(kinds: list[str], jobs: int):
+    """`examine` for each, in a process of its own, which a model may crash or hold up; yields lines as they come."""
+    waiting, running = list(kinds), []
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "found.json"
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(kind, str(file)))
-        process.start()
-        process.join(SECONDS)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            found = {"not_built": f"took longer than {SECONDS} seconds"}
-        elif file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            found = {"not_built": f"the process ended with code {process.exitcode}"}
-    return {"architecture": kind, **found, "seconds": round(time.perf_counter() - started, 1)}
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                kind = waiting.pop(0)
+                file = Path(scratch) / f"{kind}.json"
+                process = multiprocessing.get_context("fork").Process(target=_child, args=(kind, str(file)))
+                process.start()
+                running.append((kind, process, file, time.perf_counter()))
+            time.sleep(0.1)
+            for entry in list(running):
+                kind, process, file, started = entry
+                seconds = time.perf_counter() - started
+                if process.is_alive() and seconds < SECONDS:
+                    continue
+                running.remove(entry)
+                if process.is_alive():
+                    process.kill()
+                    found = {"not_built": f"took longer than {SECONDS} seconds"}
+                elif file.is_file():
+                    found = json.loads(file.read_text(encoding="utf-8"))
+                else:
+                    found = {"not_built": f"the process ended with code {process.exitcode}"}
+                yield {"architecture": kind, **found, "seconds": round(seconds, 1)}
 
 
 def is_right(line: dict) -> bool:
@@ -245,6 +254,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="names of architectures, as in config.json's model_type")
+    parser.add_argument("--jobs", type=int, default=1, help="how many models at once")
     args = parser.parse_args()
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import peft  # noqa: F401
@@ -260,10 +270,10 @@ def main() -> None:
         parser.error(f"no causal language model of transformers: {', '.join(unknown)}")
     names = ("torch", "transformers", "trl", "peft")
     results: dict = {"versions": {name: importlib.metadata.version(name) for name in names}, "models": []}
-    for kind in args.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        line = examine_apart(kind)
+    for line in examine_apart(args.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs):
         print(json.dumps(line), flush=True)
         results["models"].append(line)
+    results["models"].sort(key=lambda line: line["architecture"])
     if not args.only:
         at = ROOT / "benchmarks"
         (at / "architectures.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
