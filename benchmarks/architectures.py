@@ -205,9 +205,7 @@ def examine_apart(kinds: list[str], jobs: int):
 
 def is_right(line: dict) -> bool:
     """Whether nothing about it is silently different: trained as plain transformers, or refused in words."""
-    return "not_built" in line or all(
-        "refused" in line[mode] or line[mode].get("problems") == [] for mode in MODES
-    )
+    return "not_built" in line or all("refused" in line[mode] or line[mode].get("problems") == [] for mode in MODES)
 
 
 def cell(found: dict) -> str:

@@ -745,7 +745,7 @@ FAULTS = [
     Fault(
         "adapter: vision towers are adapted",
         "utils/adapter_targets.py",
-        "        if f\"{name}.\".startswith(towers):\n            found",
+        '        if f"{name}.".startswith(towers):\n            found',
         "        if False:\n            found",
         "tests/test_adapter_targets.py -k never_reaches_the_vision_tower",
     ),

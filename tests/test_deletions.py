@@ -6,8 +6,15 @@ import pytest
 
 import main_train
 from utils.checkpoints import (
-    INCOMPLETE, MANIFEST, begin_checkpoint, checkpoints_of, mark_complete, read_manifest, remove_checkpoint,
-    remove_torsos, rotate,
+    INCOMPLETE,
+    MANIFEST,
+    begin_checkpoint,
+    checkpoints_of,
+    mark_complete,
+    read_manifest,
+    remove_checkpoint,
+    remove_torsos,
+    rotate,
 )  # fmt: skip
 
 STEPS = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9", "--card_samples", "0"]
@@ -120,9 +127,7 @@ def test_a_newer_checkpoint_that_was_changed_is_not_written_over(train, refused)
 
 
 # ---------------------------------------------------------------------- --overwrite_output_dir
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "adapter_config.json", "train.log", "checkpoint-7/weights"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "train.log", "checkpoint-7/weights"])
 def test_a_folder_that_no_run_made_is_not_overwritten(name, tmp_path, refused, tiny_models, rows_file):
     folder = tmp_path / "theirs"
     (folder / name).parent.mkdir(parents=True)

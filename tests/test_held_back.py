@@ -1,7 +1,6 @@
 """Rows held back by `--val_size`: whole rows of the files, never a part of one that is trained on."""
 
 import pytest
-import tiny
 from conftest import write_rows
 
 from utils.args import parse_args

@@ -216,7 +216,14 @@ def test_logits_in_float32_are_those_of_the_whole_model_in_float32(dtype, tiny_m
         ("qwen2", lora("q_proj", "lm_head", use_dora=True, trainable_token_indices={"embed_tokens": [1, 2]})),
         ("qwen3_moe", lora("q_proj", target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])),
     ):
-        base = tiny_models(architecture, **({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if "moe" in architecture else {}))
+        base = tiny_models(
+            architecture,
+            **(
+                {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+                if "moe" in architecture
+                else {}
+            ),
+        )
         make_adapter(base, tmp_path / architecture, config)
         low = load(base, tmp_path / architecture, dtype=dtype).eval()
         before = {name: weight.clone() for name, weight in low.state_dict().items()}

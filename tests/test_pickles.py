@@ -100,7 +100,10 @@ def test_an_index_of_divided_states(tmp_path, mark):
     (tmp_path / "theirs" / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     assert "would run code when it is read (io.open)" in check_pickles(tmp_path / "theirs")[0]
     # a name that is only reached through a module that an index may use
-    for name in ("torch.distributed.checkpoint.metadata\nos.system", "torch.distributed.checkpoint.metadata\ndataclass"):
+    for name in (
+        "torch.distributed.checkpoint.metadata\nos.system",
+        "torch.distributed.checkpoint.metadata\ndataclass",
+    ):
         (tmp_path / "theirs" / ".metadata").write_bytes(f"c{name}\n(S'x'\ntR.".encode())
         assert "would run code" in check_pickles(tmp_path / "theirs")[0]
     assert not mark.exists()

@@ -48,9 +48,7 @@ def test_a_base_in_4_bits_is_trained_as_qlora(mode, train, in_4_bits, tmp_path, 
     said = capsys.readouterr().err
     assert ("is saved in 4 bits, so --train_mode lora is qlora here" in said) == (mode == "lora")
     assert json.loads((folder / "train_args.json").read_text())["common"]["train_mode"] == "qlora"
-    wanted = train(
-        "--train_mode", "qlora", *flags, model=str(Path(in_4_bits).parent / "whole"), output="from_whole"
-    )
+    wanted = train("--train_mode", "qlora", *flags, model=str(Path(in_4_bits).parent / "whole"), output="from_whole")
     found, wanted = adapter_of(folder), adapter_of(wanted)
     assert found.keys() == wanted.keys()
     for name, weight in found.items():

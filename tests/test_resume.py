@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
-import main_train
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import main_train
 from utils.recipe import load_recipe
 from utils.resume_rules import FIXED, FREE, LIVE, ORDER, SIZES, UPDATED, rule_of
 

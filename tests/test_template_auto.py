@@ -282,9 +282,7 @@ def test_rows_with_tools_take_the_template_that_transformers_takes():
     for tools, messages in ((WEATHER, CALLED), (WEATHER, TALK), ([], TALK), (None, TALK), (None, TALK[:2])):
         row = [{**messages[0], **({} if tools is None else {"tools": tools})}, *messages[1:]]
         for prompt in (False, True):
-            wanted = tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
+            wanted = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
             assert template.render(row, prompt) == wanted
         encoded = template.encode(row, tokenizer)
         assert encoded["input_ids"] == tokenizer(template.render(row), add_special_tokens=False)["input_ids"]

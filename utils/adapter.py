@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.model_parts import freeze_towers
 from utils.template import Template
 
+
 @dataclass(frozen=True)
 class Adapter:
     """A kind of training.

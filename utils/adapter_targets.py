@@ -57,8 +57,8 @@ def find_targets(model, chosen: str | None) -> Targets:
         layers = _chosen(chosen, wanted, linear, why, model)
     if not layers:
         raise UserError(
-            f"{type(model).__name__} has no layer that PEFT can adapt ({_reasons(why, model) or 'none is linear'}); use "
-            "--train_mode full"
+            f"{type(model).__name__} has no layer that PEFT can adapt ({_reasons(why, model) or 'none is linear'}); "
+            "use --train_mode full"
         )
     modules = dict(model.named_modules())
     targets = wanted or sorted({_ending(name) for name in layers})
@@ -84,8 +84,6 @@ def tell(targets: Targets, model, chosen: str | None) -> None:
             name,
             share,
         )
-
-
 
 
 # ------------------------------------------------------------------ what PEFT can adapt

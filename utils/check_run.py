@@ -8,7 +8,14 @@ from pathlib import Path
 
 from utils.check_dpo import check_dpo
 from utils.checkpoints import (
-    FINISHED, anew, checkpoints_of, has_optimizer, is_cut_short, is_removable, newer_than, read_manifest,
+    FINISHED,
+    anew,
+    checkpoints_of,
+    has_optimizer,
+    is_cut_short,
+    is_removable,
+    newer_than,
+    read_manifest,
 )  # fmt: skip
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, find_files
 from utils.errors import nearest
@@ -112,7 +119,9 @@ def _check_trainer(train_args) -> list[str]:
     available = get_available_reporting_integrations()
     alone = {"none", "all"} & set(train_args.report_to)
     if alone:  # by itself it is a list of others by now
-        problems.append(f"--report_to {' '.join(train_args.report_to)}: {alone.pop()!r} goes with no other; leave it out")
+        problems.append(
+            f"--report_to {' '.join(train_args.report_to)}: {alone.pop()!r} goes with no other; leave it out"
+        )
     for name in dict.fromkeys(name for name in train_args.report_to if name not in alone):
         if name in INTEGRATION_TO_CALLBACK and name not in available:
             problems.append(

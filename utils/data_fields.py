@@ -19,7 +19,7 @@ _SYSTEM = "name it 'system' to have it read"
 REFUSED = {
     **dict.fromkeys("image images image_url image_path video videos audio audios".split(), MEDIA),
     **dict.fromkeys("system_prompt system_message sys_prompt".split(), _SYSTEM),
-    "functions": "name it 'tools', each as {\"type\": \"function\", \"function\": …}, to have them read",
+    "functions": 'name it \'tools\', each as {"type": "function", "function": …}, to have them read',
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",
 }

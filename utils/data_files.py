@@ -89,7 +89,7 @@ def _named_twice(parts: list[str], flag: str) -> list[str]:
     for names in spellings.values():
         if len(names) > 1:
             shown = " and ".join(map(repr, dict.fromkeys(names)))
-            one = f", which are one file," if len(set(names)) > 1 else ""
+            one = ", which are one file," if len(set(names)) > 1 else ""
             problems.append(f"{flag} names {shown}{one} {len(names)} times, and a file is read once; name it once")
     return problems
 

@@ -52,8 +52,8 @@ def _is_trained(turn: dict, role: str) -> bool:
     for name, value in said.items():
         if value not in (0, 1):  # true and false, too
             raise BadRow(
-                f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or false "
-                "where it is not"
+                f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or "
+                "false where it is not"
             )
         if value and role != "assistant":
             raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")

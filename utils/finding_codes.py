@@ -77,7 +77,8 @@ CODES = {
     ),
     "QLORA_LEAVES_WEIGHTS": Code(
         WARNING, True, "--train_mode qlora leaves many weights in 16 bits", "qlora 有许多权重仍是 16 位",
-        "Reckon with their bytes, as plan_memory does; --train_mode lora takes little more", "按这些字节估算显存（plan_memory 已计入）；--train_mode lora 也多不了多少",
+        "Reckon with their bytes, as plan_memory does; --train_mode lora takes little more",
+        "按这些字节估算显存（plan_memory 已计入）；--train_mode lora 也多不了多少",
     ),
     "MAX_LEN_OVER_POSITIONS": Code(
         WARNING, True, "Rows are longer than the model's positions", "有的行比模型的位置数还长",

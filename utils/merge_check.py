@@ -72,9 +72,7 @@ def logits_in_float32(model, ids):
     training = model.training
     with torch.inference_mode(), _computed_in_float32(model.eval()):
         try:
-            logits = [
-                model(input_ids=row[None].to(model.device), use_cache=False).logits.float().cpu() for row in ids
-            ]
+            logits = [model(input_ids=row[None].to(model.device), use_cache=False).logits.float().cpu() for row in ids]
             return torch.cat(logits)
         finally:
             model.train(training)

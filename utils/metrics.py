@@ -152,7 +152,9 @@ def signatures(metrics: list[str]) -> dict[str, str]:
     """How sacrebleu was set, in its own short form, after at least one score was computed."""
     named = {f"bleu_{cut}": _bleu(cut) for cut in _BLEU_LABELS} if "bleu" in metrics else {}
     named |= {"chrf": _chrf()} if "chrf" in metrics else {}
-    return {name: metric.get_signature().format() for name, metric in named.items() if getattr(metric, "num_refs", -1) != -1}
+    return {
+        name: metric.get_signature().format() for name, metric in named.items() if getattr(metric, "num_refs", -1) != -1
+    }
 
 
 @cache

@@ -54,9 +54,7 @@ def run_record(args, train_args, data) -> dict:
 
 
 def _rows_record(report) -> dict:
-    files = [
-        {"file": file, "bytes": report.bytes_of[file], "sha256": report.hashes[file]} for file in report.files
-    ]
+    files = [{"file": file, "bytes": report.bytes_of[file], "sha256": report.hashes[file]} for file in report.files]
     names = ("rows", "kept", "dropped", "shortened", "untrained", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}
 

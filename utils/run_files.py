@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 from utils.checkpoints import (
-    FINISHED, MERGED, STATE, checkpoints_of, is_removable, read_record, remove_checkpoint, remove_files,
+    FINISHED,
+    MERGED,
+    STATE,
+    checkpoints_of,
+    is_removable,
+    read_record,
+    remove_checkpoint,
+    remove_files,
 )  # fmt: skip
 
 # what a run writes beside its weights; a file of this name that lies there already would be lost

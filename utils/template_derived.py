@@ -34,7 +34,9 @@ def derive(tokenizer) -> Template | None:
 
 def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Template | None:
     """Raises a `ValueError` where a rendering lacks a piece."""
-    system, user, second = ({"role": role, "content": text} for role, text in (("system", _S), ("user", _U), ("user", _V)))
+    system, user, second = (
+        {"role": role, "content": text} for role, text in (("system", _S), ("user", _U), ("user", _V))
+    )
     answer = {"role": "assistant", "content": _A}
     assistant = own.render([user], True).removeprefix(own.render([user]))
     turns = own.render([user, answer, second], True)
@@ -51,8 +53,8 @@ def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Templat
     alone = own.render([user], True)
     head = alone[: alone.index(_U)].removesuffix(before_user)
     template = Template(
-        name="auto", source="the tokenizer's own chat template", models=(), user=f"{before_user}{{content}}{after_user}",
-        assistant=assistant, before_answer=before_answer, after_answer=after_answer, stop=stop, after_stop=after_stop,
+        name="auto", source="the tokenizer's own chat template", models=(),
+        user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer, after_answer=after_answer, stop=stop, after_stop=after_stop,
         bos=head,
     )  # fmt: skip
     try:

@@ -16,9 +16,7 @@ class NoSpan(ValueError):
     """An answer whose place is not known exactly; the text completes "an answer that …"."""
 
 
-def answer_span(
-    messages: list[Message], turn: int, text: str, render: Render, special: re.Pattern
-) -> tuple[int, int]:
+def answer_span(messages: list[Message], turn: int, text: str, render: Render, special: re.Pattern) -> tuple[int, int]:
     """Where an answer stands in the rendering of the whole conversation, with the tokens that end it.
 
     It begins where the prompt for it ends, or where the two part: many a prompt opens a thought that the answers of

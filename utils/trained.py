@@ -74,7 +74,9 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
             return None, [problem]
         base = project_path(recorded)
         if base in chain:
-            return None, [f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"]
+            return None, [
+                f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"
+            ]
     if args.base_model:
         if not chain:
             return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has whole weights"]

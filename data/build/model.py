@@ -17,8 +17,11 @@ def _generation_config(tokenizer):
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        do_sample=False, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, max_new_tokens=64,
+        do_sample=False,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=64,
     )
 
 
@@ -35,9 +38,16 @@ def write_random_model(tokenizer_folder: Path, folder: Path, seed: int) -> int:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix units like it
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
     model.generation_config = _generation_config(tokenizer)
@@ -53,12 +63,23 @@ def pretrain(init_folder: Path, text_file: Path, folder: Path, seed: int) -> Non
         subprocess.CalledProcessError: if the run fails; its own message stands above.
     """
     flags = {
-        "train_args_path": "train_args/pretrain/base.py", "model_name_or_path": init_folder,
-        "train_data_path": text_file, "output_dir": folder, "train_mode": "full",
+        "train_args_path": "train_args/pretrain/base.py",
+        "model_name_or_path": init_folder,
+        "train_data_path": text_file,
+        "output_dir": folder,
+        "train_mode": "full",
         "precision": "fp32",  # as fast here as bf16, and exact
-        "max_len": ROW_LENGTH, "num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
-        "warmup_steps": 0.02, "logging_steps": 50, "eval_strategy": "no", "save_steps": 0.5, "save_total_limit": 1,
-        "report_to": "none", "seed": seed,
+        "max_len": ROW_LENGTH,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0.02,
+        "logging_steps": 50,
+        "eval_strategy": "no",
+        "save_steps": 0.5,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "seed": seed,
         "allow_special_tokens_in_content": True,  # the chat forms of the text are made of the tokens
     }
     command = [sys.executable, "main_train.py"]
