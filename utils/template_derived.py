@@ -54,8 +54,8 @@ def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Templat
     head = alone[: alone.index(_U)].removesuffix(before_user)
     template = Template(
         name="auto", source="the tokenizer's own chat template", models=(),
-        user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer, after_answer=after_answer, stop=stop, after_stop=after_stop,
-        bos=head,
+        user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer,
+        after_answer=after_answer, stop=stop, after_stop=after_stop, bos=head,
     )  # fmt: skip
     try:
         start = own.render([system, user], True)
