@@ -58,3 +58,20 @@ def test_other_models_stay_as_they_are():
     use_row_rope(model)
     assert not model.base_model._forward_pre_hooks
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_choices_of_other_lengths_have_the_likelihoods_they_have_alone(kind, tmp_path):
+    """Multiple choice puts short and long choices into one batch; against log_softmax of each alone."""
+    from utils.choices import Scored, log_likelihoods
+    from utils.trained import Parts, TrainedArgs, load_trained
+
+    model_of(kind).save_pretrained(tmp_path)
+    model = load_trained(TrainedArgs(model_path=str(tmp_path)), Parts(str(tmp_path), ()), "float32")
+    scored = [Scored(row["input_ids"], 4) for row in ROWS]
+    found = dict(log_likelihoods(model, scored, 4, 0))
+    for place, row in enumerate(ROWS):
+        ids = torch.tensor([row["input_ids"]])
+        logits = model_of(kind)(ids, use_cache=False).logits[0, 3:-1].log_softmax(-1)
+        expected = float(logits.gather(1, ids[0, 4:, None]).sum().detach())
+        assert found[place] == pytest.approx(expected, rel=1e-4)

@@ -16,6 +16,7 @@ from utils.imports import import_peft
 from utils.merge_layers import merge_onto, types_of
 from utils.paths import project_path
 from utils.quantised_base import keep_quantised_weights
+from utils.rope import use_row_rope
 from utils.template import get_template, template_dict, unknown_template
 from utils.template_auto import own_templates
 from utils.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
@@ -161,6 +162,7 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     except Exception as error:  # the hub, the file system and the model code each raise their own
         flag = "--base_model" if args.base_model else "--model_path"
         raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
+    use_row_rope(model)  # likelihoods of several choices go through the model in one batch
     leave_router_logits_out(model)
     model = _with_adapters(model, parts.adapters) if parts.adapters else model
     if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
