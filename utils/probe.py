@@ -167,7 +167,7 @@ def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: boo
                 _from_alone(logits[place], alone, batch["input_ids"][place], largest) for place in rows_in
             )
             if name == "end_to_end" and found[name] <= tolerance and not precise:
-                found[name] = max(found[name], _leak(forward, batch, rows_in, largest, noise))
+                found[name] = max(found[name], _leak(forward, batch, rows_in, largest))
         except Exception as error:
             reasons[name] = f"cannot compute {name.replace('_', ' ')} rows: {first_line(error)}"
             continue
@@ -176,18 +176,25 @@ def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: boo
     return Probe(padded=reasons.get("padded"), end_to_end=reasons.get("end_to_end"), differences=found, small=small)
 
 
-def _leak(forward, batch: dict, places: list, largest: float, noise: float) -> float:
-    """How far other tokens in the first row change the later rows, where 16 bits hide a small difference.
+def _leak(forward, batch: dict, places: list, largest: float) -> float:
+    """Whether other tokens in the first row change the later rows at all, where 16 bits hide a small difference.
 
-    With the same shapes the same sums are rounded in the same way, so that any change at all is a leak. A mixture of
-    experts groups its tokens otherwise, which rounds otherwise.
+    With the same shapes the same sums are rounded in the same way. Where they are not, since a mixture of experts
+    groups its tokens otherwise, other tokens in the last row show how far: no earlier row can depend on them.
+
+    Returns:
+        infinity where later rows depend on the first, else 0.
     """
-    first = places[0]
-    changed = {**batch, "input_ids": batch["input_ids"].clone()}
-    changed["input_ids"][first] = changed["input_ids"][first].flip(0)
-    before, after = forward(**batch), forward(**changed)
-    worst = max(_difference(after[place], before[place], largest) for place in places[1:])
-    return float("inf") if worst > noise else 0.0
+    before = forward(**batch)
+
+    def change(place) -> list[float]:
+        ids = batch["input_ids"].clone()
+        ids[place] = ids[place].flip(0)
+        after = forward(**{**batch, "input_ids": ids})
+        return [_difference(after[other], before[other], largest) for other in places]
+
+    rounding, later = max(change(places[-1])[:-1]), max(change(places[0])[1:])
+    return float("inf") if later > 4 * rounding else 0.0
 
 
 def _inputs(collate: Callable, rows: list[dict], device) -> dict:
