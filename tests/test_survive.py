@@ -385,7 +385,7 @@ class Steps:
     """Stands for transformers' Trainer: each step has the losses and the norm that a test gives."""
 
     def __init__(self):
-        self.args = SimpleNamespace(fp16=False, device=torch.device("cpu"), output_dir="run")
+        self.args = SimpleNamespace(fp16=False, device=torch.device("cpu"), output_dir="run", save_only_model=False)
         self.state = SimpleNamespace(global_step=0, log_history=[])
         self.on_nan, self.files = "skip", ["a.jsonl"]
 

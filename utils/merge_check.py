@@ -14,6 +14,10 @@ _ROWS, _LENGTH, _SEED = 2, 24, 0
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
 
 
+class MergeDiffers(UserError):
+    """A merged model is another one than the base with its adapter."""
+
+
 class Compared(NamedTuple):
     """Two models' logits on the same tokens.
 
@@ -145,7 +149,7 @@ def compare(base, adapter, merged) -> Compared:
 
 
 def refuse_difference(compared: Compared, dtype, what: str, path: str) -> None:
-    """Raises a `UserError` where the merged model is another than the base with its adapter.
+    """Raises `MergeDiffers` where the merged model is another than the base with its adapter.
 
     Args:
         compared: from `compare`.
@@ -156,7 +160,7 @@ def refuse_difference(compared: Compared, dtype, what: str, path: str) -> None:
     allowed = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE["bfloat16"])
     if compared.share <= allowed:  # a NaN is refused
         return
-    raise UserError(
+    raise MergeDiffers(
         f"{what} gives other logits than the base with the adapter {path!r}: {compared.text()} (root mean square "
         f"{100 * compared.share:.2g} % of the logits' spread; allowed for {str(dtype).removeprefix('torch.')}: "
         f"{100 * allowed:.2g} %). Nothing is written; use base and adapter together with infer, or with PEFT"

@@ -10,8 +10,9 @@ from pathlib import Path
 from utils.data_rows import BadRow
 from utils.generate import GenerateArgs, generate_ids, prompt_ids
 from utils.merge import load_merged, size_of
+from utils.merge_check import MergeDiffers
 from utils.prompts import to_prompt
-from utils.proof_figures import DoesNotApply, Measure, logits_of, same_logits
+from utils.proof_figures import DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.proof_subject import Subject, length_of, place_of, trained
 from utils.save import save_weights
 from utils.trained import Parts, TrainedArgs, load_trained
@@ -62,7 +63,10 @@ def merged(subject: Subject) -> list[Measure]:
         if expected is None:
             expected = _logits(load_trained(args, parts, "float32"), subject)
         whole = subject.scratch / "merged"
-        load_merged(args, parts, "float32").model.save_pretrained(whole)
+        try:
+            load_merged(args, parts, "float32").model.save_pretrained(whole)
+        except MergeDiffers as error:  # merging compares on tokens of its own, and refuses
+            raise ProofFailed(error.problems[0]) from None
         model = load_trained(dataclasses.replace(args, model_path=str(whole)), Parts(str(whole), ()), "float32")
         found = _logits(model, subject)
         shutil.rmtree(whole)
