@@ -307,9 +307,23 @@ FAULTS = [
     Fault(
         "labels: a break that the text holds already",
         "utils/segments.py",
-        "next(character for character in _BREAKS if character not in text)",
-        "_BREAKS[0]",
+        "        if character not in text:\n            return character",
+        "        return character",
         "tests/test_template_auto.py -k private_use",
+    ),
+    Fault(
+        "rows: a StopIteration within the work ends the reading",
+        "utils/data_encode.py",
+        "else (work(chunk) for chunk in chunks())",
+        "else map(work, chunks())",
+        "tests/test_data_encode.py -k lost_silently",
+    ),
+    Fault(
+        "rows: a chunk gives fewer rows than it had",
+        "utils/data_encode.py",
+        "if not refused and kept + dropped != part.rows:",
+        "if False:",
+        "tests/test_data_encode.py -k loses_rows",
     ),
     Fault(
         "labels: the first answers instead of the last",

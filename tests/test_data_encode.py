@@ -1,5 +1,6 @@
 """Rows are encoded in one pass: the same labels with and without offsets, and processes that fail are told."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,10 +14,10 @@ from conftest import ROOT, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data_encode import CHUNK, RowKind, encoded_parts
+from utils.data_encode import CHUNK, Part, RowKind, encoded_parts
 from utils.data_rows import to_messages
 from utils.errors import UserError
-from utils.segments import Segment, _encode_texts, _label_ranges, encode_segments, label_spans
+from utils.segments import Segment, _encode_texts, _label_ranges, encode_segments, free_break, label_spans
 from utils.template import get_template
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n🙂é你好<|im_end|>"), max_size=12)
@@ -62,8 +63,6 @@ def test_a_token_that_crosses_the_end_of_an_answer(tokenizer, text):
 
 
 def test_settings_left_in_the_tokenizer_do_not_count(tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     whole = encode_segments([[Segment("a long enough text")]], tokenizer)
     tokenizer(["a long text"], truncation=True, max_length=2, padding="max_length")
@@ -119,6 +118,51 @@ def test_a_process_that_is_killed_is_told_and_none_stays_behind(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
     with pytest.raises(UserError, match="--dataset_num_proc 1"):
         list(encoded_parts([file], kind_of(die), "auto", 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_row_is_lost_silently(tmp_path, workers):
+    """Neither at an iterator that ends within the work, nor where a chunk gives fewer rows than it had."""
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK))
+    kind = kind_of(lambda texts: next(iter([])))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(encoded_parts([file], kind, "auto", workers))
+
+
+def test_a_chunk_that_loses_rows_stops_the_run(tmp_path, monkeypatch):
+    from utils import data_encode
+
+    monkeypatch.setattr(data_encode, "encode_chunk", lambda kind, on_bad_row, chunk: Part(chunk.file, len(chunk.rows)))
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 3)
+    with pytest.raises(RuntimeError, match="of 3 rows, 0 are kept and 0 dropped"):
+        list(encoded_parts([file], kind_of(ids_of), "auto", 1))
+
+
+PRIVATE = [chr(code) for codes in ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)) for code in range(*codes)]
+
+
+@pytest.mark.parametrize("name", ["qwen", "auto"])
+def test_a_row_with_every_usual_break_keeps_all_rows(tmp_path, name):
+    """The 16 private-use characters that breaks are usually taken from: another one is."""
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.chat_template = get_template("qwen").to_jinja()
+    template = get_template(name, tokenizer)
+    odd = "".join(map(chr, range(0xE0F0, 0xE100))) + "<|im_end|>"
+    row = [{"role": "user", "content": odd}, {"role": "assistant", "content": "c"}]
+    kind = RowKind((".jsonl",), lambda row: row["messages"], lambda rows: [
+        {**one, "shortened": False} for one in template.encode_batch(rows, tokenizer)
+    ], {})  # fmt: skip
+    parts = list(encoded_parts([write_rows(tmp_path / "rows.jsonl", [{"messages": row}] * 3)], kind, "auto", 1))
+    ids = [ids for part in parts for ids in part.batch["input_ids"].to_pylist()]
+    assert len(ids) == 3 and tokenizer.decode(ids[0]) == get_template("qwen").render(row)
+    assert ids[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+
+
+def test_every_private_use_character_may_be_the_break():
+    assert free_break("".join(PRIVATE[:-1])) == PRIVATE[-1]
+    assert free_break("".join(PRIVATE).replace("\uf8ff", "")) == "\uf8ff"
+    with pytest.raises(UserError, match="every private-use character"):
+        free_break("".join(PRIVATE))
 
 
 def test_only_some_chunks_are_read_ahead(tmp_path):

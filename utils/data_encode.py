@@ -96,8 +96,7 @@ class Part:
 
 def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
     """Does all that has to be done with some rows."""
-    part = Part(chunk.file, len(chunk.rows))
-    lines, values = [], []
+    part, lines, values = Part(chunk.file, len(chunk.rows)), [], []
     for raw in chunk.rows:
         try:
             raw = parse_row(raw)
@@ -154,8 +153,7 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
             else:
                 part.trained_tokens += len(row[name]) - row[name].count(IGNORED)
     if kept:
-        ids = pyarrow.list_(pyarrow.int32())
-        arrays = [pyarrow.array([row[name] for row in kept], ids) for name in kind.columns]
+        arrays = [pyarrow.array([row[name] for row in kept], pyarrow.list_(pyarrow.int32())) for name in kind.columns]
         arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))
         part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
 
@@ -170,8 +168,7 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
     """Encodes all rows, in the files' order, with a progress bar where it takes long.
 
     Args:
-        files: data files.
-        kind: the task's way with rows.
+        kind: how the task reads and encodes them.
         on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
         workers: processes; None for a number that suits.
 
@@ -191,13 +188,17 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
                 yield Chunk(number, file, some, check_only=refused)
 
     work = functools.partial(encode_chunk, kind, on_bad_row)
-    parts = in_processes(work, chunks(), workers) if workers > 1 else map(work, chunks())
+    # not `map`, which would end quietly, and lose rows, at a StopIteration from within the work
+    parts = in_processes(work, chunks(), workers) if workers > 1 else (work(chunk) for chunk in chunks())
     total = count_rows(files)
     few = total is not None and total < 5 * CHUNK
     with tqdm(total=total, unit=" rows", desc="tokenising", disable=few, leave=False) as bar:
         for part in parts:
             bar.update(part.rows)
             refused = refused or bool(part.refused)
+            kept, dropped = part.batch.num_rows if part.batch else 0, len(part.dropped)
+            if not refused and kept + dropped != part.rows:
+                raise RuntimeError(f"of {part.rows} rows, {kept} are kept and {dropped} dropped")
             yield part
 
 
@@ -231,8 +232,7 @@ def in_processes(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers:
     """
     import multiprocessing
 
-    # forked, a process has template and tokenizer already
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("fork")  # forked, a process has template and tokenizer already
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,))
     waiting: deque = deque()
     try:

@@ -1,11 +1,15 @@
 """Pieces of a rendering → token ids and labels, in one tokenisation of the whole."""
 
 import re
+from itertools import chain
 from typing import Any, NamedTuple
 
+from utils.errors import UserError
+
 IGNORED = -100  # the label of a token that is not trained (torch's cross_entropy default)
-# private-use characters: set into the text of a special token, one keeps that from becoming the token
-_BREAKS = [chr(code) for code in range(0xE0F0, 0xE100)]
+# private-use characters: set into the text of a special token, one keeps that from becoming the token. The first 16
+# are used nowhere else in this project; all others that Unicode has follow, for a text that holds these.
+_BREAKS = (range(0xE0F0, 0xE100), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0xE000, 0xF900))
 
 
 class Segment(NamedTuple):
@@ -93,8 +97,15 @@ def _label_ranges(encoding, ids: list[int], spans: list[tuple[int, int]]) -> lis
 
 
 def free_break(text: str) -> str:
-    """A break that `text` does not hold."""
-    return next(character for character in _BREAKS if character not in text)
+    """A private-use character that `text` does not hold.
+
+    Raises:
+        UserError: it holds all of them.
+    """
+    for character in map(chr, chain(*_BREAKS)):
+        if character not in text:
+            return character
+    raise UserError("a conversation holds every private-use character of Unicode; remove some of them from it")
 
 
 def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
