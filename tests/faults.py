@@ -474,6 +474,13 @@ FAULTS = [
         "tests/test_data_turns.py -k arguments",
     ),
     Fault(
+        "auto: a short answer is looked for in what the template writes",
+        "utils/template_spans.py",
+        "if found < 0 or found == answer.rfind(said):",
+        "if True:",
+        "tests/test_template_official.py -k short_answer",
+    ),
+    Fault(
         "auto: the space before an answer is trained",
         "utils/template_spans.py",
         "return begin + _space_before(shown, messages[turn]), begin + size",

@@ -153,6 +153,24 @@ def test_a_prompt_that_opens_a_thought_which_plain_answers_lack_is_told(name, re
     assert get_template("auto", tokenizer_of(name)).unanswered_prompt() == rest
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_answer_that_the_template_itself_writes_as_well(name):
+    """`i` stands in `<think>`, which a template sets before the last answer: trained as any other answer is."""
+    if name == "glm4moe":
+        return
+    tokenizer = tokenizer_of(name)
+    template = get_template("auto", tokenizer)
+    for text in ("i", "think", "/", ">", "n", "assistant", "m"):
+        expected = [each.replace("Z", text) for each in _trained(template, tokenizer, "Z")]
+        assert _trained(template, tokenizer, text) == expected, text
+
+
+def _trained(template, tokenizer, text):
+    talk = [user("Q-ONE?"), answer(text), user("Q-TWO?"), answer(text)]
+    # a word's token may hold the space before it
+    return [each.lstrip(" ") for each in trained_texts(template.encode(talk, tokenizer), tokenizer)]
+
+
 def _may_be_refused(name, case, error):
     """Only what the template itself refuses or drops; a plain conversation is never refused."""
     assert case not in ("single", "multi", "empty answer", "spaces"), error

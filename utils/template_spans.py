@@ -45,7 +45,8 @@ def answer_span(messages: list[Message], turn: int, text: str, render: Render, s
     if begin is None or first is None:
         raise NoSpan("does not follow the prompt that the template gives for it")
     answer = alone[first:]
-    content, stop, end = _ends(answer, messages[turn], special)
+    content = _content_in(answer, messages[: turn + 1], alone, first, render)
+    stop, end = _ends(answer, content, messages[turn], special)
     if end is None:
         raise NoSpan(
             "no special token ends, so that the model would not learn to stop; give the tokenizer a chat template "
@@ -121,25 +122,49 @@ def _first(messages: list[Message], text: str, render: Render, special: re.Patte
     return begin, match.end()
 
 
-def _ends(answer: str, message: Message, special: re.Pattern) -> tuple[int, int, int | None]:
-    """Where the content of an answer begins, and where its stop tokens begin and end.
+def _content_in(answer: str, messages: list[Message], alone: str, first: int, render: Render) -> int:
+    """Where the content of an answer begins in it; -1 where it has none.
+
+    A short content may stand in what the template sets before it as well, `i` in `<think>`. A character set before
+    the content then shows which it is.
+
+    Args:
+        answer: as the last turn shows it.
+        messages: up to the answer.
+        alone: their rendering.
+        first: where in that the answer begins.
+        render: the template.
+    """
+    content = messages[-1].get("content") or ""
+    said = content.strip()
+    found = answer.find(said) if said else -1
+    if found < 0 or found == answer.rfind(said):
+        return found
+    marked = content.replace(said, _CONTENT + said, 1)
+    try:
+        return _place(render([*messages[:-1], {**messages[-1], "content": marked}]), alone) - first
+    except (UserError, ValueError):  # a thought in the content, which the template shows in its own way
+        return found
+
+
+def _ends(answer: str, found: int, message: Message, special: re.Pattern) -> tuple[int, int | None]:
+    """Where the stop tokens of an answer, whose content begins at `found`, begin and end.
 
     The stop tokens are those that stand last with nothing but space between them; of these, only the first ones
     that stand directly one after the other: a template may set an eos token after a finished conversation.
     """
     said = (message.get("content") or "").strip()
-    found = answer.find(said) if said else -1
     tokens = list(special.finditer(answer, max(found, 0) + len(said) if found >= 0 else 0))
     first, after = len(tokens), None
     while first and not answer[tokens[first - 1].end() : after].strip():
         first -= 1
         after = tokens[first].start()
     if first == len(tokens):
-        return found, 0, None
+        return 0, None
     last = first
     while last + 1 < len(tokens) and tokens[last].end() == tokens[last + 1].start():
         last += 1
-    return found, tokens[first].start(), tokens[last].end()
+    return tokens[first].start(), tokens[last].end()
 
 
 def _found_again(answer: str, content: int, stop: int, text: str, special: re.Pattern) -> int | None:
