@@ -855,6 +855,13 @@ FAULTS = [
         "tests/test_models.py -k 'pissa_is_saved'",
     ),
     Fault(
+        "pissa: a checkpoint is loaded with PEFT's own start",
+        "utils/adapter_files.py",
+        "        with plain_lora(path, flag) as place:\n",
+        "        with plain_lora(path, flag) as _:\n            place = path\n",
+        "tests/test_models.py -k 'pissa_checkpoint'",
+    ),
+    Fault(
         "pissa: the scale of rank-stabilised LoRA",
         "utils/pissa.py",
         '*= 2**0.5 if config["use_rslora"] else 2',

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -16,8 +17,11 @@ from transformers.utils import logging
 from utils.adapter import ADAPTERS, adapter_weights, impossible_tokens, settle_trainable, untrained_tokens
 from utils.args import CommonArgs
 from utils.data_collator import build_collator, build_pair_collator
+from utils.errors import UserError
 from utils.log import setup_logging
-from utils.model import settle_attention
+from utils.model import settle_attention, with_trained_adapter
+from utils.script import merge_lora
+from utils.trained import Parts, TrainedArgs, load_trained
 
 MODES = {
     "full": ["--train_mode", "full"],
@@ -563,3 +567,28 @@ def test_pissa_in_bf16_is_saved_as_it_was_trained(task, train, tiny_models, tmp_
         with torch.no_grad():
             moved, difference = layer(x) - layer.base_layer(x), layer(x) - model.get_submodule(name)(x)
         assert difference.norm() < 1e-4 * moved.norm(), name
+
+
+@pytest.mark.parametrize("use", ["load", "merge", "train"])
+def test_a_pissa_checkpoint_in_bf16_is_the_model_that_was_trained(use, train, tiny_models, tmp_path):
+    """Its adapter on the base as loaded in bf16 gives the logits of the finished run, whose last step it is."""
+    base = tiny.save_tiny_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    flags = ["--init_lora_weights", "pissa", "--precision", "bf16", "--learning_rate", "1e-3", "--max_steps", "2"]
+    folder = train(*flags, "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", model=base)
+    wanted = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).float(), folder))
+    moved = (wanted - logits_of(AutoModelForCausalLM.from_pretrained(base).float())).norm()
+    checkpoint = str(folder / "checkpoint-2")
+    if use == "load":
+        found = load_trained(TrainedArgs(), Parts(base, (checkpoint,))).float()
+    elif use == "merge":
+        whole = str(tmp_path / "merged")
+        merge_lora.main(["--model_path", checkpoint, "--output_dir", whole, "--dtype", "float32"])
+        found = AutoModelForCausalLM.from_pretrained(whole)
+    else:
+        args = SimpleNamespace(adapter_name_or_path=checkpoint, train_mode="lora", model_name_or_path=base)
+        found = with_trained_adapter(AutoModelForCausalLM.from_pretrained(base), args).float()
+    assert (logits_of(found.eval()) - wanted).norm() < 1e-3 * moved
+    (folder / "checkpoint-2" / "pissa_start.safetensors").unlink()
+    with pytest.raises(UserError, match="PiSSA run without pissa_start"):
+        load_trained(TrainedArgs(), Parts(base, (checkpoint,)))

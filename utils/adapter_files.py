@@ -7,6 +7,7 @@ from loguru import logger
 
 from utils.errors import UserError
 from utils.imports import import_peft
+from utils.pissa import plain_lora
 from utils.tokenizer import load_failure
 from utils.weight_files import read_header
 
@@ -72,10 +73,13 @@ def attach_adapter(model, path: str, flag: str, trainable: bool = False):
 
     fit_vocabulary(model, path, flag)
     try:
-        peft = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-        if peft.active_peft_config.is_prompt_learning:
-            return peft
-        found = peft.load_adapter(path, "default", is_trainable=trainable)  # once more, for what it reports
+        with plain_lora(path, flag) as place:
+            peft = PeftModel.from_pretrained(model, place, is_trainable=trainable)
+            if peft.active_peft_config.is_prompt_learning:
+                return peft
+            found = peft.load_adapter(place, "default", is_trainable=trainable)  # once more, for what it reports
+    except UserError:
+        raise
     except Exception as error:  # another shape, a damaged file, the hub
         raise UserError(load_failure("adapter", flag, path, error)) from error
     # PEFT only warns: an adapter made for other module names would change nothing, or a part. Under a resized

@@ -1,7 +1,16 @@
 """PiSSA: what is trained beside a changed base, as an adapter for the base as it was."""
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from utils.checkpoints import MANIFEST
+from utils.errors import UserError
+
+IN_CHECKPOINT = "pissa_start.safetensors"  # A0 and B0, beside the adapter of a checkpoint
 
 
 def with_pissa(model, config, one_type: bool):
@@ -66,12 +75,12 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
 
     Args:
         folder: holds the trained adapter, and the new one afterwards.
-        start: holds the adapter as it was before training.
+        start: the safetensors file of the adapter as it was before training.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    weights, before = (load_file(path / "adapter_model.safetensors") for path in (folder, start))
+    weights, before = load_file(folder / "adapter_model.safetensors"), load_file(start)
     for name, weight in weights.items():
         if "lora_A" in name:
             weights[name] = torch.cat([weight, before[name]], dim=0)
@@ -84,3 +93,39 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
     config["init_lora_weights"] = True
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def plain_lora(path: str, flag: str) -> Iterator[str]:
+    """The folder that an adapter is loaded from: a checkpoint of a PiSSA run as the plain LoRA that a run ends with.
+
+    PEFT's own start would be computed again, and would round the residual to the type that the base is loaded in.
+
+    Args:
+        path: the adapter's folder, or a hub's name.
+        flag: the flag it came by, for the message.
+
+    Yields:
+        `path` itself for every other adapter, one that plain PEFT trained with PiSSA included; else a folder that is
+        removed afterwards.
+
+    Raises:
+        UserError: the checkpoint lacks the start.
+    """
+    folder, config = Path(path), Path(path) / "adapter_config.json"
+    start = folder / IN_CHECKPOINT
+    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("init_lora_weights") != "pissa":
+        yield path
+    elif start.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(folder / name, Path(scratch) / name)
+            pissa_to_lora(Path(scratch), start)
+            yield scratch
+    elif (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{flag} {path!r} is a checkpoint of a PiSSA run without {IN_CHECKPOINT}, the adapter that training began "
+            "with, so the trained weights cannot be computed from it; use the finished run's folder, or resume the run"
+        )
+    else:
+        yield path

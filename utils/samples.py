@@ -59,7 +59,7 @@ def _begins_as_base(model, args) -> bool:
     """Whether the model without its adapter is what the training found: a new adapter adds nothing at its start."""
     from peft import PeftModel
 
-    # PiSSA's start is taken out of the base, whose weights are others from then on
+    # with a PiSSA adapter off the layers give (W0 - s B0 A0) x, which is not what the base gives
     return isinstance(model, PeftModel) and not args.adapter_name_or_path and args.init_lora_weights == "default"
 
 

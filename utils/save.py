@@ -94,7 +94,7 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     if template is not None:
         set_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
-        # PiSSA takes weight out of the base; the start is needed to say the end as a plain LoRA
+        # the model is W0 - s B0 A0 + s B A; B0 and A0 are needed to write it as a plain LoRA on W0
         model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
 
 
@@ -245,5 +245,5 @@ def push_run(trainer, folder: Path) -> None:
 def save_weights(trainer, args, folder: Path) -> None:
     trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
     if args.init_lora_weights == "pissa" and is_main_process():
-        pissa_to_lora(folder, folder / PISSA_START)
+        pissa_to_lora(folder, folder / PISSA_START / "adapter_model.safetensors")
         remove_pissa_start(folder)

@@ -15,7 +15,9 @@ from utils.checkpoints import anew, begin_checkpoint, checkpoints_of, mark_compl
 from utils.data_report import name_sources
 from utils.errors import UserError, is_about_the_disk
 from utils.launch import all_of, any_process, is_first_here, wait_for_all, world_size
+from utils.pissa import IN_CHECKPOINT
 from utils.resume import Resumable
+from utils.run_files import PISSA_START
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
@@ -79,6 +81,10 @@ class Surviving(Resumable):
     def _complete(self, folder: Path) -> None:
         if self.is_deepspeed_enabled and not self.args.save_only_model:
             (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
+        start = folder.parent / PISSA_START / "adapter_model.safetensors"
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
+        if start.is_file() and any(getattr(config, "init_lora_weights", None) == "pissa" for config in adapters):
+            shutil.copyfile(start, folder / IN_CHECKPOINT)  # without it the weights cannot be computed
         mark_complete(folder, self.settings)
 
     def _write_or_give_up(self, folder: Path, write) -> None:

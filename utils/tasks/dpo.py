@@ -146,11 +146,11 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         pass
 
     if adapter is not None and args.init_lora_weights == "pissa":
-        # PiSSA takes weight out of the base, which is not the reference any more with the adapter off
+        # with the adapter off the layers give (W0 - s B0 A0) x, so the reference needs a copy of the start
         model, adapter = with_pissa(model, adapter, wants_one_type(args, train_args)), None
     has_copy = isinstance(model, PeftModel)
     if has_copy:
-        # the trainer fills the copy; PiSSA's own start would take weight out of the base once more
+        # the trainer fills the copy; PEFT's own PiSSA start would overwrite W0 with a rounded residual
         config = model.peft_config["default"]
         start, config.init_lora_weights = config.init_lora_weights, True
     if train_args.precompute_ref_log_probs:
