@@ -505,8 +505,8 @@ FAULTS = [
     Fault(
         "truncation: the system message goes as a turn",
         "utils/shorten.py",
-        'count = 1 if messages[0]["role"] == "system" else 0',
-        "count = 0",
+        "_keep_tools([*head, *later, *turns[start:]], messages)",
+        "_keep_tools([*later, *turns[start:]], messages)",
         "tests/test_data_process.py -k 'the_oldest_turns or the_beginning_of_the_last'",
     ),
     Fault(
@@ -515,6 +515,20 @@ FAULTS = [
         'if "tools" not in messages[0] or "tools" in shorter[0]:',
         "if True:",
         "tests/test_data_process.py -k tools_stay",
+    ),
+    Fault(
+        "truncation: a later system message goes with its turn",
+        "utils/shorten.py",
+        '[message for message in turns[:start] if message["role"] == "system"]',
+        "[]",
+        "tests/test_long.py -k 'system_message'",
+    ),
+    Fault(
+        "truncation: a system message moves where the template refuses it",
+        "utils/shorten.py",
+        "if _count_head(kept) == _count_head(messages):",
+        "if True:",
+        "tests/test_long.py -k 'no_other_place'",
     ),
     Fault(
         "truncation: of a long conversation a turn too many goes",

@@ -1,5 +1,6 @@
 """Long conversations lose the same turns as one at a time, in a time that grows with their length."""
 
+import copy
 import random
 
 import pytest
@@ -32,8 +33,9 @@ def template_of(name, tokenizer):
 def conversation(draw, turns):
     words = ["one", "two", "the fox", "你好", "<|im_end|>", "a\n\nb", "x" * 9, "."]
     said = lambda: " ".join(draw.choices(words, k=draw.randint(1, 12)))  # noqa: E731
-    messages = [{"role": "system", "content": said()}] * draw.randint(0, 1)
+    messages = [{"role": "system", "content": said()} for _ in range(draw.choice([0, 1, 1, 2]))]
     for _ in range(turns):
+        messages += [{"role": "system", "content": said()}] * (1 if draw.random() < 0.05 else 0)
         messages += [{"role": "user", "content": said()}] * (2 if draw.random() < 0.1 else 1)
         messages += [{"role": "assistant", "content": said()}] * (0 if draw.random() < 0.1 else 1)
     return [*messages, {"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
@@ -115,6 +117,62 @@ def test_the_system_message_and_its_tools_stay(tokenizers):
     messages = [{**messages[2], "tools": [{"name": "f"}]}, *messages[3:]]
     kept = cut_far(messages, template_of("qwen", tokenizers["qwen"]), tokenizers["qwen"], 100)
     assert not isinstance(kept, Shortened)  # the template has no form for tools, which its check says
+
+
+def said(*texts):
+    """`said("system: Be kind.", "user: Hi")` → messages"""
+    return [dict(zip(("role", "content"), text.split(": ", 1), strict=True)) for text in texts]
+
+
+LONG = "x " * 200
+LATER = {
+    "two at the start": (
+        ["system: FIRST", "system: SECOND", f"user: {LONG}", "assistant: a", "user: q", "assistant: b"],
+        ["system: FIRST", "system: SECOND", "user: q", "assistant: b"],
+    ),
+    "one in between": (
+        ["user: p", f"assistant: {LONG}", "system: MID", "user: q", "assistant: b"],
+        ["system: MID", "user: q", "assistant: b"],
+    ),
+    "one at each place": (
+        ["system: A", "user: p", f"assistant: {LONG}", "system: B", f"user: {LONG}", "assistant: a", "user: q",
+         "system: C", "assistant: b"],
+        ["system: A", "system: B", "user: q", "system: C", "assistant: b"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATER)
+@pytest.mark.parametrize("name", ["qwen", "llama3", "auto"])
+def test_every_system_message_stays(tokenizers, name, case):
+    tokenizer = tokenizers[name]
+    template = template_of(name, tokenizer)
+    messages, expected = (said(*texts) for texts in LATER[case])
+    for conversation in (messages, cut_far(messages, template, tokenizer, 90)):
+        (row,) = encode_within([conversation], template, tokenizer, 90)
+        assert row["shortened"] and row["input_ids"] == template.encode(expected, tokenizer)["input_ids"]
+    asked = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": said("assistant: c")}
+    for pair in (asked, cut_pair_far(asked, template, tokenizer, 120, 90)):
+        (row,) = encode_pairs_within([pair], template, tokenizer, 120, 90)
+        whole = template.encode(expected, tokenizer)["input_ids"]
+        assert whole[: len(row["prompt_ids"])] == row["prompt_ids"] and row["shortened"]
+
+
+def test_a_system_message_with_no_other_place_stops_the_cut(tokenizers):
+    """A format that takes a system message anywhere but before a question that opens the conversation."""
+    tokenizer = tokenizers["qwen"]
+    tokenizer = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message at the start') }}{% endif %}"
+    tokenizer.chat_template = refusal + get_template("qwen").to_jinja()
+    template = get_template("auto", tokenizer)
+    messages = said(*LATER["one in between"][0])
+    template.check(messages)
+    for conversation in (messages, cut_far(messages, template, tokenizer, 90)):
+        (row,) = encode_within([conversation], template, tokenizer, 90)
+        assert "has a system message among the turns that would have to go" in row.reason
+    pair = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": said("assistant: c")}
+    (row,) = encode_pairs_within([pair], template, tokenizer, 120, 90)
+    assert "has a system message among the turns that would have to go" in row.reason
 
 
 def test_what_is_wrong_is_told_by_the_turns_of_the_row(tokenizers):

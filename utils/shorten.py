@@ -30,9 +30,11 @@ def encode_within(
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
             if not truncate:
                 return Dropped(f"is too long for --max_len {max_len}", TOO_LONG)
-            messages = shorter(messages, surplus, tokenizer)
+            longer, messages = messages, shorter(messages, surplus, tokenizer)
             if messages is None:
                 return Dropped(f"is too long for --max_len {max_len} with its answer, which is never cut", TOO_LONG)
+            if not can_move_system(template, longer, messages):
+                return Dropped(f"is too long for --max_len {max_len} and {SYSTEM_STAYS}", TOO_LONG)
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if encoded["labels"].count(IGNORED) == len(encoded["labels"]):
             return Dropped("has nothing to train")
@@ -125,13 +127,32 @@ def shorter(messages: list[Message], surplus: int, tokenizer) -> list[Message] |
     return _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
 
 
+SYSTEM_STAYS = "has a system message among the turns that would have to go, which the template has no other place for"
+
+
+def can_move_system(template: Template, messages: list[Message], kept: list[Message]) -> bool:
+    """Whether a template has a form for what is kept, where later system messages have come to stand at its start."""
+    if _count_head(kept) == _count_head(messages):
+        return True
+    try:
+        template.check(kept)
+    except UserError:
+        return False
+    return True
+
+
+def _count_head(messages: list[Message]) -> int:
+    """With how many system messages a conversation begins."""
+    return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+
+
 def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    count = 1 if messages[0]["role"] == "system" else 0
+    count = _count_head(messages)
     return messages[:count], messages[count:]
 
 
 def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """Drops everything between the system message and the second question; None if there is no second."""
+    """Drops the turns before the second question, but no system message; None if there is no second."""
     starts = _starts(messages)
     return _from(messages, starts[0]) if starts else None
 
@@ -144,9 +165,10 @@ def _starts(messages: list[Message]) -> list[int]:
 
 
 def _from(messages: list[Message], start: int) -> list[Message]:
-    """The system message, where there is one, and the turns from `start` on."""
+    """The turns from `start` on, after every system message that stands before them."""
     head, turns = _split_head(messages)
-    return _keep_tools(head + turns[start:], messages)
+    later = [message for message in turns[:start] if message["role"] == "system"]
+    return _keep_tools([*head, *later, *turns[start:]], messages)
 
 
 def _keep_tools(shorter: list[Message], messages: list[Message]) -> list[Message]:

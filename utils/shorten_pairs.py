@@ -3,7 +3,7 @@
 from utils.data_pairs import EqualPair, Pair
 from utils.data_report import TOO_LONG, Dropped
 from utils.segments import IGNORED
-from utils.shorten import Shortened, count_tokens, first_fit, is_far, shorter
+from utils.shorten import SYSTEM_STAYS, Shortened, can_move_system, count_tokens, first_fit, is_far, shorter
 from utils.template import Template
 from utils.turns import count_answers
 
@@ -45,9 +45,12 @@ def encode_pairs_within(
         while not isinstance(row, Dropped) and (too_many := surplus(row)) > 0:
             if not truncate:
                 return Dropped(f"is too long for {limits}", TOO_LONG)
-            kept = shorter([*pair["prompt"], pair["chosen"][0]], too_many, tokenizer)
+            longer = [*pair["prompt"], pair["chosen"][0]]
+            kept = shorter(longer, too_many, tokenizer)
             if kept is None:
                 return Dropped(f"is too long for {limits} with its answers, which are never cut", TOO_LONG)
+            if not can_move_system(template, longer, kept):
+                return Dropped(f"is too long for {limits} and {SYSTEM_STAYS}", TOO_LONG)
             pair, shortened = {**pair, "prompt": kept[:-1]}, True
             row = _encode([pair], template, tokenizer, allow_special)[0]
         if isinstance(row, Dropped):
