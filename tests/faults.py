@@ -1430,6 +1430,27 @@ FAULTS = [
         "tests/test_data_fields.py",
     ),
     Fault(
+        "fields: a label of 0 counts as one that is wanted",
+        "utils/data_fields.py",
+        'value in (0, "0") or',
+        "value is False or",
+        "tests/test_data_fields.py",
+    ),
+    Fault(
+        "fields: thinking beside the turns is ignored",
+        "utils/data_fields.py",
+        'REFUSED if kind in ("text", "prompt") else REFUSED | _REASONING',
+        "REFUSED",
+        "tests/test_data_fields.py",
+    ),
+    Fault(
+        "turns: a second text of a turn is ignored",
+        "utils/data_turns.py",
+        "if text_field in turn and not is_empty(turn.get(other))",
+        "if False",
+        "tests/test_data_fields.py",
+    ),
+    Fault(
         "fields: a weight is ignored",
         "utils/data_fields.py",
         'if name == "weight" and value not in (1, "1", "1.0"):',

@@ -61,6 +61,19 @@ def test_what_is_asked_of_a_model_is_whole_as_well(name):
         ({**PLAIN, "reasoning": "I think."}, "has a field 'reasoning', which is not read"),
         ({**PAIR, "output": "Y"}, "has 'output' beside 'chosen'"),
         ({**PAIR, "prompt": [USER], "messages": [USER]}, "has 'messages' beside 'prompt'"),
+        *(
+            ({**row, name: "I think."}, f"has a field '{name}', which is not read")
+            for row in (PLAIN, CHAT, {"conversations": OTHER}, PAIR)
+            for name in ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+        ),
+        ({**PLAIN, "context": "Of pears."}, "has a field 'context', which is not read and changes the question"),
+        ({"instruction": "Hi", "context": "Of pears.", "chosen": "a", "rejected": "b"}, "has a field 'context'"),
+        ({"messages": [{**USER, "value": "Ho"}, ANSWER]}, "turn 1 has 'value' beside 'content', and they differ"),
+        ({"conversations": [OTHER[0], {**OTHER[1], "content": "X"}]}, "turn 2 has 'content' beside 'value'"),
+        ({"messages": [USER, {**ANSWER, "content": "", "value": "X"}]}, "turn 2 has 'value' beside 'content'"),
+        ({**PLAIN, "label": 0}, "has 'label' 0, the mark of an answer that is not wanted"),
+        ({**CHAT, "label": 0.0}, "has 'label' 0.0"),
+        ({**PAIR, "label": "0"}, "has 'label' '0'"),
         ({**PLAIN, "label": False}, "has 'label' False, the mark of an answer that is not wanted"),
         ({**CHAT, "label": "False"}, "has 'label' 'False'"),
         ({**CHAT, "weight": 0}, "has 'weight' 0"),
@@ -81,6 +94,10 @@ def test_a_second_conversation_and_marks_of_bad_answers_are_refused(row, said):
         {**CHAT, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {**CHAT, "conversations": None, "instruction": "", "output": float("nan"), "images": []},
         {**PLAIN, "messages": None, "conversations": None, "label": True, "weight": 1},
+        {**PLAIN, "context": "Hi\n"},
+        {**PLAIN, "context": "", "label": 1, "thought": None},
+        {**CHAT, "label": "1", "reasoning": ""},
+        {"messages": [{**USER, "value": "Hi"}, {**ANSWER, "value": ""}]},
         {**PLAIN, "response": "Hello", "system": " ", "input": "\n", "tools": "", "history": float("nan")},
     ],
 )

@@ -23,9 +23,11 @@ REFUSED = {
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",
 }
-# in a row of {"instruction", "output"} these are part of the answer; elsewhere their meaning is not known
+# what programs call the thinking of an answer; transformers gives a template all of the first three
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+# beside the turns of a row it is part of an answer, and a row with several does not say of which
 _REASONING = dict.fromkeys(
-    ("reasoning_content", "reasoning", "thinking"),
+    REASONING,
     "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
 )
 # row type → the fields that are read
@@ -71,7 +73,7 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
         kind: a key of `READ`.
         turns: the messages read from it; a field that repeats one, or all of them, is no second conversation.
     """
-    refused = REFUSED | _REASONING if kind == "instruction" else REFUSED
+    refused = REFUSED if kind in ("text", "prompt") else REFUSED | _REASONING
     for name, value in row.items():
         if name in READ[kind] or name in DESCRIPTIVE or is_empty(value):
             continue
@@ -81,6 +83,8 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
             continue
         if name in _CONVERSATION and not _repeats(name, row, kind, turns):
             return f"has {name!r} beside {_MAIN.get(kind, kind)!r}, which is the conversation already; keep one of them"
+        if name == "context" and row.get("instruction") and not _is_within(value, turns):  # Dolly's
+            return "has a field 'context', which is not read and changes the question; name it 'input', or remove it"
         if name == "label" and _is_false(value):
             return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
         if name == "weight" and value not in (1, "1", "1.0"):
@@ -131,9 +135,13 @@ def _repeats(name: str, row: dict, kind: str, turns: list[dict]) -> bool:
     return value == row.get(kind) or [_said(turn) for turn in value] == [_said(turn) for turn in turns]
 
 
+def _is_within(value: Any, turns: list[dict]) -> bool:
+    return isinstance(value, str) and any(value.strip() in str(turn.get("content")) for turn in turns)
+
+
 def _said(turn: Any) -> Any:
     return turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
 
 
 def _is_false(value: Any) -> bool:
-    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+    return value in (0, "0") or (isinstance(value, str) and value.strip().lower() == "false")  # 0 == False

@@ -8,12 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from utils.data_fields import DESCRIPTIVE
+from utils.data_fields import DESCRIPTIVE, REASONING
 from utils.errors import UserError
 
 Message = dict[str, Any]
-# what programs call the thinking of an answer; transformers gives a template all of the first three
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # how thinking is written within a content
 _THOUGHT = re.compile(r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|<\|channel>|<channel\|>")
