@@ -1,5 +1,8 @@
 """From files to ids and labels: what is kept, what is dropped and named, and what is cached."""
 
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -7,6 +10,7 @@ import tiny
 from conftest import write_rows
 
 from utils.args import parse_args
+from utils.data_process import _one_at_a_time
 from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks import get_task
@@ -307,6 +311,26 @@ def test_odd_rows_are_named_with_all_others(load, tmp_path, row):
     with pytest.raises(UserError) as error:
         load(str(tmp_path / "odd.jsonl"))
     assert "3 of 3 rows" in str(error.value)
+
+
+def test_the_lock_of_a_preparation_is_removed_and_lets_one_in_at_a_time(tmp_path, monkeypatch):
+    """Whoever waits for a lock that is removed must not hold the old file beside one who holds a new one."""
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    inside, most = [], []
+
+    def enter(number):
+        for _ in range(8):
+            with _one_at_a_time(tmp_path / "cache" / "rows"):
+                inside.append(number)
+                time.sleep(0.002)
+                most.append(len(inside))
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert len(most) == 32 and max(most) == 1
+    assert not list((tmp_path / "locks").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["report.json", "state.json", "dataset_info.json", "cut", "rows lost"])

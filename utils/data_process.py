@@ -102,7 +102,10 @@ def _one_at_a_time(folder: Path):
             f"prepared rows cannot be kept in {str(folder.parent)!r}: {error.strerror}; give another --cache_dir"
         ) from error
     with FileLock(_lock_of(folder)):
-        yield
+        try:
+            yield
+        finally:
+            _lock_of(folder).unlink(missing_ok=True)  # while it is held; filelock lets nobody hold a removed file
 
 
 def _lock_of(folder: Path) -> Path:
