@@ -1421,7 +1421,21 @@ FAULTS = [
         "            if checksum(file):\n",
         "tests/test_data_keys.py -k 'changed or changes'",
     ),
+    Fault(
+        "cache: the lock of a preparation is left behind",
+        "utils/data_process.py",
+        "            _lock_of(folder).unlink(missing_ok=True)",
+        "            pass",
+        "tests/test_data_process.py -k the_lock_of",
+    ),
     # ------------------------------------------------------------------ reading rows
+    Fault(
+        "files: a row's own list is taken for the file's rows",
+        "utils/data_json.py",
+        'if conversation_kind(value) or "chosen" in value:',
+        "if False:",
+        "tests/test_data_shapes.py -k like_a_wrapper",
+    ),
     Fault(
         "fields: an answer that is marked unwanted is trained",
         "utils/data_fields.py",

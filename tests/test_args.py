@@ -140,6 +140,7 @@ def test_all_problems_come_at_once(parse, also):
         (["--learning_rate", "-1"], "--learning_rate -1.0"),
         (["--num_train_epochs", "0"], "trains nothing"),
         (["--num_train_epochs", "1e30"], "never ends; give a number above 0 and at most 1,000,000"),
+        (["--group_by_length", "true"], "--group_by_length is not a flag. It is --train_sampling_strategy group_by_length"),
         (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--report_to", "tensorboard", "tensorbord"], "--report_to 'tensorbord' is not installed. Did you mean"),
         (["--report_to", "none", "tensorboard"], "--report_to none tensorboard: 'none' goes with no other"),

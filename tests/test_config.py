@@ -127,6 +127,7 @@ def test_precision_is_what_it_was_or_told(run, changed, monkeypatch):
     ("part", "name", "value", "said"),
     [
         ("common", "lora_rnak", 4, "'lora_rnak' is not a flag. Did you mean 'lora_rank'"),
+        ("trainer", "group_by_length", True, "not a flag. It is --train_sampling_strategy group_by_length now"),
         ("trainer", "learning_rate", "fast", 'learning_rate is "fast"; give a number'),
         ("common", "lora_rank", 4.5, "lora_rank is 4.5; give a whole number"),
         ("common", "lora_rank", True, "lora_rank is true; give a whole number"),

@@ -43,6 +43,26 @@ def test_a_file_may_be_one_row(tmp_path, suffix):
         assert [row.value for row in read(tmp_path / f"rows{suffix}", text)] == ROWS[:1]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Sum up.", "output": "Two.", "items": [{"name": "a"}, {"name": "b"}]},
+        {**ROWS[0], "data": [{"name": "a"}]},
+        {"prompt": "Hi", "chosen": "a", "rejected": "b", "examples": [{"name": "a"}]},
+    ],
+)
+def test_a_row_with_a_list_named_like_a_wrapper_is_one_row(tmp_path, row):
+    assert [one.value for one in read(tmp_path / "a.json", json.dumps(row, indent=1))] == [row]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_one_message_where_a_list_belongs_is_named_as_such(tmp_path, name):
+    turn = {"role": "user", "content": "Hi"} if name == "messages" else {"from": "human", "value": "Hi"}
+    (row,) = read(tmp_path / "a.json", json.dumps({name: turn}, indent=1))
+    with pytest.raises(BadRow, match=f"has one message in '{name}' where a list of them belongs"):
+        to_messages(row.value)
+
+
 def test_rows_one_after_another_are_told_by_the_line_they_begin_on(tmp_path):
     rows = read(tmp_path / "a.json", "\n" + "\n".join(json.dumps(row, indent=2) for row in ROWS))
     length = len(json.dumps(ROWS[0], indent=2).splitlines())

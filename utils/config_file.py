@@ -11,7 +11,7 @@ from loguru import logger
 from utils.checkpoints import BEGUN, FINISHED
 from utils.data_files import TEXT_SUFFIXES, find_files
 from utils.errors import UserError, nearest
-from utils.flags import fits, hints_of, type_in_words
+from utils.flags import fits, hints_of, type_in_words, what_is_meant
 from utils.paths import ROOT, project_path
 from utils.record import LIBRARIES, hardware, launcher, sha256_of, versions
 from utils.weight_files import fingerprint
@@ -100,7 +100,7 @@ class ConfigFile:
         problems = []
         for name, value in self.values.items():
             if name not in hints:
-                problems.append(f"--config {self.path!r}: {name!r} is not a flag.{nearest(name, hints)}")
+                problems.append(f"--config {self.path!r}: {name!r} is not a flag.{what_is_meant(name, hints)}")
             elif not any(fits(value, hint) for hint in hints[name]):
                 allowed = " or ".join(dict.fromkeys(type_in_words(hint) for hint in hints[name]))
                 problems.append(f"--config {self.path!r}: {name} is {json.dumps(value)}; give {allowed}")

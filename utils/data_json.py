@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from utils.data_fields import conversation_kind
+
 
 class RawRow(NamedTuple):
     """A row as it stands in its file.
@@ -144,14 +146,16 @@ def _skip_space(text: str, place: int) -> int:
 def _from_one(file: str, value: Any) -> list[RawRow]:
     """The rows of a file that is one value: an array, an object with an array of rows in it, or a row."""
     if isinstance(value, dict):
+        if _are_columns(value):
+            problem = "is one object of columns, not of rows; save it a row a line (pandas: to_json(orient='records'))"
+            return [RawRow(file, 1, None, problem, fatal=True)]
+        if conversation_kind(value) or "chosen" in value:
+            return [RawRow(file, 1, value)]  # a row, whatever lists its other fields hold
         lists = [name for name, items in value.items() if _are_rows(items)]
         wrapped = [name for name in lists if name in _WRAPPERS]
         if wrapped and len(lists) > 1:
             named = " and ".join(map(repr, lists))
             return [RawRow(file, 1, None, f"is one object with rows in {named}; save each as a file of its own", True)]
-        if _are_columns(value):
-            problem = "is one object of columns, not of rows; save it a row a line (pandas: to_json(orient='records'))"
-            return [RawRow(file, 1, None, problem, fatal=True)]
         value = value[wrapped[0]] if wrapped else [value]
     return [RawRow(file, number, item) for number, item in enumerate(value, 1)]
 
@@ -160,8 +164,13 @@ def _are_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
+_TURNS = ("messages", "conversations", "prompt", "chosen", "rejected")
+
+
 def _are_columns(value: dict) -> bool:
     """`{"instruction": ["a", "b"], "output": ["c", "d"]}`, or with objects from row number to text."""
+    if any(isinstance(turn := value.get(name), dict) and {"role", "from"} & turn.keys() for name in _TURNS):
+        return False  # one message where a list of them belongs, which the row's reader says
     columns = [list(item.values()) if isinstance(item, dict) else item for item in value.values()]
     if not columns or not all(isinstance(column, list) and column for column in columns):
         return False

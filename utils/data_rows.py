@@ -171,6 +171,8 @@ def _history(row: dict) -> list:
 
 
 def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Message]:
+    if isinstance(turns, dict) and {"role", "from"} & turns.keys():
+        raise BadRow(f"has one message in {field!r} where a list of them belongs; write it as [{{…}}]")
     if not isinstance(turns, list):
         raise BadRow(f"has {kind_name(turns)} in {field!r}, not a list of turns")
     if not turns:

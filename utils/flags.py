@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import field, fields
 from enum import Enum
 from types import UnionType
@@ -94,15 +95,29 @@ def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], l
             continue
         if name not in options:
             unknown_flag = name if name.startswith("--") else " ".join(group)
-            problems.append(
-                f"{unknown_flag} is not a flag.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}"
-                " See --help for all"
-            )
+            wanted = what_is_meant(name.replace("-", "_").replace("__", "--", 1), known)
+            problems.append(f"{unknown_flag} is not a flag.{wanted} See --help for all")
         elif unknown:
             problems.append(f"{name} does not take {' '.join(unknown)!r}")
         else:
             given.add(options[name].dest)
     return vars(namespace), given, problems
+
+
+# flags of older versions of transformers → what they are now
+_RENAMED = {"group_by_length": "train_sampling_strategy group_by_length"}
+
+
+def what_is_meant(name: str, known: Iterable[str]) -> str:
+    """The flag that an unknown one stands for, as a sentence after a space; an empty text where none is near.
+
+    `what_is_meant("--lora_rnak", ["--lora_rank"])` → `" Did you mean '--lora_rank'?"`
+    """
+    known = list(known)
+    now = _RENAMED.get(name.removeprefix("--"))
+    if now and now.split()[0] in {one.removeprefix("--") for one in known}:
+        return f" It is --{now} now."
+    return nearest(name, known)
 
 
 def _flag_reason(error: Exception, action, group: list[str]) -> str:
