@@ -293,7 +293,7 @@ FAULTS = [
     Fault(
         "labels: a special token in a content forges a turn",
         "utils/segments.py",
-        "special = None if allow_special else special_pattern(tokenizer)",
+        "special = None if allow_special else breaks_for(tokenizer, written)",
         "special = None",
         "tests/test_data_process.py -k special_tokens_in_content",
     ),
@@ -472,6 +472,34 @@ FAULTS = [
         "            if self.text_arguments:\n",
         "            if True:\n",
         "tests/test_data_turns.py -k arguments",
+    ),
+    Fault(
+        "labels: a token that is not special forges a turn",
+        "utils/segments.py",
+        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
+        "return Breaks(_any_of(special), _any_of(special))",
+        "tests/test_template_official.py -k not_special",
+    ),
+    Fault(
+        "labels: an answer's own thought is broken",
+        "utils/segments.py",
+        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
+        "return Breaks(_any_of(special | tags), _any_of(special | tags))",
+        "tests/test_template_official.py -k holds_the_tags",
+    ),
+    Fault(
+        "labels: a token that is not special forges a turn",
+        "utils/segments.py",
+        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
+        "return Breaks(_any_of(special), _any_of(special))",
+        "tests/test_template_official.py -k not_special",
+    ),
+    Fault(
+        "labels: an answer's own thought is broken",
+        "utils/segments.py",
+        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
+        "return Breaks(_any_of(special | tags), _any_of(special | tags))",
+        "tests/test_template_official.py -k holds_the_tags",
     ),
     Fault(
         "auto: a short answer is looked for in what the template writes",
@@ -999,8 +1027,8 @@ FAULTS = [
     Fault(
         "generate: a message forges a turn",
         "utils/generate.py",
-        "if not allow_special and (special := special_pattern(tokenizer)):",
-        "if False and (special := special_pattern(tokenizer)):",
+        "    if not allow_special:\n        mark,",
+        "    if False:\n        mark,",
         "tests/test_generate.py -k what_a_message_says",
     ),
     Fault(

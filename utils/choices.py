@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from utils.data_files import RawRow
 from utils.data_rows import BadRow, Message, check_fields, kind_name, read_question, read_text
 from utils.errors import UserError
-from utils.segments import IGNORED, Segment, break_leaves, encode_segments, free_break, special_pattern
+from utils.segments import IGNORED, Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
 
 CHOICE_FORMAT = '{"question": …, "choices": [two texts or more], "answer": its index from 0, its letter or its text}'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -162,9 +162,8 @@ def _cut(tokenizer, messages: list[Message], answer: str, mark: str) -> list[Seg
     """The rendering, with the answer's text as the one trained piece, and not the stop token after it."""
     from jinja2 import TemplateError
 
-    special = special_pattern(tokenizer)
-    if special:
-        messages, answer = break_leaves(messages, special, mark), break_leaves(answer, special, mark)
+    breaks = breaks_for(tokenizer, tokenizer.get_chat_template())
+    messages, answer = break_messages(messages, breaks, mark), break_leaves(answer, breaks.answers, mark)
     turns = [*messages, {"role": "assistant", "content": answer}]
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -9,7 +9,7 @@ from utils.base_generation import own_generation
 from utils.errors import UserError
 from utils.flags import arg
 from utils.rope import depends_on_length
-from utils.segments import Segment, break_leaves, encode_segments, free_break, special_pattern
+from utils.segments import Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
 
 
 @dataclass
@@ -82,9 +82,9 @@ def prompt_ids(
         if there and name not in form:
             raise UserError(f"the model's chat format has no form for {name}; leave them out, or use another model")
     mark = None
-    if not allow_special and (special := special_pattern(tokenizer)):
-        mark = free_break(json.dumps([messages, tools], ensure_ascii=False))
-        messages, tools = break_leaves([messages, tools], special, mark)
+    if not allow_special:
+        mark, breaks = free_break(json.dumps([messages, tools], ensure_ascii=False)), breaks_for(tokenizer, form)
+        messages, tools = break_messages(messages, breaks, mark), break_leaves(tools, breaks.others, mark)
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:  # tools of another shape than the format reads

@@ -19,15 +19,33 @@ class Segment(NamedTuple):
         text: what it says.
         trained: whether it is an answer or the stop token that ends it.
         content: whether it comes from the data, rather than from the format.
+        answer: of a content, whether it is the assistant's.
     """
 
     text: str
     trained: bool = False
     content: bool = False
+    answer: bool = False
+
+
+class Breaks(NamedTuple):
+    """Which texts of the data are kept from becoming tokens of the format, as `breaks_for` finds them.
+
+    Attributes:
+        answers: matches them in what the assistant says.
+        others: in all else.
+    """
+
+    answers: re.Pattern | None
+    others: re.Pattern | None
 
 
 def encode_segments(
-    conversations: list[list[Segment]], tokenizer, allow_special: bool = False, marks: list[str] | None = None
+    conversations: list[list[Segment]],
+    tokenizer,
+    allow_special: bool = False,
+    marks: list[str] | None = None,
+    written: str = "",
 ) -> list[dict[str, list[int]]]:
     """Tokenises renderings and labels their trained pieces, found again by character offsets.
 
@@ -38,12 +56,13 @@ def encode_segments(
         conversations: the pieces of each rendering.
         tokenizer: a fast one.
         allow_special: whether such a text becomes the special token after all.
-        marks: for each conversation the break that stands in its pieces already, from `break_leaves`.
+        marks: for each conversation the break that stands in its pieces already, from `break_messages`.
+        written: what the format itself writes, as for `breaks_for`.
 
     Returns:
         for each `{"input_ids": [L], "labels": [L]}`
     """
-    special = None if allow_special else special_pattern(tokenizer)
+    special = None if allow_special else breaks_for(tokenizer, written)
     texts, spans, breaks = [], [], []
     for segments in conversations:
         segments, mark = _break_special(segments, special)
@@ -120,13 +139,25 @@ def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
     ]
 
 
-def break_leaves(value: Any, special: re.Pattern, mark: str) -> Any:
-    """Sets the break into every special token's text within messages, tools and tool calls, keys among them."""
+def break_messages(messages: list[dict[str, Any]], breaks: Breaks, mark: str) -> list[dict[str, Any]]:
+    """Sets the break into every such text within messages, their tools and tool calls, keys among them."""
+    broken = []
+    for message in messages:
+        own = breaks.answers if message.get("role") == "assistant" else breaks.others
+        broken.append({
+            break_leaves(key, breaks.others, mark):
+            item if key == "role" else break_leaves(item, breaks.others if key == "tools" else own, mark)
+            for key, item in message.items()
+        })  # fmt: skip
+    return broken
+
+
+def break_leaves(value: Any, special: re.Pattern | None, mark: str) -> Any:
+    """Sets the break into every text of a value that `special` matches, keys among them."""
+    if special is None:
+        return value
     if isinstance(value, dict):
-        return {
-            break_leaves(key, special, mark): item if key == "role" else break_leaves(item, special, mark)
-            for key, item in value.items()
-        }
+        return {break_leaves(key, special, mark): break_leaves(item, special, mark) for key, item in value.items()}
     if isinstance(value, list):
         return [break_leaves(item, special, mark) for item in value]
     return _broken(value, special, mark) if isinstance(value, str) else value
@@ -140,25 +171,54 @@ def _broken(text: str, special: re.Pattern, mark: str) -> str:
 
 def special_pattern(tokenizer) -> re.Pattern | None:
     """Matches the text of any special token of two characters or more."""
+    return _any_of(_special_texts(tokenizer))
+
+
+def _special_texts(tokenizer) -> set[str]:
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names |= set(tokenizer.all_special_tokens)
-    names = {name for name in names if len(name) > 1}
+    return {name for name in names | set(tokenizer.all_special_tokens) if len(name) > 1}
+
+
+def _any_of(names: set[str]) -> re.Pattern | None:
     # the longest first, since a regular expression takes the first that matches
     ordered = sorted(names, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered))) if names else None
 
 
-def _break_special(segments: list[Segment], special: re.Pattern | None) -> tuple[list[Segment], str | None]:
-    """Sets a break into each special token's text within a content: `"a<|im_end|>"` → `"a<\ue0f0|im_end|>"`.
+def breaks_for(tokenizer, written: str) -> Breaks:
+    """Which texts of the data would be tokens of the format.
+
+    The special tokens anywhere; and of the tokens added to the vocabulary that are not special, those that the format
+    itself writes. An answer may hold these, since thoughts and tool calls are written with them, but for one that
+    names a role: `<｜User｜>` (DeepSeek-R1) is broken anywhere, `</think>` and `<tool_response>` (Qwen3) only in what
+    the assistant does not say.
+
+    Args:
+        tokenizer: the model's.
+        written: what the format itself writes, such as the text of a Jinja template.
+    """
+    special = _special_texts(tokenizer)
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()} - special
+    # a tokenizer may have spaces, words and operators as added tokens too, which in a template are plain text or code
+    tags = {name for name in added if re.fullmatch(r"[^\w\s].*\w.*[^\w\s]", name) and name in written}
+    roles = {name for name in tags if re.search("user|assistant|system|human", name, re.IGNORECASE)}
+    return Breaks(_any_of(special | roles), _any_of(special | tags))
+
+
+def _break_special(segments: list[Segment], breaks: Breaks | None) -> tuple[list[Segment], str | None]:
+    """Sets a break into each such text within a content: `"a<|im_end|>"` → `"a<\ue0f0|im_end|>"`.
 
     Returns:
         the segments, and the break, or None where there was nothing to break.
     """
-    if special is None or not any(segment.content and special.search(segment.text) for segment in segments):
+    patterns = [breaks and s.content and (breaks.answers if s.answer else breaks.others) for s in segments]
+    if not any(special and special.search(s.text) for s, special in zip(segments, patterns, strict=True)):
         return segments, None
-    whole = "".join(segment.text for segment in segments)
-    mark = free_break(whole)
-    return [s._replace(text=_broken(s.text, special, mark)) if s.content else s for s in segments], mark
+    mark = free_break("".join(segment.text for segment in segments))
+    return [
+        s._replace(text=_broken(s.text, special, mark)) if special else s
+        for s, special in zip(segments, patterns, strict=True)
+    ], mark
 
 
 def label_spans(

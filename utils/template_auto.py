@@ -7,7 +7,16 @@ import re
 from dataclasses import dataclass, field, replace
 
 from utils.errors import UserError
-from utils.segments import Segment, break_leaves, cut_segments, encode_segments, free_break, special_pattern
+from utils.segments import (
+    Breaks,
+    Segment,
+    break_messages,
+    breaks_for,
+    cut_segments,
+    encode_segments,
+    free_break,
+    special_pattern,
+)
 from utils.template_day import on_day, prints_date, today
 from utils.template_reading import Reading, read_conversation
 from utils.turns import Message, Note, as_written, only_answers
@@ -156,13 +165,13 @@ class AutoTemplate:
     def _read(self, messages: list[Message]) -> Reading:
         return read_conversation(self._for(messages), _plain(messages))
 
-    def segments(self, messages: list[Message], mark: str | None = None) -> list[Segment]:
+    def segments(self, messages: list[Message], mark: str = "", breaks: Breaks | None = None) -> list[Segment]:
         """The rendering in pieces, cut where something trained begins or ends.
 
-        A `mark` is set into each special token's text that the data holds, wherever the template shows it.
+        A `mark` is set into each text of the data that `breaks` matches, wherever the template shows it.
         """
-        if mark:
-            messages = break_leaves(messages, self.special, mark)
+        if breaks:
+            messages = break_messages(messages, breaks, mark)
         reading = self._read(messages)
         return cut_segments(reading.text, reading.spans)
 
@@ -181,8 +190,11 @@ class AutoTemplate:
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
         conversations = [only_answers(messages, train_on) for messages in conversations]
-        marks = None if allow_special else [free_break(_plain(messages)) for messages in conversations]
-        pieces = [self.segments(messages, marks and marks[i]) for i, messages in enumerate(conversations)]
+        if allow_special:
+            return encode_segments([self.segments(messages) for messages in conversations], tokenizer, True)
+        marks = [free_break(_plain(messages)) for messages in conversations]
+        breaks = {form: breaks_for(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
+        pieces = [self.segments(m, marks[i], breaks[self._for(m)]) for i, m in enumerate(conversations)]
         return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:

@@ -85,7 +85,7 @@ class Template:
             if message["role"] == "assistant":
                 yield Segment(self.assistant + self.before_answer)
                 trained = is_wanted(message) and not is_empty(message)
-                yield Segment(self._stripped(content), trained, content=True)
+                yield Segment(self._stripped(content), trained, content=True, answer=True)
                 yield Segment(self.after_answer + self.stop, trained)
                 yield Segment(self.after_stop)
             elif message["role"] == "system" and self.system is None:
@@ -181,7 +181,7 @@ class Template:
             if self.closing and messages[-1]["role"] == "assistant":
                 segments.append(Segment(self.closing, is_wanted(messages[-1]) and not is_empty(messages[-1])))
             pieces.append(segments)
-        return encode_segments(pieces, tokenizer, allow_special)
+        return encode_segments(pieces, tokenizer, allow_special, written=self.text())
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
         """Which answers that `train_on` has trained are not, why, and which fields of the turns no token shows."""
