@@ -159,7 +159,7 @@ FAULTS = [
     Fault(
         "probe: sparse attention is not reached by short rows",
         "utils/probe_state.py",
-        '    "index_topk", "index_topk_blocks",\n',
+        '    "index_topk", "index_topk_blocks", "keep_window_size",\n',
         "",
         "tests/test_probe.py -k sparse_attention",
     ),

@@ -102,11 +102,14 @@ def test_windows_are_reached_by_short_rows(tokenizer):
     assert set(seen) == {4096, 4} and model.config.sliding_window == 4096
 
 
-def test_sparse_attention_chooses_among_the_rows_of_a_step(tokenizer):
+@pytest.mark.parametrize("kind", ["axk2", "doge"])
+def test_sparse_attention_chooses_among_the_rows_of_a_step(kind, tokenizer):
     """Its indexer takes the best of all tokens that are there, also of those it may not see."""
-    found = probe(small("axk2"), LAYOUTS, example_rows(tokenizer, "sft"))
+    model = small(kind)
+    span = model.config.index_topk if kind == "axk2" else model.config.keep_window_size
+    found = probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
     assert found.padded is None and found.not_causal is None
-    assert "more than 64" in found.end_to_end and found.longest == 64
+    assert f"where they are more than {span:,}" in found.end_to_end and found.longest == span
 
 
 class Args:
@@ -128,6 +131,7 @@ class Args:
         ({"packing": True}, Probe(end_to_end="leaks"), False, ("--packing true", False)),
         ({}, Probe(padded="differs", end_to_end="leaks"), False, ("--per_device_train_batch_size 1", False)),
         ({}, Probe(padded="differs"), False, (None, True)),
+        ({}, Probe(padded="differs"), True, (None, True)),
         ({"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
          Probe(padded="differs", end_to_end="leaks"), False, (None, False)),
         ({"task_type": "dpo_multi"}, Probe(padded="differs"), False, ("another model", False)),

@@ -75,7 +75,8 @@ def choose_layout(args, train_args, found: Probe, eager: bool) -> tuple[str | No
             )
         return None, True, None
     free = train_args.padding_free and args.task_type != "dpo_multi"
-    if free and not found.end_to_end and not (eager and train_args.per_device_train_batch_size > 1):
+    slower = eager and train_args.per_device_train_batch_size > 1 and not found.padded
+    if free and not found.end_to_end and not slower:
         return None, True, None
     if found.padded:
         alone = train_args.per_device_train_batch_size == train_args.per_device_eval_batch_size == 1

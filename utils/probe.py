@@ -115,7 +115,7 @@ def _merged(found: Probe, near: Probe, shortest: int) -> Probe:
     if near.fails:  # modules may have taken the size over when they were built
         return found
     if near.not_causal:
-        beyond = f"chooses among all tokens of a step where they are more than {shortest:,}"
+        beyond = f"attends to the best of all tokens of a step, whatever row they are of, where they are more than {shortest:,}"
         return replace(found, end_to_end=found.end_to_end or beyond, longest=shortest)
     worst = {name: max(found.differences[name], near.differences.get(name, 0.0)) for name in found.differences}
     padded, end_to_end = found.padded or near.padded, found.end_to_end or near.end_to_end

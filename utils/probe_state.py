@@ -7,7 +7,7 @@ WINDOW = 4  # spans of attention while probing, so that short rows reach beyond 
 # how a configuration and its modules call the number of tokens that one token may see, or chooses
 _SPANS = (
     "sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "local_attention",
-    "index_topk", "index_topk_blocks",
+    "index_topk", "index_topk_blocks", "keep_window_size",
 )  # fmt: skip
 FLOAT32_UP_TO = 500_000_000  # weights; larger models are probed in the precision they were loaded in
 
