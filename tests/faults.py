@@ -152,7 +152,7 @@ FAULTS = [
     Fault(
         "probe: rows that see each other end to end are not noticed",
         "utils/probe.py",
-        "        if not found[name] <= tolerance:\n",
+        "        if not differences[name] <= tolerance:\n",
         "        if False:\n",
         "tests/test_probe.py -k end_to_end_is_wrong",
     ),
@@ -166,8 +166,8 @@ FAULTS = [
     Fault(
         "probe: 16 bits hide a leak",
         "utils/probe.py",
-        'if name == "end_to_end" and found[name] <= tolerance and not precise:',
-        'if name == "end_to_end" and found[name] <= tolerance and False:',
+        'if name == "end_to_end" and differences[name] <= tolerance and not precise:',
+        'if name == "end_to_end" and differences[name] <= tolerance and False:',
         "tests/test_probe.py -k small_leak",
     ),
     Fault(
@@ -208,7 +208,7 @@ FAULTS = [
     Fault(
         "probe: a model that sees what comes is trained",
         "utils/probe.py",
-        "if noise > (1e-3 if precise else 0.2):",
+        "if noise > (_NOT_CAUSAL if precise else _NOT_CAUSAL_16_BIT):",
         "if False:",
         "tests/test_probe.py -k sees_what_comes",
     ),

@@ -7,6 +7,7 @@ from loguru import logger
 from utils.attention import use_row_attention
 from utils.errors import UserError
 from utils.launch import agree
+from utils.model import whole_models
 from utils.probe import Probe, example_rows, probe
 from utils.rope import use_row_rope
 from utils.small_model import small_model
@@ -26,7 +27,8 @@ def resolve_layout(args, train_args, task, model, tokenizer) -> Probe:
         UserError: no layout that the settings allow is right.
     """
     # every process must choose the same, so all go by what the first one finds
-    found = agree(probe_for_task(args, train_args, task, model, tokenizer))
+    with whole_models(train_args):
+        found = agree(probe_for_task(args, train_args, task, model, tokenizer))
     problem, chosen, reason = choose_layout(args, train_args, found, uses_eager(model))
     if problem:
         raise UserError(problem)
@@ -111,12 +113,12 @@ def expected_layout(args, train_args, task, tokenizer) -> tuple[str | None, bool
     if args.attn_implementation in ("sdpa", "eager"):
         options["attn_implementation"] = args.attn_implementation
     config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), whole_models(train_args):
         model = small_model(config, **options)
-    if model is None:
-        return None, train_args.padding_free, None
-    use_row_rope(model)
-    found = probe_for_task(args, train_args, task, model, tokenizer)
+        if model is None:
+            return None, train_args.padding_free, None
+        use_row_rope(model)
+        found = probe_for_task(args, train_args, task, model, tokenizer)
     if found.fails:  # maybe only at this size
         return None, train_args.padding_free, None
     return choose_layout(args, train_args, found, uses_eager(model))

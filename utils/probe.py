@@ -8,6 +8,7 @@ logits are compared. `utils/layout.py` chooses by what is found.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loguru import logger
 
@@ -21,6 +22,11 @@ LENGTHS = (9, 14, 11)  # tokens of the rows; longer than a short convolution and
 # relative to the largest logit; float32 differs by some 1e-6 where a sum has another order
 _TOLERANCE, _TIMES_NOISE = 1e-5, 10
 _TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT = 0.03, 4
+_NOT_CAUSAL, _NOT_CAUSAL_16_BIT = 1e-3, 0.2
+_REASONS = {
+    "padded": "computes padded rows otherwise than rows alone",
+    "end_to_end": "lets rows laid end to end see each other",
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _merged(found: Probe, near: Probe, shortest: int) -> Probe:
     if near.fails:  # modules may have taken the size over when they were built
         return found
     if near.not_causal:
-        beyond = f"attends to the best of all tokens of a step, whatever row they are of, where they are more than {shortest:,}"
+        beyond = f"chooses what to attend to among the tokens of all rows where they are more than {shortest:,}"
         return replace(found, end_to_end=found.end_to_end or beyond, longest=shortest)
     worst = {name: max(found.differences[name], near.differences.get(name, 0.0)) for name in found.differences}
     padded, end_to_end = found.padded or near.padded, found.end_to_end or near.end_to_end
@@ -123,57 +129,63 @@ def _merged(found: Probe, near: Probe, shortest: int) -> Probe:
 
 
 def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: bool, small: bool) -> Probe:
-    import torch
-
     device = next(model.parameters()).device
-    forward = lambda **inputs: model(use_cache=False, **inputs).logits.float()  # noqa: E731
     batches = {name: _inputs(collate, rows, device) for name, collate in layouts.items()}
-    parts = _rows_of(batches["padded"])
-    ids = [batches["padded"]["input_ids"][place] for place in parts]
+    ids = [batches["padded"]["input_ids"][place] for place in _rows_of(batches["padded"])]
+
+    def forward(**inputs):
+        return model(use_cache=False, **inputs).logits.float()
+
     try:
-        alone = {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
-        again = forward(input_ids=ids[0][None])[0]
+        alone = _rows_alone(model, forward, ids)
     except Exception as error:  # every model's code raises its own
         return Probe(fails=f"cannot compute a short row: {first_line(error)}", small=small)
-    if not torch.equal(again, alone[tuple(ids[0].tolist())]):  # noise while training, in a router say
-        model.eval()
-        alone = {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
     largest = max(float(logits.abs().max()) for logits in alone.values())
     if not (0 < largest < float("inf")):
         return Probe(fails=f"computes logits that are not finite numbers above 0 ({largest})", small=small)
-
-    # a row's own logits at the beginning of a longer one: the same sums in another shape, so the rounding to expect
-    lengthened = [torch.cat([row, ids[0]]) for row in ids]
-    noise = max(
-        _difference(forward(input_ids=longer[None])[0, : len(row)], alone[tuple(row.tolist())], largest)
-        for row, longer in zip(ids, lengthened, strict=True)
-    )
-    least, times = (_TOLERANCE, _TIMES_NOISE) if precise else (_TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT)
-    if noise > (1e-3 if precise else 0.2):
+    noise = _rounding(forward, ids, alone, largest)
+    if noise > (_NOT_CAUSAL if precise else _NOT_CAUSAL_16_BIT):
         what = f"lets a token see those after it (logits differ by {noise:.2g} of the largest), so it is not causal"
         return Probe(not_causal=what, differences={"longer": noise}, small=small)
+    least, times = (_TOLERANCE, _TIMES_NOISE) if precise else (_TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT)
     tolerance = max(least, times * noise)
-    found: dict = {"longer": noise}
-    reasons = {}
-    texts = {
-        "padded": "computes padded rows otherwise than rows alone",
-        "end_to_end": "lets rows laid end to end see each other",
-    }
+    differences, reasons = {"longer": noise}, {}
     for name, batch in batches.items():
         try:
-            logits = forward(**batch)
-            rows_in = _rows_of(batch)
-            found[name] = max(
-                _from_alone(logits[place], alone, batch["input_ids"][place], largest) for place in rows_in
-            )
-            if name == "end_to_end" and found[name] <= tolerance and not precise:
-                found[name] = max(found[name], _leak(forward, batch, rows_in, largest))
+            differences[name] = _layout_difference(forward, batch, alone, largest)
+            if name == "end_to_end" and differences[name] <= tolerance and not precise:
+                differences[name] = max(differences[name], _leak(forward, batch, _rows_of(batch), largest))
         except Exception as error:
             reasons[name] = f"cannot compute {name.replace('_', ' ')} rows: {first_line(error)}"
             continue
-        if not found[name] <= tolerance:
-            reasons[name] = f"{texts[name]} (logits differ by {found[name]:.2g} of the largest)"
-    return Probe(padded=reasons.get("padded"), end_to_end=reasons.get("end_to_end"), differences=found, small=small)
+        if not differences[name] <= tolerance:
+            reasons[name] = f"{_REASONS[name]} (logits differ by {differences[name]:.2g} of the largest)"
+    return Probe(
+        padded=reasons.get("padded"), end_to_end=reasons.get("end_to_end"), differences=differences, small=small
+    )
+
+
+def _rows_alone(model, forward, ids: list) -> dict[tuple, Any]:
+    """The logits of each row alone, by its tokens; in evaluation mode where training mode draws random numbers."""
+    import torch
+
+    first = forward(input_ids=ids[0][None])[0]
+    if not torch.equal(first, forward(input_ids=ids[0][None])[0]):  # in a router, say
+        model.eval()
+    return {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
+
+
+def _rounding(forward, ids: list, alone: dict, largest: float) -> float:
+    """How far a row's logits are from those it has at the beginning of a longer one: the same sums in another shape."""
+    import torch
+
+    longer = {row: forward(input_ids=torch.cat([row, ids[0]])[None])[0, : len(row)] for row in ids}
+    return max(_from_alone(logits, alone, row, largest) for row, logits in longer.items())
+
+
+def _layout_difference(forward, batch: dict, alone: dict, largest: float) -> float:
+    logits = forward(**batch)
+    return max(_from_alone(logits[place], alone, batch["input_ids"][place], largest) for place in _rows_of(batch))
 
 
 def _leak(forward, batch: dict, places: list, largest: float) -> float:

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.head import check_head
 from utils.imports import leave_deepspeed_out
 from utils.launch import uses_fsdp
+from utils.model import whole_models
 from utils.neftune import add_noise
 from utils.pissa import with_pissa
 from utils.resume import run_settings
@@ -216,8 +217,9 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     add_noise(trainer)
     settle_balance(trainer)
     trainer.base_config = base_config
-    for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
-        check_head(each)
+    with whole_models(train_args):
+        for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+            check_head(each)
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None

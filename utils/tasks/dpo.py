@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.filler import FillsUp, fills_up
 from utils.head import check_head
 from utils.launch import wait_for_all
-from utils.model import load_model
+from utils.model import load_model, whole_models
 from utils.pissa import with_pissa
 from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
 from utils.tasks.common import Data, load_both, make_trainer, row_kind, wants_one_type
@@ -97,7 +97,8 @@ class PreparedPairs(FillsUp, Surviving):
 
     def _precompute_ref_logps(self, *inputs):
         self.settle_weights()  # TRL comes here before its constructor ends
-        check_head(self.model)
+        with whole_models(self.args):
+            check_head(self.model)
         if self.args.should_save:  # one process for all: each of them reads the same file
             _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
         wait_for_all()
