@@ -238,3 +238,10 @@ def test_the_head_gives_the_log_probabilities_of_the_logits(kind):
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_small_model_leaves_the_random_numbers_alone():
+    """It is built on every process of ZeRO-3, after the seed is set: other numbers would be another order of rows."""
+    state = torch.random.get_rng_state()
+    small("qwen2")
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -105,7 +105,6 @@ def expected_layout(args, train_args, task, tokenizer) -> tuple[str | None, bool
     Returns:
         as `choose_layout`; where no small model can be built, that the layout stays as it is set.
     """
-    import torch
     from transformers import AutoConfig
 
     use_row_attention()
@@ -113,7 +112,7 @@ def expected_layout(args, train_args, task, tokenizer) -> tuple[str | None, bool
     if args.attn_implementation in ("sdpa", "eager"):
         options["attn_implementation"] = args.attn_implementation
     config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    with torch.random.fork_rng(devices=[]), whole_models(train_args):
+    with whole_models(train_args):
         model = small_model(config, **options)
         if model is None:
             return None, train_args.padding_free, None

@@ -48,15 +48,19 @@ def small_model(config, sizes: dict | None = None, **options):
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
+    with torch.random.fork_rng():  # the random numbers of the run stay as they were
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small_config(config, **(sizes or {})), dtype=torch.float32, **options)
-    except Exception as error:  # configurations check their fields against each other
-        logger.debug("no small model of this architecture can be built: {!r}", error)
-        return None
-    for weight in model.parameters():  # usual starts are so small that a row hardly depends on the tokens before it
-        if weight.dim() > 1:
-            weight.data.normal_(std=0.3 if weight.shape[-1] < 8 else weight.shape[-1] ** -0.5)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                small_config(config, **(sizes or {})), dtype=torch.float32, **options
+            )
+        except Exception as error:  # configurations check their fields against each other
+            logger.debug("no small model of this architecture can be built: {!r}", error)
+            return None
+        for weight in model.parameters():
+            # usual starts are so small that a row hardly depends on the tokens before it
+            if weight.dim() > 1:
+                weight.data.normal_(std=0.3 if weight.shape[-1] < 8 else weight.shape[-1] ** -0.5)
     return model
 
 
