@@ -12,7 +12,7 @@ from utils.data_encode import RowKind
 from utils.errors import UserError
 from utils.record import checksum
 
-_FORMAT_VERSION = 8  # raise it when a change of the code makes other ids, labels or another report of the same row
+_FORMAT_VERSION = 9  # raise it when a change of the code makes other ids, labels or another report of the same row
 
 
 def content_key(hashes: dict[str, str], kind: RowKind, on_bad_row: str) -> str:
