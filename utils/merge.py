@@ -25,8 +25,9 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Merged:
     """Loads a base and merges its adapters into it, on the CPU; each merge is compared with the adapter unmerged.
 
-    Only a layer at a time is held in float32, so that a 7B in bf16 needs little more memory than its 14 GB; of a
-    chain every layer that an adapter changes stays in float32 until the last is merged.
+    The layers that an adapter changes are held in float32 until they are compared, where the free memory has room for
+    it; else one layer at a time, so that a 7B in bf16 needs little more than its 14 GB. Of a chain they stay in float32
+    until the last is merged.
 
     Args:
         args: the flags, for the messages.
@@ -75,13 +76,12 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     return model, main_type(parts.base) or loaded
 
 
-def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_remote_code: bool) -> str:
+def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code: bool) -> str:
     """Loads a merged model's files and compares their logits with the adapter's.
 
     Args:
         folder: what was saved.
         merged: from `load_merged`; its `model` may be let go before.
-        dtype: of the merged weights, a key of `DTYPES`.
         adapter: the last adapter's folder.
 
     Returns:
@@ -95,10 +95,13 @@ def compare_saved(folder: Path, merged: Merged, dtype: str, adapter: str, trust_
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    found = logits_in_float32(AutoModelForCausalLM.from_pretrained(folder, **options), merged.ids)
-    compared = compare(merged.base, merged.adapter, found)
-    refuse_difference(compared, dtype, "the merged model, loaded from its files,", adapter)
-    return compared.text()
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    load_exactly(model, str(folder))
+    found = logits_in_float32(model, merged.ids)
+    # the files hold the weights that were compared already, bit by bit, so that nothing is left to rounding
+    compared = compare(merged.base, merged.merged, found)
+    refuse_difference(compared, "float32", "the merged model, loaded from its files,", adapter)
+    return compare(merged.base, merged.adapter, found).text()
 
 
 def size_of(base: str, dtype: str | None) -> int:

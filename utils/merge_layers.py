@@ -7,7 +7,7 @@ from loguru import logger
 
 from utils.adapter_files import attach_adapter, fit_vocabulary, trained_tokens
 from utils.errors import UserError
-from utils.merge_check import compare, logits_in_float32, logits_or_none, probe_ids, refuse_difference
+from utils.merge_check import MOST, compare, logits_in_float32, logits_or_none, probe_ids, refuse_difference
 
 
 class Merged(NamedTuple):
@@ -18,12 +18,14 @@ class Merged(NamedTuple):
         ids: the tokens that are compared, (rows, length).
         base: the logits before the last adapter; None where the model does not compute on the CPU.
         adapter: the logits of the last adapter on the models before it; None likewise.
+        merged: the logits of `model`; None likewise.
     """
 
     model: Any
     ids: Any
     base: Any
     adapter: Any
+    merged: Any = None
 
 
 class Rounding:
@@ -45,7 +47,8 @@ class Rounding:
     def report(self, dtype: str) -> None:
         """Logs what was lost, if anything was."""
         if self.lost:
-            logger.info(
+            log = logger.warning if self.share() >= MOST else logger.info
+            log(
                 "rounding to {} moved the merged weights by {:.2g} % of what training moved them; "
                 "--dtype float32 keeps it all, in twice the space",
                 dtype,
@@ -74,17 +77,43 @@ def merge_onto(model, adapter: str, flag: str, types: dict | None, rounding: Rou
     base = logits_or_none(model, ids)
     peft = attach_adapter(model, adapter, flag)
     expected = logits_or_none(peft, ids) if base is not None else None
-    model = merge_adapter(peft, adapter, types, rounding)
+    exact = expected is not None and _room_in_float32(peft)
+    model = merge_adapter(peft, adapter, types, rounding, wide=exact)
+    if exact:
+        # before anything is rounded, so that a fault does not pass for rounding
+        compared = compare(base, expected, logits_in_float32(model, ids))
+        refuse_difference(compared, "float32", "the merged model", adapter)
+        _round(model, types)
     smallest = min((types or {"": torch.float32}).values(), key=lambda kind: torch.finfo(kind).bits)
     if smallest is torch.float16 and not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError("--dtype float16 has no room for the largest of the merged weights; use bfloat16 or float32")
+    found = None
     if expected is not None:
-        compared = compare(base, expected, logits_in_float32(model, ids))
-        refuse_difference(compared, smallest, "the merged model", adapter)
-    return Merged(model, ids, base, expected)
+        found = logits_in_float32(model, ids)
+        refuse_difference(compare(base, expected, found), smallest, "the merged model", adapter, exact)
+    return Merged(model, ids, base, expected, found)
 
 
-def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None = None):
+def _room_in_float32(peft) -> bool:
+    """Whether the layers that an adapter changes fit into the machine's free memory in float32, all at once."""
+    import psutil
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+    low = {id(weight): weight for layer in layers for weight in layer.parameters() if weight.element_size() < 4}
+    needed, free = sum(4 * weight.numel() for weight in low.values()), psutil.virtual_memory().available
+    if needed < 0.9 * free:
+        return True
+    logger.warning(
+        "the merge is not compared before it is rounded: that needs {:.1f} GB, and {:.1f} GB of memory are free. A "
+        "difference that is as large as what the adapter changes is refused, even where rounding alone explains it",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return False
+
+
+def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None = None, wide: bool = False):
     """Merges the adapter of a PEFT model and takes PEFT's layers away.
 
     Args:
@@ -92,6 +121,7 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
         path: the adapter's, for the messages.
         types: name of a weight → its torch.dtype afterwards; None leaves what the adapter changed in float32.
         rounding: counts what rounding to `types` costs.
+        wide: whether what the adapter changed stays in float32 nevertheless, for `_round` to come.
 
     Returns:
         transformers.PreTrainedModel; its config says `tie_word_embeddings: false` where embedding and head are no
@@ -106,7 +136,7 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
     by_weight = _types_by_weight(peft, types)
     try:
         for layer in [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]:
-            _merge_layer(layer, by_weight, rounding)
+            _merge_layer(layer, by_weight, rounding, wide)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that each layer is merged already
             model = peft.merge_and_unload(safe_merge=True)
@@ -122,23 +152,28 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
         raise UserError(
             f"adapter {path!r} is of the type {kind} and cannot be merged: {type(error).__name__}: {error}"
         ) from error
-    if types is not None:
-        for name, weight in model.named_parameters():
-            weight.data = weight.data.to(types.get(name, weight.dtype))
+    if not wide:
+        _round(model, types)
     if tied:
         _tie_again_or_say_so(model)
     return model
 
 
-def _merge_layer(layer, types: dict, rounding: Rounding | None) -> None:
+def _round(model, types: dict | None) -> None:
+    for name, weight in model.named_parameters() if types is not None else ():
+        weight.data = weight.data.to(types.get(name, weight.dtype))
+
+
+def _merge_layer(layer, types: dict, rounding: Rounding | None, wide: bool) -> None:
     base = layer.get_base_layer().float()
     before = [weight.detach().clone() for weight in base.parameters()] if rounding else []
     layer.merge(safe_merge=True)
     merged = [weight.detach() for weight in base.parameters()]
-    for weight in base.parameters():
-        weight.data = weight.data.to(types.get(id(weight), weight.dtype))
+    rounded = [weight.detach().to(types.get(id(weight), weight.dtype)) for weight in base.parameters()]
     if rounding:
-        rounding.add(before, merged, base.parameters())
+        rounding.add(before, merged, rounded)
+    for weight, low in zip(base.parameters(), () if wide else rounded, strict=not wide):
+        weight.data = low
 
 
 def types_of(model) -> dict:

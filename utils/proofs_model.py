@@ -28,7 +28,7 @@ def adapter_off(subject: Subject) -> list[Measure]:
     """The logits with the adapter switched off against the base's, from before there was an adapter."""
     _needs_adapter(subject)
     if subject.args.init_lora_weights == "pissa":
-        raise DoesNotApply("with a PiSSA adapter off, the layers give (W0 - s B0 A0) x, which is not what the base gives")
+        raise DoesNotApply("with a PiSSA adapter off the layers give (W0 - s B0 A0) x, not what the base gives")
     model = subject.trainer.model
     with model.disable_adapter():
         off = logits_of(model, subject.rows)

@@ -136,7 +136,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
         found = template.name if template else "auto" if tokenizer.chat_template else None
         _write_settings(parts, part, args.template_name or _trained_template(parts) or found)
         merged, model = merged._replace(model=None), None  # room for the saved one
-        compared = compare_saved(part, merged, dtype, parts.last(), args.trust_remote_code)
+        compared = compare_saved(part, merged, parts.last(), args.trust_remote_code)
         _write_origin(parts, part, dtype)
     logger.info("the merged files against base and adapter: {}", compared)
     return folder
