@@ -71,6 +71,7 @@ FLOW = [
     "adapter_targets",
     "small_model",
     "probe_state",
+    "adapter_start",
     "head",
     "rope",
     "adapter",

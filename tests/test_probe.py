@@ -245,3 +245,22 @@ def test_a_small_model_leaves_the_random_numbers_alone():
     state = torch.random.get_rng_state()
     small("qwen2")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_adapter_that_changes_the_model_at_its_start_is_refused():
+    """Inkling normalises what its embedding looks up, which PEFT leaves out where it trains rows of it."""
+    from peft import LoraConfig, get_peft_model
+
+    from utils.adapter_start import check_new_adapter
+
+    plain = LoraConfig(target_modules=["q_proj"])
+    check_new_adapter(get_peft_model(small("qwen2"), plain))
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 14]})
+    check_new_adapter(get_peft_model(small("gemma3_text"), rows))  # PEFT knows its scaled embedding
+    model = get_peft_model(small("qwen2"), rows)
+    embedding = model.get_base_model().model.embed_tokens.original_module
+    embedding.forward = lambda ids: torch.nn.functional.normalize(
+        torch.nn.functional.embedding(ids, embedding.weight), dim=-1
+    )
+    with pytest.raises(UserError, match="--train_special_tokens off"):
+        check_new_adapter(model)

@@ -10,6 +10,7 @@ from typing import Any
 from loguru import logger
 
 from utils.adapter import adapter_weights, settle_trainable
+from utils.adapter_start import check_new_adapter
 from utils.balance import leave_router_logits_out, settle_balance
 from utils.data_fields import unread_fields
 from utils.data_keys import tokenizer_key
@@ -218,6 +219,8 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     settle_balance(trainer)
     trainer.base_config = base_config
     with whole_models(train_args):
+        if adapter is not None and args.init_lora_weights != "pissa":
+            check_new_adapter(trainer.model)
         for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
             check_head(each)
     trainer.on_nan = args.on_nan
