@@ -3,7 +3,8 @@
 from utils.errors import UserError
 from utils.probe_state import as_for_probing, is_whole
 
-_TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 0.03  # relative to the largest logit
+# relative to the largest logit; PEFT rounds the scale of Gemma's embedding otherwise, which is 2e-4
+_TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.03
 
 
 def check_new_adapter(model) -> None:
