@@ -115,9 +115,12 @@ def test_the_auxiliary_loss_is_the_model_s_own(family, train, tmp_path, rows_fil
 
 
 @pytest.mark.parametrize("flags", [[], ["--router_aux_loss_coef", "0.1"]])
-def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(flags, tmp_path, rows_file, capsys):
+def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(flags, tmp_path, rows_file, capsys, monkeypatch):
     from utils.errors import run_command
+    from utils.probe import Probe
 
+    # the experts of a tiny random Doge change with the length of a row, for which the probe would refuse it
+    monkeypatch.setattr("utils.layout.probe_for_task", lambda *_: Probe())
     base = tiny.save_tiny_model(tmp_path / "base", "doge", num_experts=4, num_experts_per_tok=2, is_moe=True)
     argv = [
         "--model_name_or_path", base, "--train_data_path", rows_file, "--output_dir", str(tmp_path / "run"),
