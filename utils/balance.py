@@ -3,7 +3,7 @@
 from loguru import logger
 
 from utils.base_config import text_configs
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 _ROWS, _TOKENS = 2, 8  # of the forward pass that tries it
 _ALIKE = 0.02  # relative difference of two ways to compute it, in bf16 too
@@ -90,8 +90,7 @@ def _tried(trainer, **options) -> tuple[float | None, str | None]:
             output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
         loss = float(output.aux_loss)
     except Exception as error:  # each model's code raises its own
-        first = str(error).strip().partition("\n")[0]
-        return None, f"the model's forward pass cannot give it ({type(error).__name__}: {first[:200]})"
+        return None, f"the model's forward pass cannot give it ({first_line(error)})"
     finally:
         model.train(training)
     return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}")
