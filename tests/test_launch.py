@@ -382,3 +382,21 @@ def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_a_living_ones_is_
         assert alive.exists() and not dead.exists()
     forget_dead_builds()
     assert not alive.exists()
+
+
+def test_a_lock_that_is_made_anew_while_it_is_looked_at_stays(tmp_path, monkeypatch):
+    """Torch closes a lock before it removes it, and the next process makes one of the same name."""
+    from utils import launch
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+
+    def another(seconds):
+        lock.rename(lock.with_name("before"))
+        lock.touch()
+
+    monkeypatch.setattr(launch.time, "sleep", another)
+    launch.forget_dead_builds()
+    assert lock.exists()

@@ -255,6 +255,8 @@ def test_an_adapter_that_changes_the_model_at_its_start_is_refused():
 
     plain = LoraConfig(target_modules=["q_proj"])
     check_new_adapter(get_peft_model(small("qwen2"), plain))
+    rounded = LoraConfig(target_modules=["q_proj"], use_dora=True)  # its magnitudes are rounded as the weights are
+    check_new_adapter(get_peft_model(small("qwen2").bfloat16(), rounded))
     rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 14]})
     check_new_adapter(get_peft_model(small("gemma3_text"), rows))  # PEFT knows its scaled embedding
     model = get_peft_model(small("qwen2"), rows)

@@ -32,7 +32,9 @@ def check_new_adapter(model) -> None:
         with model.disable_adapter():
             expected = model(input_ids=ids, use_cache=False).logits.float()
     difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= (_TOLERANCE if precise else _TOLERANCE_16_BIT):
+    # DoRA's magnitudes are norms in the precision of the weights, so in float32 they are off by its rounding
+    exact = precise and not any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+    if not difference <= (_TOLERANCE if exact else _TOLERANCE_16_BIT):
         raise UserError(
             f"a new adapter changes the logits of {type(model.get_base_model()).__name__} before it is trained (by "
             f"{difference:.2g} of the largest): PEFT computes the embeddings otherwise than the model where it trains "

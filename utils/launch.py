@@ -5,11 +5,13 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from utils.log import is_main_process
 
+_SETTLED = 0.2  # seconds after which a lock that is still closed is a dead one's
 
 def world_size() -> int:
     """How many processes train together; 1 for plain `python`."""
@@ -69,25 +71,40 @@ def _tell_of_first_build() -> None:
 def forget_dead_builds() -> None:
     """Removes the locks of compilers that were killed: torch keeps one a C++ operator, and waits for it for good.
 
-    Whoever compiles holds the file open, so one that no process has open is a dead one's.
+    Whoever compiles holds the file open, so one that no process has open is a dead one's. It is looked at twice: torch
+    closes a lock a moment before it removes it, and another process may make a new one of the same name meanwhile.
     """
-    import psutil
     from filelock import FileLock
     from loguru import logger
 
     root = _build_root()
     with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-builds.lock"):
-        locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-        if not locks:
+        before = _closed_locks(root)
+        if not before:
             return
-        held = set()
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                held.update(Path(file.path) for file in process.open_files())
-        for lock in locks:
-            if lock.resolve() not in held:
+        time.sleep(_SETTLED)
+        for lock, identity in _closed_locks(root).items():
+            if before.get(lock) == identity:
                 logger.warning("{} was left by a process that is gone, and is removed", lock)
                 lock.unlink(missing_ok=True)
+
+
+def _closed_locks(root: Path) -> dict[Path, tuple[int, int]]:
+    """The locks below `root` that no process has open → (inode, time it was made), which tell one from the next."""
+    import psutil
+
+    found = {}
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with contextlib.suppress(FileNotFoundError):
+            stat = lock.stat()
+            found[lock] = stat.st_ino, stat.st_ctime_ns
+    if not found:
+        return {}
+    held = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            held.update(Path(file.path) for file in process.open_files())
+    return {lock: identity for lock, identity in found.items() if lock.resolve() not in held}
 
 
 def agree(value: Any) -> Any:
