@@ -1,7 +1,10 @@
 """Every causal language model of transformers that can be built small, trained and compared with plain transformers.
 
-    python -m benchmarks.architectures                    # all; writes benchmarks/architectures.json and .md
-    python -m benchmarks.architectures --only gpt_oss     # some; prints them
+    python -m benchmarks.architectures                    # all, from the start
+    python -m benchmarks.architectures --untried          # those not run yet, where a run was stopped
+    python -m benchmarks.architectures --only gpt_oss     # some, once more
+
+benchmarks/architectures.json and .md are written after each model, the results of the others kept.
 
 Each model is random, of its own class, in float32, and trained by `main_train.py` with default settings but for sizes,
 in full and with LoRA. Two figures are compared with plain transformers, which computes the rows one by one:
@@ -23,6 +26,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "architectures.json"
 TOKENIZER = ROOT / "data" / "tiny_model"
 TOLERANCE = 1e-4  # relative
 SECONDS = 240  # for one model
@@ -50,9 +54,9 @@ ROWS = [
 
 def build(kind: str, folder: Path) -> None:
     """Saves the small random model with a tokenizer."""
-    from transformers import CONFIG_MAPPING, AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-    from utils.small_model import small_model
+    from utils.small_model import small_config, small_model
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     config = CONFIG_MAPPING[kind](**SWITCHES.get(kind, {}))
@@ -62,6 +66,7 @@ def build(kind: str, folder: Path) -> None:
                 setattr(part, name, 0.0)  # it would draw other random numbers in another layout
     model = small_model(config, {"vocab_size": len(tokenizer)})
     if model is None:
+        AutoModelForCausalLM.from_config(small_config(config, vocab_size=len(tokenizer)))  # raises the reason
         raise ValueError("no small configuration fits together")
     if model.num_parameters() > 1e8:
         raise ValueError(f"{model.num_parameters():,} weights are too many")
@@ -138,6 +143,11 @@ def problems_of(found: dict) -> list[str]:
     return problems
 
 
+def one_line(error: BaseException) -> str:
+    """`KeyError: 'dim'`; the validators of a configuration give the reason in their second line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def examine(kind: str) -> dict:
     """All of one architecture, in this process."""
     from transformers import AutoTokenizer
@@ -152,7 +162,7 @@ def examine(kind: str) -> dict:
             build(kind, base)
             load(base)
         except Exception as error:  # configurations and models raise their own
-            return {"not_built": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"}
+            return {"not_built": one_line(error)}
         tokenizer = AutoTokenizer.from_pretrained(base)
         rows = [get_template("qwen", tokenizer).encode(to_messages(row), tokenizer) for row in ROWS]
         found = {}
@@ -161,8 +171,7 @@ def examine(kind: str) -> dict:
                 found[mode] = train(mode, base, folder, rows)
             except BaseException as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-                found[mode] = {"crashed": f"{text} ({Path(where.filename).name}:{where.lineno})"}
+                found[mode] = {"crashed": f"{one_line(error)} ({Path(where.filename).name}:{where.lineno})"}
         return found
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -252,9 +261,36 @@ def table(results: dict) -> str:
     return "\n".join([*head, *rows, "", "Not built:", "", *missing, ""])
 
 
+def results_so_far(kinds: list[str], keep: bool) -> dict:
+    """The results to go on with: those at hand where they are kept, and every other architecture as not run yet.
+
+    Raises:
+        ValueError: The results at hand are of other versions of the libraries.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
+    models = {kind: {"architecture": kind, "not_built": UNTRIED} for kind in kinds}
+    if keep and RESULTS.is_file():
+        found = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if found["versions"] != versions:
+            raise ValueError(f"{RESULTS.name} has results of {found['versions']}, here are {versions}; run all again")
+        models.update({line["architecture"]: line for line in found["models"] if line["architecture"] in models})
+    return {"versions": versions, "models": [models[kind] for kind in sorted(models)]}
+
+
+def write(results: dict) -> None:
+    """Writes both files, each whole or not at all."""
+    texts = {RESULTS: json.dumps(results, indent=1) + "\n", RESULTS.with_suffix(".md"): table(results)}
+    for file, text in texts.items():
+        part = file.with_name(file.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], help="names of architectures, as in config.json's model_type")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", default=[], help="names of architectures, as in config.json's model_type")
+    which.add_argument("--untried", action="store_true", help="those that have no result yet")
     parser.add_argument("--jobs", type=int, default=1, help="how many models at once")
     args = parser.parse_args()
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -266,19 +302,20 @@ def main() -> None:
     import main_train  # noqa: F401  what every child would import
 
     torch.set_num_threads(1)
-    unknown = sorted(set(args.only) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    every = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    unknown = sorted(set(args.only) - set(every))
     if unknown:
         parser.error(f"no causal language model of transformers: {', '.join(unknown)}")
-    names = ("torch", "transformers", "trl", "peft")
-    results: dict = {"versions": {name: importlib.metadata.version(name) for name in names}, "models": []}
-    for line in examine_apart(args.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), args.jobs):
-        print(json.dumps(line), flush=True)
-        results["models"].append(line)
-    results["models"].sort(key=lambda line: line["architecture"])
-    if not args.only:
-        at = ROOT / "benchmarks"
-        (at / "architectures.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (at / "architectures.md").write_text(table(results), encoding="utf-8")
+    try:
+        results = results_so_far(every, keep=args.untried or bool(args.only))
+    except ValueError as error:
+        parser.error(str(error))
+    untried = [line["architecture"] for line in results["models"] if line.get("not_built") == UNTRIED]
+    wanted = args.only or untried
+    for count, line in enumerate(examine_apart(wanted, args.jobs), 1):
+        print(f"{count}/{len(wanted)} {json.dumps(line)}", flush=True)
+        results["models"] = [line if old["architecture"] == line["architecture"] else old for old in results["models"]]
+        write(results)
     sys.exit(not all(map(is_right, results["models"])))
 
 
