@@ -37,11 +37,26 @@ SWITCHES = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "hidden_size": 64, "expand": 2, "n_groups": 1},
+    "blt": {"encoder_hash_byte_group_vocab": 500, "cross_attn_k": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "qwen4_exp_text": {
+        "head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+        "indexer_budget": 64, "indexer_compress_ratio": 4,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
+    "xlnet": {"d_model": 64, "n_head": 4},
+    "xmod": {"default_language": "en_XX"},
     "nemotron": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
-}
+}  # fmt: skip
 ROWS = [
     {"instruction": "What is the capital of France?", "output": "Paris."},
     {"instruction": "Count.", "input": "to ten, please", "output": "1 2 3 4 5 6 7 8 9 10"},
@@ -62,11 +77,13 @@ def build(kind: str, folder: Path) -> None:
     config = CONFIG_MAPPING[kind](**SWITCHES.get(kind, {}))
     for part in (config, config.get_text_config()):
         for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(part, name, 0.0)  # it would draw other random numbers in another layout
-    model = small_model(config, {"vocab_size": len(tokenizer)})
+    # tokens that sparse attention chooses: as in real models, which are not causal in rows of more
+    sizes = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "index_topk": 2048}
+    model = small_model(config, sizes)
     if model is None:
-        AutoModelForCausalLM.from_config(small_config(config, vocab_size=len(tokenizer)))  # raises the reason
+        AutoModelForCausalLM.from_config(small_config(config, **sizes))  # raises the reason
         raise ValueError("no small configuration fits together")
     if model.num_parameters() > 1e8:
         raise ValueError(f"{model.num_parameters():,} weights are too many")
@@ -118,7 +135,7 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
     try:
         main_train.main(flags)
     except UserError as error:
-        return {"refused": error.problems[0]}
+        return {"refused": error.problems[0].replace(f"{str(base)!r}", "the base")}
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     settings = json.loads((run / "train_args.json").read_text(encoding="utf-8"))["trainer"]
     found = {

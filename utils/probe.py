@@ -14,7 +14,7 @@ from loguru import logger
 
 from utils.data_collator import NOT_INPUTS
 from utils.errors import first_line
-from utils.probe_state import as_for_probing, is_whole, short_spans
+from utils.probe_state import as_for_probing, is_whole, random_states, short_spans
 from utils.rope import use_row_rope
 from utils.small_model import small_model
 
@@ -166,11 +166,14 @@ def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: boo
 
 
 def _rows_alone(model, forward, ids: list) -> dict[tuple, Any]:
-    """The logits of each row alone, by its tokens; in evaluation mode where training mode draws random numbers."""
-    import torch
+    """The logits of each row alone, by its tokens; in evaluation mode where training mode draws random numbers.
 
-    first = forward(input_ids=ids[0][None])[0]
-    if not torch.equal(first, forward(input_ids=ids[0][None])[0]):  # in a router, say
+    That is seen by the generators' state, not by the logits: a router that draws its experts takes the same ones in
+    many calls, and others in the next.
+    """
+    before = random_states(ids[0].device)
+    forward(input_ids=ids[0][None])
+    if before != random_states(ids[0].device):
         model.eval()
     return {tuple(row.tolist()): forward(input_ids=row[None])[0] for row in ids}
 

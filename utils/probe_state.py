@@ -9,6 +9,11 @@ _SPANS = (
     "sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "local_attention",
     "index_topk", "index_topk_blocks", "keep_window_size",
 )  # fmt: skip
+# how modules call the rate of what they draw random numbers for in training mode
+_RATES = (
+    "attention_dropout", "dropout", "activation_dropout", "jitter_noise", "router_jitter_noise", "input_jitter_noise",
+    "moe_jitter_eps",
+)  # fmt: skip
 FLOAT32_UP_TO = 500_000_000  # weights; larger models are probed in the precision they were loaded in
 
 
@@ -19,7 +24,7 @@ def is_whole(model) -> bool:
 
 @contextlib.contextmanager
 def as_for_probing(model) -> Iterator[bool]:
-    """Training mode without dropout, in float32 where that costs little; everything is put back.
+    """Training mode without dropout and jitter, in float32 where that costs little; everything is put back.
 
     Yields:
         whether the model computes in float32.
@@ -50,7 +55,9 @@ def as_for_probing(model) -> Iterator[bool]:
 
 
 def leave_dropout_out(model) -> list[tuple]:
-    """Sets every dropout to 0: it draws other random numbers for other batches, so that nothing could be compared.
+    """Sets every dropout and every jitter of a router to 0.
+
+    They draw other random numbers for other batches, so that nothing could be compared.
 
     Returns:
         (module, name of its attribute, rate that it had), to put them back.
@@ -59,12 +66,22 @@ def leave_dropout_out(model) -> list[tuple]:
 
     rates = [(module, "p", module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     for module in model.modules():
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
+        for name in _RATES:
             if isinstance(getattr(module, name, None), float):
                 rates.append((module, name, getattr(module, name)))
     for module, name, _ in rates:
         setattr(module, name, 0.0)
     return rates
+
+
+def random_states(device) -> list[list[int]]:
+    """The states of the generators of random numbers: the CPU's and that of the model's device."""
+    import torch
+
+    states = [torch.random.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    return [state.tolist() for state in states]
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from loguru import logger
 # a field of a config.json → its size here; a field that a configuration lacks, or has as None, is left alone
 _SIZES = {
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "word_embed_proj_dim": 64,
-    "embedding_size": 64, "input_embedding_size": 64, "d_embed": 64, "lru_width": 64,
+    "embedding_size": 64, "embedding_dim": 64, "input_embedding_size": 64, "d_embed": 64, "lru_width": 64,
     "intermediate_size": 128, "ffn_dim": 128, "ffn_hidden_size": 128, "n_inner": 128, "d_ff": 128,
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "moe_intermediate_size": 32, "mlp_intermediate_size": 128,
     "shared_expert_intermediate_size": 32, "expert_ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "intermediate_size_mlp": 128, "attention_hidden_size": 64,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "kv_channels": 16, "global_head_dim": 16,
+    "num_attention_heads": 4, "num_attention_heads_per_layer": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "kv_channels": 16, "global_head_dim": 16,
     "decoder_layers": 2, "encoder_layers": 2, "n_layer": 2, "n_layers": 2,
     "vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -33,7 +34,10 @@ _SIZES = {
     "qk_dim_factor": 0.5, "v_dim_factor": 1.0, "sliding_window": 16, "attention_window": 16, "window_size": 16,
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "hybrid_override_pattern")
+_LAYER_LISTS = (
+    "layer_types", "layers_block_type", "block_types", "mlp_layer_types", "hybrid_override_pattern", "indexer_types",
+    "no_rope_layers", "attention_layers", "attn_layers",
+)  # fmt: skip
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
@@ -80,25 +84,49 @@ def small_config(config, **sizes):
 
 
 def _shrink(config, sizes: dict) -> None:
-    layers = _few_layers(config)
+    overrides = _take_overrides(config)
+    kept = _kept_layers(config)
+    layers = _cut_layers(config, kept)
+    before = {name: _value(config, name) for each in overrides.values() for name in each}
     equal_heads = _value(config, "num_key_value_heads") == _value(config, "num_attention_heads")
+    double_width = _value(config, "attention_hidden_size") == 2 * (_value(config, "hidden_size") or 0) > 0
     for name, size in {**_SIZES, **layers, **sizes}.items():
         current = _value(config, name)
-        if isinstance(current, int | float) and not isinstance(current, bool):
+        if _is_number(current):
             _set(config, name, size if name in sizes or name in layers else min(current, size))
-    if equal_heads:
-        _set(config, "num_key_value_heads", _value(config, "num_attention_heads"))
-    if _value(config, "qk_rope_head_dim") and _value(
-        config, "qk_nope_head_dim"
-    ):  # multi-head latent attention: the rotary part is a head of its own
-        _set(config, "head_dim", config.qk_rope_head_dim)
-        _set(config, "qk_head_dim", config.qk_rope_head_dim + config.qk_nope_head_dim)
-    if isinstance(_value(config, "rotary_dim"), int):
-        _set(config, "rotary_dim", 8)
+        elif isinstance(current, list) and all(map(_is_number, current)):  # a size for each layer
+            _set(config, name, [min(each, size) for each in current])
+    _fit_heads(config, equal_heads, double_width)
+    _set_overrides(config, [overrides.get(layer, {}) for layer in kept], before)
     for name in _TOKENS:
         token = _value(config, name)
         if isinstance(token, int) and token >= (_value(config, "vocab_size") or token + 1):
             _set(config, name, 1)
+
+
+def _fit_heads(config, equal_heads: bool, double_width: bool) -> None:
+    """Sets the sizes that follow from others.
+
+    Args:
+        config: with small sizes.
+        equal_heads: whether keys had as many heads as queries.
+        double_width: whether attention had twice the width of the hidden states, as in Zamba.
+    """
+    if equal_heads:
+        _set(config, "num_key_value_heads", _value(config, "num_attention_heads"))
+    if _value(config, "qk_rope_head_dim") and _value(config, "qk_nope_head_dim"):
+        # multi-head latent attention: the rotary part is a head of its own
+        _set(config, "head_dim", config.qk_rope_head_dim)
+        _set(config, "qk_head_dim", config.qk_rope_head_dim + config.qk_nope_head_dim)
+    if double_width:
+        _set(config, "attention_hidden_size", 2 * config.hidden_size)
+        _set(config, "attention_head_dim", 2 * config.hidden_size // config.num_attention_heads)
+    if _value(config, "mamba_headdim") and _value(config, "n_mamba_heads"):  # Zamba 2
+        _set(config, "mamba_headdim", config.mamba_expand * config.hidden_size // config.n_mamba_heads)
+    if _value(config, "expand") and _value(config, "num_heads") and _value(config, "head_dim"):  # Mamba 2
+        _set(config, "num_heads", config.expand * config.hidden_size // config.head_dim)
+    if isinstance(_value(config, "rotary_dim"), int):
+        _set(config, "rotary_dim", 8)
 
 
 def _value(config, name: str):
@@ -114,13 +142,65 @@ def _set(config, name: str, value) -> None:
         setattr(config, name, value)
 
 
-def _few_layers(config) -> dict:
-    """Two layers, or as many as it takes for one of each kind."""
-    kinds = {name: _value(config, name) for name in _LAYER_LISTS}
-    kinds = {name: each for name, each in kinds.items() if isinstance(each, list | tuple | str) and len(each)}
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _kept_layers(config) -> list[int]:
+    """The layers that a small model is made of, by their number in the whole model.
+
+    They are the first two, or as many as it takes for one of each kind; and once more where the last layers use the
+    keys and values of earlier ones.
+    """
     count = 2
-    for each in kinds.values():
-        count = max(count, 1 + max(each.index(kind) for kind in set(each)))
-    for name, each in kinds.items():
-        _set(config, name, each[:count])
-    return {name: count for name in _LAYERS if isinstance(_value(config, name), int)}
+    for name in _LAYER_LISTS:
+        each = _value(config, name)
+        if isinstance(each, list | tuple | str) and len(each):
+            count = max(count, 1 + max(each.index(kind) for kind in set(each)))
+    shared = _value(config, "num_kv_shared_layers") or 0
+    return list(range(count)) * (2 if 0 < shared < _number_of_layers(config) else 1)
+
+
+def _number_of_layers(config) -> int:
+    return next((number for name in _LAYERS if isinstance(number := _value(config, name), int)), 0)
+
+
+def _cut_layers(config, kept: list[int]) -> dict:
+    """Cuts what has an entry for each layer; returns the fields that count layers, with their new values."""
+    number = _number_of_layers(config)
+    for name, each in list(vars(config).items()):
+        listed = isinstance(each, list | tuple) and len(each) == number
+        if (listed or name in _LAYER_LISTS and isinstance(each, list | tuple | str)) and len(each) > max(kept):
+            entries = [each[layer] for layer in kept]
+            _set(config, name, "".join(entries) if isinstance(each, str) else type(each)(entries))
+    layers = {name: len(kept) for name in _LAYERS if isinstance(_value(config, name), int)}
+    if _value(config, "num_kv_shared_layers"):
+        layers["num_kv_shared_layers"] = len(set(kept))
+    return layers
+
+
+def _take_overrides(config) -> dict[int, dict]:
+    """Removes and returns the fields that differ between layers, by layer: transformers' `per_layer_config`."""
+    if not _value(config, "is_heterogeneous"):
+        return {}
+    overrides = config.to_dict()["per_layer_config"]
+    config.per_layer_config = None  # the fields can be read only without it
+    return {int(layer): each for layer, each in overrides.items()}
+
+
+def _set_overrides(config, overrides: list[dict], before: dict) -> None:
+    """Gives the layers their own sizes, in the same proportion to the common ones as before.
+
+    Args:
+        config: with small sizes.
+        overrides: for each layer of the small model, the fields at full size.
+        before: the common fields at full size.
+    """
+    found: dict = {}
+    for layer, each in enumerate(overrides):
+        for name, value in each.items():
+            if _is_number(value) and _is_number(before[name]) and before[name]:
+                value = max(1, type(value)(_value(config, name) * value / before[name]))
+            found.setdefault(layer, {})[name] = value
+    if found:
+        config.per_layer_config = found
