@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from utils.base_config import refuse_unloadable
 from utils.checkpoints import MERGED
 from utils.errors import UserError
 from utils.imports import import_peft
@@ -64,6 +65,8 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     main = main_type(parts.base)
     options = {"dtype": main or "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     flag = "--base_model" if args.base_model else "--model_path"
+    remedy = "keep the adapter, which infer and evaluate load as it is"
+    refuse_unloadable(parts.base, flag, args.trust_remote_code, remedy)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(parts.base, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own

@@ -7,6 +7,7 @@ from loguru import logger
 from utils.adapter import ADAPTERS
 from utils.adapter_files import attach_adapter
 from utils.attention import use_row_attention
+from utils.base_config import refuse_unloadable
 from utils.check_deepspeed import zero_stage
 from utils.errors import UserError, raise_if_any
 from utils.launch import uses_fsdp
@@ -60,6 +61,8 @@ def load_model(args, train_args):
     saved = loading_options(args, compute_dtype)
     options |= saved
     use_row_attention()
+    if not adapter.lora:
+        refuse_unloadable(args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
