@@ -32,12 +32,20 @@ TOLERANCE = 1e-4  # relative
 SECONDS = 240  # for one model
 UNTRIED = "not run yet"  # in results of a part of the architectures
 MODES = {"full": ["--train_mode", "full"], "lora": []}
+_QWEN4_EXP = {
+    "head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 # what a default configuration lacks, or has at a size that does not shrink
 SWITCHES = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
-    "blt": {"encoder_hash_byte_group_vocab": 500, "cross_attn_k": 1},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "encoder_config": {"hidden_size": 32, "num_attention_heads": 4, "hidden_size_global": 64},
+        "decoder_config": {"hidden_size": 32, "num_attention_heads": 4, "hidden_size_global": 64},
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2},
@@ -46,13 +54,12 @@ SWITCHES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
-    "qwen4_exp_text": {
-        "head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-        "indexer_budget": 64, "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp_text": _QWEN4_EXP,
+    "qwen4_exp": {"text_config": _QWEN4_EXP},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
     "xlnet": {"d_model": 64, "n_head": 4},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["hybrid", "hybrid", "linear_attention"], "num_hidden_layers": 3},
     "nemotron": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},

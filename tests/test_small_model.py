@@ -7,7 +7,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from utils.small_model import small_config, small_model
 
 
-@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "laguna", "mamba2", "smollm3", "xlstm", "zamba2"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3n_text", "gemma4_text", "kimi_linear", "laguna", "mamba2", "smollm3", "xlstm", "zamba2"]
+)
 def test_it_is_built_saved_and_causal(kind, tmp_path):
     model = small_model(CONFIG_MAPPING[kind]()).eval()
     model.save_pretrained(tmp_path)
