@@ -142,7 +142,7 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
     try:
         main_train.main(flags)
     except UserError as error:
-        return {"refused": error.problems[0].replace(f"{str(base)!r}", "the base")}
+        return {"refused": str(error.problems[0]).replace(f"{str(base)!r}", "the base")}
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     settings = json.loads((run / "train_args.json").read_text(encoding="utf-8"))["trainer"]
     found = {

@@ -75,7 +75,7 @@ def test_what_would_do_nothing_is_a_problem_of_the_arguments(flags, names):
     """Told by the parser alone, each by name, before anything is read or loaded."""
     with pytest.raises(UserError) as error:
         parse_args([*DPO, *flags])
-    assert sorted(problem.split()[0] for problem in error.value.problems) == sorted(f"--{name}" for name in names)
+    assert sorted(str(problem).split()[0] for problem in error.value.problems) == sorted(f"--{name}" for name in names)
 
 
 def test_losses_with_weights_are_read():

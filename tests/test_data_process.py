@@ -1,9 +1,11 @@
 """From files to ids and labels: what is kept, what is dropped and named, and what is cached."""
 
+import json
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from conftest import write_rows
 
 from utils.args import parse_args
 from utils.data_process import _one_at_a_time
+from utils.data_report import BROKEN_UNICODE, SHORTENED
 from utils.errors import UserError
 from utils.shorten import encode_within
 from utils.tasks import get_task
@@ -58,9 +61,10 @@ def test_rows_with_an_empty_answer_are_dropped_and_named(load):
     rows = [*tiny.ROWS, {"instruction": "Hi", "output": ""}]
     report = load(rows).report
     assert report.dropped == {"with nothing to train": 1}
-    assert [(place.split("/")[-1], lines) for place, lines in report.places.items()] == [
-        ("rows.jsonl has an empty output", [len(rows)])
-    ]
+    (record,) = report.records
+    assert (Path(record.file).name, *record[1:]) == (
+        "rows.jsonl", len(rows), "with nothing to train", "has an empty output",
+    )  # fmt: skip
     assert report.named_places().endswith(f"rows.jsonl has an empty output: line {len(rows)}")
 
 
@@ -249,7 +253,7 @@ def test_overlong(load):
     rows = [*tiny.ROWS, longest]
     shortened = load(rows, "--max_len", "100").report
     assert (shortened.kept, shortened.shortened) == (9, 1)
-    assert [lines for lines in shortened.shortened_at.values()] == [[9]]
+    assert [group.lines for group in shortened.groups(SHORTENED)] == [[9]]
     dropped = load(rows, "--max_len", "100", "--overlong", "drop").report
     assert dropped.kept == 8
     assert dropped.named_places().endswith("is too long for --max_len 100: line 9")
@@ -294,7 +298,7 @@ def test_a_bad_line_costs_no_other(load, tmp_path):
     (tmp_path / "mixed.jsonl").write_bytes(good * 3 + b'{"instruction": "\xe9", "output": "b"}\n' + good * 3)
     report = load(str(tmp_path / "mixed.jsonl"), "--on_bad_row", "drop").report
     assert (report.rows, report.kept, report.dropped) == (7, 6, {"malformed": 1})
-    assert [lines for lines in report.places.values()] == [[4]]
+    assert [(group.lines, group.kind) for group in report.groups()] == [([4], BROKEN_UNICODE)]
     (tmp_path / "broken.csv").write_text('instruction,output\na,b\n"a"x,b\na,b\n')
     with pytest.raises(UserError, match="broken.csv:3 is not CSV"):
         load(str(tmp_path / "broken.csv"), "--on_bad_row", "drop")
@@ -345,6 +349,22 @@ def test_a_damaged_cache_is_made_anew(load, tmp_path, damage):
     else:
         (folder / damage).unlink()
     assert load(tiny.ROWS).train[:] == first
+
+
+def test_rows_that_an_earlier_version_kept_are_taken(load, tmp_path):
+    """Its report had `"file reason"` → lines where there are records now."""
+    rows = [*tiny.ROWS, {"instruction": "Hi", "output": ""}]
+    report = load(rows).report
+    kept = next((tmp_path / "cache").iterdir()) / "report.json"
+    stored = json.loads(kept.read_text(encoding="utf-8"))
+    place = f"{tmp_path / 'rows.jsonl'} has an empty output"
+    earlier = {name: value for name, value in stored.items() if name not in ("records", "totals")} | {
+        "places": {place: [len(rows)]}, "kinds": {place: "with nothing to train"}, "counted": {place: 1},
+        "untrained_at": {}, "shortened_at": {},
+    }  # fmt: skip
+    kept.write_text(json.dumps(earlier), encoding="utf-8")
+    assert load(rows).report == report
+    assert json.loads(kept.read_text(encoding="utf-8")) == earlier  # they were not made anew
 
 
 def _lose_rows(arrow):

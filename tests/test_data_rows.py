@@ -159,7 +159,7 @@ def test_broken_files_name_the_line(tmp_path, name, content, line, said):
 def test_a_file_that_is_named_twice_is_told_since_it_would_count_once(tmp_path):
     (tmp_path / "a.jsonl").write_text("x")
     files, problems = find_files(f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl", "--train_data_path")
-    assert len(files) == 1 and "/a.jsonl' 2 times, and a file is read once; name it once" in problems[0]
+    assert len(files) == 1 and "/a.jsonl' 2 times, and a file is read once; name it once" in str(problems[0])
 
 
 def test_paths_are_files_folders_and_globs_mixed(tmp_path):
@@ -175,18 +175,19 @@ def test_paths_are_files_folders_and_globs_mixed(tmp_path):
 def test_a_link_to_nowhere_says_where(tmp_path):
     (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
     _, problems = find_files(str(tmp_path / "rows.jsonl"), "--train_data_path", (".jsonl",))
-    assert "is a link to" in problems[0] and "gone.jsonl" in problems[0] and "Did you mean" not in problems[0]
+    said = str(problems[0])
+    assert "is a link to" in said and "gone.jsonl" in said and "Did you mean" not in said
 
 
 def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
     monkeypatch.setattr("utils.data_files.os.access", lambda *_: False)
     _, problems = find_files(file, "--train_data_path", (".jsonl",))
-    assert [problem.partition(";")[0] for problem in problems] == [
+    assert [str(problem).partition(";")[0] for problem in problems] == [
         f"--train_data_path {file!r} may not be read by this user"
     ]
     _, problems = find_files("x" * 300 + ".jsonl", "--train_data_path", (".jsonl",))
-    assert "cannot be read: File name too long" in problems[0]
+    assert "cannot be read: File name too long" in str(problems[0])
 
 
 def test_every_wrong_path_is_named(tmp_path):
@@ -199,5 +200,6 @@ def test_every_wrong_path_is_named(tmp_path):
     said = ["Did you mean", "is empty", "without any", "kinds of file", "matches no file"]
     assert len(problems) == len(wrong)
     for problem, name, reason in zip(problems, wrong, said, strict=True):
-        assert reason in problem
-        assert name in problem
+        assert problem.flags == ("train_data_path",)
+        assert reason in str(problem)
+        assert name in str(problem)

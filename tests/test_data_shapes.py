@@ -211,7 +211,7 @@ def test_the_names_are_read_as_datasets_reads_them(folder):
 )  # fmt: skip
 def test_a_folder_without_the_split_that_is_needed_is_refused(folder, flag, names, said):
     files, (problem,) = find_files(folder(*names), flag)
-    assert not files and said in problem
+    assert not files and said in str(problem)
 
 
 def test_a_folder_of_save_to_disk_says_what_it_is(tmp_path):
@@ -222,7 +222,7 @@ def test_a_folder_of_save_to_disk_says_what_it_is(tmp_path):
     DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
     for name, call in (("rows", "').to_parquet('rows.parquet')"), ("both", "')['train'].to_parquet('rows.parquet')")):
         files, (problem,) = find_files(str(tmp_path / name), TRAIN)
-        assert not files and "is a folder of datasets' save_to_disk" in problem and problem.endswith(call)
+        assert not files and "is a folder of datasets' save_to_disk" in str(problem) and str(problem).endswith(call)
 
 
 @pytest.mark.parametrize("spelling", ["{0}/./a.jsonl", "{0}/in/../a.jsonl", "{0}/link.jsonl", "{0}/hard.jsonl"])
@@ -235,7 +235,7 @@ def test_one_file_by_two_spellings_is_refused(tmp_path, spelling):
     other = spelling.format(tmp_path)
     files, (problem,) = find_files(f"{file},{other}", TRAIN)
     assert files == [str(file)]
-    assert f"names {str(file)!r} and {other!r}, which are one file, 2 times" in problem
+    assert f"names {str(file)!r} and {other!r}, which are one file, 2 times" in str(problem)
 
 
 def test_a_file_found_in_two_ways_is_read_once(tmp_path):

@@ -109,8 +109,8 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
     rows = [talk(ANSWER), row, row]
     file = write_rows(tmp_path / "a.jsonl", rows)
     _, report = load_rows(file, "--train_data_path", kind, "auto", str(tmp_path), 1)
-    ((place, lines),) = report.untrained_at.items()
-    assert (report.untrained, lines, place.endswith("has an empty answer")) == (2, [2, 3], True)
+    (group,) = report.groups(UNTRAINED)
+    assert (report.untrained, group.lines, group.reason) == (2, [2, 3], "has an empty answer")
 
 
 # ------------------------------------------------------------------------------ tool calls

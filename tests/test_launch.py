@@ -120,7 +120,7 @@ for argv in json.load(sys.stdin):
     try:
         print(json.dumps(["fine", parse_args(argv)[1].deepspeed]), flush=True)
     except UserError as error:
-        print(json.dumps(["refused", *error.problems]), flush=True)
+        print(json.dumps(["refused", *map(str, error.problems)]), flush=True)
 """
 
 
@@ -197,7 +197,7 @@ from utils.errors import UserError
 try:
     args, train_args = parse_args(sys.argv[1:])
 except UserError as error:
-    print(json.dumps({"refused": error.problems}))
+    print(json.dumps({"refused": [*map(str, error.problems)]}))
     sys.exit()
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from utils.model import whole_models

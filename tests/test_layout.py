@@ -207,4 +207,4 @@ def test_top_level_names():
 
 @pytest.mark.parametrize("path", [*SOURCES, ROOT / "main_train.py", *sorted((ROOT / "data").rglob("*.py"))], ids=str)
 def test_files_stay_short_enough_to_read(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 250
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300

@@ -92,8 +92,9 @@ def test_files_in_order_and_problems_by_file_and_line(tmp_path):
                     (str(second), 2, "four", "4"), (str(tmp_path / "c.json"), 1, "five", None)]  # fmt: skip
     assert (
         len(problems) == 2
-        and problems[0].startswith(f"{first}:2 has the fields")
-        and f"{first}:4 is not JSON" in problems[1]
+        and str(problems[0]).startswith(f"{first}:2 has the fields")
+        and f"{first}:4 is not JSON" in str(problems[1])
+        and [(problem.file, problem.line) for problem in problems] == [(str(first), 2), (str(first), 4)]
     )
 
 

@@ -24,7 +24,7 @@ def load(**values):
 
 
 def problems_of(**values) -> str:
-    return "\n".join(check_trained(TrainedArgs(**values))[1])
+    return "\n".join(map(str, check_trained(TrainedArgs(**values))[1]))
 
 
 def logits(model):

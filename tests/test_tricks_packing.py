@@ -369,7 +369,7 @@ def test_all_that_is_wrong_with_a_count_is_said_before_it_begins(tmp_path, tiny_
     def problems(**flags) -> list[str]:
         with pytest.raises(UserError) as caught:
             COUNT([word for name, value in (right | flags).items() for word in (f"--{name}", str(value))])
-        return caught.value.problems
+        return [*map(str, caught.value.problems)]
 
     for value, said in (("[1]", "holds no sets"), ("{", "cannot be read"), ('{"some": 1}', "holds no sets")):
         broken.write_text(value, encoding="utf-8")

@@ -12,8 +12,8 @@ from utils.check_deepspeed import check_deepspeed, settle_deepspeed, settle_plug
 from utils.check_evaluation import settle_evaluation
 from utils.check_run import check_together
 from utils.config_file import read_config
-from utils.errors import UserError, raise_if_any
-from utils.flags import arg, make_parser, read_flags, split_flags
+from utils.errors import Problem, UserError, raise_if_any
+from utils.flags import arg, flags_in, make_parser, read_flags, split_flags
 from utils.launch import agree, join_deepspeed
 from utils.log import is_main_process
 from utils.paths import project_path
@@ -189,7 +189,8 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
     try:
         train_args = recipe(**_values_of(recipe, values))
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
-        raise UserError(*problems, f"the recipe's values do not fit together: {error}") from error
+        message = f"the recipe's values do not fit together: {error}"
+        raise UserError(*problems, Problem(message, flags=flags_in(error))) from error
     if values.get("gradient_checkpointing") is None and values.get("activation_checkpointing") is None:
         # transformers makes false of what is left to utils/model.py
         train_args.gradient_checkpointing = train_args.activation_checkpointing = None
@@ -211,7 +212,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
 
 def _settle(
     values: dict, given: set[str], recipe: type, sources: Sources, needs_weights: bool
-) -> tuple[CommonArgs, list[str]]:
+) -> tuple[CommonArgs, list[Problem]]:
     """Fills in what depends on other values and on the machine.
 
     Returns:

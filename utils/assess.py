@@ -9,7 +9,7 @@ from utils.choices import Choices, Scored, encode_choices, log_likelihoods, read
 from utils.contenders import Contender
 from utils.data_files import find_files, read_rows
 from utils.data_rows import BadRow
-from utils.errors import UserError, raise_if_any
+from utils.errors import Problem, UserError, raise_if_any
 from utils.generate import GenerateArgs, answer_all, context_of, prompt_ids
 from utils.metrics import Figure, score_file, score_row
 from utils.prompts import Prompt, read_prompts, to_prompt
@@ -124,7 +124,7 @@ def share_right(key: str, label: str, right: list[bool]) -> Figure:
     return Figure(key, label, count, 100 * share, error)
 
 
-def read_task(paths: str, flag: str) -> tuple[str, list, list[str]]:
+def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
     """Reads rows that can be evaluated; the rows themselves tell the task.
 
     Returns:
@@ -139,7 +139,11 @@ def read_task(paths: str, flag: str) -> tuple[str, list, list[str]]:
     if not any(isinstance(raw.value, dict) and raw.value.get("choices") is not None for raw in raws):
         prompts, problems = read_prompts(paths, flag)
         problems += [
-            f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"'
+            Problem(
+                f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"',
+                file=row.file,
+                line=row.line,
+            )
             for row in prompts
             if row.reference is None
         ]
@@ -156,7 +160,7 @@ def read_task(paths: str, flag: str) -> tuple[str, list, list[str]]:
                 raise UserError(
                     f"{flag} {paths!r} has rows with choices, and {place} has none; evaluate them apart"
                 ) from None
-            problems.append(f"{place} {error}")
+            problems.append(Problem(f"{place} {error}", file=raw.file, line=raw.line))
     return "choices", rows, problems
 
 

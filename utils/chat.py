@@ -135,7 +135,7 @@ def talk(chat: Chat) -> None:
             elif text:
                 chat.answer(text[1:] if text.startswith("//") else text)
         except UserError as error:
-            tell(str(error).removeprefix("error: ") + ("" if text.startswith("/save") else "; /reset begins anew"))
+            tell(error.sentences() + ("" if text.startswith("/save") else "; /reset begins anew"))
         except KeyboardInterrupt:
             print(file=sys.stderr)
             tell("stopped; this turn is forgotten")

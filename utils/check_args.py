@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from utils.check_adapter import check_adapter, start_from_adapter, template_of_run
-from utils.errors import nearest
+from utils.errors import Problem, in_one_line, nearest, refusal
 from utils.quantised_base import settle_base
 from utils.template import template_dict, unknown_template
 from utils.weight_files import check_weight_files
@@ -23,7 +23,7 @@ SAMPLE_DATA = {
 KNOWN_TASKS = tuple(SAMPLE_DATA)
 
 
-def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> list[str]:
+def resolve_defaults(common, values: dict, given: set[str], recipe: type) -> list[Problem]:
     """Fills in what depends on other values: task, sample data, run folder, evaluation, what a run goes on from.
 
     Returns:
@@ -64,7 +64,7 @@ def is_default_folder(path: str) -> bool:
     return re.fullmatch(r"output/[a-z_]+-\d{8}-\d{6}(_\d+)?", path) is not None
 
 
-def check_common(common, recipe: type, needs_weights: bool = True) -> list[str]:
+def check_common(common, recipe: type, needs_weights: bool = True) -> list[Problem]:
     """Checks the common arguments against each other and against the disk.
 
     Args:
@@ -75,9 +75,11 @@ def check_common(common, recipe: type, needs_weights: bool = True) -> list[str]:
     """
     problems = []
     if common.task_type not in recipe.task_types:
-        problems.append(
+        problems += refusal(
             f"--task_type {common.task_type} does not fit the recipe {common.train_args_path!r}, which is for "
-            f"{', '.join(recipe.task_types)}; choose another --train_args_path"
+            f"{', '.join(recipe.task_types)}; choose another --train_args_path",
+            "task_type",
+            "train_args_path",
         )
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
@@ -89,7 +91,7 @@ def check_common(common, recipe: type, needs_weights: bool = True) -> list[str]:
 
 def check_model_path(
     name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False, needs_weights: bool = True
-) -> list[str]:
+) -> list[Problem]:
     """Checks that a path is a hub's name or a folder with a model.
 
     Args:
@@ -110,55 +112,71 @@ def check_model_path(
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a folder that may not be entered, a name that is too long
-        return [f"{flag} cannot be read: {error.strerror}; choose another folder, or have its owner allow it"]
+        return refusal(
+            f"{flag} cannot be read: {error.strerror}; choose another folder, or have its owner allow it", *_flags(name)
+        )
     if folder.is_file():
-        return [f"{flag} is a file; give the folder it lies in"]
+        return refusal(f"{flag} is a file; give the folder it lies in", *_flags(name))
     if folder.is_dir():
         if adapter_allowed and (folder / "adapter_config.json").is_file():
             return []
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
-                return [f"{flag} has no config.json: it holds an adapter; give it as --adapter_name_or_path"]
-            return [f"{flag} has no config.json: it holds no model saved by transformers"]
+                return refusal(
+                    f"{flag} has no config.json: it holds an adapter; give it as --adapter_name_or_path",
+                    *_flags(name),
+                    "adapter_name_or_path",
+                )
+            return refusal(f"{flag} has no config.json: it holds no model saved by transformers", *_flags(name))
         if not needs_weights:
-            return _check_config(flag, path, trust_remote_code)
+            return _check_config(name, path, trust_remote_code)
         if not list(folder.glob("*.safetensors")):
-            return [
+            return refusal(
                 f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
-                "loaded; convert them with save_pretrained(...) of transformers"
-            ]
-        return _check_config(flag, path, trust_remote_code) or check_weight_files(flag, folder)
-    return _check_name(flag, path, folder.parent)
+                "loaded; convert them with save_pretrained(...) of transformers",
+                *_flags(name),
+            )
+        return _check_config(name, path, trust_remote_code) or check_weight_files(flag, folder, *_flags(name))
+    return _check_name(name, path, folder.parent)
 
 
-def _check_name(flag: str, path: str, parent: Path) -> list[str]:
+def _flags(name: str) -> list[str]:
+    """The flag of a name as messages have it: `"--model_path"` → `["model_path"]`, `"the base"` → `[]`."""
+    return [name.removeprefix("--")] if name.startswith("--") else []
+
+
+def _check_name(name: str, path: str, parent: Path) -> list[Problem]:
     """Whether a path where nothing lies can be a hub's name."""
     looks_local = (
         path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"
     )
     if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        return [
-            f"{flag} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like Qwen/Qwen1.5-7B"
-        ]
+        return refusal(
+            f"{name} {path!r} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like "
+            "Qwen/Qwen1.5-7B",
+            *_flags(name),
+        )
     return []
 
 
-def _check_config(flag: str, path: str, trust_remote_code: bool) -> list[str]:
+def _check_config(name: str, path: str, trust_remote_code: bool) -> list[Problem]:
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's code raises its own
-        reason = " ".join(str(error).split())[:300]
-        return [
-            f"{flag} has a config.json that cannot be used: {type(error).__name__}: {reason}. A model with code "
-            "of its own needs --trust_remote_code true"
-        ]
+        reason = in_one_line(error, 300)
+        return refusal(
+            f"{name} {path!r} has a config.json that cannot be used: {type(error).__name__}: {reason}. A model with "
+            "code of its own needs --trust_remote_code true",
+            *_flags(name),
+            "trust_remote_code",
+        )
     return []
 
 
-def _check_numbers(common) -> list[str]:
+def _check_numbers(common) -> list[Problem]:
     rules = [
         ("max_len", common.max_len >= 2, "a whole number of at least 2"),
         ("max_prompt_length", common.max_prompt_length >= 1, "a whole number of at least 1"),
@@ -174,12 +192,20 @@ def _check_numbers(common) -> list[str]:
         ("loraplus_lr_ratio", common.loraplus_lr_ratio is None or common.loraplus_lr_ratio > 0, "a number above 0"),
     ]
     problems = [
-        f"--{name} {getattr(common, name)} is not allowed; give {allowed}" for name, ok, allowed in rules if not ok
+        Problem(f"--{name} {getattr(common, name)} is not allowed; give {allowed}", flags=(name,))
+        for name, ok, allowed in rules
+        if not ok
     ]
     if common.template_date is not None and not _is_date(common.template_date):
-        problems.append(f"--template_date {common.template_date!r} is not allowed; give a day as 2026-01-31")
+        problems += refusal(
+            f"--template_date {common.template_date!r} is not allowed; give a day as 2026-01-31", "template_date"
+        )
     if common.eval_data_path and common.val_size:
-        problems.append(f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one")
+        problems += refusal(
+            f"--eval_data_path and --val_size {common.val_size} both name a validation part; give one",
+            "eval_data_path",
+            "val_size",
+        )
     return problems
 
 

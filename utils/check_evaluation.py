@@ -4,7 +4,7 @@ import math
 
 from loguru import logger
 
-from utils.errors import nearest
+from utils.errors import Problem, nearest, refusal
 
 # figure → whether more is better; what else a trainer logs has no best
 _OF_TOKENS = {"loss": False, "perplexity": False, "token_accuracy": True}
@@ -12,7 +12,7 @@ _OF_PAIRS = {"loss": False, "rewards/accuracies": True, "rewards/margins": True,
 FIGURES = {"pretrain": _OF_TOKENS, "sft": _OF_TOKENS, "dpo_multi": _OF_PAIRS, "dpo_single": _OF_PAIRS}
 
 
-def settle_evaluation(common, values: dict, given: set[str]) -> list[str]:
+def settle_evaluation(common, values: dict, given: set[str]) -> list[Problem]:
     """Sets what `--load_best_model_at_end` and `--early_stopping_patience` need, and says so in the log.
 
     A value that was given as a flag is never changed; where it cannot be kept, that is a problem.
@@ -29,9 +29,11 @@ def settle_evaluation(common, values: dict, given: set[str]) -> list[str]:
     early = bool(common.early_stopping_patience) and not problems
     if early and not values.get("load_best_model_at_end"):
         if "load_best_model_at_end" in given:
-            problems.append(
+            problems += refusal(
                 f"--early_stopping_patience {common.early_stopping_patience} stops when the weights have become worse, "
-                "and --load_best_model_at_end false would save those; leave it out"
+                "and --load_best_model_at_end false would save those; leave it out",
+                "early_stopping_patience",
+                "load_best_model_at_end",
             )
         else:
             logger.info("--early_stopping_patience needs the best checkpoint: --load_best_model_at_end is set to true")
@@ -39,9 +41,13 @@ def settle_evaluation(common, values: dict, given: set[str]) -> list[str]:
     asked = _asked(common, values, early)
     if asked and not (common.eval_data_path or common.val_size):
         _ask_for_none(values)
-        return problems + [
-            f"evaluation is asked for ({', '.join(asked)}) without rows for it; give --eval_data_path or --val_size"
-        ]
+        flags = ", ".join(f"--{name} {value}" for name, value in asked.items())
+        return problems + refusal(
+            f"evaluation is asked for ({flags}) without rows for it; give --eval_data_path or --val_size",
+            *asked,
+            "eval_data_path",
+            "val_size",
+        )
     if values.get("load_best_model_at_end"):
         problems += _match_strategies(values, given) or _match_steps(values, given)
     if values.get("load_best_model_at_end") or _text(values, "save_strategy") == "best":
@@ -49,14 +55,23 @@ def settle_evaluation(common, values: dict, given: set[str]) -> list[str]:
     return problems + _settle_figure(common, values)
 
 
-def _wrong_numbers(common) -> list[str]:
+def _wrong_numbers(common) -> list[Problem]:
     patience, threshold = common.early_stopping_patience, common.early_stopping_threshold
     if patience is not None and patience < 0:
-        return [f"--early_stopping_patience {patience} is not allowed; give a number of evaluations, or 0 for never"]
+        return refusal(
+            f"--early_stopping_patience {patience} is not allowed; give a number of evaluations, or 0 for never",
+            "early_stopping_patience",
+        )
     if not 0 <= threshold < math.inf:
-        return [f"--early_stopping_threshold {threshold} is not allowed; give at least 0"]
+        return refusal(
+            f"--early_stopping_threshold {threshold} is not allowed; give at least 0", "early_stopping_threshold"
+        )
     if threshold and not patience:
-        return [f"--early_stopping_threshold {threshold} does nothing without --early_stopping_patience; give both"]
+        return refusal(
+            f"--early_stopping_threshold {threshold} does nothing without --early_stopping_patience; give both",
+            "early_stopping_threshold",
+            "early_stopping_patience",
+        )
     return []
 
 
@@ -64,12 +79,14 @@ def _text(values: dict, name: str) -> str:
     return str(getattr(values.get(name), "value", values.get(name)))
 
 
-def _asked(common, values: dict, early: bool) -> list[str]:
-    flags = [f"--early_stopping_patience {common.early_stopping_patience}"] if early else []
-    flags += ["--load_best_model_at_end true"] if values.get("load_best_model_at_end") and not early else []
-    flags += ["--save_strategy best"] if _text(values, "save_strategy") == "best" else []
-    flags += [f"--eval_strategy {_text(values, 'eval_strategy')}"] if _text(values, "eval_strategy") != "no" else []
-    flags += ["--eval_on_start true"] if values.get("eval_on_start") else []
+def _asked(common, values: dict, early: bool) -> dict[str, str]:
+    """The flags that need an evaluation → their values."""
+    flags = {"early_stopping_patience": str(common.early_stopping_patience)} if early else {}
+    flags |= {"load_best_model_at_end": "true"} if values.get("load_best_model_at_end") and not early else {}
+    flags |= {"save_strategy": "best"} if _text(values, "save_strategy") == "best" else {}
+    strategy = _text(values, "eval_strategy")
+    flags |= {"eval_strategy": strategy} if strategy != "no" else {}
+    flags |= {"eval_on_start": "true"} if values.get("eval_on_start") else {}
     return flags
 
 
@@ -80,7 +97,7 @@ def _ask_for_none(values: dict) -> None:
         values["save_strategy"] = "no"
 
 
-def _match_strategies(values: dict, given: set[str]) -> list[str]:
+def _match_strategies(values: dict, given: set[str]) -> list[Problem]:
     """The best checkpoint can only be one that was both evaluated and saved."""
     evaluate, save = _text(values, "eval_strategy"), _text(values, "save_strategy")
     if evaluate == "no" and "eval_strategy" not in given:
@@ -92,13 +109,16 @@ def _match_strategies(values: dict, given: set[str]) -> list[str]:
     if evaluate != "no" and save in (evaluate, "best"):
         return []
     values["load_best_model_at_end"] = False
-    return [
+    return refusal(
         f"--load_best_model_at_end true needs checkpoints that were evaluated, which --eval_strategy {evaluate} with "
-        f"--save_strategy {save} does not make; give steps or epoch for both, or --save_strategy best"
-    ]
+        f"--save_strategy {save} does not make; give steps or epoch for both, or --save_strategy best",
+        "load_best_model_at_end",
+        "eval_strategy",
+        "save_strategy",
+    )
 
 
-def _match_steps(values: dict, given: set[str]) -> list[str]:
+def _match_steps(values: dict, given: set[str]) -> list[Problem]:
     if not values.get("load_best_model_at_end") or _text(values, "save_strategy") != "steps":
         return []
     evaluate, save = values.get("eval_steps") or values.get("logging_steps"), values.get("save_steps")
@@ -110,10 +130,13 @@ def _match_steps(values: dict, given: set[str]) -> list[str]:
         _set(values, "eval_steps", save)
     else:
         values["load_best_model_at_end"] = False
-        return [
+        return refusal(
             f"--load_best_model_at_end true needs --save_steps {save:g} to be a multiple of --eval_steps {evaluate:g}, "
-            "both whole steps or both shares of the run; give such a one, or leave one of them out"
-        ]
+            "both whole steps or both shares of the run; give such a one, or leave one of them out",
+            "load_best_model_at_end",
+            "save_steps",
+            "eval_steps",
+        )
     return []
 
 
@@ -130,7 +153,7 @@ def _set(values: dict, name: str, value):
     return value
 
 
-def _settle_figure(common, values: dict) -> list[str]:
+def _settle_figure(common, values: dict) -> list[Problem]:
     """`--metric_for_best_model` by its full name, and which way is better: transformers guesses that from the name."""
     name, figures = values.get("metric_for_best_model"), FIGURES.get(common.task_type)
     if name is None or figures is None:
@@ -139,12 +162,16 @@ def _settle_figure(common, values: dict) -> list[str]:
     if plain not in figures:
         values["metric_for_best_model"] = None
         allowed = [f"eval_{figure}" for figure in figures]
-        return [
+        return refusal(
             f"--metric_for_best_model {name!r} is not a figure of {common.task_type}."
-            f"{nearest(f'eval_{plain}', allowed)} Allowed: {', '.join(allowed)}"
-        ]
+            f"{nearest(f'eval_{plain}', allowed)} Allowed: {', '.join(allowed)}",
+            "metric_for_best_model",
+        )
     values["metric_for_best_model"], values["greater_is_better"] = f"eval_{plain}", figures[plain]
     if asked is not None and asked != figures[plain]:
         better = "more" if figures[plain] else "less"
-        return [f"--greater_is_better {str(asked).lower()}: of eval_{plain} {better} is better; leave the flag out"]
+        return refusal(
+            f"--greater_is_better {str(asked).lower()}: of eval_{plain} {better} is better; leave the flag out",
+            "greater_is_better",
+        )
     return []

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from utils.data_files import RawRow
 from utils.data_rows import BadRow, Message, check_fields, kind_name, read_question, read_text
+from utils.data_turns import unreadable
 from utils.errors import UserError
 from utils.segments import IGNORED, Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
 
@@ -57,7 +58,7 @@ def read_choices(raw: RawRow) -> Choices:
     """
     row = raw.value
     if raw.problem:
-        raise BadRow(raw.problem)
+        raise unreadable(raw)
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     missing = [name for name in ("question", "choices", "answer") if row.get(name) is None]

@@ -10,7 +10,7 @@ from loguru import logger
 
 from utils.checkpoints import BEGUN, FINISHED
 from utils.data_files import TEXT_SUFFIXES, find_files
-from utils.errors import UserError, nearest
+from utils.errors import Problem, UserError, nearest
 from utils.flags import fits, hints_of, type_in_words, what_is_meant
 from utils.paths import ROOT, project_path
 from utils.record import LIBRARIES, hardware, launcher, sha256_of, versions
@@ -18,6 +18,7 @@ from utils.weight_files import fingerprint
 
 # of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to
 _LEFT_OUT = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "push_to_hub")
+_CONFIG = ("config",)  # the flag that a problem with the file is about
 _RECIPES = ROOT / "train_args"
 # run code, send the result away, or replace files: a file from elsewhere must not decide that, so they are typed
 _TYPED_ONLY = ("trust_remote_code", "push_to_hub", "overwrite_output_dir")
@@ -68,18 +69,19 @@ class ConfigFile:
             return None
         flag = f"--config {self.path!r}"
         if not isinstance(named, str):
-            raise UserError(f"{flag}: train_args_path is {named!r}; give the path of a recipe")
+            raise UserError(Problem(f"{flag}: train_args_path is {named!r}; give the path of a recipe", flags=_CONFIG))
         if not is_own_recipe(named):
-            raise UserError(
+            message = (
                 f"{flag} names the recipe {named!r}, which is Python code outside of {str(_RECIPES)!r}, so it is not "
                 f"run. Read it, then give --train_args_path {shlex.quote(named)} as well, or a recipe of this project"
             )
+            raise UserError(Problem(message, flags=(*_CONFIG, "train_args_path")))
         file = ROOT / named
         if file.is_file() and Path(project_path(named)).resolve() != file.resolve():
             named = self.values["train_args_path"] = str(file)
         return named
 
-    def apply(self, values: dict, given: set[str], types: tuple[type, ...]) -> list[str]:
+    def apply(self, values: dict, given: set[str], types: tuple[type, ...]) -> list[Problem]:
         """Puts the file's settings where no flag was given.
 
         Args:
@@ -100,10 +102,12 @@ class ConfigFile:
         problems = []
         for name, value in self.values.items():
             if name not in hints:
-                problems.append(f"--config {self.path!r}: {name!r} is not a flag.{what_is_meant(name, hints)}")
+                message = f"--config {self.path!r}: {name!r} is not a flag.{what_is_meant(name, hints)}"
+                problems.append(Problem(message, flags=_CONFIG))
             elif not any(fits(value, hint) for hint in hints[name]):
                 allowed = " or ".join(dict.fromkeys(type_in_words(hint) for hint in hints[name]))
-                problems.append(f"--config {self.path!r}: {name} is {json.dumps(value)}; give {allowed}")
+                message = f"--config {self.path!r}: {name} is {json.dumps(value)}; give {allowed}"
+                problems.append(Problem(message, flags=_CONFIG))
             elif name not in given and name not in replaced:
                 on_top = not given & set(_ALWAYS_GIVEN.get(name, (name,)))
                 if values.get(name) != value or (name in _ALWAYS_GIVEN and on_top):
@@ -183,27 +187,34 @@ def is_own_recipe(named: str) -> bool:
         return False
 
 
-def read_config(path: str | None) -> ConfigFile:
+def read_config(path: str | None, flag: str = "config") -> ConfigFile:
     """Reads `--config`: a run's train_args.json, the run's folder, or a JSON object of flags.
+
+    Args:
+        path: as given.
+        flag: the name of the flag it came by.
 
     Raises:
         UserError: no such file, or none of that form.
     """
     if path is None:
         return ConfigFile()
+
+    def refused(what: str) -> UserError:
+        return UserError(Problem(f"--{flag} {path!r}{what}", flags=(flag,)))
+
     file = Path(path).expanduser()
     if file.is_dir():
         file = next((file / name for name in (FINISHED, BEGUN) if (file / name).exists()), file / FINISHED)
-    flag = f"--config {path!r}"
     if not file.is_file():
         siblings = [str(found) for found in file.parent.glob("*")] if file.parent.is_dir() else []
-        raise UserError(f"{flag} is no file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json")
+        raise refused(f" is no file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} is not JSON ({error}); give a run's train_args.json, or an object of flags") from error
+        raise refused(f" is not JSON ({error}); give a run's train_args.json, or an object of flags") from error
     if not isinstance(content, dict):
-        raise UserError(f"{flag} is not a JSON object; give a run's train_args.json, or an object of flags")
+        raise refused(" is not a JSON object; give a run's train_args.json, or an object of flags")
     if "common" not in content and "trainer" not in content:
         flags = {name.removeprefix("--"): value for name, value in content.items() if name != "config"}
         return _without_typed_only(ConfigFile(path, flags), _TYPED_ONLY)
@@ -211,9 +222,9 @@ def read_config(path: str | None) -> ConfigFile:
     content = dict.fromkeys(("base", "adapter", "data", "hardware", "start", "versions"), {}) | content
     for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
         if not isinstance(content.get(name), dict):
-            raise UserError(f"{flag}: {name!r} must be an object; give a run's whole train_args.json")
+            raise refused(f": {name!r} must be an object; give a run's whole train_args.json")
     if not isinstance(content.get("resumed", []), list):
-        raise UserError(f"{flag}: 'resumed' must be a list; give a run's whole train_args.json")
+        raise refused(": 'resumed' must be a list; give a run's whole train_args.json")
     left_out = _LEFT_OUT if content["hardware"].get("gpus") else _LEFT_OUT + _OF_THE_CPU
     values = {name: value for part in parts for name, value in part.items() if name not in left_out}
     if values.get("pad_to_multiple_of", 0) is None:

@@ -7,6 +7,7 @@ from typing import Any
 from loguru import logger
 
 from utils.check_args import check_model_path
+from utils.errors import Problem, refusal
 from utils.paths import project_path
 from utils.template import get_template
 from utils.tokenizer import load_tokenizer, speak, stop_at_eos
@@ -40,7 +41,9 @@ class Contender:
         return model
 
 
-def check_contenders(args: TrainedArgs, compare_base: bool, insist: bool) -> tuple[dict[str, Parts], list[str]]:
+def check_contenders(
+    args: TrainedArgs, compare_base: bool, insist: bool
+) -> tuple[dict[str, Parts], list[str | Problem]]:
     """Finds the model that the flags mean, and the base it was trained on.
 
     The base of an adapter is that of its chain; of a run of whole weights the one that the run has noted, or
@@ -70,25 +73,28 @@ def check_contenders(args: TrainedArgs, compare_base: bool, insist: bool) -> tup
     return {"model": parts}, []
 
 
-def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[str]]:
+def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[Problem]]:
     noted = base_of_run(folder)
     base = args.base_model or project_path(noted.get("path") or "")
     if not base:
-        return None, [
+        return None, refusal(
             f"--model_path {args.model_path!r} does not say what it was trained on (it has no train_args.json with a "
-            "base); give that as --base_model, or leave it out with --compare_base false"
-        ]
-    remedy = "give the base as --base_model, or leave it out with --compare_base false"
+            "base); give that as --base_model, or leave it out with --compare_base false",
+            "model_path",
+            "base_model",
+        )
     problems = check_model_path("--base_model" if args.base_model else "the base", base, args.trust_remote_code)
     if not problems and Path(base).is_dir():
         problems = check_weight_files("the base", base)
     now = None if problems else fingerprint(base)
     if now and noted.get("fingerprint") not in (None, now) and not args.allow_other_base:
-        problems = [
+        problems = refusal(
             f"{args.model_path!r} was trained on weights {noted['fingerprint']}, and {base!r} has {now}; give those "
-            "it was trained on, or --allow_other_base true"
-        ]
-    return base, [problem if "--base_model" in problem else f"{problem}; {remedy}" for problem in problems]
+            "it was trained on, or --allow_other_base true",
+            "allow_other_base",
+        )
+    remedy = "give the base as --base_model, or leave it out with --compare_base false"
+    return base, [p if "base_model" in p.flags else replace(p, remedy=remedy) for p in problems]
 
 
 def load_contenders(args: TrainedArgs, models: dict[str, Parts]) -> list[Contender]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from utils.data_files import RawRow, count_rows, parse_row, raw_rows
 from utils.data_report import Dropped, source_of
 from utils.data_rows import BadRow, EmptyRow
+from utils.data_turns import BrokenUnicode, unreadable
 from utils.errors import UserError
 from utils.segments import IGNORED
 from utils.turns import UNTRAINED
@@ -110,7 +111,7 @@ def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
             # rows that follow a fatal one are lost uncounted, so it stops the run in any case
             if on_bad_row != "drop" or raw.fatal:
                 part.refused.append(f"{chunk.file}:{raw.line} {error}")
-            part.dropped.append((raw.line, str(error), "malformed"))
+            part.dropped.append((raw.line, str(error), error.kind))
         else:
             lines.append(raw.line)
             values.append(value)
@@ -121,12 +122,12 @@ def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
 
 def _checked(kind: RowKind, raw: RawRow):
     if raw.problem:
-        raise BadRow(raw.problem)
+        raise unreadable(raw)
     value = kind.read(raw.value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise BadRow("has half a Unicode character (a lone surrogate)") from None
+        raise BrokenUnicode("has half a Unicode character (a lone surrogate)") from None
     return value
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from utils.data_json import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
 from utils.data_splits import DESCRIPTIONS, choose_split, saved_by_datasets
 from utils.data_tables import read_csv, read_parquet
-from utils.errors import nearest
+from utils.errors import Problem, nearest, refusal
 from utils.paths import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEXT_SUFFIXES = (*SUFFIXES, ".txt")
 
 
-def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[str]]:
+def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[Problem]]:
     """Expands files, folders and globs, separated by commas.
 
     `"a.jsonl,more/"` → `(["a.jsonl", "more/b.csv"], [])`
@@ -41,11 +41,11 @@ def files_left_out(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) 
     return _find(paths, flag, suffixes)[2]
 
 
-def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[Problem], list[str]]:
     """The files, the problems, and what is left out."""
     files: dict[tuple[int, int], str] = {}  # device and inode → file, since a file has several spellings
     parts = [part.strip() for part in paths.split(",") if part.strip()]
-    problems, notes = _named_twice(parts, flag), []
+    problems, notes, name = _named_twice(parts, flag), [], flag.removeprefix("--")
     for part in dict.fromkeys(parts):
         path = project_path(str(Path(part).expanduser()))
         try:
@@ -58,15 +58,15 @@ def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], 
         except OSError as error:  # a folder on the way that may not be entered, a name that is too long
             found, problem = [], f"cannot be read: {error.strerror}; choose another file, or have its owner allow it"
         if problem:
-            problems.append(f"{flag} {part!r} {problem}")
+            problems += refusal(f"{flag} {part!r} {problem}", name)
         for file in found:
             if Path(file).stat().st_size == 0:
-                problems.append(f"{flag} {file!r} is empty (0 bytes)")
+                problems += refusal(f"{flag} {file!r} is empty (0 bytes)", name)
             elif not os.access(file, os.R_OK):
-                problems.append(f"{flag} {file!r} may not be read by this user; allow it with chmod u+r")
+                problems += refusal(f"{flag} {file!r} may not be read by this user; allow it with chmod u+r", name)
             files.setdefault(_identity(file), file)
     if not files and not problems:
-        problems.append(f"{flag} {paths!r} names no file")
+        problems += refusal(f"{flag} {paths!r} names no file", name)
     return list(files.values()), problems, notes
 
 
@@ -75,7 +75,7 @@ def _identity(file: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _named_twice(parts: list[str], flag: str) -> list[str]:
+def _named_twice(parts: list[str], flag: str) -> list[Problem]:
     """A problem for each file or folder that is named twice, by one spelling or by several."""
     spellings: dict[Any, list[str]] = {}
     for part in parts:
@@ -90,7 +90,8 @@ def _named_twice(parts: list[str], flag: str) -> list[str]:
         if len(names) > 1:
             shown = " and ".join(map(repr, dict.fromkeys(names)))
             one = ", which are one file," if len(set(names)) > 1 else ""
-            problems.append(f"{flag} names {shown}{one} {len(names)} times, and a file is read once; name it once")
+            message = f"{flag} names {shown}{one} {len(names)} times, and a file is read once; name it once"
+            problems += refusal(message, flag.removeprefix("--"))
     return problems
 
 
@@ -142,7 +143,9 @@ def raw_rows(file: str) -> Iterator[RawRow]:
 def parse_row(row: RawRow) -> RawRow:
     """A row's value, or why it has none."""
     row = parse_line(row.file, row.line, row.value) if row.unparsed else row
-    return row._replace(problem=NOT_UTF8, value=None) if _has_bad_bytes(row.value) else row
+    if _has_bad_bytes(row.value):
+        return row._replace(problem=NOT_UTF8, value=None, broken_unicode=True)
+    return row
 
 
 def count_rows(files: list[str]) -> int | None:

@@ -19,6 +19,7 @@ class RawRow(NamedTuple):
         problem: why it could not be read.
         fatal: whether what comes after it in the file could not be read either.
         unparsed: whether `value` is still a line of JSON.
+        broken_unicode: whether the problem is bytes that are not UTF-8.
     """
 
     file: str
@@ -27,6 +28,7 @@ class RawRow(NamedTuple):
     problem: str | None = None
     fatal: bool = False
     unparsed: bool = False
+    broken_unicode: bool = False
 
 
 NOT_UTF8, _BYTES = "is not UTF-8; save the file as UTF-8", re.compile("[\udc80-\udcff]")
@@ -62,7 +64,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
 def parse_line(file: str, line: int, text: str) -> RawRow:
     """A line of JSON as a row, or what is wrong with it."""
     if "\0" in text or bad_bytes(text):  # in UTF-16 every other byte is 0, which JSON never holds
-        return RawRow(file, line, None, NOT_UTF8)
+        return RawRow(file, line, None, NOT_UTF8, broken_unicode=True)
     try:
         return RawRow(file, line, _DECODER.decode(text))
     except (ValueError, RecursionError) as error:
@@ -80,6 +82,7 @@ def _ends_early(text: str, error: Exception) -> bool:
     """Whether what is missing would stand after the text: an open bracket, an open quotation mark."""
     if not isinstance(error, json.JSONDecodeError):
         return False
+    # CPython's json names a text without its end only in the message, and its position is where the text begins
     return error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
 
 

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 from loguru import logger
@@ -21,8 +20,8 @@ from loguru import logger
 from utils.data_encode import Part, RowKind, encoded_parts
 from utils.data_files import files_left_out, find_files
 from utils.data_keys import check_unchanged, content_key, rows_key
-from utils.data_report import SHOWN, TOO_LONG, DataReport, refuse_nothing_left
-from utils.errors import UserError, is_about_the_disk
+from utils.data_report import SHOWN, TOO_LONG, DataReport, from_stored, refuse_nothing_left, to_stored
+from utils.errors import Problem, UserError, is_about_the_disk
 from utils.launch import all_of, is_first_here
 from utils.record import checksum
 
@@ -58,7 +57,7 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     folder = _cache_root(cache_dir) / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
     with _one_at_a_time(folder):
-        prepared = _from_cache(folder)
+        prepared = _from_cache(folder, files)
         if prepared:
             logger.info("{}: prepared rows found in {}", name, folder)
         else:
@@ -114,7 +113,7 @@ def _lock_of(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-{name}.lock"
 
 
-def _from_cache(folder: Path):
+def _from_cache(folder: Path, files: list[str]):
     """The rows kept in `folder`; None where there are none, or where a file of theirs is damaged."""
     from datasets import load_from_disk
 
@@ -125,7 +124,7 @@ def _from_cache(folder: Path):
         # others may lie there: TRL keeps the reference's log-probabilities beside the rows
         if any((folder / name).stat().st_size != size for name, size in kept.pop("sizes").items()):
             raise ValueError("a file is missing or cut short")
-        return load_from_disk(str(folder)), DataReport(**kept)
+        return load_from_disk(str(folder)), from_stored(kept, files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the rows kept in {} are damaged ({}); they are made anew", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,7 +163,7 @@ def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Pat
             _keep_as_written(dataset, scratch / "encoded.arrow", scratch / "rows")
         sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
         report_file = scratch / "rows" / "report.json"
-        report_file.write_text(json.dumps({**asdict(report), "sizes": sizes}), encoding="utf-8")
+        report_file.write_text(json.dumps({**to_stored(report), "sizes": sizes}), encoding="utf-8")
         del dataset
         try:
             os.rename(scratch / "rows", folder)
@@ -238,13 +237,15 @@ def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[s
     if refused:
         shown = "".join(f"\n     {problem}" for problem in refused[:SHOWN])
         more = f"\n     … and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
-        raise UserError(
+        message = (
             f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
             "   Mend them, or give --on_bad_row drop to train without those that stand alone on a line"
         )
+        raise UserError(Problem(message, "ROW_UNREADABLE", ("on_bad_row",)))
     if kind.refuse_long and TOO_LONG in report.dropped:
-        raise UserError(
+        message = (
             f"{report.dropped[TOO_LONG]:,} of {report.rows:,} rows are too long, and --overlong error is given:"
             f"{report.named_places()}\n   Raise --max_len, or give --overlong truncate or drop"
         )
+        raise UserError(Problem(message, "ROW_TOO_LONG", ("overlong", "max_len")))
     refuse_nothing_left(report, report.kept, files)

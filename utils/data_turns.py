@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 from utils.data_fields import REASONING, is_empty
+from utils.data_json import RawRow
+from utils.data_report import BROKEN_UNICODE, MALFORMED
 from utils.turns import Message
 
 # by which a turn says whether it is trained: OpenAI's, then those of other trainers
@@ -13,7 +15,24 @@ _TEXTS = {"content": "value", "value": "content"}  # the two names of a turn's t
 
 
 class BadRow(ValueError):
-    """The row is malformed; the text completes "line N …"."""
+    """The row is malformed; the text completes "line N …".
+
+    Attributes:
+        kind: how a report counts such rows.
+    """
+
+    kind = MALFORMED
+
+
+class BrokenUnicode(BadRow):
+    """Bytes that are not UTF-8, or half of a character."""
+
+    kind = BROKEN_UNICODE
+
+
+def unreadable(row: RawRow) -> BadRow:
+    """The error for a row that could not be read out of its file."""
+    return BrokenUnicode(row.problem) if row.broken_unicode else BadRow(row.problem)
 
 
 def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Message:
@@ -108,7 +127,7 @@ def read_text(row: dict, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow(f"has half a Unicode character (a lone surrogate) in {field!r}") from None
+        raise BrokenUnicode(f"has half a Unicode character (a lone surrogate) in {field!r}") from None
     return value
 
 

@@ -11,7 +11,7 @@ from utils.doctor_settings import settings_findings, steps_of
 from utils.doctor_sizes import disk_findings, memory_findings
 from utils.doctor_template import template_findings
 from utils.doctor_tokens import repeated, token_findings
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding, in_order, with_severity
 from utils.launch import agree, world_size
@@ -114,8 +114,7 @@ def _whatever_happens(name: str, check: Callable[[], list[Finding]]) -> list[Fin
         return check()
     except Exception as error:
         logger.debug("doctor: {} could not be looked at: {!r}", name, error)
-        first = str(error).strip().partition("\n")[0]  # torch's own errors go on with the stack of its C++ code
-        return [Finding("NOT_EXAMINED", f"{name}: {type(error).__name__}: {first[:400]}")]
+        return [Finding("NOT_EXAMINED", f"{name}: {first_line(error, 400)}")]
 
 
 def rows_findings(args, data, template, tokenizer) -> list[Finding]:

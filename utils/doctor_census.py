@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from utils.data_encode import CHUNK, Chunk, in_processes, workers_for
 from utils.data_files import SUFFIXES, TEXT_SUFFIXES, count_rows, find_files, parse_row, raw_rows
 from utils.data_pairs import to_pair
-from utils.data_report import source_of
+from utils.data_report import RowRecord, source_of
 from utils.data_rows import BadRow, to_messages, to_text
+from utils.data_turns import unreadable
 from utils.doctor_text import broken_unicode, invisible, script_of
 from utils.errors import UserError
 from utils.findings import Places, places_of
@@ -45,7 +46,7 @@ class Census:
         rows: hashes of all a row says, [rows] of uint64; `questions` of what is asked.
         scripts: of question and answer, [rows, 2] of uint8.
         flags: code → (source, detail) of each row that has it.
-        problems: (source, reason, the exception's class) of the rows that cannot be read.
+        problems: the rows that cannot be read.
     """
 
     files: list[str] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Census:
     questions: Any = None
     scripts: Any = None
     flags: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    problems: list[tuple[int, str, type]] = field(default_factory=list)
+    problems: list[RowRecord] = field(default_factory=list)
 
     def places(self, sources) -> dict[str, Places]:
         """Where some rows stand."""
@@ -112,10 +113,10 @@ def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> tuple[i
         source = source_of(chunk.number, row.line)
         try:
             if row.problem:
-                raise BadRow(row.problem)
+                raise unreadable(row)
             reading = read_texts(task, row.value)
         except BadRow as error:
-            census.problems.append((source, str(error), type(error)))
+            census.problems.append(RowRecord(chunk.file, row.line, error.kind, str(error)))
             continue
         question, answer = "\n".join(reading.question), "\n".join(reading.answers)
         census.sources.append(source)

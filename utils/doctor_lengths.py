@@ -2,26 +2,25 @@
 
 from utils.data_files import parse_row, raw_rows
 from utils.data_pairs import to_pair
-from utils.data_report import split_place
+from utils.data_report import RowGroup
 from utils.data_rows import to_messages, to_text
 from utils.shorten import count_tokens
 
 
-def measured(places: dict[str, list[int]], files: list[str], args, template, tokenizer) -> str:
+def measured(groups: list[RowGroup], args, template, tokenizer) -> str:
     """How long rows are that were too long: the first hundred of each file, as the report names them.
 
     `"; 44 of them measured: 1,025 to 3,204 tokens"`
 
     Args:
-        places: `"file reason"` → lines.
-        files: the report's.
+        groups: of the report.
         args: CommonArgs.
         template: the chat template; None for plain text.
         tokenizer: the rows' own.
     """
     counts = []
-    for place, lines in places.items():
-        counts += _lengths(split_place(place, files)[0], set(lines), args, template, tokenizer)
+    for group in groups:
+        counts += _lengths(group.file, set(group.lines), args, template, tokenizer)
     rows = [total for total, _ in counts]
     said = f"; {len(rows):,} of them measured: {min(rows):,} to {max(rows):,} tokens"
     if args.task_type.startswith("dpo"):

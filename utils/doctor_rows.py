@@ -4,19 +4,19 @@ from collections import Counter
 from collections.abc import Callable
 
 from utils.data_pairs import EqualPair
-from utils.data_report import TOO_LONG, DataReport, split_place
+from utils.data_report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
 from utils.data_rows import EmptyRow
 from utils.doctor_census import Census
 from utils.doctor_text import SCRIPTS
 from utils.finding_codes import ERROR, WARNING
 from utils.findings import Finding, Places
+from utils.turns import UNTRAINED
 
 _STRAY = 0.01  # below this share of the rows a script is a stray one
 _MIXED = 0.03  # from this share of the rows on it is one of several
 _DIFFER = 0.1  # from this share of answers in another script than their questions, that is told
 _LATIN = SCRIPTS.index("Latin")
 _REASONS = 5  # so many are told
-_BROKEN = ("surrogate", "not UTF-8")  # of a row that cannot be read for its Unicode
 
 
 def census_findings(train: Census, held_back: Census | None) -> list[Finding]:
@@ -119,38 +119,33 @@ def _scripts(census: Census) -> list[Finding]:
 # ------------------------------------------------------------------ rows that are left out or shortened
 
 
-def report_findings(report: DataReport, args, measure: Callable[[dict[str, list[int]]], str]) -> list[Finding]:
+def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]], str]) -> list[Finding]:
     """What became of the rows, as the training's own preparation says it.
 
     Args:
         report: of rows that were prepared, if need be with `--on_bad_row drop`.
         args: CommonArgs, which say what stops a run.
-        measure: places → how long the rows there are.
+        measure: groups of rows → how long they are.
     """
-    kinds = {
-        "malformed": ("ROW_UNREADABLE", WARNING if args.on_bad_row == "drop" else ERROR),
-        EmptyRow.kind: ("ROW_NOTHING_TRAINED", ERROR if args.on_bad_row == "error" else WARNING),
-        EqualPair.kind: ("PAIR_EQUAL", ERROR if args.on_bad_row == "error" else WARNING),
-        TOO_LONG: ("ROW_TOO_LONG", ERROR if args.overlong == "error" else WARNING),
-    }
-    rows = []
-    for place, lines in report.places.items():
-        file, reason = split_place(place, report.files)
-        rows.append((*kinds[report.kinds[place]], file, reason, Places(lines, report.counted[place])))
+    unreadable = WARNING if args.on_bad_row == "drop" else ERROR
+    empty = ERROR if args.on_bad_row == "error" else WARNING
+    codes = _codes(unreadable, empty) | {TOO_LONG: ("ROW_TOO_LONG", ERROR if args.overlong == "error" else WARNING)}
+    rows = [
+        (*codes[group.kind], group.file, group.reason, Places(group.lines, group.count))
+        for group in report.dropped_groups()
+    ]
     findings = left_out(rows, report.rows)
     for finding in findings:
         if finding.code == "ROW_TOO_LONG":
-            finding.message += measure({p: report.places[p] for p in report.places if report.kinds[p] == TOO_LONG})
+            finding.message += measure(report.groups(TOO_LONG))
     findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()] + _untrained(report)
     if report.shortened:
-        places = {
-            split_place(place, report.files)[0]: Places(lines, report.counted[place])
-            for place, lines in report.shortened_at.items()
-        }
+        shortened = report.groups(SHORTENED)
+        places = {group.file: Places(group.lines, group.count) for group in shortened}
         message = f"{_rows(report.shortened)} of {report.rows:,} are longer than --max_len {args.max_len} allows"
         if args.task_type.startswith("dpo"):
             message += f", or than --max_prompt_length {args.max_prompt_length}"
-        message += f", and are cut at their beginning{measure(report.shortened_at)}"
+        message += f", and are cut at their beginning{measure(shortened)}"
         findings.append(Finding("ROW_SHORTENED", message, places))
     return findings
 
@@ -161,11 +156,10 @@ def _untrained(report: DataReport) -> list[Finding]:
         return []
     places: dict[str, Places] = {}
     reasons: Counter = Counter()
-    for place, lines in report.untrained_at.items():
-        file, reason = split_place(place, report.files)
-        reasons[reason] += report.counted[place]
-        kept = places.setdefault(file, Places())
-        kept.lines, kept.count = sorted({*kept.lines, *lines}), kept.count + report.counted[place]
+    for group in report.groups(UNTRAINED):
+        reasons[group.reason] += group.count
+        kept = places.setdefault(group.file, Places())
+        kept.lines, kept.count = sorted({*kept.lines, *group.lines}), kept.count + group.count
     named = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
     message = f"{report.untrained:,} answer{'s' * (report.untrained > 1)} of {report.kept:,} rows: {named}"
     return [Finding("ANSWER_NOT_TRAINED", message, places)]
@@ -173,14 +167,28 @@ def _untrained(report: DataReport) -> list[Finding]:
 
 def problem_findings(census: Census, args) -> list[Finding]:
     """The rows that cannot be read, where only the census could look at them; an error where no other is left."""
-    empty = WARNING if args.on_bad_row != "error" and len(census.sources) else ERROR
-    kinds = {EmptyRow: ("ROW_NOTHING_TRAINED", empty), EqualPair: ("PAIR_EQUAL", empty)}
-    unreadable = ("ROW_UNREADABLE", WARNING if args.on_bad_row == "drop" and len(census.sources) else ERROR)
-    rows = []
-    for source, reason, kind in census.problems:
-        ((file, places),) = census.places([source]).items()
-        rows.append((*kinds.get(kind, unreadable), file, reason, places))
+    others = len(census.sources) > 0
+    codes = _codes(
+        unreadable=WARNING if args.on_bad_row == "drop" and others else ERROR,
+        empty=WARNING if args.on_bad_row != "error" and others else ERROR,
+    )
+    rows = [(*codes[record.kind], record.file, record.reason, Places([record.line], 1)) for record in census.problems]
     return left_out(rows, len(census.sources) + len(census.problems))
+
+
+def _codes(unreadable: str, empty: str) -> dict[str, tuple[str, str]]:
+    """The kind of a row that is left out → its code, and how bad that is.
+
+    Args:
+        unreadable: the severity of rows that cannot be read.
+        empty: that of rows with nothing to train.
+    """
+    return {
+        MALFORMED: ("ROW_UNREADABLE", unreadable),
+        BROKEN_UNICODE: ("UNICODE_BROKEN", unreadable),
+        EmptyRow.kind: ("ROW_NOTHING_TRAINED", empty),
+        EqualPair.kind: ("PAIR_EQUAL", empty),
+    }
 
 
 def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[Finding]:
@@ -193,8 +201,6 @@ def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[
     places: dict[tuple[str, str], dict[str, Places]] = {}
     reasons: dict[tuple[str, str], Counter] = {}
     for code, severity, file, reason, found in rows:
-        if code == "ROW_UNREADABLE" and any(sign in reason for sign in _BROKEN):
-            code = "UNICODE_BROKEN"
         key = code, severity
         reasons.setdefault(key, Counter())[reason] += found.count
         kept = places.setdefault(key, {}).setdefault(file, Places())

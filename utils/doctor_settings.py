@@ -1,7 +1,6 @@
 """Settings that fight with each other, with the model or with the number of rows."""
 
 import math
-import re
 
 from utils.adapter import ADAPTERS
 from utils.doctor_sizes import shape_of
@@ -133,14 +132,6 @@ def positions_of(config) -> int | None:
 
 
 # ------------------------------------------------------------------ DeepSpeed
-
-# what the arguments' own checks refuse of a DeepSpeed file
-_REFUSED = re.compile(r"--deepspeed .*(has a section|has no gradient_clipping| says )")
-
-
-def is_about_deepspeed_keys(problem: str) -> bool:
-    """Whether a refusal of the arguments is about a key that stands against a flag."""
-    return _REFUSED.match(problem) is not None
 
 
 def deepspeed_keys(train_args) -> list[Finding]:

@@ -174,7 +174,7 @@ def estimated(args, train_args, processes: int):
     try:
         return estimate(args, train_args, processes)
     except Exception as error:  # it runs the model's own code, which raises whatever it likes
-        what = error.problems[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        what = str(error.problems[0]) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         logger.info("the memory that the training takes is not estimated: {}", what.partition("\n")[0][:300])
         return None
 

@@ -10,9 +10,9 @@ from utils.doctor import config_of, quick_findings
 from utils.doctor_census import Census, take_census
 from utils.doctor_lengths import measured
 from utils.doctor_rows import census_findings, problem_findings, report_findings
-from utils.errors import UserError
+from utils.errors import Problem, UserError, in_one_line
 from utils.finding_codes import ERROR
-from utils.findings import Finding
+from utils.findings import Finding, findings_of
 from utils.layout import expected_layout
 from utils.model import whole_models, without_weights
 from utils.quantised_base import quantisation_of
@@ -65,8 +65,7 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
         try:
             template = get_template(args.template_name, tokenizer, args.template_date)
         except UserError as error:
-            code = "TEMPLATE_TOKEN_SPLIT" if "must be one token" in str(error) else "ARGUMENTS"
-            found += [Finding(code, problem) for problem in error.problems]
+            found += findings_of(error.problems)
             examined.not_examined("the tokens", "the template does not fit the tokenizer")
     readable = tokenizer is not None and (template is not None or not task.USES_TEMPLATE)
     if "train_data_path" in aside:
@@ -102,7 +101,7 @@ def _attempt(examined: Examined, what: str, make):
     try:
         return make()
     except UserError as error:
-        examined.findings += [Finding("ARGUMENTS", problem) for problem in error.problems]
+        examined.findings += findings_of(error.problems)
         examined.not_examined(what, "see above")
         return None
 
@@ -138,29 +137,25 @@ def _prepare(examined: Examined, args, train_args, task, template, tokenizer) ->
     overlong = "drop" if args.overlong == "error" else args.overlong
     forgiving = dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
     alone = dataclasses.replace(forgiving, eval_data_path=None, val_size=0.0)
-    problems: list[str] = []
+    stopped: list[Finding] = []
     for attempt in (args, forgiving, alone):
         try:
             data = task.load_datasets(attempt, train_args, template, tokenizer)
         except UserError as error:
-            problems = error.problems
+            stopped = [_preparation_finding(problem) for problem in error.problems]
             continue
         if attempt is alone:
-            examined.findings += map(_preparation_finding, problems)
+            examined.findings += stopped
         for report in filter(None, (data.report, data.eval_report)):
-            options = {"files": report.files, "args": args, "template": template, "tokenizer": tokenizer}
+            options = {"args": args, "template": template, "tokenizer": tokenizer}
             examined.findings += report_findings(report, args, functools.partial(measured, **options))
         return data, []
-    return None, list(map(_preparation_finding, problems))
+    return None, stopped
 
 
-def _preparation_finding(problem: str) -> Finding:
-    """What stops the preparation even where bad rows are left out."""
-    codes = {"cannot be used:": "ROW_UNREADABLE", " malformed": "ROW_UNREADABLE", " too long": "ROW_TOO_LONG",
-             "keeps a trained token": "ROW_NOTHING_TRAINED", "holds no row": "ROW_NOTHING_TRAINED"}  # fmt: skip
-    first = problem.partition(":")[0] + ":"  # the counts; after them come the rows
-    code = next((code for sign, code in codes.items() if sign in first), "ARGUMENTS")
-    return Finding(code, " ".join(problem.split()), severity=ERROR)
+def _preparation_finding(problem: Problem) -> Finding:
+    """What stops the preparation even where bad rows are left out, in one line."""
+    return Finding(problem.code, in_one_line(problem), severity=ERROR)
 
 
 def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -> None:

@@ -1,14 +1,46 @@
-"""How bad input is told to a person: every problem in one message, exit code 2, no traceback."""
+"""What is wrong with the user's input, and how it is shown: all problems in one message, exit code 2, no traceback."""
 
+import contextlib
 import difflib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from utils.imports import import_seldom_collecting, limit_kernel_caches
 from utils.launch import is_first_here, leave, wait_for_all
 from utils.log import is_main_process
+
+ERROR_FILE = "LLM_DOJO_ERROR_FILE"  # the environment variable that names a file for a command's problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave. Code that needs to know more than its text reads the attributes.
+
+    `str(problem)` is the sentence that is shown: the message, and the remedy after it.
+
+    Attributes:
+        message: names the value and what is allowed.
+        code: the doctor's code of such a problem, a key of `finding_codes.CODES`.
+        flags: names of the flags that it is about, without dashes, the main one first: `("lora_rank",)`.
+        file: the data file that it is about.
+        line: the line in `file`.
+        remedy: what to do about it, where it is not part of the message.
+    """
+
+    message: str
+    code: str = "ARGUMENTS"
+    flags: tuple[str, ...] = ()
+    file: str | None = None
+    line: int | None = None
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
 class UserError(Exception):
@@ -17,18 +49,26 @@ class UserError(Exception):
     Each problem names the value, what is allowed and the remedy.
 
     Args:
-        *problems: one text for each thing that is wrong.
+        *problems: one for each thing that is wrong; a text becomes a `Problem`. Empty ones are left out.
+
+    Attributes:
+        problems: list of Problem.
     """
 
-    def __init__(self, *problems: str):
-        self.problems = [problem for problem in problems if problem]
-        super().__init__("\n".join(self.problems))
+    def __init__(self, *problems: str | Problem | None):
+        found = (problem if isinstance(problem, Problem) else Problem(problem or "") for problem in problems)
+        self.problems = [problem for problem in found if problem.message]
+        super().__init__(*self.problems)  # so that it is the same error after pickling
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return f"error: {self.problems[0]}"
         numbered = (f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
         return f"{len(self.problems)} errors:\n" + "\n".join(numbered)
+
+    def sentences(self) -> str:
+        """The problems without a heading, for a line of other text."""
+        return "; ".join(map(str, self.problems))
 
 
 class Interrupted(Exception):
@@ -45,21 +85,42 @@ class Interrupted(Exception):
 
 
 def is_about_the_disk(error: BaseException | None) -> bool:
-    """Whether a write failed; torch, safetensors and datasets tell it in exceptions of their own."""
+    """Whether a write failed, which not every library tells by an OSError."""
     if error is None or isinstance(error, UserError):
         return False
+    # torch 2.13 raises RuntimeError ("… file write failed", "unexpected pos 64 vs 0"), safetensors 0.8 its own
+    # SafetensorError ("… I/O error: No space left on device (os error 28)"), both without an errno
     signs = ("no space left", "file write failed", "unexpected pos", "os error", "file too large")
     here = isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
     return here or is_about_the_disk(error.__cause__ or error.__context__)
 
 
-def first_line(error: BaseException) -> str:
-    """`"ValueError: no such file"`: an exception's type and the beginning of its text, for a message of ours."""
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """`"ValueError: no such file"`: an exception's type and the beginning of its text, for a message of ours.
+
+    torch's own errors go on with the stack of its C++ code.
+    """
     text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__
 
 
-def raise_if_any(problems: Iterable[str]) -> None:
+def in_one_line(text: object, limit: int | None = None) -> str:
+    """The beginning of a text, or of an exception's, without line breaks."""
+    return " ".join(str(text).split())[:limit]
+
+
+def refusal(message: str, *flags: str, code: str = "ARGUMENTS") -> list[Problem]:
+    """One problem as a list, which a check returns or adds to the others it found.
+
+    Args:
+        message: names the value, what is allowed and the remedy.
+        *flags: names of the flags that it is about, without dashes, the main one first.
+        code: the doctor's, as in `Problem`.
+    """
+    return [Problem(message, code, flags)]
+
+
+def raise_if_any(problems: Iterable[str | Problem]) -> None:
     """Raises one `UserError` with all the problems, if there are any."""
     problems = list(problems)
     if problems:
@@ -89,6 +150,7 @@ def run_command(main: Callable[[], object]) -> None:
             print(f"error: what was said cannot be written to stdout: {error.strerror}", file=sys.stderr)
             code = 2
     except UserError as error:
+        _write_problems(error)
         # another process of this machine would only repeat the first one's message
         if is_first_here():
             print(error, file=sys.stderr)
@@ -104,6 +166,21 @@ def run_command(main: Callable[[], object]) -> None:
     leave(code)
     if code:
         sys.exit(code)
+
+
+def _write_problems(error: UserError) -> None:
+    """Writes the problems as JSON into the file that a parent process named, which then need not read our output."""
+    if (file := os.environ.get(ERROR_FILE)) and is_first_here():
+        with contextlib.suppress(OSError):  # the message itself goes to stderr
+            Path(file).write_text(json.dumps([asdict(problem) for problem in error.problems]), encoding="utf-8")
+
+
+def read_problems(file: Path) -> UserError | None:
+    """The error that a child process wrote into its `ERROR_FILE`; None where it wrote none."""
+    if not file.is_file():
+        return None
+    problems = json.loads(file.read_text(encoding="utf-8"))
+    return UserError(*(Problem(**problem | {"flags": tuple(problem["flags"])}) for problem in problems))
 
 
 def _run_and_print(main: Callable[[], object]) -> None:

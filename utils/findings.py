@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from utils.errors import Problem
 from utils.finding_codes import CODES, ERROR, NOTE, WARNING
 
 _RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
@@ -79,6 +80,11 @@ class Finding:
         lines = [f"{self.severity} {self.code}", f"  {self.message}"]
         lines += [f"  {file}: {places}" for file, places in self.places.items()]
         return "\n".join([*lines, f"  → {self.remedy}"])
+
+
+def findings_of(problems: Iterable[Problem]) -> list[Finding]:
+    """A finding for each problem, by its own code."""
+    return [Finding(problem.code, str(problem)) for problem in problems]
 
 
 def places_of(places: Iterable[tuple[str, int]]) -> dict[str, Places]:

@@ -1,6 +1,7 @@
 """Command-line flags out of dataclasses: every flag is read before anything is said."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import field, fields
@@ -8,7 +9,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from utils.errors import nearest
+from utils.errors import Problem, nearest, refusal
 
 
 def arg(default, help: str):
@@ -54,6 +55,20 @@ def split_flags(argv: list[str]) -> list[list[str]]:
     return groups
 
 
+def flag_of(group: list[str]) -> str:
+    """The name of the flag that a group of `split_flags` gives: `["--lora-rank=8"]` → `"lora_rank"`."""
+    return group[0].partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def flags_in(error: Exception) -> tuple[str, ...]:
+    """The flags that another library's error names, which only its text tells.
+
+    transformers 5.x, when a recipe's values do not fit together (`TrainingArguments.__post_init__`):
+    `"--load_best_model_at_end requires the save and eval strategy to match, …"`.
+    """
+    return tuple(re.findall(r"--(\w+)", str(error)))
+
+
 def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
     """Parts the flags of a command that takes those of main_train.py as well.
 
@@ -71,7 +86,7 @@ def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
     return mine, rest
 
 
-def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[str]]:
+def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[Problem]]:
     """Reads each flag by itself, so that one wrong flag does not hide the next.
 
     Args:
@@ -88,17 +103,18 @@ def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], l
     parser.parse_known_args([], namespace)
     for group in split_flags(argv):
         name = group[0].split("=")[0]
+        flags = [flag_of(group)] if name.startswith("--") else []
         try:
             _, unknown = parser.parse_known_args(group, namespace)
         except (_FlagError, argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
-            problems.append(f"{name}: {_flag_reason(error, options.get(name), group)}")
+            problems += refusal(f"{name}: {_flag_reason(error, options.get(name), group)}", *flags)
             continue
         if name not in options:
             unknown_flag = name if name.startswith("--") else " ".join(group)
             wanted = what_is_meant(name.replace("-", "_").replace("__", "--", 1), known)
-            problems.append(f"{unknown_flag} is not a flag.{wanted} See --help for all")
+            problems += refusal(f"{unknown_flag} is not a flag.{wanted} See --help for all", *flags)
         elif unknown:
-            problems.append(f"{name} does not take {' '.join(unknown)!r}")
+            problems += refusal(f"{name} does not take {' '.join(unknown)!r}", *flags)
         else:
             given.add(options[name].dest)
     return vars(namespace), given, problems
@@ -129,7 +145,7 @@ def _flag_reason(error: Exception, action, group: list[str]) -> str:
         )
     if action is not None and value and getattr(action.type, "__name__", "") in ("int", "float"):
         return f"{value!r} is not a number ({action.type.__name__})"
-    return str(error).split(": ", 1)[-1]
+    return error.message if isinstance(error, argparse.ArgumentError) else str(error)
 
 
 def hints_of(types: tuple[type, ...]) -> dict[str, list]:

@@ -150,7 +150,7 @@ TABLE = [
     Idle(("fsdp_config",), lambda c: not c.fsdp, "--fsdp is not set"),
     Idle(("do_train", "do_predict"), lambda c: True, "main_train.py trains, and nothing else"),
     Idle(("do_eval",), lambda c: not c.evaluates, "--eval_strategy and rows for it are what counts"),
-    *(Idle((old,), lambda c: True, f"it is replaced by --{new}") for old, new in REPLACED_FLAGS.items()),
+    *(Idle((old,), lambda c: True, f"it is replaced by --{new}{note}") for old, (new, note) in REPLACED_FLAGS.items()),
 ]  # fmt: skip
 
 

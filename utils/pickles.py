@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 
 # what DeepSpeed's own states hold beside tensors: classes that keep figures, and run nothing when they are made
 DEEPSPEED = (
@@ -61,7 +61,7 @@ def check_pickles(folder: Path) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {in_one_line(error, 200)}"
 
 
 def _foreign_in_state(file: Path) -> set[str]:

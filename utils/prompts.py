@@ -17,7 +17,8 @@ from utils.data_rows import (
     with_system,
     with_tools,
 )
-from utils.errors import UserError
+from utils.data_turns import unreadable
+from utils.errors import Problem, UserError
 from utils.turns import as_written
 
 PROMPT_FORMATS = (
@@ -44,7 +45,7 @@ class Prompt:
     reference: str | None
 
 
-def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[str]]:
+def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[Problem]]:
     """Reads the prompts of files, folders and globs, separated by commas.
 
     Args:
@@ -68,10 +69,10 @@ def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[str]]:
                 raise UserError(f"{flag} {place} {raw.problem}")
             try:
                 if raw.problem:
-                    raise BadRow(raw.problem)
+                    raise unreadable(raw)
                 prompts.append(Prompt(file, raw.line, *to_prompt(raw.value)))
             except BadRow as error:
-                problems.append(f"{place} {error}")
+                problems.append(Problem(f"{place} {error}", file=file, line=raw.line))
     return prompts, problems
 
 

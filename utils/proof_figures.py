@@ -39,6 +39,10 @@ class Measure:
         return self.difference <= self.tolerance  # not for nan
 
 
+class Count(Measure):
+    """How many of some things hold, with a unit such as "of 4"."""
+
+
 def relative(what: str, expected: float, found: float, tolerance: float) -> Measure:
     """Two figures, by |found - expected| / |expected|."""
     difference = abs(found - expected) / abs(expected) if expected else abs(found)

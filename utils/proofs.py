@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from loguru import logger
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.proof_figures import DoesNotApply, Measure, ProofFailed, Verdict
 from utils.proof_subject import Subject
 from utils.proofs_loss import GRADIENTS, LOSS, accumulation, packed, padded, padding_free
@@ -140,4 +140,4 @@ def _try(proof: Proof, subject: Subject) -> Verdict:
         ) from error
     except Exception as error:  # a model's own code raises its own, and the other proofs may hold
         logger.opt(exception=error).debug("{}", proof.says)
-        return Verdict(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return Verdict(failure=f"{type(error).__name__}: {in_one_line(error, 300)}")

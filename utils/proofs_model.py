@@ -7,12 +7,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.data_report import SHORTENED
 from utils.data_rows import BadRow
 from utils.generate import GenerateArgs, generate_ids, prompt_ids
 from utils.merge import load_merged, size_of
 from utils.merge_check import MergeDiffers
 from utils.prompts import to_prompt
-from utils.proof_figures import DoesNotApply, Measure, ProofFailed, logits_of, same_logits
+from utils.proof_figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.proof_subject import Subject, length_of, place_of, trained
 from utils.save import save_weights
 from utils.trained import Parts, TrainedArgs, load_trained
@@ -37,7 +38,7 @@ def adapter_off(subject: Subject) -> list[Measure]:
     return [
         same_logits("largest logit, off", subject.base_logits, off, 0.0),
         # or it would be off only in that it never did anything
-        Measure("logits that the adapter moves", 1, int(moved > 0), int(moved <= 0), 0, "of 1"),
+        Count("logits that the adapter moves", 1, int(moved > 0), int(moved <= 0), 0, "of 1"),
     ]
 
 
@@ -66,7 +67,7 @@ def merged(subject: Subject) -> list[Measure]:
         try:
             load_merged(args, parts, "float32").model.save_pretrained(whole)
         except MergeDiffers as error:  # merging compares on tokens of its own, and refuses
-            raise ProofFailed(error.problems[0]) from None
+            raise ProofFailed(str(error.problems[0])) from None
         model = load_trained(dataclasses.replace(args, model_path=str(whole)), Parts(str(whole), ()), "float32")
         found = _logits(model, subject)
         shutil.rmtree(whole)
@@ -117,16 +118,13 @@ def stops(subject: Subject) -> list[Measure]:
         )
     known = "known by heart" if loss <= BY_HEART else "not yet known by heart"
     what = f"answers that end within {max(limits)} tokens, after {steps} steps {known} (loss {loss:.3f})"
-    return [Measure(what, len(rows), stopped, len(rows) - stopped, 0, f"of {len(rows)}")]
+    return [Count(what, len(rows), stopped, len(rows) - stopped, 0, f"of {len(rows)}")]
 
 
 def _askable(subject: Subject) -> list[tuple[dict, dict]]:
     """Rows that end with an answer and were not shortened, as prepared and as they stand, the shortest first."""
-    shortened = {
-        (number, line)
-        for number, file in enumerate(subject.data.report.files)
-        for line in subject.data.report.shortened_at.get(f"{file} was shortened", [])
-    }
+    report = subject.data.report
+    shortened = {(report.files.index(row.file), row.line) for row in report.records if row.kind == SHORTENED}
     found = []
     for row, raw in zip(subject.rows, subject.raw_rows, strict=True):
         try:

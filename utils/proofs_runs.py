@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 
 from utils.checkpoints import STATE, checkpoints_of
+from utils.errors import ERROR_FILE, read_problems
 from utils.merge import size_of
 from utils.paths import ROOT
 from utils.proof_figures import DoesNotApply, Measure, ProofFailed, relative, worst
@@ -94,10 +95,15 @@ def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu:
         launcher[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr",
                          "127.0.0.1", "--master_port", _free_port()]  # fmt: skip
     tail: deque[str] = deque(maxlen=200)
+    errors = subject.scratch / f"{name}-problems.json"
+    errors.unlink(missing_ok=True)
     with tqdm(total=STEPS, desc=f"run: {name}", leave=False) as bar:
-        code = _run([*launcher, *flags], _environment(processes, cpu), tail, bar)
+        environment = {**_environment(processes, cpu), ERROR_FILE: str(errors)}
+        code = _run([*launcher, *flags], environment, tail, bar)
     if code:
-        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {_error_in(list(tail))}")
+        error = read_problems(errors)
+        said = _in_one_line(str(error)) if error else _error_in(list(tail))
+        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {said}")
     return folder
 
 
@@ -109,7 +115,7 @@ def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
         try:
             for line in process.stdout:
                 tail.append(line.rstrip())
-                if "'loss'" in line:
+                if "'loss'" in line:  # of transformers' PrinterCallback, which prints what each step logs
                     bar.update()
             return process.wait()
         except BaseException:
@@ -128,11 +134,16 @@ def end(pid: int) -> None:
                 process.kill()
 
 
+def _in_one_line(text: str) -> str:
+    """The first lines of a message in one."""
+    return " ".join(line.strip() for line in text.splitlines()[:6])
+
+
 def _error_in(lines: list[str]) -> str:
-    """What a run said last that tells a reader something."""
-    told = [number for number, line in enumerate(lines) if line.startswith("error:") or " errors:" in line]
-    if told:
-        return " ".join(line.strip() for line in lines[told[-1] :][:6])
+    """What a run that crashed said last that tells a reader something.
+
+    Python ends a traceback with the error's name; torch.distributed.run adds one of its own after that.
+    """
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
     return (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1].strip()
 

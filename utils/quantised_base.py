@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.errors import Problem, refusal
 from utils.launch import uses_fsdp
 
 _GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes, as --model_name_or_path"
@@ -45,7 +46,7 @@ def method_of(quantisation: dict) -> str:
     return str(quantisation.get("quant_method", "in an unnamed way"))
 
 
-def settle_base(common, download: bool = False) -> list[str]:
+def settle_base(common, download: bool = False) -> list[Problem]:
     """Checks that the base can be trained as it is saved; one in 4 bits is trained as `--train_mode qlora`.
 
     Args:
@@ -62,29 +63,35 @@ def settle_base(common, download: bool = False) -> list[str]:
     method = method_of(quantisation)
     if method == "bitsandbytes_4bit":
         if mode == "full":
-            return [
+            return refusal(
                 f"--train_mode full cannot change the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
-                "--train_mode qlora, or give the model it was made from"
-            ]
+                "--train_mode qlora, or give the model it was made from",
+                "train_mode",
+                "model_name_or_path",
+            )
         if common.init_lora_weights == "pissa":
-            return [
+            return refusal(
                 f"--init_lora_weights pissa takes the base's weights apart, and {base} is saved in 4 bits; leave the "
-                "flag out, or give the model it was made from"
-            ]
+                "flag out, or give the model it was made from",
+                "init_lora_weights",
+                "model_name_or_path",
+            )
         if mode == "lora":
             common.train_mode = "qlora"
             logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
         return []
     if method == "mxfp4":
         if mode == "qlora":
-            return [
+            return refusal(
                 f"--train_mode qlora quantises whole weights, and {base} is saved in MXFP4; use --train_mode lora, "
-                "which unpacks them to 16 bits, or give the model in 16 bits"
-            ]
+                "which unpacks them to 16 bits, or give the model in 16 bits",
+                "train_mode",
+                "model_name_or_path",
+            )
         logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
         return []
     what = "in 8 bits (bitsandbytes)" if method == "bitsandbytes_8bit" else f"quantised ({method})"
-    return [f"{base} is saved {what}, which is not trained here; {_GIVE}"]
+    return refusal(f"{base} is saved {what}, which is not trained here; {_GIVE}", "model_name_or_path")
 
 
 def loading_options(args, compute_dtype) -> dict:

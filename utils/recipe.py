@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from utils.check_args import KNOWN_TASKS
-from utils.errors import UserError, nearest
+from utils.errors import Problem, UserError, nearest, refusal
 from utils.imports import import_peft
 from utils.paths import ROOT, project_path
 
@@ -29,14 +29,15 @@ def load_recipe(path: str, ours: frozenset[str] = frozenset()) -> type:
     file = Path(project_path(path))
     if not file.is_file():
         recipes = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "train_args").glob("*/*.py"))
-        raise UserError(
+        message = (
             f"--train_args_path {path!r} is not a file.{nearest(path, recipes)} Recipes here: {', '.join(recipes)}"
         )
+        raise UserError(Problem(message, flags=("train_args_path",)))
     # a name of its own, so that a checkpoint's pickled arguments find their class again
     name = "recipe_" + "_".join(file.resolve().with_suffix("").parts[-3:]).replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None:
-        raise UserError(f"--train_args_path {path!r} is not a Python file (*.py)")
+        raise UserError(*refusal(f"--train_args_path {path!r} is not a Python file (*.py)", "train_args_path"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -12,7 +12,7 @@ from utils.card import CARD, card_text, changed_settings, is_own_card, write_car
 from utils.check_args import is_default_folder, new_folder
 from utils.check_run import check_output_dir
 from utils.checkpoints import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
-from utils.errors import UserError, is_about_the_disk, raise_if_any
+from utils.errors import Problem, UserError, is_about_the_disk, raise_if_any
 from utils.launch import agree
 from utils.log import is_main_process, log_to_file, route_library_logs
 from utils.pissa import pissa_to_lora
@@ -45,7 +45,7 @@ def open_run(train_args, args) -> Path:
     return folder
 
 
-def _lock_folder(args, train_args) -> list[str]:
+def _lock_folder(args, train_args) -> list[Problem]:
     """Keeps other runs out of the folder until this one ends; what another has done there meanwhile is refused.
 
     Returns:

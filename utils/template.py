@@ -6,7 +6,7 @@ Everything a format needs is data in that call; `utils/template_format.py` serve
 import re
 from dataclasses import fields, replace
 
-from utils.errors import UserError, nearest
+from utils.errors import Problem, UserError, nearest
 from utils.segments import IGNORED, label_spans
 from utils.template_auto import AutoTemplate
 from utils.template_format import Message, Template
@@ -53,11 +53,12 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     return template
 
 
-def unknown_template(name: str) -> str:
-    """The message for a name that is not registered, the nearest ones first."""
-    return (
-        f"--template_name {name!r} is not a template.{nearest(name, template_dict)} "
-        f"Allowed: auto, {', '.join(sorted(template_dict))}"
+def unknown_template(name: str, flag: str = "template_name") -> Problem:
+    """The problem with a name that is not registered, the nearest ones first."""
+    return Problem(
+        f"--{flag} {name!r} is not a template.{nearest(name, template_dict)} "
+        f"Allowed: auto, {', '.join(sorted(template_dict))}",
+        flags=(flag,),
     )
 
 
@@ -67,11 +68,12 @@ def _check_stop_token(template: Template, tokenizer) -> None:
     ids = tokenizer(f"a{stop}", add_special_tokens=False)["input_ids"]
     vocabulary = tokenizer.get_vocab()
     if not stop or stop not in vocabulary or ids[-1:] != [vocabulary[stop]]:
-        raise UserError(
+        message = (
             f"template {template.name!r} ends an answer with {stop!r}, which must be one token, and the tokenizer of "
             f"{tokenizer.name_or_path!r} has no such token. Choose a template made for this model with --template_name "
             "('auto' takes the tokenizer's own, 'default' ends with its eos token)"
         )
+        raise UserError(Problem(message, code="TEMPLATE_TOKEN_SPLIT", flags=("template_name",)))
 
 
 # ------------------------------------------------------------------------------ the catalogue

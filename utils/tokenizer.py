@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.launch import agree
 from utils.template import Template
 from utils.template_day import prints_date, today
@@ -87,8 +87,7 @@ def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) 
 
 def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
     """One line for a load that failed, without the address lists that hub errors carry."""
-    reason = re.sub(r"\s+", " ", str(error)).strip()
-    reason = re.sub(r"https?://\S+", "the hub", reason)
+    reason = re.sub(r"https?://\S+", "the hub", in_one_line(error))
     return (
         f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
         "Give a folder with a model saved by transformers, or a name the hub has"

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from utils.errors import Problem, refusal
+
 _SAMPLE = 64  # bytes read at three places of each tensor
 
 
@@ -45,14 +47,20 @@ def read_header(file: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def check_weight_files(flag: str, folder: str | Path) -> list[str]:
-    """The problems of a folder's safetensors files, without reading the weights."""
+def check_weight_files(what: str, folder: str | Path, *flags: str) -> list[Problem]:
+    """The problems of a folder's safetensors files, without reading the weights.
+
+    Args:
+        what: what the folder is, for the messages: the flag with its value.
+        folder: where the files lie.
+        *flags: names of the flags that the problems are about.
+    """
     problems = []
     for file in weight_files(folder):
         try:
             read_header(file)
         except (ValueError, OSError) as error:
-            problems.append(f"{flag}: {error}; copy or download it again")
+            problems += refusal(f"{what}: {error}; copy or download it again", *flags)
     return problems
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from utils.adapter import ADAPTERS
 from utils.check_deepspeed import short_name
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
@@ -115,10 +115,9 @@ class Planner:
         except UserError:
             raise
         except Exception as error:  # every model raises its own
-            first = str(error).partition("\n")[0][:300]
             raise UserError(
                 f"--model_name_or_path {self.args.model_name_or_path!r} cannot be planned with --train_mode "
-                f"{setting.mode}: its code does not run without weights ({type(error).__name__}: {first})"
+                f"{setting.mode}: its code does not run without weights ({first_line(error)})"
             ) from error
 
     def _estimate(self, setting: Setting) -> Estimate:

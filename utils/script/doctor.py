@@ -7,18 +7,16 @@ The exit code is 0 when nothing stands against training, 1 with warnings, 2 with
 """
 
 import contextlib
-import re
 import sys
 from dataclasses import dataclass
 
 from loguru import logger
 
 from utils.args import parse_args
-from utils.doctor_settings import is_about_deepspeed_keys
 from utils.doctor_whole import Examined, diagnose
-from utils.errors import UserError, raise_if_any, run_command
-from utils.findings import Finding, as_json, as_text, catalogue, exit_code
-from utils.flags import arg, make_parser, read_flags, split_flags, split_own
+from utils.errors import Problem, UserError, raise_if_any, run_command
+from utils.findings import as_json, as_text, catalogue, exit_code, findings_of
+from utils.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own
 from utils.launch import world_size
 from utils.log import route_library_logs, setup_logging
 from utils.paths import ROOT
@@ -59,28 +57,16 @@ def read_what_can_be(argv: list[str]):
         if not wrong:
             return None, None, problems, aside
         aside |= wrong
-        groups = [group for group in groups if _name(group) not in wrong]
+        groups = [group for group in groups if flag_of(group) not in wrong]
 
 
-def _name(group: list[str]) -> str:
-    return group[0].partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def _flags_named(problems: list[str], groups: list[list[str]]) -> set[str]:
-    """Which given flags to leave out: the first that each problem names; if none was given, any but those needed."""
-    given = {_name(group) for group in groups}
+def _flags_named(problems: list[Problem], groups: list[list[str]]) -> set[str]:
+    """Which given flags to leave out: the first that each problem is of; if none was given, any but those needed."""
+    given = {flag_of(group) for group in groups}
     wrong = set()
     for problem in problems:
-        named = [name for name in re.findall(r"--(\w+)", problem) if name in given]
-        wrong |= set(named[:1])
+        wrong |= set([name for name in problem.flags if name in given][:1])
     return wrong or given - _NEEDED
-
-
-def _argument_findings(problems: list[str]) -> list[Finding]:
-    return [
-        Finding("DEEPSPEED_SHADOWS" if is_about_deepspeed_keys(problem) else "ARGUMENTS", problem)
-        for problem in problems
-    ]
 
 
 def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
@@ -96,7 +82,7 @@ def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
             examined = diagnose(args, train_args, aside, processes or world_size())
         finally:
             logger.enable(_SAID_HERE)
-    examined.findings[:0] = _argument_findings(problems)
+    examined.findings[:0] = findings_of(problems)
     before = {"rows": examined.rows, "eval_rows": examined.eval_rows, "set_aside": sorted(aside)}
     return examined, before | {name: None if name in aside else getattr(args, name, None) for name in _TOLD}
 

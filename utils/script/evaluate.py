@@ -19,7 +19,7 @@ from utils.assess import Generation, MultipleChoice, read_task
 from utils.assess_report import check_output, summarise, table, write
 from utils.contenders import Contender, check_contenders, load_contenders
 from utils.data_files import files_left_out, find_files
-from utils.errors import UserError, raise_if_any, run_command
+from utils.errors import Problem, UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.generate import GenerateArgs, check_generate
 from utils.log import setup_logging
@@ -94,21 +94,22 @@ def make_task(args: EvaluateArgs, kind: str, metrics: list[str], given: set[str]
     return Generation(args, metrics) if kind == "generation" else MultipleChoice(args.choice_form)
 
 
-def encode_rows(task, contenders: list[Contender], rows: list, problems: list[str]) -> dict[str, dict[int, list]]:
+def encode_rows(task, contenders: list[Contender], rows: list, problems: list[Problem]) -> dict[str, dict[int, list]]:
     """What each model is given for each row, by name and number; a row that one cannot be given, none gets."""
     encoded: dict[str, dict[int, list]] = {contender.name: {} for contender in contenders}
     for number, row in enumerate(rows):
         try:
             found = [task.encode(contender, row) for contender in contenders]
         except UserError as error:
-            problems.append(f"{row.file}:{row.line} {error.problems[0]}")
+            message = f"{row.file}:{row.line} {error.problems[0]}"
+            problems.append(Problem(message, file=row.file, line=row.line))
             continue
         for name, ids in zip(encoded, found, strict=True):
             encoded[name][number] = ids
     return encoded
 
 
-def _tell_problems(args: EvaluateArgs, problems: list[str], kept: int) -> None:
+def _tell_problems(args: EvaluateArgs, problems: list[Problem], kept: int) -> None:
     shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
     shown += f"\n  … and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
     if not kept:

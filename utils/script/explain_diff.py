@@ -19,10 +19,7 @@ def read_then(path: str | None) -> dict | None:
     """
     if path is None:
         return None
-    try:
-        record = read_config(path).record
-    except UserError as error:
-        raise UserError(*(problem.replace("--config", "--diff") for problem in error.problems)) from None
+    record = read_config(path, "diff").record
     if not record:
         raise UserError(f"--diff {path!r} holds flags and no run; give a run's folder, or its train_args.json")
     return record

@@ -11,7 +11,6 @@ with the answer, so that the file can be trained on, and answered again, as it i
 rows.
 """
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from loguru import logger
 from utils.answers import AnswerFile, check_output, partial_of
 from utils.chat import Chat, talk
 from utils.data_files import find_files
-from utils.errors import UserError, raise_if_any, run_command
+from utils.errors import Problem, UserError, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags
 from utils.generate import GenerateArgs, answer_all, check_generate, prompt_ids
 from utils.log import setup_logging
@@ -113,7 +112,7 @@ def answer_rows(args: InferArgs, parts: Parts) -> None:
     tokenizer = load_format(args, parts)
     ids = _ids_of_all(args, parts, tokenizer, prompts, problems)
     files, _ = find_files(args.input, "--input")
-    problems.sort(key=lambda problem: _place(problem, files))  # those found while reading come first
+    problems.sort(key=lambda problem: (files.index(problem.file), problem.line))  # those found while reading come first
     _tell_problems(args, problems, len(ids))
     file = AnswerFile(args.output, settings_of(args, parts), set(ids), args.overwrite)
     try:
@@ -141,7 +140,7 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 
 def _ids_of_all(
-    args: InferArgs, parts: Parts, tokenizer, prompts: list[Prompt], problems: list[str]
+    args: InferArgs, parts: Parts, tokenizer, prompts: list[Prompt], problems: list[Problem]
 ) -> dict[int, list[int]]:
     """The token ids of each prompt by its number; what cannot be answered goes to `problems`."""
     from transformers import AutoConfig
@@ -153,20 +152,12 @@ def _ids_of_all(
         try:
             found[number] = prompt_ids(stand_in, tokenizer, prompt.messages, prompt.tools, special)
         except UserError as error:
-            problems.append(f"{prompt.file}:{prompt.line} {error.problems[0]}")
+            message = f"{prompt.file}:{prompt.line} {error.problems[0]}"
+            problems.append(Problem(message, file=prompt.file, line=prompt.line))
     return found
 
 
-def _place(problem: str, files: list[str]) -> tuple[int, int]:
-    """Where a row that is named stands, `"b.jsonl:3 has …"` → (1, 3): its file's number, and the line in it."""
-    found = [(len(file), n) for n, file in enumerate(files) if re.match(rf"{re.escape(file)}:\d+ ", problem)]
-    if not found:
-        return len(files), 0
-    length, number = max(found)  # a file's name may begin with another's, and ":1 "
-    return number, int(problem[length + 1 :].partition(" ")[0])
-
-
-def _tell_problems(args: InferArgs, problems: list[str], answerable: int) -> None:
+def _tell_problems(args: InferArgs, problems: list[Problem], answerable: int) -> None:
     if not problems and answerable:
         return
     shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])

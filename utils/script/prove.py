@@ -25,6 +25,7 @@ from utils.errors import nearest, raise_if_any, run_command
 from utils.flags import arg, make_parser, read_flags, split_own
 from utils.launch import world_size
 from utils.log import setup_logging
+from utils.proof_figures import Count
 
 # a proof computes in float32 and in folders of its own; the flags given last count
 _OF_ALL = [
@@ -131,7 +132,7 @@ def lines_of(outcome) -> str:
 
 def _measure(measure) -> str:
     mark = "" if measure.holds else "  ← too far"
-    if measure.unit.startswith("of "):
+    if isinstance(measure, Count):
         return f"{measure.what}: {measure.found:g} {measure.unit}{mark}"
     return (
         f"{measure.what}: {measure.expected:.8g} and {measure.found:.8g}, {measure.unit} difference "

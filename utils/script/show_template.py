@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     values, _, problems = read_flags(make_parser([ShowTemplateArgs], "utils.script.show_template", __doc__), argv)
     args = ShowTemplateArgs(**values)
     if args.name is not None and args.name not in template_dict:
-        problems.append(unknown_template(args.name).replace("--template_name", "--name"))
+        problems.append(unknown_template(args.name, "name"))
     if args.name is None and not args.write:
         problems.append(f"nothing to do: give --name (one of {', '.join(template_dict)}) or --write")
     raise_if_any(problems)

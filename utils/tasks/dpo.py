@@ -53,7 +53,7 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
             if note.kind == UNTRAINED:
                 raise UserError(f"{note.reason}; both answers of a pair must be trained whole")
     except UserError as error:
-        raise BadRow(error.problems[0]) from None
+        raise BadRow(str(error.problems[0])) from None
 
 
 class PreparedPairs(FillsUp, Surviving):

@@ -27,7 +27,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             kept = cut_far(messages, template, tokenizer, args.max_len) if truncate else messages
             check_all(template, kept, messages)
         except UserError as error:
-            raise BadRow(error.problems[0]) from None
+            raise BadRow(str(error.problems[0])) from None
         return kept
 
     options = {"allow_special": args.allow_special_tokens_in_content, "train_on": args.train_on}
