@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.contenders import Contender
-from utils.errors import UserError, is_about_the_disk
+from utils.errors import Problem, UserError, is_about_the_disk
 from utils.metrics import Figure, signatures
 
 # module → package
@@ -94,7 +94,12 @@ def write(path: str, lines: list[dict], summary: dict) -> None:
 
 
 def summarise(
-    args: Any, task: Any, contenders: list[Contender], figures: dict[str, list[Figure]], rows: int, problems: list[str]
+    args: Any,
+    task: Any,
+    contenders: list[Contender],
+    figures: dict[str, list[Figure]],
+    rows: int,
+    problems: list[Problem],
 ) -> dict:
     """What is written beside the rows.
 
@@ -109,7 +114,7 @@ def summarise(
     return {
         "task": task.name,
         "rows": rows,
-        "skipped": problems,
+        "skipped": [str(problem) for problem in problems],
         "figures": {
             name: {
                 one.key: {"value": round(one.value, 4), "rows": one.rows}
