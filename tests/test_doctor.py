@@ -331,6 +331,18 @@ def test_places_and_counts(patient, report):
     assert said["findings"][0]["places"][0]["file"] == str(patient.folder / "rows.jsonl")
 
 
+@pytest.mark.parametrize("more", [[], ["--template_name", "none"]], ids=["prepared", "read alone"])
+def test_rows_that_cannot_be_read_for_their_unicode_are_told_apart(patient, report, more):
+    """Also where the rows are not prepared, since a flag cannot be used."""
+    flags = _not_json(patient)
+    with open(patient.folder / "rows.jsonl", "ab") as file:
+        file.write(b'{"instruction": "caf\xe9", "output": "b"}\n{"instruction": "a", "output": "\\ud800"}\n')
+    _, said = report(*flags, *more, "--on_bad_row", "drop")
+    places = {finding["code"]: finding["places"][0]["lines"] for finding in said["findings"] if finding["places"]}
+    line = len(CLEAN) + 1
+    assert (places["ROW_UNREADABLE"], places["UNICODE_BROKEN"]) == ([line], [line + 1, line + 2])
+
+
 def test_on_bad_row_decides_how_bad(patient, report):
     flags = patient.flags(rows=_row(output=""))
     assert [report(*flags, "--on_bad_row", choice)[0] for choice in ("auto", "drop", "error")] == [1, 1, 2]

@@ -345,6 +345,9 @@ def test_a_base_that_is_gone_or_has_other_weights(run_folder, refused, tmp_path,
     again = [*flags, "--overwrite", "true", "--max_rows", "1"]
     evaluate.main([*again, "--base_model", str(run_folder.parent / "base")])
     assert list(json.loads((tmp_path / "eval.summary.json").read_text())["figures"]) == ["base", "trained"]
+    said = refused(evaluate.main, *again, "--base_model", "/gone/base")
+    last = said.strip().splitlines()[-1]  # what was told before is there as well
+    assert "--base_model '/gone/base' does not exist" in last and "--compare_base false" not in last
     other = tiny_models(hidden_size=32)
     said = refused(evaluate.main, *again, "--base_model", other)
     assert noted["base"]["fingerprint"] in said and other in said and "--allow_other_base" in said
