@@ -78,7 +78,7 @@ def build(kind: str, folder: Path) -> None:
     """Saves the small random model with a tokenizer."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-    from utils.small_model import small_config, small_model
+    from utils.model.small import small_config, small_model
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     config = CONFIG_MAPPING[kind](**SWITCHES.get(kind, {}))
@@ -127,7 +127,7 @@ def load(base: Path, run: Path | None = None):
 def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
     """Trains two steps; returns what was found."""
     import main_train
-    from utils.errors import UserError
+    from utils.runtime.errors import UserError
 
     file, run = folder / "rows.jsonl", folder / mode
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -176,7 +176,7 @@ def examine(kind: str) -> dict:
     """All of one architecture, in this process."""
     from transformers import AutoTokenizer
 
-    from utils.data_rows import to_messages
+    from utils.data.conversations import to_messages
     from utils.template import get_template
 
     folder = Path(tempfile.mkdtemp(prefix="dojo-architecture-"))

@@ -29,7 +29,7 @@ from benchmarks.compare_table import OURS, PEERS, in_chinese, table  # noqa: E40
 from benchmarks.compare_work import answered_rows, endless_rows, key_of, made_once, make_base, trained_tokens  # noqa: E402
 from benchmarks.peers import Program, Work, environment, programs, write_rows  # noqa: E402
 from benchmarks.tables import write_table  # noqa: E402
-from utils.errors import UserError, nearest, raise_if_any  # noqa: E402
+from utils.runtime.errors import UserError, nearest, raise_if_any  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare.json"
 # case → (shape, rows, what is changed of the work, whether a second run follows on what the first prepared)
@@ -122,7 +122,7 @@ def _runs(case: str, program: Program, repeat: int, turns: list[tuple[str, Work]
 
 def machine(threads: int) -> dict:
     """What the figures depend on."""
-    from utils.record import hardware
+    from utils.run.record import hardware
 
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     return {"hardware": hardware(), "threads": threads, "versions": {n: importlib.metadata.version(n) for n in names}}

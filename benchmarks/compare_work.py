@@ -76,7 +76,7 @@ def trained_tokens(work: Work) -> int:
     """How many labels the rows have, which is the same for every program."""
     from transformers import AutoTokenizer
 
-    from utils.data_rows import to_messages
+    from utils.data.conversations import to_messages
     from utils.template import get_template
 
     tokenizer, template = AutoTokenizer.from_pretrained(work.base), get_template("qwen2.5")

@@ -24,7 +24,7 @@ def log_probs(model, tokenizer, file: Path) -> list[tuple[float, float]]:
     """Each pair's log π(chosen) and log π(rejected), by plain transformers, one row at a time."""
     import torch
 
-    from utils.data_pairs import to_pair
+    from utils.data.pairs import to_pair
     from utils.template import get_template
 
     template, found = get_template("qwen", tokenizer), []

@@ -51,7 +51,7 @@ def flags_of(mode: str, task: str, folder: Path, processes: int) -> list[str]:
 
 def two_processes(words: list[str], **options) -> subprocess.CompletedProcess:
     """Runs `deepspeed --include localhost:0,1 <words>` on the CPU."""
-    from utils.launch import remove_shared_memory
+    from utils.runtime.distributed import remove_shared_memory
 
     port = free_port()
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", port]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -94,7 +94,7 @@ def _stand_in(python: Path) -> None:
 
 def write_rows(folder: Path, rows: Iterable[dict]) -> Path:
     """Writes alpaca rows for each program: as they are, as prompt and completion, and with LLaMA-Factory's index."""
-    from utils.data_rows import to_messages
+    from utils.data.conversations import to_messages
 
     (folder / "trl").mkdir(parents=True, exist_ok=True)
     system = [{"role": "system", "content": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}]

@@ -9,7 +9,7 @@ ends after these steps.
 import sys
 
 from main_train import main as train
-from utils.errors import run_command
+from utils.runtime.errors import run_command
 
 SKIPPED, PROFILED = 3, 10  # steps; the first ones make buffers and kernels
 GROUPS = {  # group → its operators, in place or not
@@ -40,8 +40,8 @@ def shares(times: dict[str, float]) -> list[tuple[str, float]]:
 def main() -> None:
     import torch
 
-    import utils.save
-    from utils.imports import import_peft
+    import utils.run.save
+    from utils.runtime.startup import import_peft
 
     import_peft()
     from transformers import TrainerCallback
@@ -60,13 +60,13 @@ def main() -> None:
                 profiler.stop()
 
     watch = Watch()
-    prepare = utils.save.prepare_trainer
+    prepare = utils.run.save.prepare_trainer
 
     def prepare_and_watch(trainer, *given):
         prepare(trainer, *given)
         trainer.add_callback(watch)
 
-    utils.save.prepare_trainer = prepare_and_watch
+    utils.run.save.prepare_trainer = prepare_and_watch
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
     try:

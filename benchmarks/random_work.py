@@ -63,7 +63,7 @@ def make_rows(folder: Path, count: int, max_len: int, seed: int) -> Rows:
     Returns:
         what the rows amount to, also kept in `rows.json` of the folder.
     """
-    from utils.data_rows import to_messages
+    from utils.data.conversations import to_messages
     from utils.template import get_template
 
     tokenizer, template, chance = load_tokenizer(), get_template("qwen2.5"), random.Random(seed)

@@ -18,14 +18,14 @@ HERE = Path(__file__).resolve().parent
 # column, row, title, file, colour
 ROOMS = [
     (0, 0, "arguments", "utils/args.py\ntrain_args/*/base.py", "#dbe9f6"),
-    (1, 0, "template", "utils/template.py", "#dbe9f6"),
-    (1, 1, "tokenizer", "utils/tokenizer.py", "#dbe9f6"),
+    (1, 0, "template", "utils/template/catalogue.py", "#dbe9f6"),
+    (1, 1, "tokenizer", "utils/model/tokenizer.py", "#dbe9f6"),
     (2, 0, "files → rows\n→ ids, labels", "utils/data_*.py", "#e2f0d9"),
-    (2, 1, "collator", "utils/data_collator.py", "#e2f0d9"),
-    (3, 0, "model", "utils/model.py", "#fbe5d6"),
-    (3, 1, "adapter", "utils/adapter.py", "#fbe5d6"),
+    (2, 1, "collator", "utils/data/collate.py", "#e2f0d9"),
+    (3, 0, "model", "utils/model/load.py", "#fbe5d6"),
+    (3, 1, "adapter", "utils/model/adapter.py", "#fbe5d6"),
     (4, 0, "trainer (TRL)", "utils/tasks/*.py", "#fff2cc"),
-    (5, 0, "a run's folder", "utils/save.py", "#ede7f6"),
+    (5, 0, "a run's folder", "utils/run/save.py", "#ede7f6"),
     (5, 1, "infer", "utils/script/infer.py", "#ede7f6"),
 ]
 WIDTH, HEIGHT, STEP_X, STEP_Y = 1.75, 0.95, 2.15, 1.3
@@ -62,7 +62,7 @@ def draw_architecture(path: Path) -> None:
 
 def draw_loss(run: Path, path: Path) -> None:
     """Draws a run's losses with the project's own plot."""
-    from utils.save import plot_history
+    from utils.run.save import plot_history
 
     plot_history(json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"], path)
 

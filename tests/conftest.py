@@ -117,7 +117,7 @@ def train(tiny_models, rows_file, tmp_path):
 @pytest.fixture
 def refused(capsys):
     """Runs a command's `main` that must refuse its input; returns what it said."""
-    from utils.errors import run_command
+    from utils.runtime.errors import run_command
 
     def run(main, *argv):
         with pytest.raises(SystemExit) as stop:

@@ -7,21 +7,21 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.check_args import check_common, resolve_defaults
-from utils.check_deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
-from utils.check_evaluation import settle_evaluation
-from utils.check_run import check_together
-from utils.config_file import read_config
-from utils.errors import Problem, UserError, raise_if_any
-from utils.flags import arg, flags_in, make_parser, read_flags, split_flags
-from utils.launch import agree, join_deepspeed
-from utils.log import is_main_process
-from utils.paths import project_path
-from utils.pickles import read_deepspeed_safely
-from utils.precision import check_precision
-from utils.recipe import load_recipe
-from utils.replaced import REPLACED_FLAGS, check_replaced
-from utils.sources import Sources
+from utils.config.defaults import check_common, resolve_defaults
+from utils.config.deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
+from utils.config.best_model import settle_evaluation
+from utils.config.validate import check_together
+from utils.config.config_file import read_config
+from utils.runtime.errors import Problem, UserError, raise_if_any
+from utils.config.flags import arg, flags_in, make_parser, read_flags, split_flags
+from utils.runtime.distributed import agree, join_deepspeed
+from utils.runtime.log import is_main_process
+from utils.storage.files import project_path
+from utils.storage.pickles import read_deepspeed_safely
+from utils.config.precision import check_precision
+from utils.config.recipe import load_recipe
+from utils.config.replaced import REPLACED_FLAGS, check_replaced
+from utils.config.provenance import Sources
 
 
 @dataclass
@@ -105,7 +105,7 @@ class CommonArgs:
         "How many questions of the validation rows (else the training rows) README.md shows with answers; 0 for none.",
     )
     doctor: Literal["on", "off"] = arg(
-        "on", "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor.py)."
+        "on", "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor/quick.py)."
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
@@ -192,7 +192,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
         message = f"the recipe's values do not fit together: {error}"
         raise UserError(*problems, Problem(message, flags=flags_in(error))) from error
     if values.get("gradient_checkpointing") is None and values.get("activation_checkpointing") is None:
-        # transformers makes false of what is left to utils/model.py
+        # transformers makes false of what is left to utils/model/load.py
         train_args.gradient_checkpointing = train_args.activation_checkpointing = None
     if train_args.deepspeed_plugin is not None:
         join_deepspeed()

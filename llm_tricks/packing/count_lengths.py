@@ -31,14 +31,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from utils.data_files import find_files, read_rows
-from utils.data_pairs import to_pair
-from utils.data_rows import BadRow, looks_like, to_messages
-from utils.errors import UserError, raise_if_any, run_command
-from utils.segments import IGNORED
+from utils.data.files import find_files, read_rows
+from utils.data.pairs import to_pair
+from utils.data.conversations import BadRow, looks_like, to_messages
+from utils.runtime.errors import UserError, raise_if_any, run_command
+from utils.template.tokenize import IGNORED
 from utils.template import get_template
-from utils.tokenizer import load_failure, load_tokenizer
-from utils.turns import count_answers
+from utils.model.tokenizer import load_failure, load_tokenizer
+from utils.template.messages import count_answers
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 BATCH = 1000  # rows tokenised at once

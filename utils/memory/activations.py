@@ -9,7 +9,7 @@ import copy
 import functools
 from dataclasses import dataclass
 
-from utils.adapter import ADAPTERS
+from utils.model.adapter import ADAPTERS
 from utils.memory.fake import Batch, changes, inputs_of, loss_of, make_fake, mask_of
 from utils.memory.live import LiveBytes
 from utils.memory.model import compute_dtype

@@ -103,7 +103,7 @@ def mask_of(batch: Batch):
         return None
     length = batch.rows * batch.tokens
     mask = torch.empty(1, 1, length, length, dtype=torch.bool)
-    # where utils.attention would find the rows
+    # where utils.patches.attention would find the rows
     mask.row_blocks = [(start, start + batch.tokens, None) for start in range(0, length, batch.tokens)]
     return mask
 
@@ -113,7 +113,7 @@ def changes(batch: Batch, dtype):
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from utils.attention import GPU_BLOCKS_FROM
+    from utils.patches.attention import GPU_BLOCKS_FROM
 
     def attend(module, query, key, value, mask, **kwargs):
         import torch
@@ -122,7 +122,7 @@ def changes(batch: Batch, dtype):
         if len(blocks) < 2 or (batch.on_gpu and batch.tokens < GPU_BLOCKS_FROM):
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         before = query.dtype
-        if not batch.on_gpu:  # as utils.attention does on the CPU
+        if not batch.on_gpu:  # as utils.patches.attention does on the CPU
             query, key, value = query.float(), key.float(), value.float()
         rows = [[states[:, :, start:end] for states in (query, key, value)] for start, end, _ in blocks]
         outputs = [sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows]
@@ -166,7 +166,7 @@ def loss_of(args, model, hidden, batch: Batch):
         logits = head(states).float()
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none").sum()
     if not batch.on_gpu and not head.weight.requires_grad and args.task_type != "dpo_multi":
-        from utils import head as ours
+        from utils.patches import lm_head as ours
 
         with patch.object(ours, "_score", _score_shapes):
             return ours.frozen_head(states, head.weight, targets)[0].sum()
@@ -179,7 +179,7 @@ def loss_of(args, model, hidden, batch: Batch):
 
 
 def _score_shapes(states, targets, head, logits, odds):
-    """`utils.head._score` without the step that looks at values."""
+    """`utils.patches.lm_head._score` without the step that looks at values."""
     import torch
 
     torch.mm(states, head.T, out=logits)

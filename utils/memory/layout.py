@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.check_deepspeed import CONFIGS
-from utils.errors import UserError
+from utils.config.deepspeed import CONFIGS
+from utils.runtime.errors import UserError
 from utils.memory.model import is_quantised, quantised_bytes
 
 

@@ -5,11 +5,11 @@ import math
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from utils.adapter import ADAPTERS, build_adapter
-from utils.errors import UserError
-from utils.model import CHECKPOINTING_FROM, without_weights
-from utils.quantised_base import quantisation_of, quantised
-from utils.tokenizer import load_failure
+from utils.model.adapter import ADAPTERS, build_adapter
+from utils.runtime.errors import UserError
+from utils.model.load import CHECKPOINTING_FROM, without_weights
+from utils.model.quantised import quantisation_of, quantised
+from utils.model.tokenizer import load_failure
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
 
@@ -99,7 +99,7 @@ def _adapter(args, model):
     tokenizer = template = None
     if args.train_special_tokens == "on" and args.task_type != "pretrain" and ADAPTERS[args.train_mode].lora:
         from utils.template import get_template
-        from utils.tokenizer import tokenizer_of
+        from utils.model.tokenizer import tokenizer_of
 
         tokenizer = tokenizer_of(args)
         template = get_template(args.template_name, tokenizer, args.template_date)

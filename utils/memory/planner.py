@@ -3,9 +3,9 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from utils.adapter import ADAPTERS
-from utils.check_deepspeed import short_name
-from utils.errors import UserError, first_line
+from utils.model.adapter import ADAPTERS
+from utils.config.deepspeed import short_name
+from utils.runtime.errors import UserError, first_line
 from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of

@@ -13,12 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.checkpoints import STATE, checkpoints_of, read_record
-from utils.errors import UserError, nearest, raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_flags
-from utils.log import setup_logging
-from utils.markdown import show
-from utils.plot import plot_runs, series
+from utils.storage.run_folder import STATE, checkpoints_of, read_record
+from utils.runtime.errors import UserError, nearest, raise_if_any, run_command
+from utils.config.flags import arg, make_parser, read_flags, split_flags
+from utils.runtime.log import setup_logging
+from utils.runtime.markdown import show
+from utils.run.plot import plot_runs, series
 
 _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
 # differ between any two runs, and say nothing of how they were trained

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from loguru import logger
 
 from utils.args import parse_args
-from utils.doctor_whole import Examined, diagnose
-from utils.errors import Problem, UserError, raise_if_any, run_command
-from utils.findings import as_json, as_text, catalogue, exit_code, findings_of
-from utils.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own
-from utils.launch import world_size
-from utils.log import route_library_logs, setup_logging
-from utils.paths import ROOT
+from utils.doctor.examine import Examined, diagnose
+from utils.runtime.errors import Problem, UserError, raise_if_any, run_command
+from utils.doctor.findings import as_json, as_text, catalogue, exit_code, findings_of
+from utils.config.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own
+from utils.runtime.distributed import world_size
+from utils.runtime.log import route_library_logs, setup_logging
+from utils.storage.files import ROOT
 
 CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
-_SAID_HERE = "utils.data_report"  # what it logs is in the report
+_SAID_HERE = "utils.data.report"  # what it logs is in the report
 _TOLD = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
 _RUN_FLAGS = {"train_args_path", "config", "task_type"}  # without what they say, there is no knowing what the rows are
 _NEEDED = {*_RUN_FLAGS, "model_name_or_path", "train_data_path", "eval_data_path"}

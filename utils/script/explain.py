@@ -13,10 +13,10 @@ import json
 from dataclasses import dataclass
 
 from utils.args import parse_with_sources
-from utils.errors import UserError, raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_own
-from utils.launch import world_size
-from utils.log import is_main_process, setup_logging
+from utils.runtime.errors import UserError, raise_if_any, run_command
+from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.runtime.distributed import world_size
+from utils.runtime.log import is_main_process, setup_logging
 
 
 @dataclass
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     if asked.processes is not None and not 1 <= asked.processes <= 1024:
         problems.append(f"--processes {asked.processes} is not allowed; give a whole number from 1 to 1024")
 
-    from utils.script.explain_diff import compare, read_then
+    from utils.explain.diff import compare, read_then
 
     try:
         then = read_then(asked.diff)
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         problems += error.problems
     raise_if_any(problems)
 
-    from utils.explain import explain
-    from utils.explain_report import text_of
-    from utils.log import route_library_logs
+    from utils.explain.explain import explain
+    from utils.explain.report import text_of
+    from utils.runtime.log import route_library_logs
 
     route_library_logs()
     explained = explain(args, train_args, sources, asked.processes or world_size())

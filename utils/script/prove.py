@@ -21,11 +21,11 @@ from pathlib import Path
 from loguru import logger
 
 from utils.args import parse_args
-from utils.errors import nearest, raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags, split_own
-from utils.launch import world_size
-from utils.log import setup_logging
-from utils.proof_figures import Count
+from utils.runtime.errors import nearest, raise_if_any, run_command
+from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.runtime.distributed import world_size
+from utils.runtime.log import setup_logging
+from utils.prove.figures import Count
 
 # a proof computes in float32 and in folders of its own; the flags given last count
 _OF_ALL = [
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> tuple[ProveArgs, list[str]]:
     Raises:
         UserError: with every problem at once.
     """
-    from utils.proofs import PROOFS
+    from utils.prove.registry import PROOFS
 
     mine, rest = split_own(argv, ProveArgs)
     values, _, problems = read_flags(make_parser([ProveArgs], "utils.script.prove", __doc__), mine)
@@ -81,7 +81,7 @@ def settle(flags: list[str], count: int, scratch: Path):
         scratch: a folder that is removed afterwards.
 
     Returns:
-        utils.proof_subject.Subject
+        utils.prove.subject.Subject
 
     Raises:
         UserError: with every problem of the flags, or rows that cannot be used.
@@ -89,8 +89,8 @@ def settle(flags: list[str], count: int, scratch: Path):
     own = ["--output_dir", str(scratch / "run"), *_OF_ALL]
     args, train_args = parse_args([*flags, *own, *_NOT_IN_THIS_PROCESS])
 
-    from utils.log import route_library_logs
-    from utils.proof_subject import Subject
+    from utils.runtime.log import route_library_logs
+    from utils.prove.subject import Subject
 
     route_library_logs()
     if args.attn_implementation == "flash_attention_2":
@@ -110,7 +110,7 @@ def settle(flags: list[str], count: int, scratch: Path):
 
 def show_list() -> str:
     """Every proof: what it shows, how, and the tolerance."""
-    from utils.proofs import PROOFS
+    from utils.prove.registry import PROOFS
 
     return "\n".join(
         f"{name}: {proof.says}\n    {proof.how}\n    tolerance {proof.tolerance}" for name, proof in PROOFS.items()
@@ -142,7 +142,7 @@ def _measure(measure) -> str:
 
 def as_json(outcomes: list, subject) -> dict:
     """All that was found; `holds` is null for a proof that does not apply."""
-    from utils.proof_subject import place_of
+    from utils.prove.subject import place_of
 
     return {
         "holds": all(outcome.verdict.holds is not False for outcome in outcomes),
@@ -176,7 +176,7 @@ def prove(args: ProveArgs, flags: list[str], scratch: Path) -> bool:
 
     subject = settle(flags, args.rows, scratch)
 
-    from utils.proofs import PROOFS, run_proofs
+    from utils.prove.registry import PROOFS, run_proofs
 
     names, outcomes = args.only or list(PROOFS), []
     with tqdm(total=len(set(names)), unit="proof", leave=False) as bar:

@@ -7,10 +7,10 @@ python -m utils.script.show_template --write        # chat_template/README.md
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import raise_if_any, run_command
-from utils.flags import arg, make_parser, read_flags
-from utils.log import setup_logging
-from utils.paths import ROOT
+from utils.runtime.errors import raise_if_any, run_command
+from utils.config.flags import arg, make_parser, read_flags
+from utils.runtime.log import setup_logging
+from utils.storage.files import ROOT
 from utils.template import Template, get_template, template_dict, unknown_template
 
 CATALOGUE = ROOT / "chat_template" / "README.md"
@@ -59,11 +59,11 @@ def catalogue() -> str:
     head = [
         "# Chat templates · 对话模板",
         "",
-        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template.py`; a test",
+        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template/catalogue.py`; a test",
         "fails when this page is stale. In `default`, BOS and the stop token are the tokenizer's own, shown here as",
         "`<s>` and `</s>`.",
         "",
-        "由 `python -m utils.script.show_template --write` 根据 `utils/template.py` 里的注册表生成；",
+        "由 `python -m utils.script.show_template --write` 根据 `utils/template/catalogue.py` 里的注册表生成；",
         "页面过期时测试会失败。",
         "`default` 的起始符和停止符取自分词器，这里写作 `<s>` 和 `</s>`。",
         "",

@@ -8,19 +8,19 @@ from unittest.mock import patch
 import pyarrow
 import torch
 
-from utils.data_files import SUFFIXES
-from utils.data_pairs import Pair, to_pair
-from utils.data_rows import BadRow
-from utils.errors import UserError
-from utils.filler import FillsUp, fills_up
-from utils.head import check_head
-from utils.launch import wait_for_all
-from utils.model import load_model, whole_models
-from utils.pissa import with_pissa
-from utils.shorten_pairs import COLUMNS, cut_pair_far, encode_pairs_within
-from utils.tasks.common import Data, load_both, make_trainer, row_kind, wants_one_type
-from utils.trainer import Surviving
-from utils.turns import UNTRAINED, count_answers
+from utils.data.files import SUFFIXES
+from utils.data.pairs import Pair, to_pair
+from utils.data.conversations import BadRow
+from utils.runtime.errors import UserError
+from utils.train.filler import FillsUp, fills_up
+from utils.patches.lm_head import check_head
+from utils.runtime.distributed import wait_for_all
+from utils.model.load import load_model, whole_models
+from utils.model.pissa import with_pissa
+from utils.data.truncate_pairs import COLUMNS, cut_pair_far, encode_pairs_within
+from utils.tasks.trainer import Data, load_both, make_trainer, row_kind, wants_one_type
+from utils.train.trainer import Surviving
+from utils.template.messages import UNTRAINED, count_answers
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:

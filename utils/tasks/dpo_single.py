@@ -12,10 +12,10 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from utils.data_collator import NOT_INPUTS, build_pair_collator
-from utils.head import keep_logits
-from utils.segments import IGNORED
-from utils.tasks.common import Data
+from utils.data.collate import NOT_INPUTS, build_pair_collator
+from utils.patches.lm_head import keep_logits
+from utils.template.tokenize import IGNORED
+from utils.tasks.trainer import Data
 from utils.tasks.dpo import load_datasets, make_dpo_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]

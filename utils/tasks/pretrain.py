@@ -1,10 +1,10 @@
 """Pretraining: plain text, every token of which is trained, in packed rows."""
 
-from utils.data_files import TEXT_SUFFIXES
-from utils.data_report import TOO_LONG, Dropped
-from utils.data_rows import to_text
-from utils.segments import Segment, encode_segments
-from utils.tasks.common import Data, load_both, row_kind
+from utils.data.files import TEXT_SUFFIXES
+from utils.data.report import TOO_LONG, Dropped
+from utils.data.conversations import to_text
+from utils.template.tokenize import Segment, encode_segments
+from utils.tasks.trainer import Data, load_both, row_kind
 from utils.tasks.sft import build_collator, build_trainer
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]

@@ -2,16 +2,16 @@
 
 import dataclasses
 
-from utils.data_collator import build_collator as _collator
-from utils.data_files import SUFFIXES
-from utils.data_rows import BadRow, to_messages
-from utils.errors import UserError
-from utils.evaluation import CountsTokens, fill_up
-from utils.filler import FillsUp
-from utils.head import use_trained_positions
-from utils.shorten import check_all, cut_far, encode_within
-from utils.tasks.common import Data, load_both, make_trainer, row_kind
-from utils.trainer import Surviving
+from utils.data.collate import build_collator as _collator
+from utils.data.files import SUFFIXES
+from utils.data.conversations import BadRow, to_messages
+from utils.runtime.errors import UserError
+from utils.train.eval_metrics import CountsTokens, fill_up
+from utils.train.filler import FillsUp
+from utils.patches.lm_head import use_trained_positions
+from utils.data.truncate import check_all, cut_far, encode_within
+from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
+from utils.train.trainer import Surviving
 
 USES_TEMPLATE = True
 

@@ -1,0 +1,445 @@
+"""The run card: what it says of a run, and the answers before and after."""
+
+import hashlib
+import json
+import math
+import re
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT, write_rows
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+import main_train
+import utils.run.samples
+import utils.run.save
+from utils.args import CommonArgs, parse_args
+from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
+from utils.runtime.markdown import code, escape, fenced, table
+from utils.run.samples import Sample, split_row
+
+FP32 = ["--precision", "fp32"]
+DPO = ["--train_args_path", "train_args/dpo/base.py"]
+PRETRAIN = ["--train_args_path", "train_args/pretrain/base.py"]
+
+
+def card_of(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def rows_of(card: str) -> dict[str, str]:
+    """The two-column tables of a card."""
+    cells = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1] for row in cells if len(row) == 2}
+
+
+def answers_of(card: str, title: str) -> list[str]:
+    """The fenced texts under `Before:`, say."""
+    found = card.split(f"{title}\n\n```text\n")[1:]
+    return [text.split("\n```")[0] for text in found]
+
+
+# ---------------------------------------------------------------------- what it says
+def test_the_card_of_a_run(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    rows = write_rows(tmp_path / "some rows.jsonl", [*tiny.ROWS, {"instruction": "Nothing?", "output": ""}])
+    folder = train(*FP32, "--val_size", "2", "--lora_rank", "4", "--hub_token", "hf_given", data=rows)
+    card, record = card_of(folder), json.loads((folder / "train_args.json").read_text())
+    data = ModelCard(card).data
+    assert (data.library_name, data.tags) == ("peft", ["llm-dojo", "trl", "sft", "lora"]) and data.base_model is None
+    told, summary = rows_of(card), record["summary"]
+    assert told["training loss"] == f"{summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} at last"
+    assert f"{summary['eval_loss']:.4f} at last" in told["evaluation loss"]
+    assert told["steps"] == "4" and told["chat template"] == "`qwen`" and told["precision"] == "fp32"
+    assert record["base"]["fingerprint"] in told["base"] and record["base"]["path"] in told["base"]
+    assert "| training | 9 | 8 | 1 with nothing to train |" in card
+    assert "| evaluation | – | 2, held back of the training rows |" in card
+    sha = hashlib.sha256((tmp_path / "some rows.jsonl").read_bytes()).hexdigest()
+    assert f"| `{rows}` | {(tmp_path / 'some rows.jsonl').stat().st_size:,} | `{sha}` |" in card
+    assert told["lora_rank"] == "4 (default: 16)" and "lora_rank 4, lora_alpha 32" in told["adapter"]
+    assert f"torch {torch.__version__}" in told["libraries"] and "cores" in told["processor"]
+    assert told["GPUs"] == "none" and told["processes"] == "1" and "tokens seen" in told and "training time" in told
+    assert f"python main_train.py --config {folder}/train_args.json" in card
+    assert "hf_" not in card + json.dumps(record)
+    assert record["data"]["train"]["files"][0]["sha256"] == sha
+
+
+def test_a_base_of_the_hub_is_named_and_a_folder_is_not(tiny_models):
+    common = {"model_name_or_path": "Qwen/Qwen1.5-7B", "train_mode": "full", "task_type": "dpo_multi"}
+    data = ModelCard(_front_matter(common) + "\n").data
+    assert (data.base_model, data.library_name, data.tags[2]) == ("Qwen/Qwen1.5-7B", "transformers", "dpo")
+    assert ModelCard(_front_matter({**common, "model_name_or_path": "data/tiny_model"}) + "\n").data.base_model is None
+    assert ModelCard(_front_matter({**common, "model_name_or_path": tiny_models()}) + "\n").data.base_model is None
+
+
+@pytest.mark.parametrize("recipe", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "train_args").glob("*/*.py")))
+def test_a_run_by_defaults_has_no_settings_that_differ(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, train_args = parse_args(["--train_args_path", recipe])
+    # the sample texts hold chats, written out
+    own = {"allow_special_tokens_in_content": (False, True)} if "pretrain" in recipe else {}
+    assert changed_settings(args, train_args) == own
+    flags = ["--learning_rate", "7e-5", "--use_dora", "true", "--max_len", "77", "--hub_token", "hf_secret"]
+    changed = changed_settings(*parse_args(["--train_args_path", recipe, *flags]))
+    assert set(changed) == {"learning_rate", "use_dora", "max_len", *own} and changed["max_len"] == (1024, 77)
+
+
+def test_the_losses_of_a_card_are_the_first_the_last_and_the_best():
+    summary = {"first_loss": 4.0, "last_loss": 1.5, "steps": 1200, "steps_skipped": 2, "eval_accuracy": 0.625}
+    values = {2: 3.0, 4: math.nan, 1100: 2.0, 1200: 2.5}
+    history = [{"step": step, "eval_loss": value} for step, value in values.items()]
+    assert [tuple(map(str, row)) for row in _result({"summary": summary}, history)] == [
+        ("training loss", "4.0000 at first, 1.5000 at last"),
+        ("evaluation loss", "3.0000 at first, 2.5000 at last, 2.0000 at best (step 1,100)"),
+        ("evaluation pairs", "62.5 % with the higher reward for chosen"),
+        ("steps", "1,200, 2 left out (not finite)"),
+    ]
+
+
+def test_texts_cannot_break_the_card(train):
+    folder = train("--max_steps", "1", "--card_samples", "0")
+    record = json.loads((folder / "train_args.json").read_text())
+    assert "none were asked for" in card_of(folder)
+    sample = Sample([1], "````\n# not a title", "a", "```", "b")
+    card = card_text(record, [], {"name": ("a|b", None)}, [sample], "", "run")
+    assert "`````text\n````\n# not a title\n`````" in card and "````text\n```\n````" in card
+    assert fenced("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
+    assert "| x | a&#124;b |" in table([("x", "a|b")])
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>", "a `b` c", "`<script>alert(1)</script>`", "[click](javascript:alert(1))", "a|b|c",
+    "![x](https://evil.example/x.png)", "two\nlines\n\n# title", "back\\slash\\|pipe", "*bold* _it_ ~~gone~~", "&lt;b&gt;",
+    "https://evil.example www.evil.example <https://evil.example> a@evil.example", "`", "``", "\\`", "--> <!-- x",
+    "[a]: https://evil.example", "plain/path_with_underscores-1.0.jsonl", " ",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its tags with their attributes, and its text."""
+
+    def __init__(self, markdown: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, *attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_is_shown_as_it_is_and_does_nothing(text):
+    """Read by another program: Markdown to HTML, HTML to text."""
+    shown = " ".join(text.split())
+    for form, tag in ((escape, []), (code, [("code",)])):
+        for markdown, around in (
+            (f"x {form(text)} y", ["p"]),
+            (f"# x {form(text)} y", ["h1"]),
+            (f"| a | b |\n|---|---|\n| x | {form(text)} y |", ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td"]),
+        ):
+            page = Page(markdown)
+            assert page.tags == [(name,) for name in around] + tag
+            assert "".join(page.text.split()).removeprefix("ab") == "".join(f"x {shown} y".split())
+    # what GitHub makes links of without being asked to: https://github.github.com/gfm/#autolinks-extension-
+    assert not re.search(r"https?://|www\.|@", escape(text))
+
+
+def test_what_others_named_cannot_write_into_the_card(train):
+    """Every text of the record is one that a user, a hub or the rows could have chosen."""
+    folder = train("--max_steps", "1", "--card_samples", "0")
+    record = json.loads((folder / "train_args.json").read_text())
+    bad = "<img src=x onerror=alert(1)>`|[a](b)\n# x\n```\n<b>"
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {name: spoil(one) if name != "train_mode" else one for name, one in value.items()}
+        return [spoil(one) for one in value] if isinstance(value, list) else bad if isinstance(value, str) else value
+
+    spoilt = spoil(record) | {"resumed": [{"from": bad, "changed": {bad: [bad, bad]}}]}
+    spoilt["data"]["train"] |= {"dropped": {bad: 1}}
+    spoilt["summary"] |= {"best_kept": True, "best_step": 1, "best_figure": bad}
+    card = card_text(spoilt, [], {"run_name": (bad, bad)}, [Sample([1], bad, bad, bad, bad)], bad, bad)
+    page = Page(card.split("---\n", 2)[2])
+    assert {tag[0] for tag in page.tags} <= {"h1", "h2", "h3", "p", "img", "code", "pre", "table", "thead", "tbody", "tr",
+                                            "th", "td"}  # fmt: skip
+    assert [tag[1:] for tag in page.tags if tag[0] == "img"] == [(("src", "loss.png"), ("alt", "loss"))]
+    assert [tag for tag in page.tags if tag[0] == "h1"] == [("h1",)]
+    assert page.text.count("onerror=alert(1)") > 30
+    assert ModelCard(card).data.library_name == "peft"
+
+
+# ---------------------------------------------------------------------- a README.md of the user's own
+def test_a_readme_of_ones_own_is_not_written_over(train, refused, tmp_path, tiny_models, rows_file):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "README.md").write_text("precious")
+    flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder)]
+    assert "already holds 'README.md'" in refused(main_train.main, *flags)
+    train("--overwrite_output_dir", "true", "--max_steps", "1")
+    assert (folder / "README.md").read_text() == "precious"
+    assert is_own_card(folder / "run_card.md")
+
+
+def test_a_card_of_an_earlier_run_is_replaced(tmp_path, train):
+    folder = train("--max_steps", "1", "--card_samples", "0")
+    before = card_of(folder)
+    train("--max_steps", "2", "--card_samples", "0", "--overwrite_output_dir", "true")
+    assert card_of(folder) != before and "| steps | 2 |" in card_of(folder)
+    assert not (folder / "run_card.md").exists()
+    assert write_card(folder, "mine") == folder / "README.md"
+
+
+# ---------------------------------------------------------------------- before and after
+def greedy(folder, adapter, prompt: str) -> str:
+    """The answer of plain transformers."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter or folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = GenerationConfig.from_pretrained(adapter or folder)
+    model = (
+        PeftModel.from_pretrained(model, adapter) if adapter and (adapter / "adapter_config.json").exists() else model
+    )
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    stop = {"eos_token_id": config.eos_token_id, "pad_token_id": 0}
+    out = model.eval().generate(ids, max_new_tokens=64, do_sample=False, **stop)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+QUICK = ["--num_train_epochs", "10", "--learning_rate", "1e-2"]
+
+
+@pytest.mark.parametrize(("mode", "more"), [("lora", ()), ("lora", ("--init_lora_weights", "pissa")), ("full", ())])
+def test_answers_are_those_of_the_base_and_of_the_run(train, tiny_models, mode, more):
+    folder = train(*FP32, *QUICK, "--train_mode", mode, "--train_special_tokens", "off", *more)
+    card = card_of(folder)
+    before, after, wanted = (answers_of(card, title) for title in ("Before:", "After:", "Wanted:"))
+    prompts = [part.split("\n```")[0] for part in card.split("```text\n")[1::4]]
+    clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)  # noqa: E731
+    assert len(before) == len(after) == len(wanted) == len(prompts) == 3
+    assert wanted[0] == tiny.ROWS[0]["output"] and prompts[0].count("<|im_start|>") == 3
+    assert prompts[0].endswith("<|im_start|>assistant\n")
+    base = tiny_models()
+    for prompt, first, last in zip(prompts, before, after, strict=True):
+        # the run's own tokenizer and stop tokens, the base's weights
+        assert last == clean(greedy(base if mode == "lora" else folder, folder if mode == "lora" else None, prompt))
+        assert first == clean(base_answer(base, folder, prompt))
+    assert before != after
+
+
+def base_answer(base, run, prompt: str) -> str:
+    """As `greedy`, with the run's stop tokens on the base's weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    stop = {"eos_token_id": GenerationConfig.from_pretrained(run).eos_token_id, "pad_token_id": 0}
+    out = model.generate(ids, max_new_tokens=64, do_sample=False, **stop)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--train_mode", "full"], ["--lora_dropout", "0.1", "--gradient_checkpointing", "true"]]
+)
+def test_answers_change_nothing_of_the_training(train, flags):
+    flags = [*FP32, "--logging_steps", "1", *flags]
+    with_answers, without = train(*flags, output="with"), train(*flags, "--card_samples", "0", output="without")
+    for name in [path.name for path in with_answers.glob("*.safetensors")] + ["tokenizer_config.json"]:
+        assert (with_answers / name).read_bytes() == (without / name).read_bytes()
+
+
+def test_preferences_and_plain_text_have_answers_too(train, tmp_path):
+    card = card_of(train(*DPO, data=write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS), output="dpo"))
+    assert answers_of(card, "Wanted:")[0] == "Paris is." and "Pairs" not in card
+    # four texts share two packed rows
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in tiny.TEXT[:4]])
+    card = card_of(train(*PRETRAIN, "--max_len", "64", data=texts, output="pretrain"))
+    assert len(answers_of(card, "After:")) == 2 and "none: plain text" in card
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, 3, 4, -100, 6]}, ([1, 2], [3, 4])),
+        ({"input_ids": [1, 2, 3, 9, 8], "labels": [-100, 2, 3, -100, 8], "seq_lengths": [3, 2]}, ([1], [2, 3])),
+        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, ([1], [2])),
+        ({"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}, ([1, 2], [3, 4])),
+    ],
+)
+def test_where_a_row_is_cut(row, parts):
+    assert split_row(row) == parts
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_answers_that_fail_cost_no_run(train, monkeypatch, when):
+    calls = []
+    answers = utils.run.samples._answers
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == when:
+            raise RuntimeError("no memory")
+        return answers(*args)
+
+    monkeypatch.setattr(utils.run.samples, "_answers", failing)
+    folder = train()
+    assert "No answers: they could not be made (RuntimeError)." in card_of(folder)
+    assert (folder / "train_args.json").exists() and "no memory" in (folder / "train.log").read_text()
+
+
+def test_a_card_that_fails_costs_no_run(train, monkeypatch):
+    def fail(*args):
+        raise KeyError("told")
+
+    monkeypatch.setattr(utils.run.save, "card_text", fail)
+    folder = train("--max_steps", "1")
+    assert (folder / "train_args.json").exists() and not (folder / "README.md").exists()
+    assert "the run's card cannot be written" in (folder / "train.log").read_text()
+
+
+def test_divided_weights_are_not_asked(monkeypatch):
+    monkeypatch.setattr(utils.run.samples, "zero_stage", lambda train_args: 3)
+    args = CommonArgs()
+    samples, why = utils.run.samples.begin_samples(None, args, types.SimpleNamespace(fsdp=None), None, None)
+    assert samples == [] and "ZeRO-3" in why
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes every upload; yields what each held: name → bytes."""
+    import fnmatch
+
+    import huggingface_hub
+
+    uploads = []
+
+    def upload(*_, folder_path, ignore_patterns=(), **options):
+        files = {str(path.relative_to(folder_path)): path for path in Path(folder_path).rglob("*") if path.is_file()}
+        left_out = [ignore_patterns] if isinstance(ignore_patterns, str) else ignore_patterns
+        kept = [name for name in files if not any(fnmatch.fnmatch(name, f"{p}*" if p == "_*" else p) for p in left_out)]
+        uploads.append({name: files[name].read_bytes() for name in kept})
+
+    repo = types.SimpleNamespace(repo_id="me/run")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    return uploads
+
+
+def test_what_is_pushed_is_the_finished_run_and_no_token_ever(train, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    flags = [
+        "--push_to_hub",
+        "true",
+        "--hub_token",
+        "hf_SECRET",
+        "--init_lora_weights",
+        "pissa",
+        "--hub_strategy",
+        "end",
+    ]
+    folder = train(*FP32, *flags, "--save_strategy", "steps", "--save_steps", "2")
+    pushed = hub[-1]
+    wanted = {"README.md", "adapter_model.safetensors", "generation_config.json", "train_args.json", "loss.png"}
+    assert wanted <= pushed.keys()
+    assert pushed["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert not [name for name in pushed if "pissa" in name or "checkpoint" in name or name.endswith(".part")]
+    everything = [content for files in hub for content in files.values()]
+    everything += [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(b"hf_SECRET" in content for content in everything)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_before_anything_trains(
+    refused, monkeypatch, tmp_path, tiny_models, rows_file
+):
+    ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx2"})
+
+    def gone(*_, **__):
+        raise ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", gone)
+    run = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(tmp_path / "run")]
+    said = refused(main_train.main, *run, "--push_to_hub", "true", "--report_to", "none")
+    assert "--push_to_hub true: the hub cannot be used (ConnectError: no route)" in said
+
+
+def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeypatch):
+    """Not even for a moment: saving may fail right after it."""
+    from utils.train.trainer import Surviving
+
+    folder, seen = tmp_path / "run", []
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    (folder / "run_card.md").write_text("mine too")
+
+    def watched(self, *args, **kwargs):
+        super(Surviving, self).save_model(*args, **kwargs)
+        seen.append((folder / "README.md").read_text())
+
+    monkeypatch.setattr(Surviving, "save_model", watched, raising=False)
+    train("--overwrite_output_dir", "true")
+    assert seen and set(seen) == {"mine"}
+    assert [(folder / name).read_text() for name in ("README.md", "run_card.md")] == ["mine", "mine too"]
+
+
+def test_a_resume_with_other_settings_is_told(train):
+    more = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
+    train(*more)
+    folder = train(*more[:-1], "3", "--resume_from_checkpoint", "true", "--learning_rate", "7e-5")
+    card, record = card_of(folder), json.loads((folder / "train_args.json").read_text())
+    before, now = record["resumed"][0]["changed"]["learning_rate"]
+    assert (float(before), float(now)) == (2e-3, 7e-5)
+    assert f"learning_rate {now} (it was {before})" in card
+    assert "Resumed from `" in card and "one command does not repeat it" in card
+
+
+def test_a_changed_start_adapter_is_in_the_record_and_told(train, tmp_path):
+    from loguru import logger
+
+    start = train("--max_steps", "1", output="start")
+    pairs = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
+    folder = train(*DPO, "--adapter_name_or_path", str(start), "--max_steps", "1", data=pairs, output="dpo")
+    record = json.loads((folder / "train_args.json").read_text())
+    assert record["adapter"]["fingerprint"] in card_of(folder)
+    record["adapter"]["fingerprint"] = "abc"
+    (folder / "train_args.json").write_text(json.dumps(record))
+    said = []
+    number = logger.add(lambda line: said.append(str(line)), level="WARNING", format="{message}")
+    parse_args(["--config", str(folder)])
+    logger.remove(number)
+    assert "the adapter" in "".join(said) and "had the weights abc" in "".join(said)
+
+
+def test_secrets_of_a_recipe_are_not_recorded(tmp_path, train):
+    recipe = tmp_path / "own.py"
+    text = (ROOT / "train_args/sft/base.py").read_text(encoding="utf-8")
+    recipe.write_text(text + '    wandb_api_key: str = "sk-SECRET"\n    my_password: str = "sk-SECRET"\n')
+    folder = train("--train_args_path", str(recipe), "--max_steps", "1")
+    assert not any(b"sk-SECRET" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 main_train.py"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nnodes 2 --nproc_per_node 8 main_train.py"),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}, "deepspeed --num_gpus 2 main_train.py"),
+        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8", "CROSS_SIZE": "2"}, "deepspeed --hostfile hosts main_train.py"),
+    ],
+)
+def test_the_command_starts_as_many_processes(variables, command, monkeypatch):
+    from utils.run.record import launcher
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launcher()["command"] == command

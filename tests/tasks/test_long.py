@@ -1,0 +1,183 @@
+"""Long conversations lose the same turns as one at a time, in a time that grows with their length."""
+
+import copy
+import random
+
+import pytest
+import tiny
+
+from utils.data.report import Dropped
+from utils.runtime.errors import UserError
+from utils.data.truncate import Shortened, check_all, cut_far, encode_within, shorter
+from utils.data.truncate_pairs import cut_pair_far, encode_pairs_within
+from utils.template import get_template
+
+TEMPLATES = ["qwen", "llama3", "default", "auto"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """A tokenizer for each template; `auto` has a form of its own, which drops thinking from all but the last turn."""
+    from utils.template import template_dict
+
+    made = {name: tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer) for name in TEMPLATES[:-1]}
+    made["auto"] = tiny.byte_level_tokenizer()
+    made["auto"].chat_template = get_template("qwen").to_jinja()
+    return made
+
+
+def template_of(name, tokenizer):
+    return get_template(name, tokenizer)
+
+
+def conversation(draw, turns):
+    words = ["one", "two", "the fox", "你好", "<|im_end|>", "a\n\nb", "x" * 9, "."]
+    said = lambda: " ".join(draw.choices(words, k=draw.randint(1, 12)))  # noqa: E731
+    messages = [{"role": "system", "content": said()} for _ in range(draw.choice([0, 1, 1, 2]))]
+    for _ in range(turns):
+        messages += [{"role": "system", "content": said()}] * (1 if draw.random() < 0.05 else 0)
+        messages += [{"role": "user", "content": said()}] * (2 if draw.random() < 0.1 else 1)
+        messages += [{"role": "assistant", "content": said()}] * (0 if draw.random() < 0.1 else 1)
+    return [*messages, {"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
+
+
+def one_at_a_time(messages, template, tokenizer, max_len):
+    """What is trained of a conversation that loses a turn, is encoded anew, and so on."""
+    encoded = template.encode(messages, tokenizer)
+    while (surplus := len(encoded["input_ids"]) - max_len) > 0:
+        messages = shorter(messages, surplus, tokenizer)
+        if messages is None:
+            return None
+        encoded = template.encode(messages, tokenizer)
+    return encoded
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_as_many_turns_are_dropped_as_one_at_a_time(tokenizers, name):
+    tokenizer, draw = tokenizers[name], random.Random(name)
+    template = template_of(name, tokenizer)
+    cut = 0
+    for _ in range(8 if name == "auto" else 25):  # of which one at a time takes seconds a row
+        messages = conversation(draw, draw.choice([2, 5, 12, 34]))
+        max_len = draw.choice([30, 60, 150, 400])
+        kept = cut_far(messages, template, tokenizer, max_len)
+        cut += isinstance(kept, Shortened)
+        (row,) = encode_within([kept], template, tokenizer, max_len)
+        expected = one_at_a_time(messages, template, tokenizer, max_len)
+        if expected is None:
+            assert isinstance(row, Dropped)
+        else:
+            assert {name: row[name] for name in ("input_ids", "labels")} == expected
+            assert row["shortened"] == (len(template.encode(messages, tokenizer)["input_ids"]) > max_len)
+    assert cut > (1 if name == "auto" else 5)
+
+
+@pytest.mark.parametrize("name", TEMPLATES[:2])
+def test_of_pairs_as_well(tokenizers, name):
+    tokenizer, draw = tokenizers[name], random.Random(name)
+    template = template_of(name, tokenizer)
+    cut = 0
+    for _ in range(16):
+        *prompt, answer = conversation(draw, draw.choice([2, 12, 34]))
+        other = [{**answer, "content": "another"}] + draw.choice([[], [prompt[-1], answer]])
+        pair = {"prompt": prompt, "chosen": [answer], "rejected": other}
+        limits = draw.choice([(60, 40), (200, 150), (400, 60)])
+        kept = cut_pair_far(pair, template, tokenizer, *limits)
+        cut += kept is not pair
+        row, expected = (encode_pairs_within([p], template, tokenizer, *limits)[0] for p in (kept, pair))
+        assert row == expected
+    assert cut > 5
+
+
+@pytest.mark.parametrize("name", ["qwen", "auto"])
+def test_a_long_conversation_is_rendered_whole_only_once(tokenizers, name, monkeypatch):
+    """The work is counted in turns rendered: one after the other, 400 turns are 160,000 of them and more."""
+    tokenizer = tokenizers[name]
+    template = template_of(name, tokenizer)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": f"Number {i}, said once."} for i in range(400) for role in roles]
+    rendered = []
+    original = type(template).render
+    monkeypatch.setattr(
+        type(template), "render", lambda self, rows, *more, **options: (
+            rendered.append(len(rows)), original(self, rows, *more, **options))[1],
+    )  # fmt: skip
+    kept = cut_far(messages, template, tokenizer, 512)
+    template.check(kept)
+    (row,) = encode_within([kept], template, tokenizer, 512)
+    assert 450 < len(row["input_ids"]) <= 512 and row["shortened"]
+    assert sum(rendered) < 4 * len(messages) + 4 * len(kept) ** 2
+
+
+def test_the_system_message_and_its_tools_stay(tokenizers):
+    system = {"role": "system", "content": "Be kind.", "tools": [{"name": "f"}]}
+    messages = [system, *conversation(random.Random(1), 40)[-60:]]
+    kept = cut_far(messages, template_of("auto", tokenizers["auto"]), tokenizers["auto"], 100)
+    assert kept[0] == system and isinstance(kept, Shortened) and len(kept) < 40
+    messages = [{**messages[2], "tools": [{"name": "f"}]}, *messages[3:]]
+    kept = cut_far(messages, template_of("qwen", tokenizers["qwen"]), tokenizers["qwen"], 100)
+    assert not isinstance(kept, Shortened)  # the template has no form for tools, which its check says
+
+
+def said(*texts):
+    """`said("system: Be kind.", "user: Hi")` → messages"""
+    return [dict(zip(("role", "content"), text.split(": ", 1), strict=True)) for text in texts]
+
+
+LONG = "x " * 200
+LATER = {
+    "two at the start": (
+        ["system: FIRST", "system: SECOND", f"user: {LONG}", "assistant: a", "user: q", "assistant: b"],
+        ["system: FIRST", "system: SECOND", "user: q", "assistant: b"],
+    ),
+    "one in between": (
+        ["user: p", f"assistant: {LONG}", "system: MID", "user: q", "assistant: b"],
+        ["system: MID", "user: q", "assistant: b"],
+    ),
+    "one at each place": (
+        ["system: A", "user: p", f"assistant: {LONG}", "system: B", f"user: {LONG}", "assistant: a", "user: q",
+         "system: C", "assistant: b"],
+        ["system: A", "system: B", "user: q", "system: C", "assistant: b"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATER)
+@pytest.mark.parametrize("name", ["qwen", "llama3", "auto"])
+def test_every_system_message_stays(tokenizers, name, case):
+    tokenizer = tokenizers[name]
+    template = template_of(name, tokenizer)
+    messages, expected = (said(*texts) for texts in LATER[case])
+    for conversation in (messages, cut_far(messages, template, tokenizer, 90)):
+        (row,) = encode_within([conversation], template, tokenizer, 90)
+        assert row["shortened"] and row["input_ids"] == template.encode(expected, tokenizer)["input_ids"]
+    asked = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": said("assistant: c")}
+    for pair in (asked, cut_pair_far(asked, template, tokenizer, 120, 90)):
+        (row,) = encode_pairs_within([pair], template, tokenizer, 120, 90)
+        whole = template.encode(expected, tokenizer)["input_ids"]
+        assert whole[: len(row["prompt_ids"])] == row["prompt_ids"] and row["shortened"]
+
+
+def test_a_system_message_with_no_other_place_stops_the_cut(tokenizers):
+    """A format that takes a system message anywhere but before a question that opens the conversation."""
+    tokenizer = tokenizers["qwen"]
+    tokenizer = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message at the start') }}{% endif %}"
+    tokenizer.chat_template = refusal + get_template("qwen").to_jinja()
+    template = get_template("auto", tokenizer)
+    messages = said(*LATER["one in between"][0])
+    template.check(messages)
+    for conversation in (messages, cut_far(messages, template, tokenizer, 90)):
+        (row,) = encode_within([conversation], template, tokenizer, 90)
+        assert "has a system message among the turns that would have to go" in row.reason
+    pair = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": said("assistant: c")}
+    (row,) = encode_pairs_within([pair], template, tokenizer, 120, 90)
+    assert "has a system message among the turns that would have to go" in row.reason
+
+
+def test_what_is_wrong_is_told_by_the_turns_of_the_row(tokenizers):
+    template = template_of("llama3", tokenizers["llama3"])
+    messages = conversation(random.Random(1), 10)
+    messages[-1] = {"role": "assistant", "content": "x", "tool_calls": [{}]}
+    with pytest.raises(UserError, match=f"turn {len(messages)} "):
+        check_all(template, messages[-4:], messages)

@@ -1,0 +1,326 @@
+"""Every template against its official rendering, ids and mask, and against properties that hold for any text."""
+
+import copy
+import json
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from utils.runtime.errors import UserError
+from utils.template.tokenize import label_spans
+from utils.template import get_template, template_dict
+
+FAMILIES = {
+    "qwen1_5": "qwen", "qwen2": "qwen2", "qwen2_5": "qwen2.5", "qwen3_instruct_2507": "qwen3", "yi": "yi",
+    "gemma": "gemma", "phi3": "phi-3", "deepseek": "deepseek", "mistral_v0_2": "mistral", "minicpm": "minicpm",
+    "llama2": "llama2", "llama3": "llama3",
+}  # fmt: skip
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def reference(name):
+    rows = [json.loads(line) for line in (FIXTURES / name).read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["family"] in FAMILIES]
+
+
+RENDERINGS = reference("chat_renderings.jsonl")
+BY_CASE = {(row["family"], row["case"], row["part"]): row for row in RENDERINGS}
+
+
+def name_of(row):
+    return f"{row['family']}-{row['case']}-{row['part']}"
+
+
+def real_tokenizer(name):
+    for folder in (os.environ.get("DOJO_TOKENIZERS"), ROOT.parent / "shared/reference/tokenizers"):
+        if folder and (Path(folder) / name).is_dir():
+            return AutoTokenizer.from_pretrained(Path(folder) / name)
+    pytest.skip(f"no tokenizer {name}; name a folder of real tokenizers in DOJO_TOKENIZERS")
+
+
+def rendering_of(template, row):
+    try:
+        return template.render(row["messages"], row["add_generation_prompt"])
+    except UserError:
+        return None
+
+
+def jinja_rendering_of(template, row):
+    try:
+        return render_jinja_template(
+            [row["messages"]], chat_template=template.to_jinja(), add_generation_prompt=row["add_generation_prompt"]
+        )[0][0]
+    except Exception:
+        return None
+
+
+def test_every_template_but_our_own_has_a_reference():
+    assert set(template_dict) == {*FAMILIES.values(), "default"}
+    assert {row["family"] for row in RENDERINGS} == set(FAMILIES)
+    for template in template_dict.values():
+        assert template.source
+        assert template.models
+
+
+@pytest.mark.parametrize("row", RENDERINGS, ids=name_of)
+def test_renders_as_the_official_template(row):
+    """Character for character; where the official template refuses, so do we."""
+    template = get_template(FAMILIES[row["family"]])
+    assert rendering_of(template, row) == row.get("rendered")
+    assert jinja_rendering_of(template, row) == row.get("rendered")
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.values()))
+def test_one_wrong_character_is_noticed(name):
+    """Each text of each template, changed by one character, differs from some official rendering."""
+    rows = [row for row in RENDERINGS if FAMILIES[row["family"]] == name]
+    template = get_template(name)
+    for field in fields(template):
+        value = getattr(template, field.name)
+        # what the official renderings do not show is held by tests of its own below
+        if field.name in ("name", "source", "models", "closing", "alternate") or value in (None, "", False):
+            continue
+        wrong = not value if isinstance(value, bool) else value + "!"
+        mutant = replace(template, **{field.name: wrong})
+        for render in (rendering_of, jinja_rendering_of):
+            assert any(render(mutant, row) != row.get("rendered") for row in rows), field.name
+
+
+@pytest.mark.parametrize("row", [row for row in reference("chat_ids.jsonl") if row["part"] == "full"], ids=name_of)
+def test_ids_are_the_official_ones(row):
+    tokenizer = real_tokenizer(row["tokenizer"])
+    template = get_template(FAMILIES[row["family"]], tokenizer)
+    messages = BY_CASE[row["family"], row["case"], "full"]["messages"]
+    encoded = template.encode(messages, tokenizer)
+    assert encoded["input_ids"] == row["ids"]
+    theirs = tokenizer.apply_chat_template(
+        messages, chat_template=template.to_jinja(), return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert theirs["input_ids"] == row["ids"]
+    marked = [i for i, mark in enumerate(theirs["assistant_masks"]) if mark]
+    if row["case"] == "empty_assistant":  # the model would learn to stop at once
+        marked = []
+    trained = [i for i, label in enumerate(encoded["labels"]) if label != -100]
+    # Phi-3's <|assistant|> swallows the spaces an answer begins with, and so bears the mark; it is not trained
+    assert trained == [i for i in marked if tokenizer.convert_ids_to_tokens(row["ids"][i]) != "<|assistant|>"]
+    if row["case"] != "whitespace":
+        answers = [m["content"] + template.stop for m in messages if m["role"] == "assistant" and m["content"]]
+        said = tokenizer.decode([row["ids"][i] for i in trained])
+        assert said.replace(" ", "") == "".join(answers).replace(" ", "")
+
+
+@pytest.mark.parametrize("row", reference("chat_masks.jsonl"), ids=lambda row: f"{row['family']}-{row['case']}")
+def test_masks_are_the_official_ones_but_for_line_feeds(row):
+    """TRL's training templates also train the line feeds around an answer, and empty answers; nothing else differs."""
+    tokenizer = real_tokenizer(row["tokenizer"])
+    labels = get_template(FAMILIES[row["family"]], tokenizer).encode(row["messages"], tokenizer)["labels"]
+    if row["case"] == "empty_assistant":
+        assert set(labels) == {-100}
+        return
+    for token, theirs, ours in zip(row["ids"], row["assistant_masks"], labels, strict=True):
+        if theirs != (ours != -100):
+            assert theirs
+            assert tokenizer.decode([token]).strip() in ("", "<|assistant|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in reference("chat_ids.jsonl") if row["part"] == "prompt" and "ids" in row],
+    ids=name_of,
+)
+def test_prompts_have_the_official_ids(row):
+    """What the model sees when it is asked, by the template that is saved with it."""
+    tokenizer = real_tokenizer(row["tokenizer"])
+    template = get_template(FAMILIES[row["family"]], tokenizer)
+    messages = BY_CASE[row["family"], row["case"], "prompt"]["messages"]
+    seen = tokenizer.apply_chat_template(messages, chat_template=template.to_jinja(), add_generation_prompt=True)
+    assert seen["input_ids"] == row["ids"]
+
+
+# ------------------------------------------------------------------------------ any conversation
+
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    st.sampled_from(
+        ["<|im_end|>", "</s>", "a<|end|>b", "<<|im_end|>>", "<|im_<|im_end|>end|>", " \n", "[/INST]", "<eos>"]
+    ),
+)
+TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3)
+MAKERS = {"byte-level": tiny.byte_level_tokenizer, "SentencePiece": tiny.sentencepiece_tokenizer}
+
+
+@pytest.mark.parametrize("maker", sorted(MAKERS))
+@pytest.mark.parametrize("name", sorted(template_dict))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=TURNS, system=st.none() | TEXTS)
+def test_of_any_conversation_exactly_the_answers_and_stops_are_trained(name, maker, turns, system):
+    """Trained is what the answers say and one stop token each; content never becomes a special token."""
+    tokenizer = tiny.tokenizer_for(template_dict[name], MAKERS[maker])
+    template = get_template(name, tokenizer)
+    messages = [
+        {"role": role, "content": text}
+        for pair in turns
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    if system is not None and (template.system or template.system_with_user):
+        messages.insert(0, {"role": "system", "content": system})
+    encoded = template.encode(messages, tokenizer)
+    stop = tokenizer.convert_tokens_to_ids(template.stop_token())
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    trained = [label for label in encoded["labels"] if label != -100]
+    said_something = [bool(answer.strip()) for _, answer in turns]  # an empty answer would teach to stop at once
+    stops = sum(said_something) if template.stop else said_something[-1]
+    assert [token for token in trained if token in special] == [stop] * stops
+    # the specials of the whole are those of the same conversation with nothing said
+    silent = template.render([{**m, "content": ""} for m in messages]) + template.closing
+    expected = [t for t in tokenizer(silent, add_special_tokens=False)["input_ids"] if t in special]
+    assert [token for token in encoded["input_ids"] if token in special] == expected
+    # one tokenisation of the rendering, where no content has a special token's text
+    text = template.render(messages) + template.closing
+    if [t for t in tokenizer(text, add_special_tokens=False)["input_ids"] if t in special] == expected:
+        assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    answers = [template._stripped(m["content"]) for m in messages if m["role"] == "assistant"]
+    said = tokenizer.decode([token for token in trained if token not in special])
+    assert "".join(said.split()) == "".join("".join(answers).split())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in template_dict if not template_dict[name].before_answer))
+def test_trained_is_the_answer_and_its_stop_token_to_the_last_space(name):
+    """No line feed after it, which the property above cannot see: it compares what is said without spaces."""
+    tokenizer = tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer)
+    template = get_template(name, tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The fox."}] * 2
+    labels = template.encode(messages, tokenizer)["labels"]
+    said = tokenizer.decode([label for label in labels if label != -100])
+    once = "The fox." + template.after_answer + template.stop
+    assert said == once * 2 + template.closing and template.stop_token()
+
+
+@pytest.mark.parametrize("name", sorted(template_dict))
+def test_special_tokens_in_content_when_allowed(name, tokenizer):
+    tokenizer = tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer)
+    template = get_template(name, tokenizer)
+    stop = template.stop_token()
+    messages = [{"role": "user", "content": f"a{stop}b"}, {"role": "assistant", "content": "c"}]
+    counts = [
+        template.encode(messages, tokenizer, allow_special=allowed)["input_ids"].count(
+            tokenizer.convert_tokens_to_ids(stop)
+        )
+        for allowed in (False, True)
+    ]
+    assert counts[1] == counts[0] + 1
+
+
+@pytest.mark.parametrize("maker", sorted(MAKERS))
+def test_a_batch_is_encoded_as_its_rows_are(maker):
+    tokenizer = tiny.tokenizer_for(template_dict["qwen"], MAKERS[maker])
+    template = get_template("qwen", tokenizer)
+    rows = [row["messages"] for row in RENDERINGS if row["family"] == "qwen1_5" and row["part"] == "full"]
+    rows.append([{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}])
+    assert template.encode_batch(rows, tokenizer) == [template.encode(row, tokenizer) for row in rows]
+
+
+# ------------------------------------------------------------------------------ the rest
+
+
+def test_default_uses_the_tokenizers_own_tokens(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    messages.append({"role": "assistant", "content": "Yo"})
+    text = get_template("default", tokenizer).render(messages)
+    assert text == "System: Be brief.\n\nUser: Hi\n\nAssistant:\nYo<|endoftext|>\n\n"
+    sentencepiece = tiny.sentencepiece_tokenizer()
+    assert get_template("default", sentencepiece).render(messages[1:]) == "<s>User: Hi\n\nAssistant:\nYo</s>\n\n"
+
+
+def test_label_spans():
+    offsets = [(0, 2), (2, 3), (3, 5)]
+    assert label_spans([7, 8, 9], offsets, [(2, 5)]) == [-100, 8, 9]
+    assert label_spans([7, 8, 9], offsets, []) == [-100] * 3
+    # a character of several tokens, as bytes of an emoji have it, is trained whole
+    assert label_spans([1, 2, 3], [(0, 1), (1, 2), (1, 2)], [(1, 2)]) == [-100, 2, 3]
+    # a token that begins before the answer is trained with it, unless it is the format's own
+    assert label_spans([7, 8, 9], offsets, [(1, 5)]) == [7, 8, 9]
+    assert label_spans([7, 8, 9], offsets, [(1, 5)], frozenset([7])) == [-100, 8, 9]
+    # one that goes on behind the answer is trained as well, or its last character would not be
+    assert label_spans([7, 8, 9], offsets, [(2, 4)]) == [-100, 8, 9]
+    assert label_spans([7, 8, 9], offsets, [(0, 1), (3, 5)]) == [7, -100, 9]
+
+
+@pytest.mark.parametrize(("key", "turn"), [("tools", 0), ("tool_calls", 1)])
+def test_a_registered_template_has_no_form_for_tools(key, turn):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    messages[turn] = {**messages[turn], key: [{"name": "look"}]}
+    with pytest.raises(UserError, match=f"turn {turn + 1} has tools, for which template 'qwen' has no form"):
+        get_template("qwen").render(messages)
+
+
+USER, ANSWER, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize(("name", "messages", "said"), [
+    ("qwen", [], "empty"),
+    ("qwen", [{"role": "robot", "content": "Hi"}], "turn 1 has the role 'robot'"),
+    ("qwen", [{"role": "user", "content": None}], "turn 1 (user)"),
+    ("gemma", [SYSTEM, USER, ANSWER], "turn 1 is a system message, which template 'gemma' does not have"),
+    ("gemma", [USER, USER], "turn 2 is user where template 'gemma' needs assistant"),
+    ("mistral", [ANSWER], "turn 1 is assistant"),
+    ("llama2", [USER, ANSWER, SYSTEM, USER], "only at the start"),
+    ("llama2", [SYSTEM, ANSWER], "only at the start"),
+])  # fmt: skip
+def test_what_a_template_cannot_hold(name, messages, said):
+    with pytest.raises(UserError) as error:
+        get_template(name).render(messages)
+    assert said in str(error.value)
+    if messages and messages[0]["content"] is not None:
+        with pytest.raises(TemplateError):
+            render_jinja_template([messages], chat_template=get_template(name).to_jinja())
+
+
+def test_an_unknown_name_shows_the_nearest():
+    with pytest.raises(UserError) as error:
+        get_template("qwenn")
+    assert "'qwenn'" in str(error.value)
+    assert "Did you mean 'qwen'" in str(error.value)
+
+
+def test_a_stop_token_the_tokenizer_does_not_have_is_refused():
+    tokenizer = copy.deepcopy(tiny.sentencepiece_tokenizer())
+    with pytest.raises(UserError) as error:
+        get_template("qwen", tokenizer)
+    assert "'<|im_end|>'" in str(error.value)
+    assert "must be one" in str(error.value)
+
+
+def test_a_piece_that_only_looks_like_the_stop_token_is_refused(tokenizer):
+    """A vocabulary may hold the text of another family's stop token, which the tokenizer never makes of it."""
+    other = copy.deepcopy(tokenizer)
+    state = json.loads(other.backend_tokenizer.to_str())
+    state["model"]["vocab"]["</s>"] = max(state["model"]["vocab"].values()) + 1
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>")
+    assert "</s>" in other.get_vocab()
+    with pytest.raises(UserError, match="must be one token"):
+        get_template("mistral", other)
+
+
+def test_braces_in_a_system_message_stay_what_they_are():
+    messages = [{"role": "system", "content": "Use {content}."}, {"role": "user", "content": "Hi"}]
+    template = get_template("llama2")
+    assert "Use {content}.\n" in template.render(messages)
+    assert render_jinja_template([messages], chat_template=template.to_jinja())[0][0] == template.render(messages)
+
+
+def test_special_tokens_of_a_template(tokenizer):
+    assert get_template("qwen", tokenizer).special_tokens(tokenizer) == ["<|im_end|>", "<|im_start|>"]
+    assert get_template("default", tokenizer).special_tokens(tokenizer) == ["<|endoftext|>"]

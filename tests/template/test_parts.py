@@ -1,0 +1,111 @@
+"""A long conversation read in parts is read as it is read whole, on the official template of every family."""
+
+import random
+
+import pytest
+from test_official import NAMES, RESULT, TOOLS, answer, calls, tokenizer_of, user
+
+from utils.runtime.errors import UserError
+from utils.template import get_template
+from utils.template.parts import read_in_parts
+from utils.template.reading import read_whole
+
+ALL = ("gptoss", "qwen3", "qwen3_5")  # with calls and thoughts as well, which take longer
+
+
+def plain(draw, turns):
+    said = lambda: " ".join(draw.choices(["one", "two", "你好", "x\ny", "<b>", "A."], k=draw.randint(1, 6)))  # noqa: E731
+    messages = [{"role": "system", "content": said()}] if draw.random() < 0.5 else []
+    for _ in range(turns):
+        messages += [user(said()), answer(said(), **({"train": False} if draw.random() < 0.1 else {}))]
+    return messages
+
+
+def with_calls(draw, turns):
+    messages = plain(draw, turns)
+    first, *others = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for place in sorted(draw.sample(others, 6), reverse=True):
+        call = answer("", tool_calls=calls({"people": draw.randint(1, 9)}))
+        messages[place + 1 : place + 1] = [call, RESULT]
+    return [{**messages[0], "tools": TOOLS}, *messages[1:]]
+
+
+def with_thoughts(draw, turns):
+    messages = plain(draw, turns)
+    return [
+        {**m, "reasoning_content": "So it is."} if m["role"] == "assistant" and draw.random() < 0.5 else m
+        for m in messages
+    ]
+
+
+def both(template, messages):
+    """The reading in parts and that of the whole, the notes in any order."""
+    try:
+        whole = read_whole(template, messages)
+    except UserError:
+        whole = None
+    parts = read_in_parts(template, messages, read_whole)
+    if parts is not None:
+        assert whole is not None and whole.refused is None
+        assert (parts.text, parts.spans) == (whole.text, whole.spans)
+        assert sorted(parts.notes) == sorted(whole.notes)
+    return parts, whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_read_as_the_whole(name):
+    tokenizer, draw = tokenizer_of(name), random.Random(name)
+    try:
+        template = get_template("auto", tokenizer)
+    except UserError:
+        return  # has no exact mask at all
+    read = 0
+    for make in (plain, with_calls, with_thoughts) if name in ALL else (plain,):
+        parts, _ = both(template, make(draw, 26))
+        read += parts is not None
+    assert read >= (2 if name in ALL else 1)
+
+
+def test_the_work_grows_with_the_length_alone():
+    """Counted in turns rendered; read whole, 400 turns are more than 160,000."""
+    template = get_template("auto", tokenizer_of("qwen3"))
+    counts = []
+    for turns in (100, 200, 400):
+        rendered = []
+
+        class Counted:
+            def __getattr__(self, name):
+                return getattr(template, name)
+
+            def render(self, messages, prompt=False):
+                rendered.append(len(messages))  # noqa: B023
+                return template.render(messages, prompt)
+
+        reading = read_in_parts(Counted(), plain(random.Random(turns), turns), read_whole)
+        assert len(reading.spans) > 0.8 * turns
+        counts.append(sum(rendered))
+    assert counts[2] < 2.3 * counts[1] < 5 * counts[0]
+
+
+LAST = (  # tools stand before the last question, wherever that is
+    "{% for m in messages %}{% if loop.revindex == 2 and tools %}[TOOLS]{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FIRST = (  # the first question is shown otherwise than any other
+    "{% for m in messages %}{% if loop.first %}<b>{% endif %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+COUNTED = FIRST.replace("{% if loop.first %}<b>", "{% if m.role == 'user' %}{{ loop.index }}")
+
+
+@pytest.mark.parametrize(("form", "in_parts"), [(LAST, False), (FIRST, True), (COUNTED, False)])
+def test_a_template_that_shows_a_part_otherwise_is_read_whole(form, in_parts):
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = form
+    template = get_template("auto", tokenizer)
+    messages = plain(random.Random(1), 30)
+    messages = [{**messages[0], "tools": TOOLS}, *messages[1:]] if form is LAST else messages
+    parts, _ = both(template, messages)
+    assert (parts is not None) == in_parts

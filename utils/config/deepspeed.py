@@ -1,0 +1,216 @@
+"""`--deepspeed`: short names, the launcher's default, and configurations that fight with the flags."""
+
+import json
+from pathlib import Path
+
+from loguru import logger
+
+from utils.runtime.errors import Problem, nearest, refusal
+from utils.runtime.distributed import begin_alone, started_by_deepspeed
+from utils.runtime.log import is_main_process
+from utils.storage.files import ROOT, project_path
+
+CONFIGS = ROOT / "train_args" / "deepspeed_config"
+NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+ALLOWED = ", ".join((*NAMES, "none"))
+DEFAULT = "zero2"  # of DeepSpeed's launcher
+_ACCELERATES = "the DeepSpeed configuration of accelerate"
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def settle_deepspeed(values: dict) -> list[Problem]:
+    """Turns a short name into its file, and DeepSpeed's launcher without a name into ZeRO-2.
+
+    Args:
+        values: the recipe's, of which `deepspeed` is settled.
+
+    Returns:
+        the problems with the file.
+    """
+    given = values.get("deepspeed")
+    if given is None:
+        given = DEFAULT if started_by_deepspeed() else "none"
+    if str(given).lower() in ("none", ""):
+        values["deepspeed"] = None
+        return []
+    if given in NAMES:
+        given = str(CONFIGS / f"ds_config_{given}.json")
+    values["deepspeed"] = given
+    config, problem = _read(given)
+    problems = [problem] if problem else _wrong_sections(config, given) + _shadows(config, values, given)
+    if problems:
+        values["deepspeed"] = None  # so that the other problems can be told as well
+    else:
+        begin_alone()
+    return problems
+
+
+def short_name(given):
+    """The short name of one of this project's own files; anything else as it is."""
+    own = isinstance(given, str) and Path(given).parent == CONFIGS
+    return Path(given).stem.removeprefix("ds_config_") if own else given
+
+
+def _read(given) -> tuple[dict, Problem | None]:
+    if isinstance(given, dict):
+        return given, None
+    text = str(given)
+    if not text.lstrip().startswith("{"):
+        file = Path(project_path(text)).expanduser()
+        if not file.is_file():
+            return {}, Problem(
+                f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
+                flags=("deepspeed",),
+            )
+        text = file.read_bytes()
+    try:
+        config = json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        return {}, Problem(f"--deepspeed {given!r} is not JSON ({error})", flags=("deepspeed",))
+    return config, None if isinstance(config, dict) else Problem(
+        f"--deepspeed {given!r} is not a JSON object", flags=("deepspeed",)
+    )
+
+
+def _wrong_sections(config: dict, given) -> list[Problem]:
+    zero = config.get("zero_optimization")
+    if zero is None:
+        return refusal(
+            f'--deepspeed {given!r} has no zero_optimization; give it, {{"stage": 0}} where nothing is to be split',
+            "deepspeed",
+        )
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        return refusal(
+            f"--deepspeed {given!r} has zero_optimization {zero!r}; give an object with a stage of 0, 1, 2 or 3",
+            "deepspeed",
+        )
+    return []
+
+
+def _shadows(config: dict, values: dict, given) -> list[Problem]:
+    """Sections that would replace what the recipe says, without a word."""
+    problems = []
+    checkpoint = config.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("load_universal"):
+        problems += refusal(
+            f"--deepspeed {given!r} has checkpoint.load_universal, whose files run code when they are read; remove it",
+            "deepspeed",
+        )
+    for section, flag in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if section in config:
+            kind = config[section].get("type") if isinstance(config[section], dict) else config[section]
+            chosen = getattr(values.get(flag), "value", values.get(flag))
+            problems += refusal(
+                f"--deepspeed {given!r} has a section {section!r} ({kind}), which would replace --{flag} {chosen}; "
+                "remove the section",
+                "deepspeed",
+                flag,
+                code="DEEPSPEED_SHADOWS",
+            )
+    return problems
+
+
+def settle_plugin(train_args) -> None:
+    """Settles DeepSpeed's configuration, whether it came by `--deepspeed` or by `accelerate launch`."""
+    _adopt_accelerates(train_args)
+    _gather_at_saving(train_args)
+
+
+def _adopt_accelerates(train_args) -> None:
+    """Treats the DeepSpeed configuration of `accelerate launch` as that of `--deepspeed`, filled in and kept alike.
+
+    transformers would fill it in only once the trainer is made, after the weights are loaded.
+    """
+    plugin = train_args.deepspeed_plugin
+    if getattr(train_args, "hf_deepspeed_config", None) is not None:
+        return
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    config.trainer_config_process(train_args)
+    train_args.hf_deepspeed_config = plugin.hf_ds_config = plugin.dschf = config
+    plugin.deepspeed_config = config.config
+
+
+def _gather_at_saving(train_args) -> None:
+    """Has ZeRO-3 put the split weights together when they are saved; otherwise a run would end without weights."""
+    if zero_stage(train_args) != 3:
+        return
+    zero = train_args.hf_deepspeed_config.config["zero_optimization"]
+    if zero.get(GATHER) is not True:
+        zero[GATHER] = True
+        if is_main_process():
+            logger.info("{} is set to true for this run: without it ZeRO-3 saves no weights to load", GATHER)
+
+
+def zero_stage(train_args) -> int:
+    """The ZeRO stage, 0 without DeepSpeed."""
+    return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0
+
+
+def _read_mismatch(text: str) -> tuple[str, str, str, str]:
+    """A key of the configuration, its value, the flag that says something else, and that flag's value.
+
+    transformers (5.x, HfTrainerDeepSpeedConfig.fill_match) keeps only a text: `"- ds fp16.enabled=True vs hf
+    fp16|fp16_full_eval+fp16_backend(amp)=False"`. The flag is empty where no single one decides.
+    """
+    theirs, _, ours = text.removeprefix("- ds ").partition(" vs hf ")
+    key, _, value = theirs.partition("=")
+    flag, _, flag_value = ours.rpartition("=")
+    return key, value, flag if flag.isidentifier() else "", flag_value
+
+
+def check_deepspeed(common, train_args) -> list[Problem]:
+    """Checks the DeepSpeed configuration against the flags, and what cannot work together.
+
+    Returns:
+        the problems, each naming both values.
+    """
+    if train_args.deepspeed_plugin is None:
+        return []
+    config = getattr(train_args, "hf_deepspeed_config", None)
+    # a key of accelerate's configuration came by no flag
+    source, named = ("--deepspeed", ("deepspeed",)) if train_args.deepspeed else (_ACCELERATES, ())
+    code = "DEEPSPEED_SHADOWS" if train_args.deepspeed else "ARGUMENTS"
+    problems = []
+    for mismatch in config.mismatches if config else []:
+        key, value, flag, flag_value = _read_mismatch(mismatch)
+        ours = f"--{flag} is {flag_value}" if flag else f"the flags make it {flag_value}"
+        problems += refusal(
+            f'{source} says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same',
+            *named,
+            *filter(None, [flag]),
+            code=code,
+        )
+    if train_args.max_grad_norm and config is not None and config.get_value("gradient_clipping") is None:
+        problems += refusal(
+            f"{source} has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
+            'write "gradient_clipping": "auto" into the file',
+            *named,
+            "max_grad_norm",
+            code=code,
+        )
+    name = f"ZeRO-{zero_stage(train_args)}"
+    if common.on_nan == "skip":
+        problems += refusal(
+            "--on_nan skip: DeepSpeed steps by itself, so no step can be left out; use --on_nan stop", "on_nan"
+        )
+    if zero_stage(train_args) == 3:
+        if common.init_lora_weights == "pissa":
+            problems += refusal(
+                f"--init_lora_weights pissa takes whole weights apart, which {name} splits; use zero2",
+                "init_lora_weights",
+            )
+        if common.train_special_tokens == "on" and common.train_mode != "full":
+            problems += refusal(
+                f"--train_special_tokens on trains single rows of the embedding, which {name} splits; use zero2, or "
+                "off",
+                "train_special_tokens",
+            )
+        if common.adapter_name_or_path and common.train_mode == "full":
+            problems += refusal(
+                f"--train_mode full merges --adapter_name_or_path into whole weights, which {name} splits; use zero2",
+                "train_mode",
+                "adapter_name_or_path",
+            )
+    return problems

@@ -1,0 +1,199 @@
+"""Checks of the adapter's arguments, and what follows from an adapter to go on from."""
+
+import json
+from pathlib import Path
+
+from loguru import logger
+
+from utils.storage.run_folder import FINISHED, MANIFEST, noted_by_run
+from utils.runtime.errors import Problem, refusal
+from utils.storage.files import project_path
+from utils.storage.weights import fingerprint
+
+# a setting of ours → its name in adapter_config.json
+_SETTINGS = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+
+
+def check_adapter(common) -> list[Problem]:
+    """Checks the adapter's arguments against each other; returns the problems."""
+    problems = []
+    if common.train_mode == "full":
+        adapter_only = {
+            "use_dora": common.use_dora,
+            "use_rslora": common.use_rslora,
+            "init_lora_weights": common.init_lora_weights != "default",
+            "loraplus_lr_ratio": common.loraplus_lr_ratio is not None,
+            "lora_target_modules": common.lora_target_modules is not None,
+        }
+        problems += [
+            Problem(
+                f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
+                "use --train_mode lora or qlora, or leave the flag out",
+                flags=(name, "train_mode"),
+            )
+            for name, is_set in adapter_only.items()
+            if is_set
+        ]
+    if common.init_lora_weights == "pissa":
+        if common.train_mode == "qlora":
+            problems += refusal(
+                "--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
+                "quantised; use --train_mode lora",
+                "init_lora_weights",
+                "train_mode",
+            )
+        if common.use_dora:
+            problems += refusal(
+                "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
+                "init_lora_weights",
+                "use_dora",
+            )
+    return problems
+
+
+def start_from_adapter(common, given: set[str]) -> list[Problem]:
+    """Takes the base and the settings from `--adapter_name_or_path`; a given flag must not contradict them.
+
+    Returns:
+        the problems.
+    """
+    path = common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
+    flag = f"--adapter_name_or_path {path!r}"
+    config, problem = _read_config(flag, path)
+    if problem:
+        return [problem]
+    if config.get("peft_type") != "LORA":
+        return refusal(
+            f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on", "adapter_name_or_path"
+        )
+    lacking = sorted({*_SETTINGS.values(), "base_model_name_or_path"} - set(config))
+    if lacking:
+        return refusal(
+            f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved",
+            "adapter_name_or_path",
+        )
+    problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
+    problems = problems or _check_weights(common, flag, path)
+    names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
+    problems += [
+        Problem(
+            f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out",
+            flags=(name, "adapter_name_or_path"),
+        )
+        for name in names
+        if name in given and common.train_mode != "full"
+    ]
+    for name, key in _SETTINGS.items():
+        if name in given and getattr(common, name) != config[key]:
+            problems += refusal(
+                f"--{name} {getattr(common, name)} contradicts {flag}, which has {config[key]}",
+                name,
+                "adapter_name_or_path",
+            )
+        elif common.train_mode != "full":
+            setattr(common, name, config[key])
+    return problems
+
+
+def _read_config(flag: str, path: str) -> tuple[dict, Problem | None]:
+    file = Path(path) / "adapter_config.json"
+    if not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "output/")):
+        from peft import PeftConfig
+
+        try:
+            return PeftConfig.from_pretrained(path).to_dict(), None
+        except Exception as error:  # the hub raises its own
+            return {}, Problem(
+                f"{flag} is neither a folder nor an adapter that can be had from a hub ({type(error).__name__})",
+                flags=("adapter_name_or_path",),
+            )
+    if not file.is_file():
+        held = "holds whole weights; give it as --model_name_or_path" if (Path(path) / "config.json").is_file() else (
+            "has no adapter_config.json; give the folder of a run with --train_mode lora or qlora"
+        )  # fmt: skip
+        return {}, Problem(
+            f"{flag} {held if Path(path).is_dir() else 'is not a folder'}", flags=("adapter_name_or_path",)
+        )
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        return {}, Problem(
+            f"{flag} has no adapter_model.safetensors; give the folder of a finished run, or a checkpoint of it",
+            flags=("adapter_name_or_path",),
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config, None if isinstance(config, dict) else Problem(
+            f"{flag} has an adapter_config.json without settings", flags=("adapter_name_or_path",)
+        )
+    except ValueError as error:
+        return {}, Problem(
+            f"{flag} has an adapter_config.json that is not JSON ({error})", flags=("adapter_name_or_path",)
+        )
+
+
+def _take_base(common, given: set[str], flag: str, recorded: str) -> list[Problem]:
+    base = project_path(recorded)
+    if "model_name_or_path" not in given:
+        if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+            return refusal(
+                f"{flag} was trained on {recorded!r}, which is not there; give its new place as --model_name_or_path",
+                "adapter_name_or_path",
+                "model_name_or_path",
+            )
+        common.model_name_or_path = base
+    elif Path(base).is_dir() and Path(base).resolve() != Path(common.model_name_or_path).resolve():
+        return refusal(
+            f"{flag} was trained on {recorded!r}, not on --model_name_or_path {common.model_name_or_path!r}; leave "
+            "--model_name_or_path out, or give that base",
+            "adapter_name_or_path",
+            "model_name_or_path",
+        )
+    return []
+
+
+def _check_weights(common, flag: str, folder: str) -> list[Problem]:
+    """An adapter fits only the weights it was trained on; on others of the same shape it goes on without a word."""
+    noted = noted_by_run(folder, "base")
+    then = noted.get("fingerprint")
+    now = fingerprint(common.model_name_or_path) if then else None
+    if now in (None, then):
+        return []
+    base = common.model_name_or_path
+    return refusal(
+        f"{flag} was trained on {noted.get('path')!r} with weights {then}, and {base!r} has {now}; give the base it "
+        "was trained on as --model_name_or_path",
+        "adapter_name_or_path",
+        "model_name_or_path",
+    )
+
+
+def _settings_of_run(folder: Path) -> dict:
+    """The settings of a finished run, or of a checkpoint."""
+    if (folder / MANIFEST).is_file():
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["must"]
+    return json.loads((folder / FINISHED).read_text(encoding="utf-8"))["common"]
+
+
+def template_of_run(common, given: set[str]) -> None:
+    """A run goes on in the chat format of the run it starts from, unless another is given."""
+    for folder in filter(None, (common.adapter_name_or_path, common.model_name_or_path)):
+        try:
+            trained = _settings_of_run(Path(folder))
+            name = trained["template_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if trained.get("task_type") == "pretrain" or common.task_type == "pretrain":
+            return
+        if "template_name" in given and common.template_name != name:
+            logger.warning(
+                "--template_name {} differs from {}, which {} was trained in", common.template_name, name, folder
+            )
+        elif common.template_name != name:
+            common.template_name = name
+            logger.info("template {}: the one that {} was trained in", name, folder)
+        return

@@ -1,0 +1,173 @@
+"""Raw rows → preference pairs: one prompt, the answer that is wanted and the one that is not."""
+
+from typing import Any
+
+from utils.data.conversations import (
+    BadRow,
+    EmptyRow,
+    Message,
+    WrongTask,
+    check_fields,
+    kind_name,
+    read_question,
+    read_text,
+    read_turns,
+    with_system,
+    with_tools,
+)
+from utils.template.messages import is_empty as says_nothing
+
+PAIR_FORMATS = (
+    '{"prompt": …, "chosen": …, "rejected": …} as texts or lists of turns, or {"chosen": […], "rejected": […]}, '
+    "two conversations that begin alike"
+)
+Pair = dict[str, list[Message]]
+
+
+class EqualPair(EmptyRow):
+    """Both answers are the same, so neither can be preferred."""
+
+    kind = "with chosen equal to rejected"
+
+
+def to_pair(row: Any) -> Pair:
+    """Reads one preference pair of any known format.
+
+    `{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}`
+    → `{"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello"}],
+    "rejected": [{"role": "assistant", "content": "What?"}]}`
+
+    Raises:
+        BadRow: a field is missing, or the two do not answer the same prompt.
+        EmptyRow: an answer is empty.
+        EqualPair: chosen and rejected are the same.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"is {kind_name(row)}, not an object with fields")
+    prompt, chosen, rejected = read_pair(row)
+    check_fields(row, "pair", [*prompt, *chosen, *rejected])
+    check_prompt(prompt)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(name, answer)
+    if _bare(chosen) == _bare(rejected):
+        raise EqualPair("has chosen equal to rejected")
+    return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
+
+
+def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
+    """A row's prompt and its two answers, which may still be empty or the same.
+
+    Raises:
+        BadRow: a field is missing, or the two do not answer the same prompt.
+    """
+    if "reject" in row and "rejected" not in row:
+        row = {**row, "rejected": row["reject"]}
+    elif "reject" in row:
+        raise BadRow("has both 'rejected' and 'reject'; keep one of them")
+    missing = [name for name in ("chosen", "rejected") if name not in row]
+    if len(missing) == 2:
+        raise WrongTask(row, PAIR_FORMATS)
+    if missing:
+        raise BadRow(f"has no field {missing[0]!r}")
+    if row.get("messages") in (row["chosen"], row["rejected"]):  # UltraFeedback's rows repeat the chosen one there
+        row = {name: value for name, value in row.items() if name != "messages"}
+    prompt = _with_their_system(_read_prompt(row), row)
+    chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
+    if prompt is None:
+        prompt, chosen, rejected = _split(chosen, rejected)
+        prompt = with_system(prompt, row)
+    return prompt, chosen, rejected
+
+
+def _read_prompt(row: dict) -> list[Message] | None:
+    """The turns before the answers; None where the conversations bring them."""
+    for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
+                             ("conversations", "from", "value")):  # fmt: skip
+        if isinstance(row.get(name), list):
+            _refuse_beside(row, name, "instruction", "input", "history", "prompt", "messages", "conversations")
+            return with_system(read_turns(row[name], name, role, text), row)
+    for name in ("prompt", "instruction"):
+        if name in row:
+            _refuse_beside(row, name, "instruction")
+            return read_question(row, name)
+    return None
+
+
+def _refuse_beside(row: dict, name: str, *others: str) -> None:
+    """Nothing a row says is left unread."""
+    for other in others:
+        if other != name and row.get(other):
+            raise BadRow(f"has {other!r} beside {name!r}, which is the prompt already; keep one of them")
+
+
+def _with_their_system(prompt: list[Message] | None, row: dict) -> list[Message] | None:
+    """A system turn with which both answers begin belongs to the prompt they repeat."""
+    begins = [row[side][0] for side in ("chosen", "rejected") if isinstance(row[side], list) and row[side]]
+    alike = len(begins) == 2 and begins[0] == begins[1] and isinstance(begins[0], dict)
+    if prompt is None or prompt[0]["role"] == "system" or not alike or begins[0].get("role") != "system":
+        return prompt
+    return [*read_turns(begins[:1], "chosen", "role", "content"), *prompt]
+
+
+def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Message]:
+    """An answer's turns; where they repeat the prompt, it is taken off, so that it stands once."""
+    value = row[name]
+    if isinstance(value, str):
+        if prompt is None:
+            raise BadRow(f"has a text in {name!r} and no 'prompt' that it answers")
+        return [{"role": "assistant", "content": read_text(row, name)}]
+    turns = read_turns([value] if isinstance(value, dict) else value, name, "role", "content")
+    for head in (prompt, [turn for turn in prompt or [] if turn["role"] != "system"]):
+        if head and _bare(turns[: len(head)]) == _bare(head):
+            return turns[len(head) :]
+    if prompt is not None and turns[0]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} another prompt than in 'prompt'; both answers must follow the same one")
+    return turns
+
+
+def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """Two conversations → their shared beginning, and how each goes on."""
+    if _bare(chosen) == _bare(rejected):
+        raise EqualPair("has chosen equal to rejected")
+    shared = 0
+    same = [one == other for one, other in zip(_bare(chosen), _bare(rejected), strict=False)]
+    while shared < len(same) and same[shared]:
+        shared += 1
+    if shared == 0:
+        raise BadRow("has prompts that differ: the conversations in 'chosen' and 'rejected' share no beginning")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if shared == len(turns):
+            raise BadRow(f"has in {name!r} only the beginning of the other conversation, without an answer of its own")
+        if turns[shared]["role"] != "assistant":
+            raise BadRow(
+                f"has prompts that differ: at turn {shared + 1} the conversations part, and in {name!r} that turn is "
+                f"the {turns[shared]['role']}'s; both must part at an answer"
+            )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _bare(turns: list[Message]) -> list[Message]:
+    """Turns as they are compared: without marks, and without fields that may only describe them."""
+    return [{key: value for key, value in turn.items() if key not in ("train", "extra")} for turn in turns]
+
+
+def check_prompt(prompt: list[Message]) -> None:
+    """A prompt ends with what the assistant answers to, and that is not blank."""
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"has a prompt that ends with {prompt[-1]['role']}, not with what the assistant answers to")
+    if not prompt[-1]["content"].strip():
+        raise BadRow("has an empty prompt")
+
+
+def _check_answer(name: str, answer: list[Message]) -> None:
+    if not answer:
+        raise BadRow(f"has in {name!r} the prompt and no answer")
+    if answer[0]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} after the prompt a turn of the {answer[0]['role']}, not of the assistant")
+    if answer[-1]["role"] != "assistant":
+        raise BadRow(f"has in {name!r} a conversation that does not end with the assistant")
+    for message in answer:
+        if message["role"] == "assistant" and says_nothing(message):
+            raise EmptyRow(f"has an empty answer in {name!r}")
+        if message.get("train") is False:
+            raise BadRow(f"has in {name!r} an answer marked as not to be trained, and those of a pair are all trained")

@@ -1,0 +1,260 @@
+"""What became of the rows: how many are trained on, which are left out, and why."""
+
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+from loguru import logger
+
+from utils.runtime.errors import Problem, UserError
+from utils.template.messages import UNTRAINED
+
+SHOWN = 20  # so many bad rows are named one by one
+_LINES = 100  # so many lines are kept of the rows of one file with one reason
+
+# kinds of rows that are left out, as they are counted for the user
+MALFORMED = "malformed"
+BROKEN_UNICODE = "malformed Unicode"
+TOO_LONG = "too long"
+_COUNTED_AS = {BROKEN_UNICODE: MALFORMED}
+# kinds of rows that are kept
+SHORTENED = "shortened"
+
+
+class Dropped(NamedTuple):
+    """Why a row is left out.
+
+    Attributes:
+        reason: completes "line N …".
+        kind: how such rows are counted.
+    """
+
+    reason: str
+    kind: str = "with nothing to train"
+
+
+class RowRecord(NamedTuple):
+    """A row that is left out, or kept in part.
+
+    Attributes:
+        file, line: where it stands.
+        kind: `MALFORMED`, `BROKEN_UNICODE`, `TOO_LONG`, that of an EmptyRow, `SHORTENED`, or `turns.UNTRAINED` for a
+            kept row with an answer that is not trained.
+        reason: completes "line N …".
+    """
+
+    file: str
+    line: int
+    kind: str
+    reason: str
+
+
+class RowGroup(NamedTuple):
+    """The rows of one file with the same kind and reason: the lines of the first hundred, and how many there are."""
+
+    file: str
+    kind: str
+    reason: str
+    lines: list[int]
+    count: int
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one set of files.
+
+    Attributes:
+        rows: how many rows the files hold.
+        kept: how many are trained on.
+        tokens: all their tokens; `trained_tokens` those with a label.
+        dropped: kind, as it is counted for the user → how many rows.
+        records: the rows that are left out or kept in part, the first hundred of each file, kind and reason.
+        totals: (file, kind, reason) → how many such rows there are.
+        key: a hash of the prepared ids and labels.
+        files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256, `bytes_of` its size.
+        unread: file → field that is not read → how many rows have it.
+        untrained: how many answers of kept rows are not trained.
+        shortened: how many rows lost their oldest turns to fit.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    records: list[RowRecord] = field(default_factory=list)
+    totals: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    key: str = ""
+    files: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    untrained: int = 0
+    shortened: int = 0
+
+    def drop(self, file: str, line: int, reason: str, kind: str) -> None:
+        """Counts a row that is left out, and keeps where it stands."""
+        counted = _COUNTED_AS.get(kind, kind)
+        self.dropped[counted] = self.dropped.get(counted, 0) + 1
+        self._keep(RowRecord(file, line, kind, reason))
+
+    def shorten(self, file: str, line: int) -> None:
+        """Counts a row that lost its oldest turns, and keeps where it stands."""
+        self.shortened += 1
+        self._keep(RowRecord(file, line, SHORTENED, "was shortened"))
+
+    def leave_untrained(self, file: str, line: int, reason: str) -> None:
+        """Counts an answer of a kept row that is not trained, and keeps where it stands."""
+        self.untrained += 1
+        self._keep(RowRecord(file, line, UNTRAINED, reason))
+
+    def _keep(self, record: RowRecord) -> None:
+        group = (record.file, record.kind, record.reason)
+        self.totals[group] = self.totals.get(group, 0) + 1
+        if self.totals[group] <= _LINES:
+            self.records.append(record)
+
+    def groups(self, *kinds: str) -> list[RowGroup]:
+        """The records by file, kind and reason, in the order in which they were found; of some kinds or of all."""
+        lines: dict[tuple[str, str, str], list[int]] = {}
+        for record in self.records:
+            if not kinds or record.kind in kinds:
+                lines.setdefault((record.file, record.kind, record.reason), []).append(record.line)
+        return [RowGroup(*group, found, self.totals[group]) for group, found in lines.items()]
+
+    def dropped_groups(self) -> list[RowGroup]:
+        """The groups of the rows that are left out."""
+        return [group for group in self.groups() if group.kind not in (SHORTENED, UNTRAINED)]
+
+    def note_unread(self, file: str, fields: dict[str, int]) -> None:
+        """Counts fields of the rows that are not read."""
+        for name, count in fields.items():
+            counts = self.unread.setdefault(file, {})
+            counts[name] = counts.get(name, 0) + count
+
+    def unread_fields(self) -> list[str]:
+        """`["a.jsonl: fields not read: 'quality' (12 rows), 'notes' (3 rows)"]`"""
+        return [f"{file}: fields not read: {_name_fields(counts)}" for file, counts in self.unread.items()]
+
+    def dropped_rows(self) -> int:
+        return sum(self.dropped.values())
+
+    def log(self, name: str) -> None:
+        """Says in the log what was kept and, by file and line, what was not."""
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        logger.info(
+            "{}: {:,} of {:,} rows, {:,} tokens, {:.0f} % of them trained",
+            name,
+            self.kept,
+            self.rows,
+            self.tokens,
+            share,
+        )
+        for line in self.unread_fields():
+            logger.warning("{}: {}", name, line)
+        if self.untrained:
+            counted = f"{self.untrained:,} answer{'s are' if self.untrained > 1 else ' is'} not trained"
+            logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED)))
+        if self.shortened:
+            places = _name_groups(self.groups(SHORTENED))
+            logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)
+        if self.dropped:
+            logger.warning(
+                "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()
+            )
+
+    def counts(self) -> str:
+        """`"28 with nothing to train, 32 too long"`"""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
+
+    def named_places(self) -> str:
+        """A line for each file and reason, with line numbers."""
+        return _name_groups(self.dropped_groups())
+
+
+def to_stored(report: DataReport) -> dict:
+    """A report as it is kept beside prepared rows, in JSON: there the keys of an object are texts."""
+    totals = [[*group, count] for group, count in report.totals.items()]
+    return {**asdict(report), "records": [[*record] for record in report.records], "totals": totals}
+
+
+def from_stored(kept: dict, files: list[str]) -> DataReport:
+    """The report that `to_stored`, or an earlier version of this project, has kept.
+
+    Args:
+        kept: as read from JSON.
+        files: the files that were prepared.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    kept = _from_places(kept, files) if "places" in kept else kept
+    records = [RowRecord(*record) for record in kept["records"]]
+    totals = {(file, kind, reason): count for file, kind, reason, count in kept["totals"]}
+    return DataReport(**{**kept, "records": records, "totals": totals})
+
+
+# how an earlier version's reasons begin where a row's Unicode is broken, which it kept as any malformed row
+_EARLIER_BROKEN = ("is not UTF-8; save the file as UTF-8", "has half a Unicode character (a lone surrogate)")
+
+
+def _from_places(kept: dict, files: list[str]) -> dict:
+    """The form before there were records: `"file reason"` → lines, kinds and counts by the same keys."""
+    kept = dict(kept)
+    counted, kinds = kept.pop("counted"), kept.pop("kinds")
+    records, totals = [], []
+    for name, kind in (("places", None), ("untrained_at", UNTRAINED), ("shortened_at", SHORTENED)):
+        for place, lines in kept.pop(name).items():
+            file = max((file for file in files if place.startswith(f"{file} ")), key=len)
+            reason = place[len(file) + 1 :]
+            broken = kinds.get(place) == MALFORMED and reason.startswith(_EARLIER_BROKEN)
+            group = (file, kind or (BROKEN_UNICODE if broken else kinds[place]), reason)
+            records += [(file, line, *group[1:]) for line in lines]
+            totals.append((*group, counted[place]))
+    return {**kept, "records": records, "totals": totals}
+
+
+def _name_groups(groups: list[RowGroup]) -> str:
+    return _name_lines({f"{group.file} {group.reason}": group.lines for group in groups})
+
+
+def _name_lines(places: dict[str, list[int]]) -> str:
+    """A line for each place, with the numbers of its lines."""
+    lines = []
+    for place, numbers in list(places.items())[:SHOWN]:
+        more = " and more" if len(numbers) == _LINES else ""
+        lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
+    return "".join(lines) + ("\n  …" if len(places) > SHOWN else "")
+
+
+def _name_fields(counts: dict[str, int]) -> str:
+    named = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN]
+    text = ", ".join(f"{name!r} ({count:,} row{'s' * (count != 1)})" for name, count in named)
+    return text + (f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")
+
+
+def source_of(file: int, line: int) -> int:
+    """Where a row stands, as one number: `source_of(1, 3)` is line 3 of the second file."""
+    return file << 40 | line
+
+
+def name_sources(sources: list[int], files: list[str]) -> str:
+    """Rows by file and line: `name_sources([3, 7], ["a.jsonl"])` → `"\\n  a.jsonl: line 3, 7"`"""
+    places: dict[str, list[int]] = {}
+    for source in sorted(set(sources)):
+        places.setdefault(files[source >> 40], []).append(source & ((1 << 40) - 1))
+    return _name_lines(places)
+
+
+def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:
+    """Raises a `UserError` where no row is left to train on."""
+    if left:
+        return
+    if not report.rows:
+        raise UserError(Problem(f"{', '.join(files)} holds no row", code="ROW_NOTHING_TRAINED"))
+    codes = {MALFORMED: "ROW_UNREADABLE", TOO_LONG: "ROW_TOO_LONG"}
+    code = next((code for kind, code in codes.items() if kind in report.dropped), "ROW_NOTHING_TRAINED")
+    message = (
+        f"none of the {report.rows:,} rows keeps a trained token ({report.counts()}):{report.named_places()}\n"
+        "   Raise --max_len (and --max_prompt_length) if they are too long, or mend the rows"
+    )
+    raise UserError(Problem(message, code, ("max_len", "max_prompt_length")))

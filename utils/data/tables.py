@@ -1,0 +1,79 @@
+"""CSV and Parquet files → raw rows."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from utils.data.json_rows import NOT_UTF8, RawRow, bad_bytes, open_text
+from utils.data.nulls import without_padding
+
+
+def read_csv(file: str) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)
+    with open_text(file, newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        if not reader.fieldnames:  # reads the header line
+            return
+        reader.fieldnames = [name.strip() for name in reader.fieldnames]
+        if problem := _header_problem(reader.fieldnames):
+            yield RawRow(file, 1, None, problem, fatal=True)
+            return
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield RawRow(file, start, None, f"is not CSV ({error})", fatal=True)
+                return
+            if None in row or None in row.values():
+                yield RawRow(
+                    file, start, None, f"has another number of cells than the header ({len(reader.fieldnames)})"
+                )
+            else:
+                yield RawRow(file, start, {name: _cell(name, value) for name, value in row.items()})
+
+
+def _header_problem(names: list[str]) -> str | None:
+    """What is wrong with the names of a table's columns, which would otherwise be wrong with every row."""
+    if any("\0" in name or bad_bytes(name) for name in names):
+        return NOT_UTF8
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        return f"has the one column {names[0]!r}; save it with commas between the cells, not {mark!r}"
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    return twice and f"has the column {twice!r} twice; keep one of them"
+
+
+_LISTS = ("messages", "conversations", "history", "tools")
+_TEXTS_OR_LISTS = ("prompt", "chosen", "rejected", "reject")
+
+
+def _cell(name: str, value: str) -> Any:
+    """How a list of turns stands in a CSV file: as JSON, in the columns that hold one."""
+    if name not in _LISTS and not (name in _TEXTS_OR_LISTS and value.lstrip()[:2] in ("[{", '{"')):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def read_parquet(file: str) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        opened = pyarrow.parquet.ParquetFile(file)
+        if problem := _header_problem(opened.schema_arrow.names):
+            yield RawRow(file, 0, None, problem, fatal=True)
+            return
+        for batch in opened.iter_batches(batch_size=1000):
+            for value in batch.to_pylist():
+                number += 1
+                yield RawRow(file, number, without_padding(value))
+    except (pyarrow.ArrowException, OSError) as error:
+        yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})", fatal=True)

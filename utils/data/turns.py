@@ -1,0 +1,145 @@
+"""One turn of a conversation as it stands in a file → a message: text, tool calls, thinking, marks."""
+
+import json
+from typing import Any
+
+from utils.data.fields import REASONING, is_empty
+from utils.data.json_rows import RawRow
+from utils.data.report import BROKEN_UNICODE, MALFORMED
+from utils.template.messages import Message
+
+# by which a turn says whether it is trained: OpenAI's, then those of other trainers
+_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
+_NAMES = ("name", "tool_call_id")
+_TEXTS = {"content": "value", "value": "content"}  # the two names of a turn's text
+
+
+class BadRow(ValueError):
+    """The row is malformed; the text completes "line N …".
+
+    Attributes:
+        kind: how a report counts such rows.
+    """
+
+    kind = MALFORMED
+
+
+class BrokenUnicode(BadRow):
+    """Bytes that are not UTF-8, or half of a character."""
+
+    kind = BROKEN_UNICODE
+
+
+def unreadable(row: RawRow) -> BadRow:
+    """The error for a row that could not be read out of its file."""
+    return BrokenUnicode(row.problem) if row.broken_unicode else BadRow(row.problem)
+
+
+def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Message:
+    """Reads a turn whose role is known.
+
+    `{"from": "gpt", "value": "Pear", "weight": 0}` → `{"role": "assistant", "content": "Pear", "train": False}`
+
+    Further fields go with the message as `extra`: a template may show them.
+
+    Raises:
+        BadRow: a field holds something that cannot be trained as it is meant.
+    """
+    message = {"role": role, "content": ""}
+    if len(turn) == 2 and text_field in turn:
+        return {**message, "content": read_text(turn, text_field)}
+    other = _TEXTS[text_field]
+    if text_field in turn and not is_empty(turn.get(other)) and turn[other] != turn[text_field]:
+        raise BadRow(f"has {other!r} beside {text_field!r}, and they differ; keep one of them")
+    thoughts = {key: read_text(turn, key) for key in REASONING if not is_empty(turn.get(key))}
+    calls = [] if is_empty(turn.get("tool_calls")) else _calls(turn["tool_calls"])
+    if turn.get(text_field) is not None or not (thoughts or calls or turn.get("function_call")):
+        message["content"] = read_text(turn, text_field)
+    if not is_empty(turn.get("function_call")):
+        raise BadRow("has 'function_call', the older form of 'tool_calls', which is not read; write it as 'tool_calls'")
+    message |= {"tool_calls": calls} if calls else {}
+    message |= {key: read_text(turn, key) for key in _NAMES if turn.get(key) is not None}
+    for key, text in thoughts.items():
+        if text not in message.values():  # servers write the same thought under two names
+            message[key] = text
+    if not _is_trained(turn, role) and role == "assistant":
+        message["train"] = False
+    known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *_MARKS, *REASONING}
+    extra = {key: _as_json(value) for key, value in turn.items() if key not in known and not is_empty(value)}
+    return {**message, "extra": extra} if extra else message
+
+
+def _is_trained(turn: dict, role: str) -> bool:
+    """What the marks of a turn say: 0 and false that it is not trained, 1, true and null that it is."""
+    said = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
+    for name, value in said.items():
+        if value not in (0, 1):  # true and false, too
+            raise BadRow(
+                f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or "
+                "false where it is not"
+            )
+        if value and role != "assistant":
+            raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise BadRow(f"has marks that differ: {', '.join(f'{name!r} {value!r}' for name, value in said.items())}")
+    return all(said.values())
+
+
+def _calls(calls: Any) -> list[dict]:
+    """Tool calls with their arguments as objects, however they are written.
+
+    `[{"function": {"name": "f", "arguments": "{\\"n\\": 3}"}}]`
+    → `[{"function": {"name": "f", "arguments": {"n": 3}}}]`
+    """
+    if not isinstance(calls, list):
+        raise BadRow(f"has {kind_name(calls)} in 'tool_calls', not a list")
+    return [_call(call) for call in calls]
+
+
+def _call(call: Any) -> dict:
+    if not isinstance(call, dict):
+        raise BadRow(f"has {kind_name(call)} in 'tool_calls', not a call")
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"has a tool call whose arguments are not JSON ({error}): {arguments[:40]!r}") from None
+    if not isinstance(parsed, dict):
+        raise BadRow(f"has a tool call whose arguments are {kind_name(parsed)}, not an object")
+    return {**call, "arguments": parsed}
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON has it: tables hold dates and bytes as well."""
+    return value if isinstance(value, str) else json.loads(json.dumps(value, default=str))
+
+
+def read_text(row: dict, field: str) -> str:
+    if field not in row:
+        raise BadRow(f"has no field {field!r}")
+    value = row[field]
+    if not isinstance(value, str):
+        raise BadRow(f"has {kind_name(value)} in {field!r} where text belongs")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BrokenUnicode(f"has half a Unicode character (a lone surrogate) in {field!r}") from None
+    return value
+
+
+def kind_name(value: Any) -> str:
+    if isinstance(value, float) and value != value:
+        return "NaN (an empty cell)"
+    names: list[tuple[Any, str]] = [
+        (type(None), "null"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (str, "a text"),
+        (list, "a list"),
+        (dict, "an object"),
+    ]
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)

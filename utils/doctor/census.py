@@ -1,0 +1,187 @@
+"""All rows' texts, looked at in several processes: duplicates, special tokens, broken Unicode, scripts."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from utils.data.encode import CHUNK, Chunk, in_processes, workers_for
+from utils.data.files import SUFFIXES, TEXT_SUFFIXES, count_rows, find_files, parse_row, raw_rows
+from utils.data.pairs import to_pair
+from utils.data.report import RowRecord, source_of
+from utils.data.conversations import BadRow, to_messages, to_text
+from utils.data.turns import unreadable
+from utils.doctor.text import broken_unicode, invisible, script_of
+from utils.runtime.errors import UserError
+from utils.doctor.findings import Places, places_of
+from utils.template.messages import REASONING
+
+_LINES = (1 << 40) - 1  # the line within a number of `source_of`
+
+
+def name_places(sources, files: list[str]) -> dict[str, Places]:
+    """Numbers of `source_of` → file → lines."""
+    return places_of((files[int(source) >> 40], int(source) & _LINES) for source in sorted(sources))
+
+
+class Reading(NamedTuple):
+    """A row's texts: what is asked, and each answer."""
+
+    question: list[str]
+    answers: list[str]
+
+
+@dataclass
+class Census:
+    """What is known of all rows of some files, one entry a row.
+
+    Attributes:
+        files: in the order that `source_of` numbers them.
+        sources: where each row stands, [rows] of int64.
+        rows: hashes of all a row says, [rows] of uint64; `questions` of what is asked.
+        scripts: of question and answer, [rows, 2] of uint8.
+        flags: code → (source, detail) of each row that has it.
+        problems: the rows that cannot be read.
+    """
+
+    files: list[str] = field(default_factory=list)
+    sources: Any = None
+    rows: Any = None
+    questions: Any = None
+    scripts: Any = None
+    flags: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    problems: list[RowRecord] = field(default_factory=list)
+
+    def places(self, sources) -> dict[str, Places]:
+        """Where some rows stand."""
+        return name_places(sources, self.files)
+
+    def only(self, rows) -> "Census":
+        """The census of some rows, [rows] of bool."""
+        kept = set(self.sources[rows].tolist())
+        flags = {code: [one for one in found if one[0] in kept] for code, found in self.flags.items()}
+        return Census(
+            self.files,
+            self.sources[rows],
+            self.rows[rows],
+            self.questions[rows],
+            self.scripts[rows],
+            {code: found for code, found in flags.items() if found},
+        )
+
+
+def read_texts(task: str, value: Any) -> Reading:
+    """A raw row → its texts.
+
+    Raises:
+        BadRow: as the task's own reader.
+    """
+    if task == "pretrain":
+        return Reading([], [to_text(value)])
+    if task == "sft":
+        messages = to_messages(value)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return Reading([_said(m) for m in messages[:last]], [_said(m) for m in messages[last:]])
+    pair = to_pair(value)
+    return Reading(
+        [_said(m) for m in pair["prompt"]], ["\n".join(_said(m) for m in pair[side]) for side in ("chosen", "rejected")]
+    )
+
+
+def _said(message: dict) -> str:
+    more = [message[key] for key in REASONING if message.get(key)]
+    more += [json.dumps(message[key], ensure_ascii=False) for key in ("tool_calls", "tools") if message.get(key)]
+    return "\n".join([message["content"], *more])
+
+
+def _hash(texts: list[str]) -> int:
+    """Of the words alone: rows that differ in spaces say the same."""
+    words = "\x1e".join(" ".join(text.split()) for text in texts)
+    return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=8).digest())
+
+
+def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> tuple[int, Census]:
+    """Looks at some rows; returns how many there were, and what is known of them."""
+    census = Census([], [], [], [], [])
+    for raw in chunk.rows:
+        row = parse_row(raw)
+        source = source_of(chunk.number, row.line)
+        try:
+            if row.problem:
+                raise unreadable(row)
+            reading = read_texts(task, row.value)
+        except BadRow as error:
+            census.problems.append(RowRecord(chunk.file, row.line, error.kind, str(error)))
+            continue
+        question, answer = "\n".join(reading.question), "\n".join(reading.answers)
+        census.sources.append(source)
+        census.rows.append(_hash([*reading.question, "\x1d", *reading.answers]))
+        census.questions.append(_hash(reading.question or reading.answers))
+        census.scripts.append((script_of(question), script_of(answer)))
+        whole = f"{question}\n{answer}"
+        found = {"UNICODE_BROKEN": broken_unicode(whole), "INVISIBLE_CHARACTERS": invisible(whole)}
+        if special and (match := special.search(whole)):
+            found["SPECIAL_TOKEN_IN_CONTENT"] = match[0]
+        for code, detail in found.items():
+            if detail:
+                census.flags.setdefault(code, []).append((source, detail))
+    return len(chunk.rows), census
+
+
+def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = None, workers: int | None = None):
+    """Looks at the texts of all rows, with a progress bar where it takes long.
+
+    Args:
+        paths: as given to `flag`.
+        flag: the flag's name.
+        task: `pretrain`, `sft`, or one that begins with `dpo`.
+        special: matches what must not stand in a content.
+        workers: processes; None for a number that suits.
+
+    Returns:
+        Census
+
+    Raises:
+        UserError: a file is missing.
+    """
+    import numpy
+
+    files, problems = find_files(paths, flag, TEXT_SUFFIXES if task == "pretrain" else SUFFIXES)
+    if problems:
+        raise UserError(*problems)
+    whole = Census(files, [], [], [], [])
+    for part in _parts(files, functools.partial(census_chunk, task, special), workers):
+        for name in ("sources", "rows", "questions", "scripts", "problems"):
+            getattr(whole, name).extend(getattr(part, name))
+        for code, found in part.flags.items():
+            whole.flags.setdefault(code, []).extend(found)
+    whole.sources = numpy.array(whole.sources, numpy.int64)
+    whole.rows, whole.questions = numpy.array(whole.rows, numpy.uint64), numpy.array(whole.questions, numpy.uint64)
+    whole.scripts = numpy.array(whole.scripts, numpy.uint8).reshape(-1, 2)
+    return whole
+
+
+def _parts(files: list[str], work, workers: int | None) -> Iterator[Census]:
+    from tqdm import tqdm
+
+    workers = workers_for(files) if workers is None else workers
+    chunks = _chunks(files)
+    total = count_rows(files)
+    few = total is not None and total < 5 * CHUNK
+    each = in_processes(work, chunks, workers) if workers > 1 else (work(chunk) for chunk in chunks)
+    with closing(each) as parts, tqdm(total=total, unit=" rows", desc="reading texts", disable=few, leave=False) as bar:
+        for count, part in parts:
+            bar.update(count)
+            yield part
+
+
+def _chunks(files: list[str]) -> Iterator[Chunk]:
+    for number, file in enumerate(files):
+        rows = raw_rows(file)
+        while some := list(islice(rows, CHUNK)):
+            yield Chunk(number, file, some)

@@ -1,0 +1,160 @@
+"""What the doctor finds: a code, how bad it is, where, and what helps."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from utils.runtime.errors import Problem
+from utils.doctor.codes import CODES, ERROR, NOTE, WARNING
+
+_RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
+_EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}
+_LINES = 30  # so many line numbers are shown for each file
+_KEPT = 1000  # so many are kept
+
+
+@dataclass
+class Places:
+    """Lines of one file.
+
+    Attributes:
+        lines: the first of them, in order.
+        count: how many there are in all.
+    """
+
+    lines: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, line: int) -> None:
+        self.count += 1
+        if len(self.lines) < _KEPT:
+            self.lines.append(line)
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.lines[:_LINES]))
+        more = self.count - min(len(self.lines), _LINES)
+        return f"line {shown}" + (f" and {more:,} more" if more else "")
+
+
+@dataclass
+class Finding:
+    """One thing the doctor found.
+
+    Attributes:
+        code: a key of `finding_codes.CODES`.
+        message: what is wrong, with its figures.
+        places: file → lines.
+        severity: `error`, `warning` or `note`; the code's own unless something else is given.
+        remedy: what helps; the code's own unless something else is given.
+    """
+
+    code: str
+    message: str
+    places: dict[str, Places] = field(default_factory=dict)
+    severity: str = ""
+    remedy: str = ""
+
+    def __post_init__(self):
+        self.severity = self.severity or CODES[self.code].severity
+        self.remedy = self.remedy or CODES[self.code].remedy
+
+    def line(self) -> str:
+        """The finding in one line, for a log."""
+        where = "; ".join(f"{file}: {places}" for file, places in self.places.items())
+        return f"{self.code}: {self.message}" + (f" ({where})" if where else "")
+
+    def as_dict(self) -> dict:
+        """The finding as it stands in the JSON report."""
+        places = [{"file": file, "count": found.count, "lines": found.lines} for file, found in self.places.items()]
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "title": CODES[self.code].title,
+            "message": self.message,
+            "places": places,
+            "remedy": self.remedy,
+        }
+
+    def text(self) -> str:
+        """The finding over several lines, for a person."""
+        lines = [f"{self.severity} {self.code}", f"  {self.message}"]
+        lines += [f"  {file}: {places}" for file, places in self.places.items()]
+        return "\n".join([*lines, f"  → {self.remedy}"])
+
+
+def findings_of(problems: Iterable[Problem]) -> list[Finding]:
+    """A finding for each problem, by its own code."""
+    return [Finding(problem.code, str(problem)) for problem in problems]
+
+
+def places_of(places: Iterable[tuple[str, int]]) -> dict[str, Places]:
+    """`[("a", 3), ("a", 5)]` → `{"a": Places([3, 5], 2)}`"""
+    found: dict[str, Places] = {}
+    for file, line in places:
+        found.setdefault(file, Places()).add(line)
+    return found
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst first, then as in the table."""
+    codes = list(CODES)
+    return sorted(findings, key=lambda finding: (_RANK[finding.severity], codes.index(finding.code)))
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """2 with an error, 1 with a warning, else 0."""
+    return max((_EXIT[finding.severity] for finding in findings), default=0)
+
+
+def with_severity(findings: Iterable[Finding], severity: str) -> list[Finding]:
+    return [finding for finding in findings if finding.severity == severity]
+
+
+def verdict(findings: list[Finding]) -> str:
+    """`"2 errors, 1 warning, 0 notes"`"""
+    counts = [(len(with_severity(findings, severity)), severity) for severity in _RANK]
+    return ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for count, severity in counts)
+
+
+def as_text(findings: list[Finding], examined: str) -> str:
+    """The report for a person, the verdict last."""
+    said = {0: "ready to train", 1: "it will train; look at the warnings first", 2: "mend the errors first"}
+    last = f"{examined}\nverdict: {verdict(findings)} – {said[exit_code(findings)]}"
+    return "\n\n".join([*(finding.text() for finding in in_order(findings)), last])
+
+
+def as_json(findings: list[Finding], examined: dict) -> str:
+    """The report for a program."""
+    counts = {severity: len(with_severity(findings, severity)) for severity in _RANK}
+    report = {
+        "verdict": {0: "clean", 1: "warnings", 2: "errors"}[exit_code(findings)],
+        "exit_code": exit_code(findings),
+        "counts": counts,
+        "examined": examined,
+        "findings": [finding.as_dict() for finding in in_order(findings)],
+    }
+    return json.dumps(report, ensure_ascii=False, indent=2)
+
+
+def catalogue() -> str:
+    """The page of all codes, in both languages."""
+    lines = [
+        "# The doctor's codes · 体检代码",
+        "",
+        "Written by `python -m utils.script.doctor --write_codes true` from `utils/doctor/codes.py`; a test fails",
+        "when this page is stale. A severity is the usual one; the report says where it is another.",
+        "",
+        "由 `python -m utils.script.doctor --write_codes true` 根据 `utils/doctor/codes.py` 生成；",
+        "页面过期时测试会失败。",
+        "严重程度是通常情况；若有不同，以报告为准。",
+        "",
+        "`quick`: what `main_train.py` looks at by itself · `main_train.py` 自动检查的部分",
+        "",
+        "| code · 代码 | severity · 严重程度 | quick | what · 含义 | remedy · 办法 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, code in CODES.items():
+        cells = (f"`{name}`", code.severity, "✓" if code.quick else "", f"{code.title} · {code.title_zh}",
+                 f"{code.remedy} · {code.remedy_zh}")  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

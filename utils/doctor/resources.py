@@ -1,0 +1,201 @@
+"""How large the run will be: its weights, its checkpoints on the disk, its share of memory."""
+
+import functools
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from loguru import logger
+
+from utils.model.adapter import ADAPTERS
+from utils.model.adapter_targets import find_targets
+from utils.storage.run_folder import checkpoints_of
+from utils.runtime.errors import UserError
+from utils.doctor.codes import ERROR, WARNING
+from utils.doctor.findings import Finding
+from utils.model.load import without_weights
+from utils.model.parts import linear_layers, size_of
+from utils.storage.weights import read_header
+
+_TIGHT = 0.9  # from this share of what there is on, it is told
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size, without its weights.
+
+    Attributes:
+        weights: how many there are.
+        linear: name → (inputs, outputs) of each linear layer.
+        modules: the names of those that an adapter goes on.
+        position_table: whether positions are rows of a table, which ends.
+    """
+
+    weights: int
+    linear: dict[str, tuple[int, int]]
+    modules: frozenset[str]
+    position_table: bool
+
+
+@functools.cache
+def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shape | None:
+    """A model's size by its config.json alone; None where that cannot be had.
+
+    Args:
+        path: a folder or a hub's name.
+        trust_remote_code: whether Python code beside the model may run.
+        modules: `--lora_target_modules`.
+    """
+    try:
+        model = without_weights(path, trust_remote_code)
+        chosen = find_targets(model, modules).layers
+    except Exception:  # each model's code raises its own; what loads the weights says it better
+        return None
+    linear = {name: size_of(layer) for name, layer in linear_layers(model).items()}
+    table = any("wpe" in name or "embed_positions" in name for name, _ in model.named_parameters())
+    return Shape(sum(weight.numel() for weight in model.parameters()), linear, chosen, table)
+
+
+def shape_of(args) -> Shape | None:
+    """`model_shape` of a run."""
+    return model_shape(args.model_name_or_path, args.trust_remote_code, args.lora_target_modules)
+
+
+def trained_weights(args, shape: Shape) -> int:
+    """How many weights are trained.
+
+    LoRA adds r (in + out) to a layer (arXiv 2106.09685, section 4.1), DoRA a magnitude for each output (arXiv
+    2402.09353, section 4).
+    """
+    if not ADAPTERS[args.train_mode].lora:
+        return shape.weights
+    if args.adapter_name_or_path:
+        try:
+            header, _ = read_header(Path(args.adapter_name_or_path) / "adapter_model.safetensors")
+            return sum(math.prod(entry["shape"]) for entry in header.values())
+        except (ValueError, OSError):
+            return 0
+    adapted = [size for name, size in shape.linear.items() if name in shape.modules]
+    return sum(args.lora_rank * (n_in + n_out) + (n_out if args.use_dora else 0) for n_in, n_out in adapted)
+
+
+# ------------------------------------------------------------------ disk
+
+
+def checkpoint_bytes(args, train_args, shape: Shape) -> tuple[int, int]:
+    """What a checkpoint takes on the disk, and what the finished run does.
+
+    What is trained is kept in float32, beside AdamW's two numbers for each weight. DeepSpeed saves the weights in the
+    arithmetic's precision twice, for itself and for others, and a float32 copy with the optimizer's numbers.
+    """
+    trained = trained_weights(args, shape)
+    deepspeed = train_args.deepspeed_plugin is not None
+    width = 2 if deepspeed and args.precision != "fp32" else 4
+    optimizer = str(getattr(train_args.optim, "value", train_args.optim))
+    states = 0 if "sgd" in optimizer else 2 if "8bit" in optimizer else 8
+    states += width + 4 if deepspeed else 0
+    return (width + (0 if train_args.save_only_model else states)) * trained, width * trained
+
+
+def disk_findings(args, train_args, steps: int) -> list[Finding]:
+    """Whether the checkpoints to come fit on the disk.
+
+    Args:
+        args, train_args: of the run.
+        steps: how many the training takes.
+    """
+    shape = shape_of(args)
+    if shape is None:
+        return []
+    one, finished = checkpoint_bytes(args, train_args, shape)
+    count = _checkpoints(train_args, steps)
+    needed = count * one + finished
+    folder = Path(train_args.output_dir).resolve()
+    free = shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
+    if needed <= _TIGHT * free:
+        return []
+    message = (
+        f"{count} checkpoints of {size(one)} each and the finished run's {size(finished)} take {size(needed)}, and "
+        f"{str(train_args.output_dir)!r} has {size(free)} free"
+    )
+    return [Finding("DISK_TOO_SMALL", message, severity=ERROR if needed > free else WARNING)]
+
+
+def _checkpoints(train_args, steps: int) -> int:
+    """How many lie on the disk at once: a new one is written before the oldest goes."""
+    strategy = getattr(train_args.save_strategy, "value", train_args.save_strategy)
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        saves = math.ceil(train_args.num_train_epochs)
+    else:
+        every = train_args.save_steps if train_args.save_steps >= 1 else math.ceil(train_args.save_steps * steps)
+        saves = math.ceil(steps / max(1, every))
+    if train_args.save_total_limit:
+        kept = train_args.save_total_limit + bool(train_args.load_best_model_at_end)
+        saves = min(saves, kept + 1)
+    there = len(checkpoints_of(Path(train_args.output_dir))) if train_args.resume_from_checkpoint else 0
+    return max(1, saves - there)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def memory_findings(args, train_args, processes: int) -> list[Finding]:
+    """Whether the training fits into the memory of each process's device, and of the machine."""
+    estimate = estimated(args, train_args, processes)
+    if estimate is None:
+        return []
+    gpu, machine = capacities(processes)
+    here = min(processes, gpu.count) if gpu.count else processes
+    findings = []
+    for needed, place in ((estimate.total, gpu), (estimate.host * here, machine)):
+        if needed > _TIGHT * place.bytes:
+            message = f"about {size(needed)} are needed, and {place.name} has {size(place.bytes)}"
+            severity = ERROR if needed > place.bytes else WARNING
+            findings.append(Finding("MEMORY_TOO_SMALL", message, severity=severity))
+    return findings
+
+
+class Memory(NamedTuple):
+    """A memory to train in: its size, what it is called, and how many GPUs have one; 0 for the machine's own."""
+
+    bytes: int
+    name: str
+    count: int = 0
+
+
+def estimated(args, train_args, processes: int):
+    """The estimate of utils.memory, or None where it cannot be made, which a line says: no training ends for it."""
+    from utils.memory import estimate
+
+    try:
+        return estimate(args, train_args, processes)
+    except Exception as error:  # it runs the model's own code, which raises whatever it likes
+        what = str(error.problems[0]) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        logger.info("the memory that the training takes is not estimated: {}", what.partition("\n")[0][:300])
+        return None
+
+
+def capacities(processes: int) -> tuple[Memory, Memory]:
+    """The memory that each process trains in, and the machine's; without a GPU its processes share that."""
+    import psutil
+    import torch
+
+    machine = Memory(psutil.virtual_memory().total, "the machine")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Memory(properties.total_memory, properties.name, torch.cuda.device_count()), machine
+    name = machine.name if processes == 1 else f"each of {processes} processes"
+    return Memory(machine.bytes // processes, name), machine
+
+
+def size(count: float) -> str:
+    """`size(3_200_000_000)` → `"3.2 GB"`"""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

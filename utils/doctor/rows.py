@@ -1,0 +1,224 @@
+"""What follows from the census of the rows and from the report of their preparation."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from utils.data.pairs import EqualPair
+from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
+from utils.data.conversations import EmptyRow
+from utils.doctor.census import Census
+from utils.doctor.text import SCRIPTS
+from utils.doctor.codes import ERROR, WARNING
+from utils.doctor.findings import Finding, Places
+from utils.template.messages import UNTRAINED
+
+_STRAY = 0.01  # below this share of the rows a script is a stray one
+_MIXED = 0.03  # from this share of the rows on it is one of several
+_DIFFER = 0.1  # from this share of answers in another script than their questions, that is told
+_LATIN = SCRIPTS.index("Latin")
+_REASONS = 5  # so many are told
+
+
+def census_findings(train: Census, held_back: Census | None) -> list[Finding]:
+    """What the texts of the training and the validation rows have, and what both have in common.
+
+    Args:
+        train: of the training rows.
+        held_back: of the validation rows; None where there are none.
+    """
+    findings = _duplicates(train)
+    findings += _in_both(train, held_back) if held_back is not None else []
+    for part in filter(None, (train, held_back)):
+        findings += _flagged(part)
+    return findings + _stray_scripts(train) + _scripts(train)
+
+
+def _duplicates(census: Census) -> list[Finding]:
+    import numpy
+
+    _, first, inverse, counts = numpy.unique(census.rows, return_index=True, return_inverse=True, return_counts=True)
+    repeats = numpy.flatnonzero(first[inverse] != numpy.arange(len(census.rows)))
+    if not len(repeats):
+        return []
+    example, original = (_place(census, row) for row in (repeats[0], first[inverse[repeats[0]]]))
+    message = (
+        f"{_rows(len(repeats))} of {len(census.rows):,} say what an earlier one says; {example} repeats {original}"
+    )
+    if counts.max() > 2:
+        message += f"; the most frequent stands {counts.max():,} times"
+    return [Finding("DUPLICATE_ROWS", message, census.places(census.sources[repeats]))]
+
+
+def _in_both(train: Census, held_back: Census) -> list[Finding]:
+    import numpy
+
+    same_question = numpy.isin(held_back.questions, train.questions)
+    whole = numpy.isin(held_back.rows, train.rows)
+    found = numpy.flatnonzero(same_question | whole)
+    if not len(found):
+        return []
+    message = (
+        f"{_rows(len(found))} of {len(held_back.rows):,} for validation are asked in the training rows too, "
+        f"{int(whole.sum()):,} with the same answer"
+    )
+    return [Finding("EVAL_IN_TRAIN", message, held_back.places(held_back.sources[found]))]
+
+
+def _flagged(census: Census) -> list[Finding]:
+    what = {
+        "UNICODE_BROKEN": "broken Unicode",
+        "INVISIBLE_CHARACTERS": "invisible characters",
+        "SPECIAL_TOKEN_IN_CONTENT": "the text of a special token",
+    }
+    findings = []
+    for code, found in census.flags.items():
+        kinds = Counter(detail for _, detail in found)
+        named = ", ".join(f"{detail} ({count:,})" for detail, count in kinds.most_common(5))
+        named += ", …" if len(kinds) > 5 else ""
+        places = census.places([source for source, _ in found])
+        findings.append(Finding(code, f"{_rows(len(found))} with {what[code]}: {named}", places))
+    return findings
+
+
+def _stray_scripts(census: Census) -> list[Finding]:
+    """Rows wholly in another script than nearly all; Latin stands in every corpus, as code and names."""
+    import numpy
+
+    question, answer = census.scripts.T
+    whole = numpy.where((question == answer) | (question == 0), answer, 0)
+    findings = []
+    for script in range(1, len(SCRIPTS)):
+        rows = numpy.flatnonzero(whole == script)
+        if script != _LATIN and 0 < len(rows) < _STRAY * len(whole):
+            message = f"{_rows(len(rows))} of {len(whole):,} are wholly in {SCRIPTS[script]}"
+            findings.append(Finding("LANGUAGE_STRAY", message, census.places(census.sources[rows])))
+    return findings
+
+
+def _scripts(census: Census) -> list[Finding]:
+    import numpy
+
+    question, answer = census.scripts.T
+    told = numpy.where(question == 0, answer, question)
+    counts = numpy.bincount(told, minlength=len(SCRIPTS))
+    counts[0] = 0
+    total = max(1, int(counts.sum()))
+    main = {SCRIPTS[script]: counts[script] / total for script in counts.argsort()[::-1]}
+    main = {name: share for name, share in main.items() if share >= _MIXED}
+    both = (question != 0) & (answer != 0)
+    differ = (both & (question != answer)).sum() / max(1, both.sum())
+    if len(main) < 2 and differ < _DIFFER:
+        return []
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in main.items())
+    message = f"scripts of the rows: {shares}"
+    if differ >= _DIFFER:
+        message += f"; {100 * differ:.0f} % of the answers are in another script than their question"
+    return [Finding("LANGUAGES_MIXED", message)]
+
+
+# ------------------------------------------------------------------ rows that are left out or shortened
+
+
+def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]], str]) -> list[Finding]:
+    """What became of the rows, as the training's own preparation says it.
+
+    Args:
+        report: of rows that were prepared, if need be with `--on_bad_row drop`.
+        args: CommonArgs, which say what stops a run.
+        measure: groups of rows → how long they are.
+    """
+    unreadable = WARNING if args.on_bad_row == "drop" else ERROR
+    empty = ERROR if args.on_bad_row == "error" else WARNING
+    codes = _codes(unreadable, empty) | {TOO_LONG: ("ROW_TOO_LONG", ERROR if args.overlong == "error" else WARNING)}
+    rows = [
+        (*codes[group.kind], group.file, group.reason, Places(group.lines, group.count))
+        for group in report.dropped_groups()
+    ]
+    findings = left_out(rows, report.rows)
+    for finding in findings:
+        if finding.code == "ROW_TOO_LONG":
+            finding.message += measure(report.groups(TOO_LONG))
+    findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()] + _untrained(report)
+    if report.shortened:
+        shortened = report.groups(SHORTENED)
+        places = {group.file: Places(group.lines, group.count) for group in shortened}
+        message = f"{_rows(report.shortened)} of {report.rows:,} are longer than --max_len {args.max_len} allows"
+        if args.task_type.startswith("dpo"):
+            message += f", or than --max_prompt_length {args.max_prompt_length}"
+        message += f", and are cut at their beginning{measure(shortened)}"
+        findings.append(Finding("ROW_SHORTENED", message, places))
+    return findings
+
+
+def _untrained(report: DataReport) -> list[Finding]:
+    """Answers of kept rows that are not trained; none that the row itself marks so."""
+    if not report.untrained:
+        return []
+    places: dict[str, Places] = {}
+    reasons: Counter = Counter()
+    for group in report.groups(UNTRAINED):
+        reasons[group.reason] += group.count
+        kept = places.setdefault(group.file, Places())
+        kept.lines, kept.count = sorted({*kept.lines, *group.lines}), kept.count + group.count
+    named = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
+    message = f"{report.untrained:,} answer{'s' * (report.untrained > 1)} of {report.kept:,} rows: {named}"
+    return [Finding("ANSWER_NOT_TRAINED", message, places)]
+
+
+def problem_findings(census: Census, args) -> list[Finding]:
+    """The rows that cannot be read, where only the census could look at them; an error where no other is left."""
+    others = len(census.sources) > 0
+    codes = _codes(
+        unreadable=WARNING if args.on_bad_row == "drop" and others else ERROR,
+        empty=WARNING if args.on_bad_row != "error" and others else ERROR,
+    )
+    rows = [(*codes[record.kind], record.file, record.reason, Places([record.line], 1)) for record in census.problems]
+    return left_out(rows, len(census.sources) + len(census.problems))
+
+
+def _codes(unreadable: str, empty: str) -> dict[str, tuple[str, str]]:
+    """The kind of a row that is left out → its code, and how bad that is.
+
+    Args:
+        unreadable: the severity of rows that cannot be read.
+        empty: that of rows with nothing to train.
+    """
+    return {
+        MALFORMED: ("ROW_UNREADABLE", unreadable),
+        BROKEN_UNICODE: ("UNICODE_BROKEN", unreadable),
+        EmptyRow.kind: ("ROW_NOTHING_TRAINED", empty),
+        EqualPair.kind: ("PAIR_EQUAL", empty),
+    }
+
+
+def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[Finding]:
+    """One finding a code.
+
+    Args:
+        rows: code, severity, file, reason and places of some rows.
+        total: of all rows.
+    """
+    places: dict[tuple[str, str], dict[str, Places]] = {}
+    reasons: dict[tuple[str, str], Counter] = {}
+    for code, severity, file, reason, found in rows:
+        key = code, severity
+        reasons.setdefault(key, Counter())[reason] += found.count
+        kept = places.setdefault(key, {}).setdefault(file, Places())
+        kept.lines, kept.count = sorted(kept.lines + found.lines), kept.count + found.count
+    findings = []
+    for (code, severity), why in reasons.items():
+        counted = len(why) > 1
+        named = "; ".join(reason + f" ({count:,})" * counted for reason, count in why.most_common(_REASONS))
+        more = f"; and {len(why) - _REASONS:,} other reasons" if len(why) > _REASONS else ""
+        message = f"{_rows(why.total())} of {total:,}: {named}{more}"
+        findings.append(Finding(code, message, places[code, severity], severity))
+    return findings
+
+
+def _place(census: Census, row: int) -> str:
+    ((file, places),) = census.places([census.sources[row]]).items()
+    return f"{file}:{places.lines[0]}"
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"

@@ -1,0 +1,146 @@
+"""Settings that fight with each other, with the model or with the number of rows."""
+
+import math
+
+from utils.model.adapter import ADAPTERS
+from utils.doctor.resources import shape_of
+from utils.doctor.tokens import longest
+from utils.doctor.codes import ERROR, WARNING
+from utils.doctor.findings import Finding
+
+# task and whether an adapter is trained → learning rates that AdamW is used with, on models of billions of weights
+_USUAL_RATES = {
+    ("sft", True): (1e-5, 1e-3),
+    ("sft", False): (5e-7, 1e-4),
+    ("dpo", True): (2e-7, 2e-4),
+    ("dpo", False): (2e-8, 1e-5),
+    ("pretrain", True): (1e-5, 1e-3),
+    ("pretrain", False): (1e-6, 1e-3),
+}
+_SMALL = 300_000_000  # weights; smaller models take larger rates
+_SMALL_MODELS_RATE = 2e-2
+_FEW_STEPS = 20  # an epoch of fewer steps feels its last one
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # sections by which DeepSpeed logs on its own
+
+
+def settings_findings(args, train_args, config, data, seen, processes: int) -> list[Finding]:
+    """Checks the settings of a run.
+
+    Args:
+        args, train_args: of the run.
+        config: the model's; None where it cannot be had.
+        data: the prepared rows; None where there are none.
+        seen: those whose lengths are looked at.
+        processes: how many train together.
+    """
+    findings = _learning_rate(args, train_args) + deepspeed_keys(train_args)
+    if config is not None:
+        findings += _arithmetic(args, config)
+    if data is not None:
+        findings += _warm_up(train_args, steps_of(train_args, len(data.train), processes))
+        findings += _last_batch(train_args, len(data.train), processes)
+        findings += _positions(args, config, seen) if config is not None else []
+    return findings
+
+
+def steps_of(train_args, rows: int, processes: int) -> int:
+    """How many optimizer steps the training takes, as transformers' Trainer counts them."""
+    if train_args.max_steps > 0:
+        return train_args.max_steps
+    batches = _batches(train_args, rows, processes)
+    return math.ceil(train_args.num_train_epochs * max(1, math.ceil(batches / train_args.gradient_accumulation_steps)))
+
+
+def _batches(train_args, rows: int, processes: int) -> int:
+    share = rows / (train_args.per_device_train_batch_size * processes)
+    return max(1, math.floor(share) if train_args.dataloader_drop_last else math.ceil(share))
+
+
+def _learning_rate(args, train_args) -> list[Finding]:
+    optimizer = str(getattr(train_args.optim, "value", train_args.optim))
+    if "adam" not in optimizer:
+        return []
+    task, lora = args.task_type.partition("_")[0], ADAPTERS[args.train_mode].lora
+    low, high = _USUAL_RATES[task, lora]
+    shape = shape_of(args)
+    if shape is not None and shape.weights < _SMALL:
+        high = _SMALL_MODELS_RATE
+    if low <= train_args.learning_rate <= high:
+        return []
+    what = "adapters" if lora else "all weights"
+    message = f"--learning_rate {train_args.learning_rate:g} for {task} of {what}; usual is {low:g} to {high:g}"
+    return [Finding("LEARNING_RATE_UNUSUAL", message)]
+
+
+def _warm_up(train_args, steps: int) -> list[Finding]:
+    warm_up = train_args.get_warmup_steps(steps)
+    if warm_up * 2 < steps or warm_up <= 1:
+        return []
+    message = f"--warmup_steps {train_args.warmup_steps:g} is {warm_up:,} steps of {steps:,}"
+    if warm_up >= steps:
+        message += ", so the learning rate is never reached"
+    return [Finding("WARMUP_TOO_LONG", message)]
+
+
+def _last_batch(train_args, rows: int, processes: int) -> list[Finding]:
+    """Seldom to be avoided, and felt only where an epoch has few steps."""
+    every = train_args.gradient_accumulation_steps
+    batches = _batches(train_args, rows, processes)
+    steps = math.ceil(batches / every)
+    if every == 1 or batches % every == 0 or steps >= _FEW_STEPS:
+        return []
+    message = (
+        f"--gradient_accumulation_steps {every} does not divide the {batches:,} batches of an epoch: the last of its "
+        f"{steps} steps has {batches % every} batches, and counts as much as the others"
+    )
+    return [Finding("LAST_BATCH_SHORT", message)]
+
+
+def _arithmetic(args, config) -> list[Finding]:
+    made_in = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if args.precision != "fp16" or made_in != "bfloat16":
+        return []
+    return [Finding("FP16_MODEL_IS_BF16", f"--precision fp16, and {args.model_name_or_path!r} was made in bfloat16")]
+
+
+def _positions(args, config, data) -> list[Finding]:
+    there = positions_of(config)
+    if there is None:
+        return []
+    import numpy
+
+    parts = [data.train] + ([data.eval] if data.eval_report is not None else [])
+    rows = numpy.concatenate([longest(part, args.task_type.startswith("dpo")) for part in parts])
+    over = int((rows > there).sum())
+    if not over:
+        return []
+    message = f"{over:,} rows are longer than the model's {there:,} positions, the longest {rows.max():,} tokens"
+    shape = shape_of(args)
+    ends = shape is not None and shape.position_table
+    message += "; its table of positions ends there" if ends else "; it was not trained on those beyond"
+    return [Finding("MAX_LEN_OVER_POSITIONS", message, severity=ERROR if ends else WARNING)]
+
+
+def positions_of(config) -> int | None:
+    """How many positions a model has, stretched ones included."""
+    config = config.get_text_config()
+    there = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if isinstance(there, int) and isinstance(rope.get("factor"), int | float):
+        there = max(there, int(rope["factor"] * rope.get("original_max_position_embeddings", there)))
+    return there if isinstance(there, int) else None
+
+
+# ------------------------------------------------------------------ DeepSpeed
+
+
+def deepspeed_keys(train_args) -> list[Finding]:
+    """Keys that the arguments' checks let pass, and that do something else than the flags say."""
+    config = getattr(getattr(train_args, "hf_deepspeed_config", None), "config", None) or {}
+    found = []
+    for section in _MONITORS:
+        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+            found.append(f"{section} logs by itself, whatever --report_to says")
+    if "activation_checkpointing" in config:
+        found.append("activation_checkpointing does nothing here; --gradient_checkpointing does")
+    return [Finding("DEEPSPEED_SHADOWS", f"the DeepSpeed file's {each}", severity=WARNING) for each in found]

@@ -1,0 +1,118 @@
+"""Whether a chat template fits the tokenizer, and renders as the tokenizer's own."""
+
+import re
+
+from utils.runtime.errors import UserError
+from utils.doctor.findings import Finding
+from utils.export.modelfile import template_in
+from utils.template.tokenize import special_pattern
+from utils.template.auto import AutoTemplate
+
+# what is written as one token, such as <|im_end|>, <｜end▁of▁sentence｜>, </s> and <用户>, and not Llama-2's <<SYS>>
+_TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|(?<!<)</?[^|｜<>\s/]+>(?!>)")
+_USER, _ANSWER = {"role": "user", "content": "Hi there."}, {"role": "assistant", "content": "Hello!"}
+_PROBES = {
+    "one turn": ([_USER, _ANSWER], False),
+    "two turns": (
+        [_USER, _ANSWER, {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}],
+        False,
+    ),
+    "a prompt": ([_USER], True),
+    "a system message": ([{"role": "system", "content": "Be brief."}, _USER, _ANSWER], False),
+}
+_SHOWN = 30  # characters shown of a difference
+
+
+def template_findings(template, tokenizer) -> list[Finding]:
+    """Checks a template against the tokenizer it is used with.
+
+    Args:
+        template: Template or AutoTemplate.
+        tokenizer: a fast one.
+    """
+    findings = _split_tokens(template, tokenizer) + _pad(template, tokenizer)
+    return findings + (_prompt(template) if template.name == "auto" else _differences(template, tokenizer))
+
+
+def tokens_of(template) -> list[str]:
+    """The special tokens that a format writes, by their form: `["<|im_end|>", "<|im_start|>"]`."""
+    if template.name == "auto":
+        return []  # whatever its text is, the tokenizer brought both
+    found = set(_TOKEN.findall(template.text()))
+    return sorted(found | {token for token in (template.bos.strip(), template.stop_token()) if token})
+
+
+def _split_tokens(template, tokenizer) -> list[Finding]:
+    vocabulary = tokenizer.get_vocab()
+    pieces = {}
+    for token in tokens_of(template):
+        # within a text, since a piece of the vocabulary may look like the token and never be made
+        ids = tokenizer(f"a{token}a", add_special_tokens=False)["input_ids"]
+        if vocabulary.get(token) not in ids:
+            pieces[token] = tokenizer.convert_ids_to_tokens(tokenizer(token, add_special_tokens=False)["input_ids"])
+    if not pieces:
+        return []
+    named = ", ".join(f"{token!r} is {len(made)} tokens" for token, made in pieces.items())
+    message = f"template {template.name!r} on the tokenizer of {tokenizer.name_or_path!r}: {named}"
+    return [Finding("TEMPLATE_TOKEN_SPLIT", message)]
+
+
+def _pad(template, tokenizer) -> list[Finding]:
+    stop = template.stop_token()
+    if tokenizer.pad_token != stop:
+        return []
+    return [Finding("PAD_IS_STOP", f"the tokenizer pads with {stop!r}, which also ends an answer")]
+
+
+def _prompt(template) -> list[Finding]:
+    """A prompt that says more than what answers are trained to follow."""
+    rest = template.unanswered_prompt()
+    message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
+    return [Finding("PROMPT_NOT_FOLLOWED", message)] if rest else []
+
+
+def _differences(template, tokenizer) -> list[Finding]:
+    """Both renderings of a few conversations, up to the first difference."""
+    if not tokenizer.chat_template:
+        return []
+    tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
+    own = AutoTemplate(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer))
+    for name, (messages, prompt) in _PROBES.items():
+        ours, theirs = (_rendered(one, messages, prompt) for one in (template, own))
+        if ours != theirs:
+            message = (
+                f"{name}: template {template.name!r} and the tokenizer's own differ {_first_difference(ours, theirs)}"
+            )
+            remedy = _flag_for(tokenizer)
+            return [Finding("TEMPLATE_DIFFERS", f"{message}; {remedy}", remedy=remedy[0].upper() + remedy[1:])]
+    return []
+
+
+def _flag_for(tokenizer) -> str:
+    """Which flag trains the tokenizer's own format."""
+    same = template_in(tokenizer)
+    name = same.name if same else "auto"
+    if same is None:
+        try:
+            AutoTemplate.of(tokenizer)
+        except UserError:
+            return "the tokenizer's own has no exact mask, so that a model which knows it learns this format anew"
+    return f"give --template_name {name} to train the tokenizer's own; a base model may be taught any"
+
+
+def _rendered(template, messages, prompt: bool) -> str | None:
+    try:
+        return template.render(messages, add_generation_prompt=prompt)
+    except UserError:
+        return None
+
+
+def _first_difference(ours: str | None, theirs: str | None) -> str:
+    """`"from character 12 on: '…' against '…'"`"""
+    if ours is None or theirs is None:
+        return f"in that {'the former' if ours is None else 'the latter'} refuses it"
+    place = next((i for i, both in enumerate(zip(ours, theirs, strict=False)) if len(set(both)) > 1), None)
+    place = min(len(ours), len(theirs)) if place is None else place
+    start = max(0, place - _SHOWN // 2)
+    ours, theirs = (text[start : place + _SHOWN] for text in (ours, theirs))
+    return f"from character {place} on: {ours!r} against {theirs!r}"

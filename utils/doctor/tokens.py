@@ -1,0 +1,189 @@
+"""Prepared rows, looked at as arrays: stop tokens, BOS, lengths. Milliseconds for tens of thousands of rows."""
+
+from collections.abc import Iterator
+
+from utils.doctor.census import name_places
+from utils.doctor.codes import ERROR, WARNING
+from utils.doctor.findings import Finding
+from utils.template.tokenize import IGNORED
+
+_BIASED = 0.8  # from this share of pairs on with the same side longer it is a bias
+_PAIRS = 20  # fewer tell nothing
+
+
+def arrays(dataset, name: str) -> Iterator[tuple]:
+    """A column of lists as (values, offsets), a pair for each of Arrow's chunks.
+
+    Row i is values[offsets[i]:offsets[i + 1]]. It is all rows of the table, also those that a split of it leaves to
+    the other part.
+    """
+    for chunk in dataset.data.column(name).chunks:
+        offsets = chunk.offsets.to_numpy()
+        yield chunk.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]  # the chunk may be a slice
+
+
+def lengths(dataset, name: str):
+    """How long the lists of a column are, [rows]."""
+    import numpy
+
+    return numpy.concatenate([numpy.diff(offsets) for _, offsets in arrays(dataset, name)])
+
+
+def sources(dataset):
+    """Where each row begins to stand, [rows]; of a packed one its first."""
+    import numpy
+
+    return numpy.concatenate([values[offsets[:-1]] for values, offsets in arrays(dataset, "source")])
+
+
+def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None) -> list[Finding]:
+    """What the ids and labels of prepared rows have.
+
+    Args:
+        dataset: of a task's `load_datasets`.
+        files: as `source_of` numbers them.
+        args: CommonArgs.
+        tokenizer: the rows' own.
+        stop: the token that ends an answer; None for plain text.
+    """
+    pairs = args.task_type.startswith("dpo")
+    labels = ("chosen_labels", "rejected_labels") if pairs else ("labels",)
+    findings = _bos(dataset, files, "prompt_ids" if pairs else "input_ids", tokenizer)
+    if stop is None:
+        findings += _ends(dataset, tokenizer)
+    else:
+        for name in labels:
+            findings += _stops(dataset, files, name, tokenizer, stop)
+    return findings + (_length_bias(dataset) if pairs else [])
+
+
+def _stops(dataset, files, name: str, tokenizer, stop: str) -> list[Finding]:
+    """The last trained token of each row must be the stop token."""
+    import numpy
+
+    (stop_id,) = tokenizer.convert_tokens_to_ids([stop])
+    without = []
+    for values, offsets in arrays(dataset, name):
+        trained = numpy.where(values != IGNORED, numpy.arange(len(values)), -1)
+        last = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
+        has = (last >= offsets[:-1]) & (last >= 0)
+        without.append(~has | (values[numpy.maximum(last, 0)] != stop_id))
+    rows = numpy.flatnonzero(numpy.concatenate(without))
+    total = dataset.data.num_rows
+    if not len(rows):
+        return []
+    side = f" ({name.removesuffix('_labels')})" if name != "labels" else ""
+    message = f"{len(rows):,} of {total:,} rows{side} have a last trained token other than {stop!r}"
+    # a few such rows teach little; where all are, the model never stops
+    return [
+        Finding("STOP_NOT_TRAINED", message, _places(dataset, rows, files), ERROR if len(rows) == total else WARNING)
+    ]
+
+
+def _ends(dataset, tokenizer) -> list[Finding]:
+    """Plain text, packed and split, must have its end somewhere."""
+    if any((values == tokenizer.eos_token_id).any() for values, _ in arrays(dataset, "labels")):
+        return []
+    return [Finding("STOP_NOT_TRAINED", f"no row has the trained token {tokenizer.eos_token!r}, which ends a text")]
+
+
+def _bos(dataset, files, name: str, tokenizer) -> list[Finding]:
+    import numpy
+
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return []
+    first, second = [], []
+    for values, offsets in arrays(dataset, name):
+        padded = numpy.append(values, [IGNORED, IGNORED])
+        long = numpy.diff(offsets)
+        first.append((padded[offsets[:-1]] == bos) & (long > 0))
+        second.append((padded[offsets[:-1] + 1] == bos) & (long > 1))
+    first, second = numpy.concatenate(first), numpy.concatenate(second)
+    findings = []
+    rows = numpy.flatnonzero(first & second)
+    if len(rows):
+        message = f"{len(rows):,} of {len(first):,} rows begin with {tokenizer.bos_token!r} twice"
+        findings.append(Finding("BOS_DOUBLE", message, _places(dataset, rows, files)))
+    if not first.any() and tokenizer("a")["input_ids"][:1] == [bos]:
+        message = f"no row begins with {tokenizer.bos_token!r}, which the tokenizer sets before every text"
+        findings.append(Finding("BOS_MISSING", message))
+    return findings
+
+
+def _length_bias(dataset) -> list[Finding]:
+    chosen, rejected = lengths(dataset, "chosen_ids"), lengths(dataset, "rejected_ids")
+    if len(chosen) < _PAIRS:
+        return []
+    findings = []
+    for name, longer, shorter in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+        share = (longer > shorter).mean()
+        if share >= _BIASED:
+            message = (
+                f"in {100 * share:.0f} % of {len(chosen):,} pairs the {name} answer is the longer one; on average "
+                f"chosen has {chosen.mean():.0f} tokens and rejected {rejected.mean():.0f}"
+            )
+            findings.append(Finding("PAIR_LENGTH_BIAS", message))
+    return findings
+
+
+def longest(dataset, pairs: bool):
+    """How many positions each row takes, [rows]; of packed rows, each of those within, [rows within]."""
+    import numpy
+
+    if pairs:
+        sides = [lengths(dataset, f"{side}_ids") for side in ("chosen", "rejected")]
+        return lengths(dataset, "prompt_ids") + numpy.maximum(*sides)
+    if "seq_lengths" in dataset.column_names:
+        return numpy.concatenate([values for values, _ in arrays(dataset, "seq_lengths")])
+    return lengths(dataset, "input_ids")
+
+
+def repeated(data, rows: int | None) -> list[Finding]:
+    """Validation rows whose ids are those of a training row; of packed rows, the rows within.
+
+    Args:
+        data: of a task's `load_datasets`.
+        rows: so many of the training and of the validation rows are looked at, the first; None for all.
+    """
+    trained = {ids for ids, _ in _identities(data.train, rows)}
+    held_back = list(_identities(data.eval, rows))
+    found = [source for ids, source in held_back if ids in trained]
+    if not found:
+        return []
+    message = f"{len(found):,} of {len(held_back):,} rows for validation have the ids of a training row"
+    files = (data.eval_report or data.report).files
+    both = sorted(set(files) & set(data.report.files)) if data.eval_report else []
+    message += f"; {both[0]!r} is given for both" if both else ""
+    packed = "seq_lengths" in data.eval.column_names  # where its parts come from is not kept
+    return [Finding("EVAL_IN_TRAIN", message, {} if packed else name_places(found, files))]
+
+
+def _identities(dataset, rows: int | None) -> Iterator[tuple[int, int]]:
+    """A hash of each row's ids, and where the row stands; a packed row gives one for each row within."""
+    names = [name for name in dataset.column_names if name.endswith("ids")]
+    packed = "seq_lengths" in dataset.column_names
+    first = dataset.select(range(len(dataset) if rows is None else min(rows, len(dataset))))
+    columns = [*names, "source", *(["seq_lengths"] if packed else [])]
+    for batch in first.select_columns(columns).with_format("arrow").iter(1000):
+        lists = {name: batch.column(name).combine_chunks() for name in columns}
+        # where the rows end in the flat ids, [rows + 1]
+        ends = {name: _ends_of(lists["seq_lengths"] if packed else lists[name], packed) for name in names}
+        flat = {name: lists[name].flatten().to_numpy(zero_copy_only=False) for name in names}
+        sources = lists["source"].to_pylist()
+        for row in range(len(next(iter(ends.values()))) - 1):
+            texts = [flat[name][ends[name][row] : ends[name][row + 1]].tobytes() for name in names]
+            yield hash(tuple(texts)), 0 if packed else sources[row][0]
+
+
+def _ends_of(lists, are_lengths: bool):
+    import numpy
+
+    if are_lengths:
+        return numpy.concatenate([[0], lists.flatten().to_numpy(zero_copy_only=False).cumsum()])
+    offsets = lists.offsets.to_numpy()
+    return offsets - offsets[0]
+
+
+def _places(dataset, rows, files):
+    return name_places(sources(dataset)[rows], files)

@@ -1,0 +1,171 @@
+"""The two ways to assess a model: by the answers it generates, and by how likely it finds given choices."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from utils.evaluate.multiple_choice import Choices, Scored, encode_choices, log_likelihoods, read_choices
+from utils.evaluate.models import Contender
+from utils.data.files import find_files, read_rows
+from utils.data.conversations import BadRow
+from utils.runtime.errors import Problem, UserError, raise_if_any
+from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids
+from utils.evaluate.metrics import Figure, score_file, score_row
+from utils.infer.prompts import Prompt, read_prompts, to_prompt
+
+
+class Generation:
+    """Rows that bring an answer: the model's own is compared with it.
+
+    Args:
+        args: how tokens are chosen.
+        metrics: names of `utils.evaluate.metrics.METRICS`.
+    """
+
+    name = "generation"
+
+    def __init__(self, args: GenerateArgs, metrics: list[str]):
+        self.args, self.metrics = args, metrics
+
+    def encode(self, contender: Contender, row: Prompt) -> list[int]:
+        """The ids to answer from; raises a `UserError` where the row cannot be answered."""
+        return prompt_ids(SimpleNamespace(config=contender.config), contender.tokenizer, row.messages, row.tools)
+
+    def answer(
+        self, model, contender: Contender, encoded: dict[int, list[int]], batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        """(number of the row, its answer), as they come."""
+        numbers = list(encoded)
+        prompts = list(encoded.values())
+        for place, text in answer_all(model, contender.tokenizer, prompts, self.args, batch_size, seeds=numbers):
+            yield numbers[place], text
+
+    def score(self, row: Prompt, answer: str) -> dict[str, float]:
+        """The scores of a row."""
+        return score_row(answer, row.reference, self.metrics)
+
+    def tell(self, row: Prompt, answers: dict[str, str], scores: dict[str, dict]) -> dict:
+        """A line of the output."""
+        asked = {"question": row.messages[-1]["content"], "reference": row.reference}
+        return {"file": row.file, "line": row.line, **asked, "answers": answers, "scores": scores}
+
+    def figures(self, rows: list[Prompt], answers: list[str], scores: list[dict]) -> list[Figure]:
+        """The figures of a file."""
+        return score_file(answers, [row.reference for row in rows], scores)
+
+
+class MultipleChoice:
+    """Rows with choices: right is where the right one is the likeliest.
+
+    Args:
+        form: as in `utils.evaluate.multiple_choice.encode_choices`.
+    """
+
+    name = "choices"
+
+    def __init__(self, form: str):
+        self.form = form
+
+    def encode(self, contender: Contender, row: Choices) -> list[Scored]:
+        """A prompt for each choice; raises a `UserError` where the row cannot be asked."""
+        scored = encode_choices(row, contender.tokenizer, self.form)
+        context, longest = context_of(contender.config), max(len(one.ids) for one in scored)
+        if context and longest > context:
+            raise UserError(f"with a choice it has {longest:,} tokens, and the model's context is {context:,}")
+        return scored
+
+    def answer(
+        self, model, contender: Contender, encoded: dict[int, list[Scored]], batch_size: int
+    ) -> Iterator[tuple[int, list[float]]]:
+        """(number of the row, log-likelihood of each choice), as they come."""
+        owners = [(number, place) for number, scored in encoded.items() for place in range(len(scored))]
+        flat = [one for scored in encoded.values() for one in scored]
+        found: dict[int, dict[int, float]] = {number: {} for number in encoded}
+        for at, value in log_likelihoods(model, flat, batch_size, contender.tokenizer.pad_token_id):
+            number, place = owners[at]
+            found[number][place] = value
+            if len(found[number]) == len(encoded[number]):
+                yield number, [found[number][place] for place in sorted(found[number])]
+
+    def score(self, row: Choices, answer: list[float]) -> dict[str, Any]:
+        """The likeliest choice, and the likeliest by byte, with the numbers they were chosen by."""
+        per_byte = [value / len(text.encode()) for value, text in zip(answer, row.texts, strict=True)]
+        values = {"": answer} | ({"_per_byte": per_byte} if self.form == "text" else {})
+        scores: dict[str, Any] = {}
+        for ending, numbers in values.items():
+            best = numbers.index(max(numbers))
+            scores[f"log_likelihood{ending}"] = [round(number, 6) for number in numbers]
+            scores[f"chosen{ending}"], scores[f"right{ending}"] = row.letters[best], best == row.answer
+        return scores
+
+    def tell(self, row: Choices, answers: dict[str, list[float]], scores: dict[str, dict]) -> dict:
+        """A line of the output."""
+        choices = dict(zip(row.letters, row.texts, strict=True))
+        asked = {"question": row.messages[-1]["content"], "choices": choices, "answer": row.letters[row.answer]}
+        return {"file": row.file, "line": row.line, **asked, "scores": scores}
+
+    def figures(self, rows: list[Choices], answers: list[list[float]], scores: list[dict]) -> list[Figure]:
+        """The figures of a file, and what guessing would have right."""
+        labels = {"right": "accuracy", "right_per_byte": "accuracy, likelihood per byte"}
+        figures = [
+            share_right(f"accuracy{key.removeprefix('right')}", label, [row[key] for row in scores])
+            for key, label in labels.items()
+            if key in scores[0]
+        ]
+        guessing = 100 * sum(1 / len(row.texts) for row in rows) / len(rows)
+        return [*figures, Figure("guessing", "(guessing)", len(rows), guessing)]
+
+
+def share_right(key: str, label: str, right: list[bool]) -> Figure:
+    """The share of right answers, with the standard error of a mean, √(p (1 - p) / (n - 1))."""
+    count, share = len(right), sum(right) / len(right)
+    error = 100 * math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+    return Figure(key, label, count, 100 * share, error)
+
+
+def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
+    """Reads rows that can be evaluated; the rows themselves tell the task.
+
+    Returns:
+        `choices` where any row has choices, else `generation`; the rows; what is wrong with each other row.
+
+    Raises:
+        UserError: a file cannot be read, or rows of both tasks stand together.
+    """
+    files, problems = find_files(paths, flag)
+    raise_if_any(problems)
+    raws = [raw for file in files for raw in read_rows(file)]
+    if not any(isinstance(raw.value, dict) and raw.value.get("choices") is not None for raw in raws):
+        prompts, problems = read_prompts(paths, flag)
+        problems += [
+            Problem(
+                f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"',
+                file=row.file,
+                line=row.line,
+            )
+            for row in prompts
+            if row.reference is None
+        ]
+        return "generation", [row for row in prompts if row.reference is not None], problems
+    rows = []
+    for raw in raws:
+        place = f"{raw.file}:{raw.line}"
+        if raw.fatal:
+            raise UserError(f"{flag} {place} {raw.problem}")
+        try:
+            rows.append(read_choices(raw))
+        except BadRow as error:
+            if _is_prompt(raw.value):
+                raise UserError(
+                    f"{flag} {paths!r} has rows with choices, and {place} has none; evaluate them apart"
+                ) from None
+            problems.append(Problem(f"{place} {error}", file=raw.file, line=raw.line))
+    return "choices", rows, problems
+
+
+def _is_prompt(value: Any) -> bool:
+    try:
+        return "choices" not in value and bool(to_prompt(value))
+    except (BadRow, TypeError):
+        return False

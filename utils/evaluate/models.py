@@ -1,0 +1,133 @@
+"""The models of an evaluation: a trained one, and beside it the base it was trained on."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from utils.config.defaults import check_model_path
+from utils.runtime.errors import Problem, refusal
+from utils.storage.files import project_path
+from utils.template import get_template
+from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
+from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
+from utils.storage.weights import check_weight_files, fingerprint
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model, not loaded yet.
+
+    Attributes:
+        name: `base` or `trained`; `model` where there is only one.
+        args: the flags it came by.
+        parts: its base and adapters.
+        tokenizer: with the chat format it is asked in.
+        config: its configuration, transformers.PretrainedConfig.
+    """
+
+    name: str
+    args: TrainedArgs
+    parts: Parts
+    tokenizer: Any
+    config: Any
+
+    def load(self, dtype="auto"):
+        """The weights, in evaluation mode; generation stops at the format's stop token."""
+        model = load_trained(self.args, self.parts, dtype)
+        if self.tokenizer.eos_token_id is not None:
+            stop_at_eos(model, self.tokenizer)
+        return model
+
+
+def check_contenders(
+    args: TrainedArgs, compare_base: bool, insist: bool
+) -> tuple[dict[str, Parts], list[str | Problem]]:
+    """Finds the model that the flags mean, and the base it was trained on.
+
+    The base of an adapter is that of its chain; of a run of whole weights the one that the run has noted, or
+    `--base_model`.
+
+    Args:
+        args: the flags.
+        compare_base: whether a base is wanted.
+        insist: whether a base that cannot be found is a problem; else it is told and left out.
+
+    Returns:
+        `{"base": parts, "trained": parts}`, or `{"model": parts}` alone; and the problems.
+    """
+    path = args.model_path or ""
+    whole = not args.adapter and not (Path(path) / "adapter_config.json").is_file()
+    parts, problems = check_trained(replace(args, base_model=None) if whole else args)
+    if problems or parts is None:
+        return {}, problems
+    if not compare_base:
+        return {"model": parts}, []
+    base, problems = (parts.base, []) if parts.adapters else _base_of_weights(args, parts.base)
+    if base and not problems:
+        return {"base": Parts(base, ()), "trained": parts}, []
+    if insist or args.base_model:
+        return {}, problems
+    logger.info("only one model is evaluated: {}", problems[0])
+    return {"model": parts}, []
+
+
+def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[Problem]]:
+    noted = base_of_run(folder)
+    base = args.base_model or project_path(noted.get("path") or "")
+    if not base:
+        return None, refusal(
+            f"--model_path {args.model_path!r} does not say what it was trained on (it has no train_args.json with a "
+            "base); give that as --base_model, or leave it out with --compare_base false",
+            "model_path",
+            "base_model",
+        )
+    problems = check_model_path("--base_model" if args.base_model else "the base", base, args.trust_remote_code)
+    if not problems and Path(base).is_dir():
+        problems = check_weight_files("the base", base)
+    now = None if problems else fingerprint(base)
+    if now and noted.get("fingerprint") not in (None, now) and not args.allow_other_base:
+        problems = refusal(
+            f"{args.model_path!r} was trained on weights {noted['fingerprint']}, and {base!r} has {now}; give those "
+            "it was trained on, or --allow_other_base true",
+            "allow_other_base",
+        )
+    remedy = "give the base as --base_model, or leave it out with --compare_base false"
+    return base, [p if "base_model" in p.flags else replace(p, remedy=remedy) for p in problems]
+
+
+def load_contenders(args: TrainedArgs, models: dict[str, Parts]) -> list[Contender]:
+    """Loads the tokenizers and configurations, and settles in which chat format each model is asked.
+
+    That is `--template_name`, or else the model's own. A base without one is asked in the trained model's; a model
+    alone without one in plain text, the template `default`.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    found: list[Contender] = []
+    for name, parts in reversed(models.items()):  # the trained one first, since the base may need its format
+        own = replace(args, base_model=None, model_path=parts.base, adapter=None) if name == "base" else args
+        tokenizer = _format(own, parts, found[0].tokenizer if found else None)
+        config = AutoConfig.from_pretrained(parts.base, trust_remote_code=args.trust_remote_code)
+        found.insert(0, Contender(name, own, parts, tokenizer, config))
+    return found
+
+
+def _format(args: TrainedArgs, parts: Parts, other):
+    """The tokenizer of a model, with the format it is asked in; `other` is that of the trained one."""
+    if parts.adapters or args.template_name:
+        return load_format(args, parts)
+    tokenizer = load_tokenizer(parts.base, args.trust_remote_code, flag="--model_path")
+    if tokenizer.chat_template:
+        pass
+    elif other is not None:
+        tokenizer.chat_template, tokenizer.eos_token = other.chat_template, other.eos_token
+        logger.info("{} has no chat format of its own; it is asked in the trained model's", parts.base)
+    else:
+        speak(tokenizer, get_template("default", tokenizer))
+        logger.info("{} has no chat format of its own; it is asked in plain text, as template 'default'", parts.base)
+    return tokenizer

@@ -1,0 +1,208 @@
+"""What was found out of a run to come, as text."""
+
+from utils.runtime.markdown import show
+
+# how a group of values is headed, in the order they are shown
+_GROUPS = {
+    "flag": "flags",
+    "config": "the file of --config",
+    "launcher": "the launcher",
+    "recipe": "the recipe",
+    "default": "defaults in utils/args.py",
+    "derived": "derived from other values",
+    "library": "the libraries' defaults",
+}
+_WIDEST = 48  # a longer value pushes its source to the right
+
+
+def text_of(explained, everything: bool, diff: dict | None) -> str:
+    """All that is told, as a text.
+
+    Args:
+        explained: from `utils.explain.explain.explain`.
+        everything: whether to show values that nobody set as well.
+        diff: of each name, then, now and where from; None where no run is compared.
+    """
+    parts = ["\n".join(plan_lines(explained))]
+    parts += value_tables(explained, everything)
+    if explained.deepspeed:
+        rows = [(key, show(one["value"]), one["from"]) for key, one in explained.deepspeed["values"].items()]
+        parts.append("Values of DeepSpeed's file\n" + table(rows))
+    parts += idle_lines(explained, everything)
+    if diff is not None:
+        parts.append(diff_text(diff))
+    return "\n\n".join(parts)
+
+
+def plan_lines(explained) -> list[str]:
+    """What the run does, a line for each thing."""
+    plan, args = explained.plan, explained.args
+    rows = [("task", f"{args.task_type}, recipe {args.train_args_path}, --train_mode {args.train_mode}")]
+    rows += [("model", f"{args.model_name_or_path}{_weights(explained.weights)}"), ("rows", _rows(explained))]
+    rows += [("steps", _steps(explained)), ("update", _update(plan)), ("tokens", _tokens(plan))]
+    rows += [("a pass", _pass(plan)), ("learning rate", _rate(explained))]
+    rows += [(name, _occasion(explained, kind)) for name, kind in
+             (("logging", "logging"), ("evaluation", "eval"), ("checkpoints", "save"))]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return ["What the run will do", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def _weights(counted: dict | None) -> str:
+    if counted is None:
+        return " (its weights cannot be counted here)"
+    share = 100 * counted["trained"] / counted["all"]
+    return f", {counted['all']:,} weights, {counted['trained']:,} trained ({share:.3g} %)"
+
+
+def _rows(explained) -> str:
+    plan, report = explained.plan, explained.data.report
+    packed = f" in {plan['rows']:,} packed rows" if explained.values.get("packing") else ""
+    text = f"{explained.data.rows_trained():,} of {report.rows:,} train{packed}"
+    text += f", {report.dropped_rows():,} are left out ({report.counts()})" if report.dropped else ""
+    text += f", {report.untrained:,} of their answers are not trained" if report.untrained else ""
+    more = plan["rows_repeated"]
+    if more:
+        text += f", {more:,} a second time, for all processes to have as many" if more > 0 else (
+            f", {-more:,} of an epoch are left out (--dataloader_drop_last)"
+        )  # fmt: skip
+    return f"{text}, {plan['rows_to_evaluate']:,} evaluate" if plan["rows_to_evaluate"] else text
+
+
+def _steps(explained) -> str:
+    plan = explained.plan
+    by = "--max_steps" if explained.train_args.max_steps > 0 else "--num_train_epochs"
+    text = f"{plan['steps']:,} updates = {plan['epochs']:.4g} epochs of {plan['updates_per_epoch']:,} ({by})"
+    resumed = explained.train_args.resume_from_checkpoint
+    return f"{text}, going on from {resumed}" if resumed else text
+
+
+def _update(plan: dict) -> str:
+    passes, processes = plan["passes_per_update"], plan["processes"]
+    examples, rows = plan["examples_per_update"], plan["rows_per_update"]
+    text = f"{rows['largest']:,} examples"
+    if examples != rows:
+        text = f"{_range(examples)} examples in {rows['largest']:,} rows"
+    factors = f"{_count(processes, 'process')} × {_count(passes, 'pass')}"
+    last = f", {rows['smallest']:,} in the last of an epoch" if rows["smallest"] < rows["largest"] else ""
+    return f"{text} ({factors} × {plan['rows_per_pass']['largest']:,} rows{last})"
+
+
+def _range(spread: dict) -> str:
+    low, high = spread["smallest"], spread["largest"]
+    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _count(number: int, what: str) -> str:
+    """`"1 pass"`, `"2 passes"`, `"3 steps"`"""
+    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending}"
+
+
+def _tokens(plan: dict) -> str:
+    tokens, trained = plan["tokens_per_update"], plan["trained_tokens_per_update"]
+    share = 100 * trained["mean"] / tokens["mean"]
+    return (
+        f"{tokens['mean']:,.0f} an update on average, {share:.0f} % of them trained; at most {tokens['largest']:,} "
+        f"in the first epoch (update {tokens['at']:,}); {tokens['mean'] * plan['steps']:,.0f} in the whole run"
+    )
+
+
+def _pass(plan: dict) -> str:
+    computed = plan["computed_per_pass"]
+    padding = f", {100 * plan['padding']:.0f} % of them padding" if plan["padding"] else ""
+    return f"{computed['mean']:,.0f} tokens on average{padding}; at most {computed['largest']:,}"
+
+
+def _rate(explained) -> str:
+    rates, schedule = explained.plan["learning_rate"], explained.values["lr_scheduler_type"]
+    if rates is None:
+        return f"{explained.values['learning_rate']:g}, then as evaluations say ({schedule})"
+    first, highest, last = (f"{rates[name]:.3g}" for name in ("first", "highest", "last"))
+    warmup = (
+        f" after {_count(explained.plan['warmup_steps'], 'step')} of warm-up"
+        if rates["first"] < rates["highest"]
+        else ""
+    )
+    return f"{first} at first, {highest} at most{warmup}, {last} at last ({schedule})"
+
+
+def _occasion(explained, kind: str) -> str:
+    when = explained.plan[kind]
+    if not when["times"]:
+        if when["strategy"] == "best":
+            return "whenever an evaluation is the best so far"
+        without = kind == "eval" and not explained.plan["rows_to_evaluate"]
+        return f"none ({'no rows for it' if without else f'--{kind}_strategy ' + when['strategy']})"
+    every = "every step" if when["every"] == 1 else f"every {when['every']:,} steps" if when["every"] else None
+    text = f"{every or 'at the end of each epoch'}, {_count(when['times'], 'time')}"
+    if kind == "eval":
+        text += f", {_count(explained.plan['passes_per_evaluation'], 'pass')} each"
+    limit = explained.values.get("save_total_limit")
+    return f"{text}; the newest {limit} are kept" if kind == "save" and limit else text
+
+
+def value_tables(explained, everything: bool) -> list[str]:
+    """The values with their sources, a table for each kind of source."""
+    tables = []
+    for kind, title in _GROUPS.items():
+        rows = [
+            (name, show(explained.values[name]), _where(source))
+            for name, source in explained.sources.items()
+            if source.kind == kind and (everything or _is_told(explained, name, source))
+        ]
+        if rows:
+            tables.append(f"Values: {title}\n{table(rows)}")
+    return tables
+
+
+def _where(source) -> str:
+    return f"{source.where} (in place of {source.before.where})" if source.before else source.where
+
+
+def _is_told(explained, name: str, source) -> bool:
+    """Whether a value matters: someone set it, or it is one of this project's own that is on and counts here."""
+    if source.internal or (name in explained.idle and not source.chosen):
+        return False
+    return source.kind != "default" or explained.values[name] not in (None, False, 0)
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """Three columns, aligned."""
+    first = max(len(name) for name, _, _ in rows)
+    second = min(_WIDEST, max(len(value) for _, value, _ in rows))
+    return "\n".join(f"  {name:<{first}}  {value:<{second}}  {where}" for name, value, where in rows)
+
+
+def idle_lines(explained, everything: bool) -> list[str]:
+    """What does nothing here, by reason: of what someone set, or of everything."""
+    reasons: dict[str, list[str]] = {}
+    hidden = 0
+    for name, why in explained.idle.items():
+        source = explained.sources[name]
+        if everything or source.chosen:
+            reasons.setdefault(why, []).append(f"{name} {show(explained.values[name])} ({_where(source)})")
+        else:
+            hidden += 1
+    lines = [f"  {', '.join(names)}\n    {why}" for why, names in reasons.items()]
+    lines += [
+        f"  {name} at {where}\n    it has no type there (`{name}: … = …`), so that the dataclass ignores it"
+        for name, where in explained.unannotated.items()
+    ]
+    if not lines:
+        return [
+            f"Everything that was set has an effect here; {hidden} settings that nobody set have none (--all true)."
+        ]
+    more = f"\n  and {hidden} settings that nobody set (--all true)" if hidden else ""
+    return ["Without effect here\n" + "\n".join(lines) + more]
+
+
+def diff_text(diff: dict) -> str:
+    """What differs from an earlier run."""
+    title = f"Compared with {diff['run']}"
+    if not diff["differs"]:
+        return f"{title}: nothing differs"
+    rows = [
+        (name, f"{one['then']} → {one['now']}", one["from"] if one["from"] else "")
+        for name, one in diff["differs"].items()
+    ]
+    return f"{title}, then → now\n{table(rows)}"

@@ -1,0 +1,241 @@
+"""Answers of a model: how its tokens are chosen, and many prompts at once."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from utils.model.generation_config import own_generation
+from utils.runtime.errors import UserError
+from utils.config.flags import arg
+from utils.patches.rope import depends_on_length
+from utils.template.tokenize import Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
+
+
+@dataclass
+class GenerateArgs:
+    """Flags of generation, named as in transformers' `generate`."""
+
+    max_new_tokens: int = arg(512, "The longest answer in tokens.")
+    do_sample: bool = arg(False, "Sample instead of taking the likeliest token each time.")
+    temperature: float = arg(0.7, "With --do_sample: below 1 sharper, above 1 flatter.")
+    top_p: float = arg(0.9, "With --do_sample: only the likeliest tokens with this share of the probability.")
+    top_k: int = arg(0, "With --do_sample: only so many of the likeliest tokens; 0 for all.")
+    repetition_penalty: float = arg(1.0, "Above 1: tokens that stand already become less likely.")
+    num_beams: int = arg(1, "Beams of a beam search; 1 for none.")
+    seed: int = arg(42, "With --do_sample: the same seed gives the same answers.")
+
+
+def check_generate(args: GenerateArgs) -> list[str]:
+    """The problems of the figures."""
+    allowed = {
+        "max_new_tokens": (args.max_new_tokens >= 1, "a whole number of at least 1"),
+        "temperature": (0 < args.temperature < math.inf, "a number above 0, or --do_sample false"),
+        "top_p": (0 < args.top_p <= 1, "a number above 0, at most 1"),
+        "top_k": (args.top_k >= 0, "a whole number of at least 0"),
+        "repetition_penalty": (0 < args.repetition_penalty < math.inf, "a number above 0"),
+        "num_beams": (args.num_beams >= 1, "a whole number of at least 1"),
+        "seed": (args.seed >= 0, "a whole number of at least 0"),
+    }
+    problems = [
+        f"--{name} {getattr(args, name)} is not allowed; give {text}"
+        for name, (fine, text) in allowed.items()
+        if not fine
+    ]
+    if args.do_sample and args.num_beams > 1:
+        problems.append(f"--do_sample true and --num_beams {args.num_beams} do not go together; give one of them")
+    return problems
+
+
+def context_of(config) -> int | None:
+    """How many tokens a model can see, by its configuration; None where that does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def room_for(model, prompt: list[int], args: GenerateArgs) -> int:
+    """How many tokens an answer may have: `--max_new_tokens`, or fewer where the model's context ends before."""
+    context = context_of(model.config)
+    return args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(prompt))
+
+
+def prompt_ids(
+    model, tokenizer, messages: list[dict], tools: list | None = None, allow_special: bool = False
+) -> list[int]:
+    """The token ids a conversation is answered from, in the format the tokenizer was saved with.
+
+    As in training, a special token's text within a message stays plain text.
+
+    Args:
+        model: the model, or anything else with its `config`.
+        tokenizer: has a chat template.
+        messages: the conversation, the question last.
+        tools: descriptions of tools.
+        allow_special: whether such a text becomes the token, as `--allow_special_tokens_in_content` trains it.
+
+    Raises:
+        UserError: the format refuses the conversation, or it fills the model's context.
+    """
+    from jinja2 import TemplateError
+
+    form = tokenizer.get_chat_template(tools=tools)
+    for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in message for message in messages))):
+        if there and name not in form:
+            raise UserError(f"the model's chat format has no form for {name}; leave them out, or use another model")
+    mark = None
+    if not allow_special:
+        mark, breaks = free_break(json.dumps([messages, tools], ensure_ascii=False)), breaks_for(tokenizer, form)
+        messages, tools = break_messages(messages, breaks, mark), break_leaves(tools, breaks.others, mark)
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:  # tools of another shape than the format reads
+        raise UserError(f"the model's chat format refuses the conversation: {error}") from error
+    ids = encode_segments([[Segment(text)]], tokenizer, allow_special=True, marks=[mark])[0]["input_ids"]
+    context = context_of(model.config)
+    if context and len(ids) >= context:
+        raise UserError(f"the prompt has {len(ids):,} tokens, and the model's context is {context:,}; shorten it")
+    return ids
+
+
+def answer_all(
+    model, tokenizer, prompts: list[list[int]], args: GenerateArgs, batch_size: int, seeds: list[int] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Answers many prompts, in batches of similar length, the longest first, padded on the left.
+
+    Each prompt gets the answer it would get alone: under greedy decoding and beam search, and with `do_sample` too,
+    where each prompt draws its own random numbers, from `args.seed` and its number. In float32, that is: a bfloat16
+    sum depends on the batch, and the likeliest of two near-equal tokens with it.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: has a pad token.
+        prompts: token ids, from `prompt_ids`.
+        args: how tokens are chosen.
+        batch_size: the most prompts that are answered at once.
+        seeds: a number for each prompt, which its random numbers depend on. Default: its place in `prompts`.
+
+    Yields:
+        (place in `prompts`, answer without special tokens), as each batch is done.
+
+    Raises:
+        UserError: a batch does not fit the device's memory.
+    """
+    for places in _batches(model, prompts, args, batch_size):
+        batch = [prompts[place] for place in places]
+        numbers = [place if seeds is None else seeds[place] for place in places]
+        for place, ids in zip(places, generate_ids(model, tokenizer, batch, args, numbers), strict=True):
+            yield place, text_of(tokenizer, ids)
+
+
+def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: int) -> Iterator[list[int]]:
+    """Places of prompts that can be answered together: all of a batch may have equally long answers."""
+    alike = depends_on_length(model.config.get_text_config())
+    batch: list[int] = []
+    kind = None
+    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
+        # near the end of the context every length has its own room, and none may go beyond it
+        kind, before = (room_for(model, prompts[place], args), len(prompts[place]) if alike else 0), kind
+        if batch and (len(batch) == batch_size or kind != before):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def generate_ids(
+    model, tokenizer, prompts: list[list[int]], args: GenerateArgs, seeds: list[int], streamer=None
+) -> list[list[int]]:
+    """Answers prompts that all have the same room, at once.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: has a pad token.
+        prompts: token ids; shorter ones are padded on the left.
+        args: how tokens are chosen.
+        seeds: a number for each prompt, for its random numbers.
+        streamer: transformers' TextStreamer, for one prompt.
+
+    Returns:
+        for each prompt the ids of its answer, with the stop token where it came to one, and padding after that.
+
+    Raises:
+        UserError: it does not fit the device's memory.
+    """
+    import torch
+
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    width = batch["input_ids"].shape[1]
+    options = _options(model, args, seeds, [width - len(prompt) for prompt in prompts])
+    options |= {"max_new_tokens": room_for(model, max(prompts, key=len), args)}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
+    try:
+        with torch.inference_mode(), own_generation(model):
+            output = model.generate(**batch, **options)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{len(prompts):,} prompts of up to {width:,} tokens do not fit the GPU's memory together with their "
+            "answers; give a smaller --batch_size, or a smaller --max_new_tokens"
+        ) from error
+    return output[:, width:].tolist()
+
+
+def text_of(tokenizer, ids: list[int]) -> str:
+    """An answer as it was trained: without special tokens, and with every space."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _options(model, args: GenerateArgs, seeds: list[int], padding: list[int]) -> dict:
+    """The flags as `generate` takes them.
+
+    Sampling is the likeliest token after random noise: the largest of logit + Gumbel noise is a draw from the
+    softmax (Gumbel 1954), and so each row can have noise of its own.
+    """
+    import torch
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    steps = LogitsProcessorList()
+    if args.repetition_penalty != 1:
+        # told where the padding ends: its token would count as one that stands already
+        ignored = torch.tensor(padding).repeat_interleave(args.num_beams)
+        steps.append(RepetitionPenaltyLogitsProcessor(args.repetition_penalty, prompt_ignore_length=ignored))
+    if args.do_sample:
+        steps.append(TemperatureLogitsWarper(args.temperature))
+        if args.top_k:
+            steps.append(TopKLogitsWarper(args.top_k))
+        if args.top_p < 1:
+            steps.append(TopPLogitsWarper(args.top_p))
+        steps.append(_Noise(args.seed, seeds, model.device))
+    return {"do_sample": False, "num_beams": args.num_beams, "use_cache": True, "logits_processor": steps}
+
+
+class _Noise:
+    """Adds Gumbel noise to logits, each row from a generator of its own.
+
+    Args:
+        seed: of all rows.
+        numbers: of each row.
+        device: where the logits are.
+    """
+
+    def __init__(self, seed: int, numbers: list[int], device):
+        import numpy
+        import torch
+
+        self.generators = [torch.Generator(device) for _ in numbers]
+        for generator, number in zip(self.generators, numbers, strict=True):
+            generator.manual_seed(int(numpy.random.SeedSequence((seed, number)).generate_state(1)[0]))
+
+    def __call__(self, input_ids, scores):
+        """`scores` of shape (rows, vocabulary)."""
+        import torch
+
+        for row, generator in zip(scores, self.generators, strict=True):
+            noise = torch.empty_like(row).exponential_(generator=generator)
+            row -= noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
+        return scores

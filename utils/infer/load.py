@@ -1,0 +1,231 @@
+"""What a training left behind, loaded again: a run's folder, a base model, or a base with adapters on top."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+
+from utils.model.adapter_files import attach_adapter
+from utils.model.experts import leave_router_logits_out
+from utils.config.defaults import check_model_path
+from utils.storage.run_folder import checkpoints_of, noted_by_run, read_manifest
+from utils.runtime.errors import UserError
+from utils.config.flags import arg
+from utils.runtime.startup import import_peft
+from utils.model.merge_layers import merge_onto, types_of
+from utils.storage.files import project_path
+from utils.model.quantised import keep_quantised_weights
+from utils.patches.rope import use_row_rope
+from utils.template import get_template, template_dict, unknown_template
+from utils.template.auto import own_templates
+from utils.model.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
+from utils.storage.weights import check_weight_files, fingerprint
+
+
+@dataclass
+class TrainedArgs:
+    """The flags that say which model; commands add their own."""
+
+    model_path: str | None = arg(None, "A run's folder (adapter or full), or a base model.")
+    adapter: str | None = arg(None, "Adapters on top of it, separated by commas, in the order they were trained.")
+    base_model: str | None = arg(None, "Where an adapter's base lies now, if not where the adapter says.")
+    template_name: str | None = arg(None, "The chat format of a base model. Default: the one saved with the model.")
+    allow_other_base: bool = arg(False, "Load an adapter onto a base that is not the one it was trained on.")
+    trust_remote_code: bool = arg(False, "Run Python code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A base and the adapters that go on top of it, first trained first."""
+
+    base: str
+    adapters: tuple[str, ...]
+
+    def last(self) -> str:
+        """The folder that was trained last: its tokenizer and chat format are the model's."""
+        return self.adapters[-1] if self.adapters else self.base
+
+
+def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
+    """Finds the base and the adapters that the flags mean, and whether they belong together.
+
+    Returns:
+        the parts, None where they cannot be told; and the problems.
+    """
+    if args.template_name not in (None, "auto", *template_dict):
+        return None, [unknown_template(args.template_name)]
+    if not args.model_path:
+        return None, ["--model_path is missing; give a run's folder, such as output/sft-…, or a base model"]
+    given = [("--adapter", path.strip()) for path in (args.adapter or "").split(",") if path.strip()]
+    problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    whole = [str(folder) for folder in checkpoints_of(Path(args.model_path)) if read_manifest(folder)]
+    if problems and whole:
+        problems = [f"--model_path {args.model_path!r} is a run that has not ended; give its checkpoint {whole[-1]!r}"]
+    for flag, path in given:
+        if not _is_adapter(path):
+            problems.append(f"{flag} {path!r} has no adapter_config.json; give the folder of a run that has an adapter")
+    if problems:
+        return None, problems
+    chain, base = [path for _, path in given], args.model_path
+    while _is_adapter(base):
+        chain.insert(0, base)
+        recorded, problem = _recorded_base(base)
+        if problem:
+            return None, [problem]
+        base = project_path(recorded)
+        if base in chain:
+            return None, [
+                f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"
+            ]
+    if args.base_model:
+        if not chain:
+            return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has whole weights"]
+        base = args.base_model
+        problems = check_model_path("--base_model", base, args.trust_remote_code)
+    elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+        problems = [f"{chain[0]!r} was trained on {base!r}, which is not there; give its new place as --base_model"]
+    for folder in chain:
+        if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
+            problems.append(
+                f"{folder!r} has no adapter_model.safetensors. Other weight files can run code when they are read and "
+                "are not loaded; save the adapter with save_pretrained(...) of PEFT"
+            )
+    for folder in (base, *chain):
+        problems += check_weight_files(f"--model_path {args.model_path!r}", folder) if Path(folder).is_dir() else []
+    if not problems and not args.allow_other_base:
+        problems = _check_base(base, chain)
+    return Parts(base, tuple(chain)), problems
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def _recorded_base(adapter: str) -> tuple[str, str | None]:
+    try:
+        return json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"], None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return "", f"{adapter!r} has an adapter_config.json that cannot be read ({type(error).__name__}: {error})"
+
+
+def base_of_run(folder: str) -> dict:
+    """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
+    return noted_by_run(folder, "base")
+
+
+def allows_special(parts: Parts) -> bool:
+    """Whether the run was trained with special tokens in what messages say."""
+    return bool(noted_by_run(parts.last(), "common").get("allow_special_tokens_in_content"))
+
+
+def _check_base(base: str, adapters: list[str]) -> list[str]:
+    """An adapter fits only the weights it was trained on; on others of the same shape it loads without a word."""
+    now = fingerprint(base) if adapters else None
+    problems = []
+    for adapter in adapters:
+        trained_on = base_of_run(adapter)
+        if now and trained_on.get("fingerprint") not in (None, now):
+            problems.append(
+                f"{adapter!r} was trained on {trained_on['path']!r} with the weights {trained_on['fingerprint']}, and "
+                f"{base!r} has {now}; give the base it was trained on as --base_model, or --allow_other_base true"
+            )
+            break  # adapters after it were trained on more than the base alone
+        if len(adapters) > 1:
+            break
+    return problems
+
+
+def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
+    """Loads base and adapters for generation, on the GPU where there is one.
+
+    All adapters but the last are merged, as they were when the last one was trained.
+
+    Args:
+        args: the flags, for the messages.
+        parts: from `check_trained`.
+        dtype: of the weights; "auto" is the one they are saved in.
+
+    Returns:
+        transformers.PreTrainedModel or peft.PeftModel, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, or the adapter does not fit it.
+    """
+    import_peft()
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(parts.base, **options)
+    except Exception as error:  # the hub, the file system and the model code each raise their own
+        flag = "--base_model" if args.base_model else "--model_path"
+        raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
+    use_row_rope(model)  # likelihoods of several choices go through the model in one batch
+    leave_router_logits_out(model)
+    model = _with_adapters(model, parts.adapters) if parts.adapters else model
+    if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
+        # the run's own stop tokens, not the base's
+        model.generation_config = GenerationConfig.from_pretrained(parts.last())
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_quantised_weights(model)  # the adapter was trained on them as they are
+        return model.eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _with_adapters(model, paths: tuple[str, ...]):
+    """The model under the last adapter; those before it are merged, and rounded once, after the last of them."""
+    flag, types = "--adapter or --model_path", types_of(model)
+    for number, path in enumerate(paths[:-1], start=2):
+        model = merge_onto(model, path, flag, types if number == len(paths) else None).model
+    return attach_adapter(model, paths[-1], flag)
+
+
+def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):
+    """Loads a model and a tokenizer that speak the format they were trained in.
+
+    Args:
+        args: the flags, for the messages.
+        parts: from `check_trained`.
+        dtype: of the weights; "auto" is the one they are saved in.
+        tokenizer: from `load_format`, where it is loaded already.
+
+    Returns:
+        (model, tokenizer); the tokenizer has a chat template and pads on the left, the model stops at its eos token.
+
+    Raises:
+        UserError: they cannot be loaded, or have no chat format.
+    """
+    tokenizer = tokenizer or load_format(args, parts)
+    model = load_trained(args, parts, dtype)
+    if tokenizer.eos_token_id is not None:
+        stop_at_eos(model, tokenizer)  # an adapter from elsewhere brings no generation_config.json
+    return model, tokenizer
+
+
+def load_format(args: TrainedArgs, parts: Parts):
+    """Loads the tokenizer alone, with the chat format that the model was trained in, or that the flags name.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat format.
+    """
+    from utils.runtime.log import route_library_logs
+
+    route_library_logs()
+    home = parts.last()
+    if not (Path(home) / "tokenizer_config.json").is_file() and parts.adapters:
+        logger.info("{} has no tokenizer; the base's is used", home)
+        home = parts.base
+    tokenizer = load_tokenizer(home, args.trust_remote_code, flag="--model_path")
+    if not args.template_name and not tokenizer.chat_template:
+        raise UserError(
+            f"--model_path {args.model_path!r} has no chat format of its own; give one with --template_name, "
+            "or the folder of a run"
+        )
+    if args.template_name:
+        speak(tokenizer, get_template(args.template_name, tokenizer))
+    else:
+        own_templates(tokenizer)  # refused where none of several is the default
+    tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
+    return tokenizer

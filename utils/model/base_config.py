@@ -1,0 +1,70 @@
+"""The config.json of a run's weights: the base's own, but for what was trained."""
+
+import contextlib
+import copy
+
+from utils.runtime.errors import UserError
+from utils.model.tokenizer import load_failure
+
+
+def text_configs(model) -> list:
+    """The configurations of a model that its layers read: the whole one, and the language model's inside it."""
+    config = model.config
+    return list({id(part): part for part in (config, config.get_text_config())}.values())
+
+
+def refuse_unloadable(path: str, flag: str, trust_remote_code: bool, remedy: str) -> None:
+    """Refuses to save what `AutoModelForCausalLM` takes out of a larger model but could not load by itself.
+
+    Of Llama 3.2 Vision that is `MllamaForCausalLM`: saved alone, its config.json belongs to none of the classes that
+    are found by their configuration.
+
+    Args:
+        path: of the whole model, a folder or a hub's name.
+        flag: that gave it.
+        trust_remote_code: whether Python code beside the model may run.
+        remedy: ends the message.
+
+    Raises:
+        UserError: it could not be loaded again, or the configuration cannot be read.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, and each model's code, raise their own
+        raise UserError(load_failure("model", flag, path, error)) from error
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name is None or hasattr(config, "auto_map"):  # code beside the model
+        return
+    if getattr(transformers, name).config_class.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"of {flag} {path!r} only the language model within, {name}, would be saved, which transformers' "
+            f"AutoModelForCausalLM cannot load again; {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def saved_with(model, base_config):
+    """Lets `save_pretrained` write the base's configuration in place of the one that the training worked with.
+
+    TRL and transformers set fields that are about the training alone: `use_cache`, `output_router_logits`,
+    `router_aux_loss_coef`, `pad_token_id`. Only the stop token is trained, and `save_pretrained` itself writes the
+    type of the weights.
+
+    Args:
+        model: the one that is saved; an adapter, which is saved without config.json, is left alone.
+        base_config: a copy of its configuration from before the trainer was built, or None.
+    """
+    if base_config is None or hasattr(model, "peft_config"):
+        yield
+        return
+    worked_with = model.config
+    saved = copy.deepcopy(base_config)
+    saved.get_text_config().eos_token_id = worked_with.get_text_config().eos_token_id
+    model.config = saved
+    try:
+        yield
+    finally:
+        model.config = worked_with

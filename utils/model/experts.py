@@ -1,0 +1,96 @@
+"""The auxiliary loss of a mixture of experts, which keeps its experts evenly used: tried before it is trained."""
+
+from loguru import logger
+
+from utils.model.base_config import text_configs
+from utils.runtime.errors import UserError, first_line
+
+_ROWS, _TOKENS = 2, 8  # of the forward pass that tries it
+_ALIKE = 0.02  # relative difference of two ways to compute it, in bf16 too
+
+
+def leave_router_logits_out(*models) -> None:
+    """Has a forward pass return router logits only where it is asked for them.
+
+    TRL asks for them in each step of the training; `generate` cannot use them, and raises for more than one prompt.
+
+    Args:
+        *models: each a model or None.
+    """
+    for model in filter(None, models):
+        for config in text_configs(model):
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False
+
+
+def settle_balance(trainer) -> None:
+    """Trains the auxiliary loss where the trainer's loss and the model itself agree on it, else goes on without it.
+
+    Args:
+        trainer: TRL's SFTTrainer or DPOTrainer, built.
+
+    Raises:
+        UserError: `--router_aux_loss_coef` asks for a loss that this model cannot give.
+    """
+    leave_router_logits_out(trainer.model)
+    if not trainer.aux_loss_enabled:
+        return
+    config = trainer.model.config.get_text_config()
+    inner = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
+    for name in ("num_experts", "num_experts_per_tok"):
+        # TRL's head reads them from the configuration, which in some families has other names for them
+        if getattr(config, name, None) is None and getattr(inner, name, None) is not None:
+            setattr(config, name, getattr(inner, name))
+    reason = _why_none(trainer, config)
+    if reason is None:
+        return
+    if trainer.args.router_aux_loss_coef:
+        raise UserError(
+            f"--router_aux_loss_coef {trainer.args.router_aux_loss_coef:g} cannot be used with {type(inner).__name__}: "
+            f"{reason}; leave the flag out to train without the experts' auxiliary loss"
+        )
+    trainer.aux_loss_enabled = False
+    logger.warning("the experts' auxiliary loss is not trained: {}", reason)
+
+
+def _why_none(trainer, config) -> str | None:
+    """Why the auxiliary loss cannot be trained; None where it can."""
+    from trl import SFTTrainer
+
+    fused = not getattr(trainer, "own_forward", False)
+    if isinstance(trainer, SFTTrainer) and trainer.label_smoother is not None:
+        return "TRL leaves it out where --label_smoothing_factor is set"
+    if fused and None in (getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok")):
+        return "the model does not tell how many experts it has"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return None  # the weights may be divided, so that no forward pass is possible yet
+    own, reason = _tried(trainer)
+    if own is None or not fused:
+        return reason
+    found, reason = _tried(trainer, fused_lm_head=True)
+    if found is not None and abs(found - own) > _ALIKE * abs(own):
+        return f"TRL computes {found:.4g} where the model itself computes {own:.4g}"
+    return reason
+
+
+def _tried(trainer, **options) -> tuple[float | None, str | None]:
+    """The auxiliary loss of a few tokens, or why there is none."""
+    import math
+
+    import torch
+
+    model = trainer.model
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(_ROWS * _TOKENS, device=model.device).reshape(_ROWS, _TOKENS) % vocabulary
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            options |= {"labels": ids} if options else {}
+            output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
+        loss = float(output.aux_loss)
+    except Exception as error:  # each model's code raises its own
+        return None, f"the model's forward pass cannot give it ({first_line(error)})"
+    finally:
+        model.train(training)
+    return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}")

@@ -1,0 +1,239 @@
+"""One adapter merged into the model it is on: each layer in float32, tied weights separated where they part."""
+
+import warnings
+from typing import Any, NamedTuple
+
+from loguru import logger
+
+from utils.model.adapter_files import attach_adapter, fit_vocabulary, trained_tokens
+from utils.runtime.errors import UserError
+from utils.model.merge_check import MOST, compare, logits_in_float32, logits_or_none, probe_ids, refuse_difference
+
+
+class Merged(NamedTuple):
+    """A merged model, and what it is compared by.
+
+    Attributes:
+        model: transformers.PreTrainedModel
+        ids: the tokens that are compared, (rows, length).
+        base: the logits before the last adapter; None where the model does not compute on the CPU.
+        adapter: the logits of the last adapter on the models before it; None likewise.
+        merged: the logits of `model`; None likewise.
+    """
+
+    model: Any
+    ids: Any
+    base: Any
+    adapter: Any
+    merged: Any = None
+
+
+class Rounding:
+    """How much of what training changed is lost when the merged weights are rounded to a smaller type."""
+
+    def __init__(self):
+        self.moved = self.lost = 0.0
+
+    def add(self, before, merged, rounded) -> None:
+        """Counts one layer's weights; of a chain each adapter's own change."""
+        for old, new, kept in zip(before, merged, rounded, strict=True):
+            self.moved += float((new - old).double().square().sum())
+            self.lost += float((new - kept.detach().float()).double().square().sum())
+
+    def share(self) -> float:
+        """|rounding| / |change|, both as the root of the sum of squares."""
+        return (self.lost / self.moved) ** 0.5 if self.moved else 0.0
+
+    def report(self, dtype: str) -> None:
+        """Logs what was lost, if anything was."""
+        if self.lost:
+            log = logger.warning if self.share() >= MOST else logger.info
+            log(
+                "rounding to {} moved the merged weights by {:.2g} % of what training moved them; "
+                "--dtype float32 keeps it all, in twice the space",
+                dtype,
+                100 * self.share(),
+            )
+
+
+def merge_onto(model, adapter: str, flag: str, types: dict | None, rounding: Rounding | None = None) -> Merged:
+    """Puts an adapter onto a model, merges it, and compares the logits before and after merging.
+
+    Args:
+        model: the base, on the CPU.
+        adapter: the adapter's folder.
+        flag: the flag it came by, for the messages.
+        types, rounding: as for `merge_adapter`.
+
+    Raises:
+        UserError: the adapter does not fit, cannot be merged, or the merged model is another.
+    """
+    import torch
+
+    fit_vocabulary(model, adapter, flag)
+    if any(weight.is_meta for weight in model.parameters()):  # FSDP loads the weights in one process alone
+        return Merged(merge_adapter(attach_adapter(model, adapter, flag), adapter, types, rounding), None, None, None)
+    ids = probe_ids(model, trained_tokens(adapter))
+    base = logits_or_none(model, ids)
+    peft = attach_adapter(model, adapter, flag)
+    expected = logits_or_none(peft, ids) if base is not None else None
+    exact = expected is not None and _room_in_float32(peft)
+    model = merge_adapter(peft, adapter, types, rounding, wide=exact)
+    if exact:
+        # before anything is rounded, so that a fault does not pass for rounding
+        compared = compare(base, expected, logits_in_float32(model, ids))
+        refuse_difference(compared, "float32", "the merged model", adapter)
+        _round(model, types)
+    smallest = min((types or {"": torch.float32}).values(), key=lambda kind: torch.finfo(kind).bits)
+    if smallest is torch.float16 and not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError("--dtype float16 has no room for the largest of the merged weights; use bfloat16 or float32")
+    found = None
+    if expected is not None:
+        found = logits_in_float32(model, ids)
+        refuse_difference(compare(base, expected, found), smallest, "the merged model", adapter, exact)
+    return Merged(model, ids, base, expected, found)
+
+
+def _room_in_float32(peft) -> bool:
+    """Whether the layers that an adapter changes fit into the machine's free memory in float32, all at once."""
+    import psutil
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+    low = {id(weight): weight for layer in layers for weight in layer.parameters() if weight.element_size() < 4}
+    needed, free = sum(4 * weight.numel() for weight in low.values()), psutil.virtual_memory().available
+    if needed < 0.9 * free:
+        return True
+    logger.warning(
+        "the merge is not compared before it is rounded: that needs {:.1f} GB, and {:.1f} GB of memory are free. A "
+        "difference that is as large as what the adapter changes is refused, even where rounding alone explains it",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return False
+
+
+def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None = None, wide: bool = False):
+    """Merges the adapter of a PEFT model and takes PEFT's layers away.
+
+    Args:
+        peft: from `attach_adapter`.
+        path: the adapter's, for the messages.
+        types: name of a weight → its torch.dtype afterwards; None leaves what the adapter changed in float32.
+        rounding: counts what rounding to `types` costs.
+        wide: whether what the adapter changed stays in float32 nevertheless, for `_round` to come.
+
+    Returns:
+        transformers.PreTrainedModel; its config says `tie_word_embeddings: false` where embedding and head are no
+        longer the same.
+
+    Raises:
+        UserError: the adapter's kind cannot be merged, or the weights are not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = separate_head(peft)
+    by_weight = _types_by_weight(peft, types)
+    try:
+        for layer in [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]:
+            _merge_layer(layer, by_weight, rounding, wide)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that each layer is merged already
+            model = peft.merge_and_unload(safe_merge=True)
+        if left := [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]:
+            raise NotImplementedError(f"PEFT leaves its layer on {left[0]}, which it wraps twice")
+    except ValueError as error:  # PEFT's, for weights that are not finite
+        raise UserError(
+            f"adapter {path!r} cannot be merged: {error}. Its training may have diverged; see its train.log, and take "
+            "a checkpoint from before"
+        ) from error
+    except Exception as error:  # each kind of adapter raises its own
+        kind = peft.peft_config["default"].peft_type.value
+        raise UserError(
+            f"adapter {path!r} is of the type {kind} and cannot be merged: {type(error).__name__}: {error}"
+        ) from error
+    if not wide:
+        _round(model, types)
+    if tied:
+        _tie_again_or_say_so(model)
+    return model
+
+
+def _round(model, types: dict | None) -> None:
+    for name, weight in model.named_parameters() if types is not None else ():
+        weight.data = weight.data.to(types.get(name, weight.dtype))
+
+
+def _merge_layer(layer, types: dict, rounding: Rounding | None, wide: bool) -> None:
+    base = layer.get_base_layer().float()
+    before = [weight.detach().clone() for weight in base.parameters()] if rounding else []
+    layer.merge(safe_merge=True)
+    merged = [weight.detach() for weight in base.parameters()]
+    rounded = [weight.detach().to(types.get(id(weight), weight.dtype)) for weight in base.parameters()]
+    if rounding:
+        rounding.add(before, merged, rounded)
+    for weight, low in zip(base.parameters(), () if wide else rounded, strict=not wide):
+        weight.data = low
+
+
+def types_of(model) -> dict:
+    """Name of a weight → its torch.dtype; of tied weights each name."""
+    return {name: weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+def _types_by_weight(peft, types: dict | None) -> dict:
+    """id of a weight → its torch.dtype afterwards; without the names that PEFT's wrappers put between."""
+    wrappers = {"base_layer", "token_adapter", "original_module"}
+    found = {}
+    for name, weight in peft.get_base_model().named_parameters(remove_duplicate=False) if types is not None else ():
+        plain = ".".join(part for part in name.split(".") if part not in wrappers)
+        found[id(weight)] = types.get(plain, weight.dtype)
+    return found
+
+
+def separate_head(peft) -> bool:
+    """Gives the head a matrix of its own where an adapter changes it or the embedding, and both are one matrix.
+
+    PEFT adapts each by itself, and merging one of them would change the other as well. Rows of single tokens are
+    trained in both at once, so that these stay one.
+
+    Returns:
+        whether they were separated.
+    """
+    import torch
+    from peft.utils.other import TrainableTokensWrapper
+
+    model = peft.get_base_model()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head is embedding:
+        return False
+    shared = {id(weight) for weight in embedding.parameters()} & {id(weight) for weight in head.parameters()}
+    wrapped = [type(layer).__module__.startswith("peft.") for layer in (embedding, head)]
+    if not shared or not any(wrapped):
+        return False
+    if all(isinstance(layer, TrainableTokensWrapper) for layer in (embedding, head)):
+        return False
+    for module in head.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) in shared and name == "weight":
+                setattr(module, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+    return True
+
+
+def _tie_again_or_say_so(model) -> None:
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    one = torch.equal(embedding.weight, head.weight)
+    if one:
+        head.weight = embedding.weight
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = one
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if one:
+        return
+    logger.info(
+        "the adapter changes embedding or head, which were one matrix in the base: they are two now, and config.json "
+        "has tie_word_embeddings false"
+    )

@@ -1,0 +1,163 @@
+"""Bases in fewer bits: quantised as they load, or saved so, which config.json tells before any weights load."""
+
+import json
+from pathlib import Path
+
+from loguru import logger
+
+from utils.runtime.errors import Problem, refusal
+from utils.runtime.distributed import uses_fsdp
+
+_GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes, as --model_name_or_path"
+
+
+def quantisation_of(path: str, download: bool = False) -> dict | None:
+    """The `quantization_config` of a model's config.json; None where there is none, or no config.json to read.
+
+    `{"quant_method": "bitsandbytes", "load_in_4bit": True, …}`
+
+    Args:
+        path: a folder, or a hub's name.
+        download: whether the file may be fetched from the hub; else only a copy on this machine is read.
+    """
+    try:
+        if Path(path).expanduser().is_dir():
+            file = Path(path).expanduser() / "config.json"
+        else:
+            from transformers.utils import cached_file
+
+            file = Path(cached_file(path, "config.json", local_files_only=not download))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # whoever loads the model says it better
+        return None
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    for part in filter(lambda part: isinstance(part, dict), parts):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def method_of(quantisation: dict) -> str:
+    """`bitsandbytes_4bit`, `bitsandbytes_8bit`, `mxfp4`, `gptq`, …: transformers' names."""
+    for bits in (4, 8):
+        if quantisation.get(f"load_in_{bits}bit"):
+            return f"bitsandbytes_{bits}bit"
+    return str(quantisation.get("quant_method", "in an unnamed way"))
+
+
+def settle_base(common, download: bool = False) -> list[Problem]:
+    """Checks that the base can be trained as it is saved; one in 4 bits is trained as `--train_mode qlora`.
+
+    Args:
+        common: CommonArgs; `train_mode` may change from lora to qlora.
+        download: as for `quantisation_of`.
+
+    Returns:
+        the problems.
+    """
+    quantisation = quantisation_of(common.model_name_or_path, download)
+    if quantisation is None:
+        return []
+    base, mode = f"--model_name_or_path {common.model_name_or_path!r}", common.train_mode
+    method = method_of(quantisation)
+    if method == "bitsandbytes_4bit":
+        if mode == "full":
+            return refusal(
+                f"--train_mode full cannot change the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
+                "--train_mode qlora, or give the model it was made from",
+                "train_mode",
+                "model_name_or_path",
+            )
+        if common.init_lora_weights == "pissa":
+            return refusal(
+                f"--init_lora_weights pissa takes the base's weights apart, and {base} is saved in 4 bits; leave the "
+                "flag out, or give the model it was made from",
+                "init_lora_weights",
+                "model_name_or_path",
+            )
+        if mode == "lora":
+            common.train_mode = "qlora"
+            logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
+        return []
+    if method == "mxfp4":
+        if mode == "qlora":
+            return refusal(
+                f"--train_mode qlora quantises whole weights, and {base} is saved in MXFP4; use --train_mode lora, "
+                "which unpacks them to 16 bits, or give the model in 16 bits",
+                "train_mode",
+                "model_name_or_path",
+            )
+        logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
+        return []
+    what = "in 8 bits (bitsandbytes)" if method == "bitsandbytes_8bit" else f"quantised ({method})"
+    return refusal(f"{base} is saved {what}, which is not trained here; {_GIVE}", "model_name_or_path")
+
+
+def loading_options(args, compute_dtype) -> dict:
+    """What `from_pretrained` is to do with weights that are saved quantised; empty where they are not.
+
+    Args:
+        args: CommonArgs, accepted by `settle_base`.
+        compute_dtype: of the arithmetic; bitsandbytes would take the one that the base was saved with.
+    """
+    quantisation = quantisation_of(args.model_name_or_path)
+    if quantisation is None:
+        return {}
+    from transformers import AutoConfig, Mxfp4Config
+
+    if method_of(quantisation) == "mxfp4":
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
+    config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    found = quantisation | {"bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch.")}
+    holders = (config, config.get_text_config())
+    next(part for part in holders if getattr(part, "quantization_config", None)).quantization_config = found
+    return {"config": config, "quantization_config": None}
+
+
+def forget_unpacking(model) -> None:
+    """Has weights that were unpacked from MXFP4 saved under their own names.
+
+    transformers would reverse its renaming of the packed ones, so that they were named `…_blocks`: nothing would find
+    them when the model is loaded, which then had random experts.
+    """
+    if not getattr(model, "is_quantized", False) and getattr(model.config, "quantization_config", None) is None:
+        model._weight_conversions = None  # those of the architecture alone, then
+
+
+def is_stored_in_bytes(args) -> bool:
+    """Whether the base's 4-bit weights lie in a type that sharding cannot split; as most are saved."""
+    quantisation = quantisation_of(args.model_name_or_path) or {}
+    storage = quantisation.get("bnb_4bit_quant_storage", "uint8")
+    return method_of(quantisation) == "bitsandbytes_4bit" and "int" in str(storage)
+
+
+def keep_quantised_weights(model) -> None:
+    """Stops bitsandbytes from rewriting the weights at the first evaluation on a CPU.
+
+    Its fast path for inference packs them anew, in place and with coarser scales, so the
+    training that goes on after would be against another base.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantised(compute_dtype, train_args) -> dict:
+    """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
+        # sharding splits storage of a floating type only, and places the weights by itself
+        config.bnb_4bit_quant_storage = compute_dtype
+        return {"quantization_config": config}
+    # quantised weights cannot be moved later, so each process loads them where it trains
+    return {"quantization_config": config, "device_map": {"": train_args.device}}

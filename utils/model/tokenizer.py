@@ -1,0 +1,115 @@
+"""Loading a tokenizer, and making sure that it can pad and that it knows where an answer stops."""
+
+import re
+from pathlib import Path
+
+from loguru import logger
+
+from utils.runtime.errors import UserError, in_one_line
+from utils.runtime.distributed import agree
+from utils.template import Template
+from utils.template.dates import prints_date, today
+
+_NAMED = "additional_chat_templates"  # transformers' folder for the templates beside the default one
+# a reserved token is better than eos: it never stands for anything else
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, flag: str = "--model_name_or_path"):
+    """Loads a fast tokenizer with a pad token.
+
+    Args:
+        model_name_or_path: a folder or a name on a hub.
+        trust_remote_code: whether Python code beside the model may run.
+        flag: the flag it came by, for the messages.
+
+    Raises:
+        UserError: there is no tokenizer, or only a slow one, which has no offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, the file system and the parsers each raise their own
+        raise UserError(load_failure("tokenizer", flag, model_name_or_path, error)) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {model_name_or_path!r} has no fast version, which is needed to find the trained text. "
+            "Save one with AutoTokenizer.from_pretrained(...).save_pretrained(...) of a recent transformers"
+        )
+    _check_vocabulary(tokenizer, model_name_or_path, trust_remote_code, flag)
+    # rows are measured against --max_len, not against the tokenizer's own figure, which it would warn of
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next(
+            (token for token in _PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token or min(vocabulary)
+        )
+        logger.info("the tokenizer has no pad token; padding with {!r}", tokenizer.pad_token)
+    return tokenizer
+
+
+def tokenizer_of(args):
+    """The tokenizer of a run: the base's, where `auto` asks for it with the chat template of the adapter to go on from.
+
+    Args:
+        args: CommonArgs. `template_date` is set to today where the chat template prints a day and none is given.
+    """
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
+    if args.template_name == "auto" and args.adapter_name_or_path and saved.is_file():
+        named = {file.stem: file.read_text(encoding="utf-8") for file in saved.parent.glob(f"{_NAMED}/*.jinja")}
+        default = saved.read_text(encoding="utf-8")
+        tokenizer.chat_template = {"default": default, **named} if named else default
+    if args.template_name == "auto" and prints_date(tokenizer):
+        args.template_date = args.template_date or agree(today())  # midnight may pass between two processes
+    elif args.template_date:
+        logger.warning("--template_date {}: the template prints no day, so it changes nothing", args.template_date)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) -> None:
+    """A tokenizer without its files loads as an empty one, and one of another model has ids beyond the embedding."""
+    from transformers import AutoConfig
+
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"the tokenizer of {flag} {path!r} makes no tokens of a text; is its tokenizer.json missing?")
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {flag} {path!r} has ids up to {largest}, and the model's embedding {config.vocab_size} "
+            "rows; use the tokenizer that belongs to the model"
+        )
+
+
+def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
+    """One line for a load that failed, without the address lists that hub errors carry."""
+    reason = re.sub(r"https?://\S+", "the hub", in_one_line(error))
+    return (
+        f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
+        "Give a folder with a model saved by transformers, or a name the hub has"
+    )
+
+
+def set_format(tokenizer, template: Template, model) -> None:
+    """Writes a chat format into tokenizer and model, so that other programs speak it and stop with it."""
+    speak(tokenizer, template)
+    stop_at_eos(model, tokenizer)
+
+
+def speak(tokenizer, template: Template) -> None:
+    """Writes a chat format and its stop token into a tokenizer; under `auto` it keeps all the templates it has."""
+    if template.name != "auto" or not isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = template.to_jinja()
+    tokenizer.eos_token = template.stop_token()
+
+
+def stop_at_eos(model, tokenizer) -> None:
+    """Generation ends with the tokenizer's eos token, or with any that the model had before."""
+    config = model.generation_config
+    known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
+    config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known]))
+    config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,76 @@
+"""The reference of the proofs: each row alone through the plain model, its loss written out in PyTorch."""
+
+from contextlib import nullcontext
+
+from utils.template.tokenize import IGNORED
+
+
+def plain_loss(trainer, rows: list[dict]):
+    """The loss of a step without collator, layout, fused head or trainer, with a graph for the gradients.
+
+    Args:
+        trainer: of the task; only its models and its β are used.
+        rows: prepared rows, or pairs.
+
+    Returns:
+        the loss, a tensor of one number; None for a loss that is not written out here.
+    """
+    if "input_ids" in rows[0]:
+        return _cross_entropy(trainer, rows)
+    return _preference(trainer, rows)
+
+
+def _cross_entropy(trainer, rows: list[dict]):
+    """L = -Σ_t log p(y_t | y_<t) / number of trained tokens, over the tokens t with a label."""
+    settings = trainer.args
+    if settings.loss_type != "nll" or settings.label_smoothing_factor or any("seq_lengths" in row for row in rows):
+        return None
+    count = sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    return -sum(_log_prob(trainer.model, row["input_ids"], row["labels"]) for row in rows) / count
+
+
+def _preference(trainer, rows: list[dict]):
+    """L = -log σ(β (log π(y_c|x)/π_ref(y_c|x) - log π(y_r|x)/π_ref(y_r|x))), the mean over pairs (arXiv 2305.18290)."""
+    from torch.nn.functional import logsigmoid
+
+    settings = trainer.args
+    usual = {"loss_type": ["sigmoid"], "ld_alpha": None, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl"}
+    if (
+        any(
+            getattr(settings, name, value) not in (value, value[0] if isinstance(value, list) else value)
+            for name, value in usual.items()
+        )
+        or settings.use_weighting
+    ):
+        return None
+    losses = []
+    for row in rows:
+        margin = 0.0
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            ids = row["prompt_ids"] + row[f"{side}_ids"]
+            labels = [IGNORED] * len(row["prompt_ids"]) + row[f"{side}_labels"]
+            margin = margin + sign * (_log_prob(trainer.model, ids, labels) - _reference(trainer, ids, labels))
+        losses.append(-logsigmoid(trainer.beta * margin))
+    return sum(losses) / len(losses)
+
+
+def _reference(trainer, ids: list[int], labels: list[int]):
+    import torch
+
+    model, adapter = trainer.ref_model or trainer.model, nullcontext()
+    if trainer.ref_model is None:
+        from trl.trainer.utils import use_adapter
+
+        adapter = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+    with torch.no_grad(), adapter:
+        return _log_prob(model, ids, labels)
+
+
+def _log_prob(model, ids: list[int], labels: list[int]):
+    """log p of a row's labelled tokens, added up."""
+    import torch
+
+    inputs = torch.tensor([ids], device=model.device)
+    targets = torch.tensor(labels[1:], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
+    return -torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,235 @@
+"""Proofs by whole runs of main_train.py, each in processes of its own: resumed, and on two ranks."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+from utils.storage.run_folder import STATE, checkpoints_of
+from utils.runtime.errors import ERROR_FILE, read_problems
+from utils.export.merge import size_of
+from utils.storage.files import ROOT
+from utils.prove.figures import DoesNotApply, Measure, ProofFailed, relative, worst
+from utils.prove.subject import Subject
+from utils.prove.batch_checks import GRADIENTS, LOSS
+
+STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
+# the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small
+WARMUP = STEPS
+RESUMED = 0.0  # the same sums in the same order
+RESUMED_GPU = 1e-4  # kernels of a GPU add up in an order of their own each time
+_ON_CPU_AT_MOST = 4e9  # bytes of weights in float32 with which a CPU trains in minutes
+
+
+def resumed(subject: Subject) -> list[Measure]:
+    """A run that goes on from its third step's checkpoint against one that was never interrupted."""
+    _needs_room(subject)
+    dropout = ["--lora_dropout", str(subject.dropout)]
+    whole = _undisturbed(subject, dropout)
+    checkpoint = next((path for path in checkpoints_of(whole) if path.name == f"checkpoint-{SAVED}"), None)
+    if checkpoint is None:
+        raise ProofFailed(f"it left no checkpoint of step {SAVED}")
+    again = train(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
+    tolerance = RESUMED_GPU if _gpus() else RESUMED
+    return [
+        *_same_history("loss", whole, again, tolerance, first=SAVED + 1),
+        _same_weights(whole, again, tolerance),
+    ]
+
+
+def ranks(subject: Subject) -> list[Measure]:
+    """A run of two processes against one of a single process, on the same rows a step."""
+    import torch
+
+    if not torch.distributed.is_available() or not (torch.distributed.is_gloo_available() or len(_gpus()) > 1):
+        raise DoesNotApply("this PyTorch has no torch.distributed with gloo, by which processes of a CPU talk")
+    if getattr(subject.train_args, "use_liger_kernel", False) and not _gpus():
+        raise DoesNotApply("--use_liger_kernel true needs a GPU for each process")
+    config = _config_of(subject)
+    if dropout := _own_dropout(config):
+        raise DoesNotApply(f"the model's config.json sets {dropout}, and each process draws its own random numbers")
+    if getattr(config, "output_router_logits", False):
+        raise DoesNotApply("the model's config.json sets output_router_logits: experts are balanced within a process")
+    cpu = len(_gpus()) == 1
+    if cpu and size_of(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
+        raise DoesNotApply("there is one GPU, and the model is too large to train on the CPU in minutes")
+    _needs_room(subject)
+    none = ["--lora_dropout", "0.0"]
+    whole = _undisturbed(subject, none, cpu)
+    two = train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
+    return [*_same_history("loss", whole, two, LOSS), *_same_history("grad_norm", whole, two, GRADIENTS)]
+
+
+def _undisturbed(subject: Subject, flags: list[str], cpu: bool = False) -> Path:
+    """The run of one process that others are compared with, made once for each dropout and device."""
+    name = f"undisturbed-{flags[-1]}{'-cpu' if cpu else ''}"
+    folder = subject.scratch / name
+    return folder if (folder / STATE).is_file() else train(subject, name, flags, cpu=cpu)
+
+
+def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
+    """Runs main_train.py with the user's flags on the rows chosen, two a step; returns the run's folder.
+
+    Raises:
+        ProofFailed: with the last lines it printed.
+    """
+    from tqdm import tqdm
+
+    subject.release()
+    folder = subject.scratch / name
+    even = len(subject.rows) // 2 * 2  # a last step of one row would be filled up on two ranks
+    flags = [
+        *subject.flags, "--train_data_path", subject.rows_file(even), "--cache_dir", str(subject.scratch / "cache"),
+        "--output_dir", str(folder), "--max_steps", str(STEPS), "--per_device_train_batch_size", str(2 // processes),
+        "--gradient_accumulation_steps", "1", "--logging_strategy", "steps", "--logging_steps", "1",
+        "--save_strategy", "steps", "--save_steps", str(SAVED), "--save_total_limit", "0", "--save_only_model", "false",
+        "--warmup_steps", str(WARMUP), "--disable_tqdm", "true", *more,
+    ]  # fmt: skip
+    launcher = [sys.executable, str(ROOT / "main_train.py")]
+    if processes > 1:
+        launcher[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr",
+                         "127.0.0.1", "--master_port", _free_port()]  # fmt: skip
+    tail: deque[str] = deque(maxlen=200)
+    errors = subject.scratch / f"{name}-problems.json"
+    errors.unlink(missing_ok=True)
+    with tqdm(total=STEPS, desc=f"run: {name}", leave=False) as bar:
+        environment = {**_environment(processes, cpu), ERROR_FILE: str(errors)}
+        code = _run([*launcher, *flags], environment, tail, bar)
+    if code:
+        error = read_problems(errors)
+        said = _in_one_line(str(error)) if error else _error_in(list(tail))
+        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {said}")
+    return folder
+
+
+def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
+    """Runs a command to its end, its steps shown; whatever ends this process ends that one and its children too."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        try:
+            for line in process.stdout:
+                tail.append(line.rstrip())
+                if "'loss'" in line:  # of transformers' PrinterCallback, which prints what each step logs
+                    bar.update()
+            return process.wait()
+        except BaseException:
+            end(process.pid)
+            raise
+
+
+def end(pid: int) -> None:
+    """Ends a process and all that it started; a launcher's workers are in sessions of their own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in [first, *first.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _in_one_line(text: str) -> str:
+    """The first lines of a message in one."""
+    return " ".join(line.strip() for line in text.splitlines()[:6])
+
+
+def _error_in(lines: list[str]) -> str:
+    """What a run that crashed said last that tells a reader something.
+
+    Python ends a traceback with the error's name; torch.distributed.run adds one of its own after that.
+    """
+    errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    return (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1].strip()
+
+
+def _environment(processes: int, cpu: bool) -> dict:
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    gpus = [] if cpu else _gpus()
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:processes])
+    if not gpus:
+        environment["DS_ACCELERATOR"] = "cpu"
+        threads = environment.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) // 2))
+        environment["OMP_NUM_THREADS"] = threads
+    return environment
+
+
+def _gpus() -> list[str]:
+    """The GPUs this process may use, by the names its environment gives them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _needs_room(subject: Subject) -> None:
+    """Checkpoints with an optimizer's two moments are three times the weights that are trained."""
+    base = size_of(subject.args.model_name_or_path, "float32")
+    needed = base * 11 if not subject.has_adapter else base // 5
+    free = shutil.disk_usage(subject.scratch).free
+    if needed > free:
+        raise DoesNotApply(
+            f"the runs need about {needed / 1e9:.0f} GB in {str(subject.scratch.parent)!r}, which has {free / 1e9:.0f} "
+            "GB free; set TMPDIR to a folder on another disk"
+        )
+
+
+def _config_of(subject: Subject):
+    from transformers import AutoConfig
+
+    path, code = subject.args.model_name_or_path, subject.args.trust_remote_code
+    return AutoConfig.from_pretrained(path, trust_remote_code=code).get_text_config()
+
+
+def _own_dropout(config) -> str | None:
+    """The first dropout that the model's own configuration sets, `"attention_dropout 0.1"`."""
+    names = [name for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")]
+    return next((f"{name} {getattr(config, name)}" for name in names if getattr(config, name)), None)
+
+
+def _history(folder: Path) -> list[dict]:
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
+
+
+def _same_history(figure: str, expected: Path, found: Path, tolerance: float, first: int = 1) -> list[Measure]:
+    """The step whose logged figure differs most; none where no step logged it."""
+    theirs, ours = (
+        {entry["step"]: entry[figure] for entry in _history(folder) if figure in entry and entry["step"] >= first}
+        for folder in (expected, found)
+    )
+    if theirs.keys() != ours.keys():
+        raise ProofFailed(f"the one run logged the {figure} of the steps {sorted(theirs)}, the other {sorted(ours)}")
+    words = {"grad_norm": "norm of all gradients"}
+    each = [
+        relative(f"{words.get(figure, figure)} of step {step}", theirs[step], ours[step], tolerance) for step in ours
+    ]
+    return [worst(each)] if each else []
+
+
+def _same_weights(expected: Path, found: Path, tolerance: float) -> Measure:
+    """All that was saved: the norm of the difference, relative to the norm of the weights."""
+    from safetensors import safe_open
+
+    names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (expected, found)]
+    if names[0] != names[1] or not names[0]:
+        raise ProofFailed(f"the one run saved {names[0]}, the other {names[1]}")
+    sizes, others, differences = 0.0, 0.0, 0.0
+    for name in names[0]:
+        with safe_open(expected / name, "pt") as theirs, safe_open(found / name, "pt") as ours:
+            for key in theirs.keys():  # noqa: SIM118  (not a dict)
+                a, b = theirs.get_tensor(key).double(), ours.get_tensor(key).double()
+                sizes, others = sizes + float(a.square().sum()), others + float(b.square().sum())
+                differences += float((a - b).square().sum())
+    return Measure("norm of the saved weights", sizes**0.5, others**0.5, (differences / sizes) ** 0.5, tolerance)

@@ -1,0 +1,240 @@
+"""What is proved on: a user's own model, rows and settings, in float32, and the figures that two ways give of them."""
+
+import copy
+import dataclasses
+import functools
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from utils.model.adapter import ADAPTERS, build_adapter
+from utils.data.files import read_rows
+from utils.runtime.errors import UserError
+from utils.model.layout import resolve_layout
+from utils.model.load import load_model, with_trained_adapter
+from utils.model.probe_state import leave_dropout_out
+from utils.prove.figures import Gradients, logits_of
+from utils.prove.plain import plain_loss
+from utils.run.save import prepare_trainer
+from utils.tasks import get_task
+from utils.tasks.trainer import Data
+from utils.template import get_template
+from utils.model.tokenizer import tokenizer_of
+
+
+class Subject:
+    """A user's model, rows and settings. The model is loaded once, when a first proof asks for it.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+        count: how many rows are used.
+        dropout: of the adapters, as the user has it; `args` has none, or no two steps could be compared.
+        flags: of main_train.py, for proofs that run it.
+        scratch: a folder that is removed afterwards.
+
+    Raises:
+        UserError: fewer than two rows can be trained on.
+    """
+
+    def __init__(self, args, train_args, count: int, dropout: float, flags: list[str], scratch: Path):
+        self.args, self.train_args = args, train_args
+        self.dropout, self.flags, self.scratch = dropout, flags, scratch
+        self.task = get_task(args.task_type)
+        self.tokenizer = tokenizer_of(args)
+        template = (args.template_name, self.tokenizer, args.template_date)
+        self.template = get_template(*template) if self.task.USES_TEMPLATE else None
+        self.data = self._choose(count)
+        self.rows: list[dict] = list(self.data.train)
+        self.base_logits: list = []
+        self._start: dict = {}
+
+    # ------------------------------------------------------------------ rows
+    def _choose(self, count: int) -> Data:
+        """Rows of all lengths there are, the shortest and the longest among them, in the order of the files."""
+        data = self.task.load_datasets(self.args, self.train_args, self.template, self.tokenizer)
+        if len(data.train) < 2:
+            raise UserError(
+                f"--train_data_path {self.args.train_data_path!r} has one row to train on, and the proofs need two at "
+                "least; give more rows"
+            )
+        lengths = [length_of(row) for row in data.train]
+        places = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
+        count = min(count, len(places))
+        chosen = sorted(places[round(i * (len(places) - 1) / (count - 1))] for i in range(count))
+        lengths = [lengths[place] for place in chosen]
+        logger.info(
+            "proved in float32 on {} rows of {} to {} tokens: line {} of {}",
+            count, min(lengths), max(lengths), ", ".join(str(place_of(data.train[i])[1]) for i in chosen),
+            ", ".join(data.report.files),
+        )  # fmt: skip
+        if len(set(lengths)) == 1:
+            logger.warning(
+                "all of these rows are of one length, which puts padding and accumulation hardly to the test"
+            )
+        return dataclasses.replace(data, train=data.train.select(chosen), eval=None)
+
+    @functools.cached_property
+    def raw_rows(self) -> list[Any]:
+        """The rows as they stand in their files, one for each of `rows`."""
+        places = [place_of(row) for row in self.rows]
+        found: dict = {}
+        for number in {number for number, _ in places}:
+            lines = {line for file, line in places if file == number}
+            for raw in read_rows(self.data.report.files[number]):
+                if raw.line in lines:
+                    found[number, raw.line] = raw.value
+                    lines.remove(raw.line)
+                if not lines:
+                    break
+        return [found[place] for place in places]
+
+    def rows_file(self, count: int | None = None) -> str:
+        """A file of the first `count` of the rows, all by default."""
+        rows = self.raw_rows[:count]
+        file = self.scratch / f"rows-{len(rows)}.jsonl"
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.write_text("".join(lines), encoding="utf-8")
+        return str(file)
+
+    # ------------------------------------------------------------------ model
+    @functools.cached_property
+    def trainer(self):
+        """The task's own trainer; what it trains stands a little away from its start, so that nothing in it is zero."""
+        from transformers import set_seed
+
+        set_seed(self.train_args.seed)
+        args, train_args = self.args, self.train_args
+        model = load_model(dataclasses.replace(args, adapter_name_or_path=None), train_args)
+        if self.has_adapter and args.init_lora_weights != "pissa":
+            if not ADAPTERS[args.train_mode].quantised:
+                model.to(train_args.device)
+            self.base_logits = logits_of(model, self.rows)
+        if args.adapter_name_or_path:
+            model = with_trained_adapter(model, args)
+        self.layout = resolve_layout(args, train_args, self.task, model, self.tokenizer)
+        adapter = build_adapter(args, model, self.tokenizer, self.template)
+        collator = self.collator(train_args.padding_free)
+        trainer = self.task.build_trainer(args, train_args, model, adapter, self.data, collator, self.tokenizer)
+        prepare_trainer(trainer, self.tokenizer, self.template, args)
+        if train_args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(train_args.gradient_checkpointing_kwargs)
+        if trainer.aux_loss_enabled:
+            logger.info("the balance of the model's experts is left out: it is of a whole batch, and not of its tokens")
+            trainer.aux_loss_enabled = False
+        leave_dropout_out(trainer.model)
+        self._stir(trainer.model)
+        return trainer
+
+    @property
+    def has_adapter(self) -> bool:
+        return ADAPTERS[self.args.train_mode].lora
+
+    @property
+    def prefers(self) -> bool:
+        """Whether pairs are trained."""
+        return self.args.task_type.startswith("dpo")
+
+    def _stir(self, model) -> None:
+        """Adds noise to what is trained: LoRA's B begins at zero, and DPO's policy as its reference."""
+        import torch
+
+        if not self.has_adapter and not self.prefers:
+            return
+        generator = torch.Generator().manual_seed(self.train_args.seed)
+        share = 0.1 if self.has_adapter else 0.01
+        for name, weight in trained(model).items():
+            if self.has_adapter:
+                self._start[name] = weight.detach().cpu().clone()
+            size = float(weight.detach().square().mean().sqrt())
+            noise = torch.randn(weight.shape, generator=generator) * (share * size or 0.02)
+            weight.data.add_(noise.to(weight))
+
+    def unstir(self) -> None:
+        """Gives an adapter the weights it begins a training with."""
+        for name, weight in trained(self.trainer.model).items():
+            if name in self._start:
+                weight.data.copy_(self._start[name])
+
+    def release(self) -> None:
+        """Lets go of the model: processes of their own will need the memory."""
+        import torch
+
+        self.__dict__.pop("trainer", None)
+        self.__dict__.pop("reference", None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------ steps
+    def collator(self, padding_free: bool):
+        """The task's own collator, in the one form or the other."""
+        settled = copy.copy(self.train_args)
+        settled.padding_free = padding_free
+        return self.task.build_collator(self.args, settled, self.tokenizer)
+
+    @functools.cached_property
+    def reference(self) -> Gradients:
+        """Each row alone through the plain model.
+
+        A loss that is not written out in `utils/prove/plain.py` is the trainer's own, of all rows in one padded batch.
+        """
+        trainer = self.trainer
+        trainer.model.zero_grad(set_to_none=True)
+        loss = plain_loss(trainer, self.rows)
+        self.reference_is_plain = loss is not None
+        if loss is None:
+            found = self.step([self.collator(padding_free=False)(self.rows)])
+        else:
+            loss.backward()
+            weights = trained(trainer.model)
+            found = Gradients(loss.item(), {n: weight.grad for n, weight in weights.items() if weight.grad is not None})
+        return Gradients(found.loss, {name: gradient.cpu().clone() for name, gradient in found.of.items()})
+
+    def step(self, batches: list[dict]) -> Gradients:
+        """Forward and backward of a step by the trainer's own functions, its batches accumulated.
+
+        Returns:
+            the loss, and the gradients as they stand in the model until the next step.
+        """
+        trainer = self.trainer
+        trainer.model.zero_grad(set_to_none=True)
+        samples, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+        trainer.current_gradient_accumulation_steps = len(samples)
+        loss = sum(float(trainer.training_step(trainer.model, batch, items)) for batch in samples)
+        weights = trained(trainer.model)
+        return Gradients(loss, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
+
+
+def place_of(row: dict) -> tuple[int, int]:
+    """The number of a row's file, and its line there."""
+    return divmod(row["source"][0], 1 << 40)
+
+
+def length_of(row: dict) -> int:
+    """A row's tokens, or those of a pair's longer side."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def trained(model) -> dict:
+    """name → weight of all that is trained."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out what the preparing of rows says, where rows are prepared that were prepared before."""
+    names = ("utils.data.prepare", "utils.data.report")
+    for name in names:
+        logger.disable(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            logger.enable(name)

@@ -1,0 +1,240 @@
+"""The run card: README.md in the run's folder, in the form of a model card of the Hugging Face Hub."""
+
+import dataclasses
+import math
+import re
+import shlex
+from pathlib import Path
+
+from loguru import logger
+
+from utils.config.config_file import is_own_recipe
+from utils.runtime.markdown import Markdown, code, escape, fenced, show, table
+from utils.run.samples import LONGEST, Sample
+
+CARD = "README.md"
+_MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
+# told elsewhere in the card, or of no meaning for the result
+_NOT_SETTINGS = (
+    "config", "train_args_path", "model_name_or_path", "adapter_name_or_path", "train_data_path", "eval_data_path",
+    "task_type", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "cache_dir", "local_rank", "precision",
+    "card_samples", "disable_tqdm", "deepspeed",
+)  # fmt: skip
+_MAIN = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "seed",
+)  # fmt: skip
+_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
+            "init_lora_weights", "loraplus_lr_ratio", "train_special_tokens")  # fmt: skip
+
+
+def changed_settings(args, train_args) -> dict[str, tuple]:
+    """Settings that differ from the defaults in the recipe and in utils/args.py: name → (default, value).
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+    """
+    # what follows from the machine and from there being rows to evaluate is no setting
+    given = {name: getattr(train_args, name) for name in ("output_dir", "bf16", "fp16", "use_cpu")}
+    given |= {"eval_strategy": "no"} if train_args.eval_strategy == "no" else {}
+    defaults, values = type(train_args)(**given).to_dict(), train_args.to_dict()
+    for field in dataclasses.fields(args):
+        defaults[field.name], values[field.name] = field.default, getattr(args, field.name)
+    defaults |= {"max_prompt_length": args.max_len // 2} if args.max_prompt_length == args.max_len // 2 else {}
+    if train_args.gradient_checkpointing is None:  # not yet decided by the model's size
+        defaults |= dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"))
+    return {
+        name: (defaults[name], value)
+        for name, value in values.items()
+        if name in defaults and value != defaults[name] and name not in _NOT_SETTINGS
+        and not name.endswith("_token") and not name.startswith("hub_")
+    }  # fmt: skip
+
+
+def write_card(folder: Path, text: str) -> Path:
+    """Writes the card; a README.md that is none of this project's stays, and the card goes beside it.
+
+    Returns:
+        the card's file.
+    """
+    path = folder / CARD
+    if path.exists() and not is_own_card(path):
+        path = folder / "run_card.md"
+        logger.warning("{} is not a run's card and stays as it is; the card is {}", folder / CARD, path.name)
+    if path.exists() and not is_own_card(path):
+        logger.warning("{} is none either, so no card is written", path)
+        return path
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a file is a card that a run wrote."""
+    return path.is_file() and _MARK.encode() in path.read_bytes()
+
+
+def card_text(
+    record: dict, history: list[dict], changed: dict, samples: list[Sample], no_samples: str, folder: str
+) -> str:
+    """The whole card.
+
+    Args:
+        record: what the run noted, with its summary.
+        history: the trainer's log.
+        changed: from `changed_settings`.
+        samples: questions and answers; `no_samples` says why there are none.
+        folder: the run's, for the command that repeats it.
+    """
+    common = record["common"]
+    title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
+    kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
+    again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}{_typed(common)}"
+    parts = [
+        _front_matter(common), _MARK, f"# {escape(title)}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
+        "## Result", table(_result(record, history)),
+        "## Base and data", table(_base(record)), *_data(record),
+        "## Settings", table(_settings(record)),
+        *_changed(changed), *_resumed(record),
+        "## Answers before and after", *_answers(samples, no_samples),
+        "## Machine", table(_machine(record, history)),
+        "## Repeat it", fenced(again, "bash"),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _typed(common: dict) -> str:
+    """The flags that `--config` does not take over from a file, since they run code."""
+    recipe = common["train_args_path"]
+    flags = "" if is_own_recipe(recipe) else f" --train_args_path {shlex.quote(recipe)}"
+    return flags + (" --trust_remote_code true" if common.get("trust_remote_code") else "")
+
+
+def _changed(changed: dict[str, tuple]) -> list[str]:
+    if not changed:
+        return ["All settings are the recipe's defaults."]
+    rows = [(name, f"{show(value)} (default: {show(default)})") for name, (default, value) in changed.items()]
+    return ["Settings that differ from the recipe's defaults:", table(rows)]
+
+
+def _resumed(record: dict) -> list[str]:
+    """Where a run went on from; with other settings, one command does not repeat it."""
+    lines = []
+    for one in record.get("resumed") or []:
+        changes = [escape(f"{name} {now} (it was {before})") for name, (before, now) in one["changed"].items()]
+        other = f" with other settings, so that one command does not repeat it: {', '.join(changes)}" if changes else ""
+        lines.append(f"Resumed from {code(one['from'])}{other}.")
+    return lines
+
+
+def _front_matter(common: dict) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = common["model_name_or_path"]
+    data = ModelCardData(
+        # the Hub refuses a card whose base is a folder of someone's machine
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir() else None,
+        library_name="transformers" if common["train_mode"] == "full" else "peft",
+        pipeline_tag="text-generation",
+        tags=["llm-dojo", "trl", common["task_type"].partition("_")[0], common["train_mode"]],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _name(path: str) -> str:
+    return "/".join(Path(path).parts[-2:]) if not Path(path).is_absolute() else Path(path).name
+
+
+def _result(record: dict, history: list[dict]) -> list[tuple]:
+    summary = record["summary"]
+    losses = [
+        (entry["eval_loss"], entry["step"]) for entry in history if math.isfinite(entry.get("eval_loss", math.nan))
+    ]
+    best = min(losses, default=None)
+    rows = [
+        ("training loss", f"{_figure(summary['first_loss'])} at first, {_figure(summary['last_loss'])} at last"),
+        ("evaluation loss", f"{losses[0][0]:.4f} at first, {losses[-1][0]:.4f} at last, "
+         f"{best[0]:.4f} at best (step {best[1]:,})" if best else "not measured"),
+    ]  # fmt: skip
+    if summary.get("eval_accuracy") is not None:
+        rows.append(("evaluation pairs", f"{100 * summary['eval_accuracy']:.1f} % with the higher reward for chosen"))
+    if summary.get("best_kept"):
+        rows.append(("saved weights", f"of step {summary['best_step']:,}, the best by {summary['best_figure']}"))
+    skipped = f", {summary['steps_skipped']:,} left out (not finite)" if summary.get("steps_skipped") else ""
+    return [*rows, ("steps", f"{summary['steps']:,}{skipped}")]
+
+
+def _base(record: dict) -> list[tuple]:
+    common = record["common"]
+    rows = [("base", _with_weights(record["base"]))]
+    if "adapter" in record:
+        rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
+    template = "none: plain text" if common["task_type"] == "pretrain" else code(common["template_name"])
+    return [*rows, ("chat template", template)]
+
+
+def _with_weights(noted: dict) -> Markdown:
+    weights = f", weights {code(noted['fingerprint'])}" if noted.get("fingerprint") else ""
+    return Markdown(code(noted["path"]) + weights)
+
+
+def _data(record: dict) -> list[str]:
+    lines = ["| rows | read | kept | left out | tokens | trained tokens |", "|---|---|---|---|---|---|"]
+    files = ["| file | bytes | sha256 |", "|---|---|---|"]
+    for part, told in (("training", record["data"]["train"]), ("evaluation", record["data"].get("eval"))):
+        if told and "held_back" in told:
+            lines.append(f"| {part} | – | {told['held_back']:,}, held back of the training rows | – | – | – |")
+        elif told:
+            out = ", ".join(f"{count:,} {escape(reason)}" for reason, count in told["dropped"].items()) or "none"
+            out += f"; {told['shortened']:,} shortened" if told["shortened"] else ""
+            figures = f"{told['tokens']:,} | {told['trained_tokens']:,}"
+            lines.append(f"| {part} | {told['rows']:,} | {told['kept']:,} | {out} | {figures} |")
+            files += [f"| {code(one['file'])} | {one['bytes']:,} | {code(one['sha256'])} |" for one in told["files"]]
+    return ["\n".join(lines), "\n".join(files)]
+
+
+def _settings(record: dict) -> list[tuple]:
+    common, trainer = record["common"], record["trainer"]
+    names = [name for name in _MAIN if name != "max_steps" or trainer.get(name, -1) > 0]
+    rows = [("task, recipe", Markdown(f"{escape(common['task_type'])}, {code(common['train_args_path'])}"))]
+    rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
+    rows.append(("longest row", f"{common['max_len']:,} tokens"))
+    if common["train_mode"] != "full":
+        rows.append(("adapter", ", ".join(f"{name} {show(common[name])}" for name in _ADAPTER)))
+    rows += [("DeepSpeed", show(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
+    return rows + [(name, show(trainer[name])) for name in names if name in trainer]
+
+
+def _machine(record: dict, history: list[dict]) -> list[tuple]:
+    machine = record["hardware"]
+    end = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    tokens = next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None)
+    rows = [
+        ("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB of memory"),
+        ("GPUs", ", ".join(machine["gpus"]) or "none"),
+        ("processes", record["start"]["processes"]),
+    ]
+    if end:
+        resumed = " (since it was resumed)" if record["trainer"].get("resume_from_checkpoint") else ""
+        rows.append(("training time", f"{end['train_runtime']:,.0f} s{resumed}"))
+    rows += [("tokens seen", f"{tokens:,.0f}")] if tokens else []
+    if peak := record["summary"].get("gpu_memory"):
+        rows.append(("GPU memory, peak of the first process", f"{peak / 2**30:.1f} GiB"))
+    libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [*rows, ("system", f"{machine['system']}, Python {machine['python']}"), ("libraries", libraries)]
+
+
+def _answers(samples: list[Sample], why_none: str) -> list[str]:
+    if not samples:
+        return [f"No answers: {why_none}."]
+    lines = [f"Greedy, at most {LONGEST} tokens. The questions are rows of the data, as the model sees them."]
+    for number, sample in enumerate(samples, 1):
+        lines.append(f"### {number}")
+        shown = [("", sample.prompt), ("Wanted:", sample.wanted), ("Before:", sample.before), ("After:", sample.after)]
+        for title, text in shown:
+            lines += [title, fenced(text)] if title else [fenced(text)]
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

@@ -1,0 +1,131 @@
+"""A few answers before and after the training, for the run's card."""
+
+from dataclasses import dataclass
+
+from loguru import logger
+
+from utils.config.deepspeed import zero_stage
+from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
+from utils.runtime.distributed import uses_fsdp
+from utils.template.tokenize import IGNORED
+
+LONGEST = 64  # tokens of an answer: enough to see the difference, and cheap
+_BEGINNING = 32  # tokens of a plain text that the model is to go on with
+
+
+@dataclass
+class Sample:
+    """A question of the data, and what was said to it.
+
+    Attributes:
+        ids: the tokens the answer follows.
+        wanted: how the row goes on.
+        before, after: the answers of the model as the training found and left it; None until they are made.
+    """
+
+    ids: list[int]
+    prompt: str
+    wanted: str
+    before: str | None = None
+    after: str | None = None
+
+
+def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Sample], str]:
+    """Chooses the questions and has them answered by the model as the training finds it.
+
+    Where that is the base, which lies unchanged under its adapter, this can wait, so that the training begins sooner.
+
+    Returns:
+        the samples, and why there are none.
+    """
+    if not args.card_samples:
+        return [], "none were asked for (`--card_samples 0`)"
+    if zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp():
+        return [], "the weights were divided among the processes (ZeRO-3, FSDP)"
+    try:
+        rows = data.train if data.eval is None else data.eval
+        places = [number * len(rows) // args.card_samples for number in range(args.card_samples)]
+        samples = [_sample(*split_row(rows[place]), tokenizer) for place in dict.fromkeys(places)]
+        chosen = [sample for sample in samples if sample.ids and room_for(trainer.model, sample.ids, _HOW) > 0]
+        if not _begins_as_base(trainer.model, args):
+            _answer(trainer, tokenizer, chosen, "before")
+        return chosen, "" if chosen else "no row leaves room for an answer"
+    except Exception as error:  # a card must never cost a run
+        logger.warning("the run's card will show no answers: {}: {}", type(error).__name__, error)
+        return [], f"they could not be made ({type(error).__name__})"
+
+
+def _begins_as_base(model, args) -> bool:
+    """Whether the model without its adapter is what the training found: a new adapter adds nothing at its start."""
+    from peft import PeftModel
+
+    # with a PiSSA adapter off the layers give (W0 - s B0 A0) x, which is not what the base gives
+    return isinstance(model, PeftModel) and not args.adapter_name_or_path and args.init_lora_weights == "default"
+
+
+def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
+    """Has the questions answered by the trained model, and by its base if that was put off.
+
+    Returns:
+        why there are no answers, if there are none.
+    """
+    try:
+        _answer(trainer, tokenizer, samples, "after")
+        if any(sample.before is None for sample in samples):
+            with trainer.model.disable_adapter():
+                _answer(trainer, tokenizer, samples, "before")
+        return ""
+    except Exception as error:
+        logger.warning("the run's card shows no answers: {}: {}", type(error).__name__, error)
+        return f"they could not be made ({type(error).__name__})"
+
+
+_HOW = GenerateArgs(max_new_tokens=LONGEST)  # greedy: the same run has the same answers
+
+
+def split_row(row: dict) -> tuple[list[int], list[int]]:
+    """A prepared row → what is asked, and the first answer that is trained.
+
+    `{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, -100]}` → `([1, 2], [3])`; of a plain text its beginning.
+    """
+    if "prompt_ids" in row:
+        return row["prompt_ids"], row["chosen_ids"]
+    length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]  # packed rows: the first one
+    ids, labels = row["input_ids"][:length], row["labels"][:length]
+    start = next(place for place, label in enumerate(labels) if label != IGNORED)
+    if start == 0:
+        start = min(_BEGINNING, length // 2)
+        return ids[:start], ids[start : start + LONGEST]
+    end = next((place for place in range(start, length) if labels[place] == IGNORED), length)
+    return ids[:start], ids[start:end]
+
+
+def _sample(ids: list[int], wanted: list[int], tokenizer) -> Sample:
+    # the prompt with its special tokens: it is what the model sees
+    return Sample(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False), text_of(tokenizer, wanted))
+
+
+def _answer(trainer, tokenizer, samples: list[Sample], when: str) -> None:
+    for sample, text in zip(samples, _answers(trainer, tokenizer, samples), strict=True):
+        setattr(sample, when, text)
+
+
+def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
+    """Greedy answers of the trainer's model, which is left as it was, random numbers included."""
+    import torch
+
+    model, args = trainer.model, trainer.args
+    if not getattr(model, "is_quantized", False):
+        model.to(args.device)  # DeepSpeed would only place it when it trains
+    rows = min(len(samples), args.per_device_eval_batch_size) or 1
+    training, cached = model.training, model.config.use_cache
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        model.eval()
+        model.config.use_cache = True
+        with torch.random.fork_rng(devices=devices), trainer.accelerator.autocast():
+            found = dict(answer_all(model, tokenizer, [sample.ids for sample in samples], _HOW, rows))
+    finally:
+        model.train(training)
+        model.config.use_cache = cached
+    return [found[place].strip() for place in range(len(samples))]

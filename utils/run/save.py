@@ -1,0 +1,249 @@
+"""What a run leaves behind, and the summary it ends with."""
+
+import contextlib
+import json
+import os
+import shlex
+from pathlib import Path
+
+from loguru import logger
+
+from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
+from utils.config.defaults import is_default_folder, new_folder
+from utils.config.validate import check_output_dir
+from utils.storage.run_folder import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
+from utils.runtime.errors import Problem, UserError, is_about_the_disk, raise_if_any
+from utils.runtime.distributed import agree
+from utils.runtime.log import is_main_process, log_to_file, route_library_logs
+from utils.model.pissa import pissa_to_lora
+from utils.run.plot import plot_history
+from utils.run.record import effective_args, run_record, write_record
+from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
+from utils.storage.run_lock import RUN_LOCK, claim, lock_of_run, release
+from utils.run.samples import begin_samples, end_samples
+from utils.run.summary import summarise
+from utils.model.tokenizer import set_format
+from utils.train.trainer import refuse_broken_weights
+
+
+def open_run(train_args, args) -> Path:
+    """Makes the run's folder; its log is opened once nothing more can be refused, and has what was said before."""
+    route_library_logs()
+    try:
+        _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
+        folder = Path(train_args.output_dir)
+        raise_if_any(agree(_lock_folder(args, train_args)))
+        if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
+            for newer in newer_than(train_args.resume_from_checkpoint, folder):
+                remove_checkpoint(newer)
+        if is_main_process() and train_args.resume_from_checkpoint:
+            for name in remove_torsos(folder):
+                logger.warning("{} was not written to its end and is removed", name)
+    except OSError as error:
+        raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
+    logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
+    return folder
+
+
+def _lock_folder(args, train_args) -> list[Problem]:
+    """Keeps other runs out of the folder until this one ends; what another has done there meanwhile is refused.
+
+    Returns:
+        the problems, on the first process.
+    """
+    if not is_main_process():
+        return []
+    try:
+        claim(lock_of_run(train_args.output_dir), f"--output_dir {train_args.output_dir!r}")
+        return check_output_dir(args, train_args)
+    except UserError as error:
+        return error.problems
+
+
+def _claim_folder(train_args, may_exist: bool) -> None:
+    """Makes the folder; one that is named by the time is this run's alone, if another began in the same second too."""
+    folder = train_args.output_dir
+    alone = is_default_folder(folder) and not may_exist
+    while is_main_process():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=not alone)
+            break
+        except FileExistsError:
+            if not alone:
+                raise
+            folder = new_folder(train_args.output_dir)
+            logger.info("another run began in the same second, so this one's folder is {}", folder)
+    train_args.output_dir = agree(folder)
+    Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
+
+
+def prepare_trainer(trainer, tokenizer, template, args) -> None:
+    """Makes every checkpoint, not only the last, speak and stop as trained."""
+    from utils.train.callbacks import FindBest, MetricsToLog, StopEarly, StopOnSignal
+
+    trainer.add_callback(MetricsToLog())
+    trainer.add_callback(FindBest())
+    if args.early_stopping_patience:
+        trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
+    trainer.add_callback(StopOnSignal())
+    # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
+    trainer.create_model_card = lambda *args, **kwargs: None
+    model = trainer.model
+    if hasattr(model, "create_or_update_model_card"):  # PEFT's, a form to fill in
+        model.create_or_update_model_card = lambda *args, **kwargs: None
+    if template is not None:
+        set_format(tokenizer, template, model)
+    if args.init_lora_weights == "pissa" and is_main_process():
+        # the model is W0 - s B0 A0 + s B A; B0 and A0 are needed to write it as a plain LoRA on W0
+        model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
+
+
+def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
+    """Notes what is trained with what, before it is: a run that is stopped can be repeated and compared as well.
+
+    With `--overwrite_output_dir` what a finished run left goes here, once nothing more can be refused, so that a crash
+    does not leave the old run's figures beside the new one's checkpoints.
+
+    Args:
+        trainer, args, train_args, data, tokenizer: of the run.
+        resumed: from `check_resume`.
+
+    Returns:
+        the record, and the questions for the card with the answers before the training; empty on other processes.
+    """
+    if not is_main_process():
+        return {}
+    record = run_record(args, train_args, data)
+    folder = Path(train_args.output_dir)
+    if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
+        record["resumed"] = resumed
+    try:
+        write_record(record, folder / BEGUN)  # first: killed from here on, it is known as a run's folder
+        if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
+            clear_run(folder, is_own_card(folder / CARD))
+        (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
+        log_to_file(str(folder / "train.log"))
+    except OSError as error:
+        raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
+    samples, why_none = begin_samples(trainer, args, train_args, data, tokenizer)
+    return {"record": record, "samples": samples, "why_none": why_none}
+
+
+@contextlib.contextmanager
+def keep_figures(trainer):
+    """Writes the history and draws it however the training ends, and never hides how that was."""
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        if is_main_process() and trainer.state.log_history:
+            folder = Path(trainer.args.output_dir)
+            try:
+                trainer.state.save_to_json(str(folder / (STATE + ".part")))
+                os.replace(folder / (STATE + ".part"), folder / STATE)
+                plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
+            except Exception as error:
+                with contextlib.suppress(OSError):
+                    (folder / (STATE + ".part")).unlink(missing_ok=True)
+                logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
+        if not ended:
+            release(lock_of_run(trainer.args.output_dir))
+
+
+def end_if_stopped(trainer) -> None:
+    """Ends the command here if a signal stopped the training, with what to type to go on."""
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "raise_if_stopped"):
+            callback.raise_if_stopped(trainer.state, trainer.how_to_go_on())
+
+
+def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
+    """Writes the run's folder: weights, tokenizer, arguments, state, card.
+
+    Args:
+        trainer, args, train_args, data, tokenizer: of the run.
+        start: from `note_start`.
+
+    Returns:
+        the summary: folder, rows, losses, next command.
+    """
+    folder = Path(trainer.args.output_dir)
+    refuse_broken_weights(trainer)
+    try:
+        save_weights(trainer, args, folder)
+        trainer.save_state()
+    except Exception as error:
+        if not is_about_the_disk(error):
+            raise
+        raise UserError(
+            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
+            f"command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
+        ) from error
+    if not is_main_process():
+        return {}
+    _refuse_without_weights(folder, args)
+    record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
+    try:
+        # pickled, and said again in readable form by train_args.json
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if args.train_mode != "full":
+            trainer.model.generation_config.save_pretrained(folder)
+        _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
+        write_record(record | {"files": written_here(folder)}, folder / BEGUN)
+        os.replace(folder / BEGUN, folder / FINISHED)
+    except OSError as error:
+        raise UserError(
+            f"the weights are in --output_dir {str(folder)!r}, but the run's record cannot be written beside them: "
+            f"{error.strerror}. Make room; infer and merge_lora take the folder as it is"
+        ) from error
+    if trainer.args.push_to_hub:
+        push_run(trainer, folder)
+    release(lock_of_run(folder))
+    return record["summary"]
+
+
+def _refuse_without_weights(folder: Path, args) -> None:
+    """A backend that splits the weights may save its own parts alone, which nothing but a resume reads."""
+    if not holds_weights(folder, adapter=args.train_mode != "full"):
+        raise UserError(
+            f"the training ended, but no weights were saved in --output_dir {str(folder)!r}; its checkpoints hold the "
+            "state to go on from. Have the backend gather the weights when it saves, and give the same command with "
+            f"--output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
+        )
+
+
+def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) -> None:
+    """A card that cannot be written does not cost the run."""
+    samples = start["samples"]
+    why_none = end_samples(trainer, tokenizer, samples) or start["why_none"]
+    try:
+        changed = changed_settings(args, train_args)
+        shown = [] if why_none else samples
+        write_card(folder, card_text(start["record"], trainer.state.log_history, changed, shown, why_none, str(folder)))
+    except Exception as error:
+        logger.warning("the run's card cannot be written: {}: {}", type(error).__name__, error)
+
+
+def push_run(trainer, folder: Path) -> None:
+    """Pushes the finished folder, as it stands: weights, tokenizer, stop tokens, card."""
+    from huggingface_hub import upload_folder
+
+    try:
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*", "_*", "*.part", "*~", "training_args.bin", RUN_LOCK],
+            delete_patterns=["*.part", "training_args.bin"],  # of checkpoints that were pushed on the way
+            commit_message="The finished run",
+            revision=trainer.args.hub_revision,
+        )
+    except Exception as error:  # the hub and the network each raise their own
+        logger.error("{} is whole, but could not be pushed: {}: {}", folder, type(error).__name__, error)
+
+
+def save_weights(trainer, args, folder: Path) -> None:
+    trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
+    if args.init_lora_weights == "pissa" and is_main_process():
+        pissa_to_lora(folder, folder / PISSA_START / "adapter_model.safetensors")
+        remove_pissa_start(folder)

@@ -1,0 +1,186 @@
+"""The processes of a run: which one this is, who started it, and what all of them agree on."""
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from utils.runtime.log import is_main_process
+
+_SETTLED = 0.2  # seconds after which a lock that is still closed is a dead one's
+
+def world_size() -> int:
+    """How many processes train together; 1 for plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def started_by_deepspeed() -> bool:
+    """Whether DeepSpeed's launcher started this process; only it sets this variable."""
+    return "CROSS_SIZE" in os.environ
+
+
+def uses_fsdp() -> bool:
+    """Whether accelerate's launcher turned FSDP on."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def begin_alone() -> None:
+    """Gives a process started by plain `python` the variables a launcher would set, for DeepSpeed on one GPU."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def join_deepspeed() -> None:
+    """Tells DeepSpeed of the group of processes; ZeRO-3 splits weights as they are loaded, before a trainer would."""
+    import deepspeed
+    import torch
+
+    forget_dead_builds()
+    _tell_of_first_build()
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def _build_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _tell_of_first_build() -> None:
+    if is_main_process() and not any(_build_root().glob("**/*.so")):
+        from loguru import logger
+
+        said = "DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}"
+        logger.info(said, _build_root())
+
+
+def forget_dead_builds() -> None:
+    """Removes the locks of compilers that were killed: torch keeps one a C++ operator, and waits for it for good.
+
+    Whoever compiles holds the file open, so one that no process has open is a dead one's. It is looked at twice: torch
+    closes a lock a moment before it removes it, and another process may make a new one of the same name meanwhile.
+    """
+    from filelock import FileLock
+    from loguru import logger
+
+    root = _build_root()
+    with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-builds.lock"):
+        before = _closed_locks(root)
+        if not before:
+            return
+        time.sleep(_SETTLED)
+        for lock, identity in _closed_locks(root).items():
+            if before.get(lock) == identity:
+                logger.warning("{} was left by a process that is gone, and is removed", lock)
+                lock.unlink(missing_ok=True)
+
+
+def _closed_locks(root: Path) -> dict[Path, tuple[int, int]]:
+    """The locks below `root` that no process has open → (inode, time it was made), which tell one from the next."""
+    import psutil
+
+    found = {}
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with contextlib.suppress(FileNotFoundError):
+            stat = lock.stat()
+            found[lock] = stat.st_ino, stat.st_ctime_ns
+    if not found:
+        return {}
+    held = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            held.update(Path(file.path) for file in process.open_files())
+    return {lock: identity for lock, identity in found.items() if lock.resolve() not in held}
+
+
+def agree(value: Any) -> Any:
+    """What the first process has; every process must call it, with anything that can be pickled."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values, from_process=0)
+    return values[0]
+
+
+def any_process(flag: bool, device) -> bool:
+    """Whether `flag` is set in any process; every process must call it."""
+    if world_size() == 1:
+        return flag
+    import torch
+
+    told = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+    return bool(told.item())
+
+
+def all_of(items: list) -> list:
+    """The items of every process, one list after the other; every process must call it."""
+    if world_size() == 1:
+        return items
+    import torch
+
+    found: list[list] = [[]] * world_size()
+    torch.distributed.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+def command_of_launcher() -> int | None:
+    """The `deepspeed` command, which starts the launcher that started this process; another number once it is gone.
+
+    That command dies of SIGTERM without a word to the launcher, which would train on alone.
+    """
+    if not started_by_deepspeed():
+        return None
+    import psutil
+
+    try:
+        return psutil.Process(os.getppid()).ppid()
+    except psutil.Error:
+        return 1
+
+
+def wait_for_all() -> None:
+    """Returns once every process has called it."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def leave(code: int) -> None:
+    """Ends a process of several at once, with `code`; returns in a process that trains alone.
+
+    The threads of a process group abort now and then while Python takes itself down, after all is done.
+    """
+    torch = sys.modules.get("torch")
+    if world_size() == 1:
+        return
+    if code == 0 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none pulls the group away under another
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        remove_shared_memory(os.environ.get("MASTER_PORT", ""), os.environ.get("RANK", ""))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def remove_shared_memory(port: str, rank: str = "*") -> None:
+    """Removes what DeepSpeed's CPU processes share their sums in, 69 MB each, which it leaves in memory for good."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
+        buffer.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""What is wrong with the user's input, and how it is shown: all problems in one message, exit code 2, no traceback."""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.runtime.startup import import_seldom_collecting, limit_kernel_caches
+from utils.runtime.distributed import is_first_here, leave, wait_for_all
+from utils.runtime.log import is_main_process
+
+ERROR_FILE = "LLM_DOJO_ERROR_FILE"  # the environment variable that names a file for a command's problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave. Code that needs to know more than its text reads the attributes.
+
+    `str(problem)` is the sentence that is shown: the message, and the remedy after it.
+
+    Attributes:
+        message: names the value and what is allowed.
+        code: the doctor's code of such a problem, a key of `finding_codes.CODES`.
+        flags: names of the flags that it is about, without dashes, the main one first: `("lora_rank",)`.
+        file: the data file that it is about.
+        line: the line in `file`.
+        remedy: what to do about it, where it is not part of the message.
+    """
+
+    message: str
+    code: str = "ARGUMENTS"
+    flags: tuple[str, ...] = ()
+    file: str | None = None
+    line: int | None = None
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used.
+
+    Each problem names the value, what is allowed and the remedy.
+
+    Args:
+        *problems: one for each thing that is wrong; a text becomes a `Problem`. Empty ones are left out.
+
+    Attributes:
+        problems: list of Problem.
+    """
+
+    def __init__(self, *problems: str | Problem | None):
+        found = (problem if isinstance(problem, Problem) else Problem(problem or "") for problem in problems)
+        self.problems = [problem for problem in found if problem.message]
+        super().__init__(*self.problems)  # so that it is the same error after pickling
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"error: {self.problems[0]}"
+        numbered = (f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} errors:\n" + "\n".join(numbered)
+
+    def sentences(self) -> str:
+        """The problems without a heading, for a line of other text."""
+        return "; ".join(map(str, self.problems))
+
+
+class Interrupted(Exception):
+    """A signal ended the training after a step, with a checkpoint.
+
+    Args:
+        signum: the signal's number.
+        message: how to go on.
+    """
+
+    def __init__(self, signum: int, message: str):
+        self.signum = signum
+        super().__init__(message)
+
+
+def is_about_the_disk(error: BaseException | None) -> bool:
+    """Whether a write failed, which not every library tells by an OSError."""
+    if error is None or isinstance(error, UserError):
+        return False
+    # torch 2.13 raises RuntimeError ("… file write failed", "unexpected pos 64 vs 0"), safetensors 0.8 its own
+    # SafetensorError ("… I/O error: No space left on device (os error 28)"), both without an errno
+    signs = ("no space left", "file write failed", "unexpected pos", "os error", "file too large")
+    here = isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
+    return here or is_about_the_disk(error.__cause__ or error.__context__)
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """`"ValueError: no such file"`: an exception's type and the beginning of its text, for a message of ours.
+
+    torch's own errors go on with the stack of its C++ code.
+    """
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__
+
+
+def in_one_line(text: object, limit: int | None = None) -> str:
+    """The beginning of a text, or of an exception's, without line breaks."""
+    return " ".join(str(text).split())[:limit]
+
+
+def refusal(message: str, *flags: str, code: str = "ARGUMENTS") -> list[Problem]:
+    """One problem as a list, which a check returns or adds to the others it found.
+
+    Args:
+        message: names the value, what is allowed and the remedy.
+        *flags: names of the flags that it is about, without dashes, the main one first.
+        code: the doctor's, as in `Problem`.
+    """
+    return [Problem(message, code, flags)]
+
+
+def raise_if_any(problems: Iterable[str | Problem]) -> None:
+    """Raises one `UserError` with all the problems, if there are any."""
+    problems = list(problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`nearest("qwem", ["qwen", "yi"])` → `" Did you mean 'qwen'?"`, or an empty text."""
+    close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
+    code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8; stderr does so by itself
+    import_seldom_collecting()
+    limit_kernel_caches()
+    try:
+        _run_and_print(main)
+    except OSError as error:
+        if not _stdout_is_gone():
+            raise
+        code = 128 + 13  # as if by SIGPIPE: `| head` has read enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: what was said cannot be written to stdout: {error.strerror}", file=sys.stderr)
+            code = 2
+    except UserError as error:
+        _write_problems(error)
+        # another process of this machine would only repeat the first one's message
+        if is_first_here():
+            print(error, file=sys.stderr)
+        code = 2
+    except Interrupted as stopped:
+        if is_main_process():
+            print(stopped, file=sys.stderr, flush=True)
+        wait_for_all()  # launchers kill the rest once one has left, before it could say so
+        code = 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _write_problems(error: UserError) -> None:
+    """Writes the problems as JSON into the file that a parent process named, which then need not read our output."""
+    if (file := os.environ.get(ERROR_FILE)) and is_first_here():
+        with contextlib.suppress(OSError):  # the message itself goes to stderr
+            Path(file).write_text(json.dumps([asdict(problem) for problem in error.problems]), encoding="utf-8")
+
+
+def read_problems(file: Path) -> UserError | None:
+    """The error that a child process wrote into its `ERROR_FILE`; None where it wrote none."""
+    if not file.is_file():
+        return None
+    problems = json.loads(file.read_text(encoding="utf-8"))
+    return UserError(*(Problem(**problem | {"flags": tuple(problem["flags"])}) for problem in problems))
+
+
+def _run_and_print(main: Callable[[], object]) -> None:
+    """Runs `main` and writes what it printed, so that a reader who has left is noticed here and not at the exit."""
+    try:
+        main()
+    except SystemExit:
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nothing can be written to stdout any more; then what is left for it goes nowhere."""
+    if sys.stdout is None:
+        return False
+    try:
+        print(flush=True)  # where stdout has no buffer there is nothing left to flush
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False

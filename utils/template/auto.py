@@ -1,0 +1,249 @@
+"""`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
+
+import importlib.metadata
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+
+from utils.runtime.errors import UserError
+from utils.template.tokenize import (
+    Breaks,
+    Segment,
+    break_messages,
+    breaks_for,
+    cut_segments,
+    encode_segments,
+    free_break,
+    special_pattern,
+)
+from utils.template.dates import on_day, prints_date, today
+from utils.template.reading import Reading, read_conversation
+from utils.template.messages import Message, Note, as_written, only_answers
+
+_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+_CALLING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+
+
+@dataclass(frozen=True)
+class AutoTemplate:
+    """A tokenizer's chat template, with the interface of `Template`.
+
+    Every answer is trained as the whole conversation shows it: what follows the prompt of its turn, up to its stop
+    token. Left out and counted are answers whose thinking the template shows only in the last turn, since the model
+    would learn to answer without it, and answers whose place is not known exactly.
+
+    Attributes:
+        chat_template: the Jinja text.
+        tokens: the tokenizer's special tokens by name, which the template may use.
+        special: matches the special tokens' texts.
+        date: the day that the template prints, `2026-01-31`, at midnight; empty where it prints none.
+        name: `auto`.
+        text_arguments: whether the arguments of a tool call are given as JSON text, for a template that joins texts.
+        null_content: whether a call without text is given the content null, where the template drops it otherwise.
+        parts: whether a content is given as a list of parts, for a template that shows no other.
+        tool_use: the template of that name for conversations with tools; None where the tokenizer has but one.
+    """
+
+    chat_template: str
+    tokens: tuple[tuple[str, str], ...]
+    special: re.Pattern = field(repr=False)
+    date: str = ""
+    name: str = "auto"
+    text_arguments: bool = False
+    null_content: bool = False
+    parts: bool = False
+    tool_use: "AutoTemplate | None" = None
+
+    @classmethod
+    def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
+        """The template that `tokenizer` brings.
+
+        Args:
+            tokenizer: with a chat template.
+            date: the day that the template prints, if it prints one; None for today.
+
+        Raises:
+            UserError: it brings none, or one whose answers cannot be told from the rest.
+        """
+        if tokenizer is None or not tokenizer.chat_template:
+            path = tokenizer.name_or_path if tokenizer else None
+            raise UserError(
+                f"--template_name auto takes the tokenizer's own chat template, and that of {path!r} has none; "
+                "choose a template by name"
+            )
+        if special_pattern(tokenizer) is None:
+            raise UserError(
+                f"--template_name auto finds where an answer ends by the tokenizer's special tokens, and that of "
+                f"{tokenizer.name_or_path!r} has none; choose a template by name"
+            )
+        tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
+        date = (date or today()) if prints_date(tokenizer) else ""
+        default, with_tools = own_templates(tokenizer)
+        template = cls(default, tokens, special_pattern(tokenizer), date)._fitted()
+        template.check(_PROBE)
+        return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fitted())
+
+    def _fitted(self) -> "AutoTemplate":
+        """Given contents, calls and arguments in the form that the template takes."""
+        template, parted = replace(self, parts=False), replace(self, parts=True)
+        template = parted if not template._takes(_PROBE) and parted._takes(_PROBE) else template
+        forms = [(False, False), (True, False), (False, True), (True, True)]
+        for null_content, text_arguments in forms:
+            form = replace(template, null_content=null_content, text_arguments=text_arguments)
+            if form._takes(_CALLING):
+                return form
+        return template
+
+    def _for(self, messages: list[Message]) -> "AutoTemplate":
+        """The template of a conversation, chosen as `PreTrainedTokenizer.get_chat_template` does."""
+        return self.tool_use if self.tool_use and messages and messages[0].get("tools") is not None else self
+
+    def _takes(self, messages: list[Message]) -> bool:
+        try:
+            return self._read(messages).refused is None
+        except UserError:
+            return False
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Renders a conversation as `apply_chat_template` does.
+
+        Raises:
+            UserError: what the template refuses, in its own words.
+        """
+        return self.rendered(messages, add_generation_prompt)[0]
+
+    def rendered(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The rendering, and where `{% generation %}` marks it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise UserError("the conversation is empty; it needs at least one message")
+        if (template := self._for(messages)) is not self:
+            return template.rendered(messages, prompt)
+        try:
+            with on_day(self.date):
+                texts, marks = render_jinja_template(
+                    [[self._given(message) for message in messages]],
+                    tools=messages[0].get("tools"),
+                    chat_template=self.chat_template,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self.has_marks(),
+                    **dict(self.tokens),
+                )
+        except Exception as error:  # Jinja's own, or whatever the template's code runs into
+            raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
+        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    @property
+    def key(self) -> str:
+        """Everything the renderings depend on, for the cache of prepared rows."""
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
+        return f"{self!r} {', '.join(versions)}"
+
+    def _given(self, message: Message) -> Message:
+        """A turn as the template gets it."""
+        given = as_written(message)
+        if given.get("tool_calls"):
+            if self.text_arguments:
+                given["tool_calls"] = [_with_text_arguments(call) for call in given["tool_calls"]]
+            if self.null_content and not given["content"]:
+                given["content"] = None
+        if self.parts and given["content"] is not None:
+            given["content"] = [{"type": "text", "text": given["content"]}]
+        return given
+
+    def has_marks(self) -> bool:
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+
+    def check(self, messages: list[Message]) -> None:
+        """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
+        if refused := self._read(messages).refused:
+            raise UserError(refused)
+
+    def _read(self, messages: list[Message]) -> Reading:
+        return read_conversation(self._for(messages), _plain(messages))
+
+    def segments(self, messages: list[Message], mark: str = "", breaks: Breaks | None = None) -> list[Segment]:
+        """The rendering in pieces, cut where something trained begins or ends.
+
+        A `mark` is set into each text of the data that `breaks` matches, wherever the template shows it.
+        """
+        if breaks:
+            messages = break_messages(messages, breaks, mark)
+        reading = self._read(messages)
+        return cut_segments(reading.text, reading.spans)
+
+    def encode(
+        self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
+    ) -> dict[str, list[int]]:
+        """As `Template.encode`."""
+        return self.encode_batch([messages], tokenizer, allow_special, train_on)[0]
+
+    def encode_batch(
+        self,
+        conversations: list[list[Message]],
+        tokenizer,
+        allow_special: bool = False,
+        train_on: str | int = "all_turns",
+    ) -> list[dict[str, list[int]]]:
+        """As `Template.encode_batch`."""
+        conversations = [only_answers(messages, train_on) for messages in conversations]
+        if allow_special:
+            return encode_segments([self.segments(messages) for messages in conversations], tokenizer, True)
+        marks = [free_break(_plain(messages)) for messages in conversations]
+        breaks = {form: breaks_for(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
+        pieces = [self.segments(m, marks[i], breaks[self._for(m)]) for i, m in enumerate(conversations)]
+        return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
+
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
+        """As `Template.notes`."""
+        return self._read(only_answers(messages, train_on)).notes
+
+    def special_tokens(self, tokenizer) -> list[str]:
+        """The tokenizer's special tokens that a conversation shows."""
+        return sorted(set(self.special.findall(self.render(_PROBE))))
+
+    def unanswered_prompt(self) -> str:
+        """What a prompt ends with that a plain answer is shown without: DeepSeek-R1's `<think>\\n`; often nothing."""
+        prompt, text = self.render(_PROBE[:1], add_generation_prompt=True), self.render(_PROBE)
+        return prompt[len(os.path.commonprefix([prompt, text])) :]
+
+    def stop_token(self) -> str:
+        """The token that ends an answer."""
+        text, ((start, end),) = self._read(_PROBE)[:2]
+        return self.special.findall(text[start:end])[-1]
+
+    def to_jinja(self) -> str:
+        """The template as it came."""
+        return self.chat_template
+
+
+def own_templates(tokenizer) -> tuple[str, str | None]:
+    """A tokenizer's chat template, and the one for conversations with tools where that is another.
+
+    Raises:
+        UserError: it has several by name, and none is named `default`.
+    """
+    try:
+        default, with_tools = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
+    except ValueError:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has several chat templates "
+            f"({', '.join(sorted(tokenizer.chat_template))}) and none is named 'default', which transformers takes; "
+            "name one of them so, or choose a template with --template_name"
+        ) from None
+    return default, with_tools if with_tools != default else None
+
+
+def _with_text_arguments(call):
+    function = call.get("function", {}) if isinstance(call, dict) else {}
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _plain(messages: list[Message]) -> str:
+    """All of a conversation's text as it is; Python's own `str` would escape what cannot be printed."""
+    return json.dumps(messages, ensure_ascii=False)

@@ -1,0 +1,225 @@
+"""The chat templates, one `register_template(...)` call each.
+
+Everything a format needs is data in that call; `utils/template/format.py` serves them all.
+"""
+
+import re
+from dataclasses import fields, replace
+
+from utils.runtime.errors import Problem, UserError, nearest
+from utils.template.tokenize import IGNORED, label_spans
+from utils.template.auto import AutoTemplate
+from utils.template.format import Message, Template
+
+__all__ = ["IGNORED", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
+
+template_dict: dict[str, Template] = {}
+
+
+def register_template(**data) -> Template:
+    """Adds a template to the registry; the arguments are `Template`'s attributes."""
+    template = Template(**data)
+    if template.name in template_dict:
+        raise ValueError(f"template {template.name!r} is registered twice")
+    template_dict[template.name] = template
+    return template
+
+
+def get_template(name: str, tokenizer=None, date: str | None = None) -> Template | AutoTemplate:
+    """Looks a template up and fits it to a tokenizer.
+
+    Args:
+        name: a name of `template_dict`, or `auto` for the tokenizer's own chat template.
+        tokenizer: gives the texts of `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
+        date: the day that `auto` prints where the tokenizer's chat template prints one; None for today.
+
+    Raises:
+        UserError: an unknown name, or a stop token which is not one token of the tokenizer.
+    """
+    if name == "auto":
+        return AutoTemplate.of(tokenizer, date)
+    if name not in template_dict:
+        raise UserError(unknown_template(name))
+    bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
+    template = template_dict[name]
+    filled = {
+        field.name: re.sub(r"\{bos\}", lambda _: bos, value).replace("{eos}", eos)
+        for field in fields(template)
+        if isinstance(value := getattr(template, field.name), str)
+    }
+    template = replace(template, **filled)
+    if tokenizer is not None:
+        _check_stop_token(template, tokenizer)
+    return template
+
+
+def unknown_template(name: str, flag: str = "template_name") -> Problem:
+    """The problem with a name that is not registered, the nearest ones first."""
+    return Problem(
+        f"--{flag} {name!r} is not a template.{nearest(name, template_dict)} "
+        f"Allowed: auto, {', '.join(sorted(template_dict))}",
+        flags=(flag,),
+    )
+
+
+def _check_stop_token(template: Template, tokenizer) -> None:
+    stop = template.stop_token()
+    # within a text, since a piece of the vocabulary may look like the token and never be made
+    ids = tokenizer(f"a{stop}", add_special_tokens=False)["input_ids"]
+    vocabulary = tokenizer.get_vocab()
+    if not stop or stop not in vocabulary or ids[-1:] != [vocabulary[stop]]:
+        message = (
+            f"template {template.name!r} ends an answer with {stop!r}, which must be one token, and the tokenizer of "
+            f"{tokenizer.name_or_path!r} has no such token. Choose a template made for this model with --template_name "
+            "('auto' takes the tokenizer's own, 'default' ends with its eos token)"
+        )
+        raise UserError(Problem(message, code="TEMPLATE_TOKEN_SPLIT", flags=("template_name",)))
+
+
+# ------------------------------------------------------------------------------ the catalogue
+
+register_template(
+    name="default",
+    source="this project; plain text that any tokenizer with an eos token can hold",
+    models=("base models without a chat format of their own",),
+    bos="{bos}",
+    system="System: {content}\n\n",
+    user="User: {content}\n\n",
+    # a line feed, not a space: a space would join the answer's first token or stand alone untrained
+    assistant="Assistant:\n",
+    stop="{eos}",
+    after_stop="\n\n",
+)
+
+# ChatML (OpenAI, 2023): one form, and what each family says by default
+_CHATML = {
+    "system": "<|im_start|>system\n{content}<|im_end|>\n",
+    "user": "<|im_start|>user\n{content}<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n",
+    "stop": "<|im_end|>",
+    "after_stop": "\n",
+}
+
+register_template(
+    name="qwen",
+    source="Qwen/Qwen1.5-7B-Chat, tokenizer_config.json, February 2024",
+    models=("Qwen1.5",),
+    default_system="You are a helpful assistant",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen2",
+    source="Qwen/Qwen2-7B-Instruct, tokenizer_config.json, June 2024",
+    models=("Qwen2",),
+    default_system="You are a helpful assistant.",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen2.5",
+    source="Qwen/Qwen2.5-7B-Instruct, tokenizer_config.json, September 2024",
+    models=("Qwen2.5",),
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    **_CHATML,
+)
+
+register_template(
+    name="qwen3",
+    source="Qwen/Qwen3-4B-Instruct-2507, tokenizer_config.json, July 2025 (non-thinking)",
+    models=("Qwen3-Instruct-2507",),
+    **_CHATML,
+)
+
+register_template(
+    name="yi",
+    source="01-ai/Yi-6B-Chat, tokenizer_config.json, November 2023",
+    models=("Yi", "Yi-1.5"),
+    **_CHATML,
+)
+
+register_template(
+    name="gemma",
+    source="google/gemma-7b-it, tokenizer_config.json, February 2024; the same for Gemma 1.1 and 2",
+    models=("Gemma", "Gemma 1.1", "Gemma 2"),
+    bos="<bos>",
+    user="<start_of_turn>user\n{content}<end_of_turn>\n",
+    assistant="<start_of_turn>model\n",
+    stop="<end_of_turn>",
+    after_stop="\n",
+    strip=True,
+    alternate=True,
+)
+
+register_template(
+    name="phi-3",
+    source="microsoft/Phi-3-mini-4k-instruct, tokenizer_config.json, July 2024",
+    models=("Phi-3", "Phi-3.5"),
+    system="<|system|>\n{content}<|end|>\n",
+    user="<|user|>\n{content}<|end|>\n",
+    assistant="<|assistant|>\n",
+    stop="<|end|>",
+    after_stop="\n",
+    end="<|endoftext|>",
+)
+
+register_template(
+    name="deepseek",
+    source="deepseek-ai/deepseek-llm-7b-chat, tokenizer_config.json, November 2023; the same for V2-Chat",
+    models=("DeepSeek LLM", "DeepSeek-V2"),
+    bos="<｜begin▁of▁sentence｜>",
+    system="{content}\n\n",
+    user="User: {content}\n\n",
+    assistant="Assistant:",
+    before_answer=" ",
+    stop="<｜end▁of▁sentence｜>",
+)
+
+register_template(
+    name="mistral",
+    source="mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json, December 2023",
+    models=("Mistral-Instruct v0.1", "Mistral-Instruct v0.2"),
+    bos="<s>",
+    user="[INST] {content} [/INST]",
+    assistant="",
+    stop="</s>",
+    alternate=True,
+)
+
+register_template(
+    name="minicpm",
+    source="openbmb/MiniCPM-2B-sft-bf16, tokenizer_config.json and finetune.py, February 2024",
+    models=("MiniCPM-2B",),
+    system="{content}",
+    user="<用户>{content}<AI>",
+    assistant="",
+    stop="",
+    closing="</s>",
+    strip=True,
+)
+
+register_template(
+    name="llama2",
+    source="meta-llama/Llama-2-7b-chat-hf, tokenizer_config.json, July 2023",
+    models=("Llama-2",),
+    system_with_user="<<SYS>>\n{system}\n<</SYS>>\n\n{content}",
+    user="<s>[INST] {content} [/INST]",
+    assistant="",
+    before_answer=" ",
+    after_answer=" ",
+    stop="</s>",
+    strip=True,
+    alternate=True,
+)
+
+register_template(
+    name="llama3",
+    source="meta-llama/Meta-Llama-3-8B-Instruct, tokenizer_config.json, April 2024",
+    models=("Llama-3",),
+    bos="<|begin_of_text|>",
+    system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    stop="<|eot_id|>",
+    strip=True,
+)

@@ -1,0 +1,86 @@
+"""A template as Jinja, in the dialect of transformers' `apply_chat_template`."""
+
+
+def to_jinja(template) -> str:
+    """Writes a `Template` as a Jinja chat template with the same rendering.
+
+    `{% generation %}` marks what is trained, so that `apply_chat_template(...,
+    return_assistant_tokens_mask=True)` gives our labels.
+
+    Args:
+        template: utils.template.format.Template
+
+    Returns:
+        the text for `tokenizer.chat_template`.
+    """
+    parts = [_checks(template), _literal(template.bos), "{% for message in messages %}"]
+    if template.default_system is not None:
+        default = _literal(template.system.replace("{content}", template.default_system))
+        parts.append("{% if loop.first and message['role'] != 'system' %}" + default + "{% endif %}")
+    content = _content(template, "message['content']")
+    parts += [
+        "{% if message['role'] == 'assistant' %}",
+        _literal(template.assistant + template.before_answer),
+        "{% generation %}{{ " + content + " }}" + _literal(template.after_answer + template.stop),
+        "{% endgeneration %}" + _literal(template.after_stop),
+    ]
+    if template.system is not None:
+        parts.append("{% elif message['role'] == 'system' %}" + _wrapped(template.system, content))
+    parts.append("{% elif message['role'] == 'user' %}")
+    if template.system_with_user is not None:
+        before, middle, after = _split(template.system_with_user)
+        whole = " ~ ".join([_quoted(before), "messages[0]['content']", _quoted(middle), "message['content']"])
+        whole = _content(template, f"({whole} ~ {_quoted(after)})")
+        parts.append("{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}" + _wrapped(template.user, whole))
+        parts.append("{% else %}" + _wrapped(template.user, content) + "{% endif %}")
+    else:
+        parts.append(_wrapped(template.user, content))
+    parts.append("{% endif %}{% endfor %}{% if add_generation_prompt %}" + _literal(template.assistant))
+    parts.append("{% else %}" + _literal(template.end) + "{% endif %}")
+    return "".join(parts)
+
+
+def _checks(template) -> str:
+    """Refuses what `Template.check` refuses."""
+    has_system = template.system is not None or template.system_with_user is not None
+    roles = ["user", "assistant", *(["system"] if has_system else [])]
+    text = "{% for message in messages %}{% if message['role'] not in " + repr(roles) + " %}"
+    text += _refuse(f"{template.name}: no such role: ", "message['role']") + "{% endif %}"
+    if template.system is None and has_system:
+        text += "{% if message['role'] == 'system' and (not loop.first or messages | length < 2 "
+        text += "or messages[1]['role'] != 'user') %}"
+        text += _refuse(f"{template.name}: a system message only at the start, before a user") + "{% endif %}"
+    text += "{% endfor %}"
+    if template.alternate:
+        text += "{% for message in messages | rejectattr('role', 'equalto', 'system') %}"
+        text += "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        text += _refuse("user and assistant must take turns, a user first") + "{% endif %}{% endfor %}"
+    return text
+
+
+def _refuse(message: str, more: str | None = None) -> str:
+    return "{{ raise_exception(" + _quoted(message) + (f" ~ {more}" if more else "") + ") }}"
+
+
+def _split(form: str) -> tuple[str, str, str]:
+    before, rest = form.split("{system}")
+    middle, after = rest.split("{content}")
+    return before, middle, after
+
+
+def _content(template, expression: str) -> str:
+    return f"{expression} | trim" if template.strip else expression
+
+
+def _wrapped(form: str, content: str) -> str:
+    before, after = form.split("{content}")
+    return _literal(before) + "{{ " + content + " }}" + _literal(after)
+
+
+def _literal(text: str) -> str:
+    """`"a\\n"` → `"{{ 'a\\n' }}"`: as an expression, since Jinja drops a line feed after a block."""
+    return "{{ " + _quoted(text) + " }}" if text else ""
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

@@ -1,0 +1,133 @@
+"""What happens beside the training: figures for the log, and an orderly end on a signal."""
+
+import signal
+from math import isfinite, nan
+from pathlib import Path
+
+from loguru import logger
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from utils.storage.run_folder import read_manifest
+from utils.runtime.errors import Interrupted
+from utils.runtime.distributed import any_process, command_of_launcher
+
+
+class MetricsToLog(TrainerCallback):
+    """Writes each line of figures into `train.log`; the progress bar shows them in the terminal."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            figures = ", ".join(
+                f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()
+            )
+            logger.debug("step {}: {}", state.global_step, figures)
+
+
+class FindBest(TrainerCallback):
+    """Looks the best step up in the log of a run that goes on.
+
+    It may look for the best for the first time, or by another figure, or without the checkpoint that was it.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not (args.load_best_model_at_end and args.resume_from_checkpoint):
+            return
+        figure, folders = args.metric_for_best_model, (Path(args.output_dir), Path(args.resume_from_checkpoint).parent)
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        for entry in state.log_history:
+            there = [folder / f"checkpoint-{entry['step']}" for folder in folders]
+            whole = next((folder for folder in there if read_manifest(folder) is not None), None)
+            better = state.best_metric is None or (entry.get(figure, nan) > state.best_metric) == args.greater_is_better
+            if whole and isfinite(entry.get(figure, nan)) and better and entry[figure] != state.best_metric:
+                state.best_metric, state.best_global_step = entry[figure], entry["step"]
+                state.best_model_checkpoint = str(whole)
+
+
+class StopEarly(EarlyStoppingCallback):
+    """transformers' early stopping, which also goes on counting where a resumed run's checkpoint stopped."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if not control.should_training_stop or state.global_step >= state.max_steps:
+            return
+        if self.early_stopping_threshold:
+            logger.info(
+                "step {}: no evaluation was better by {:g} than the best {} before it, {} times in a row, training "
+                "stops early",
+                state.global_step,
+                self.early_stopping_threshold,
+                args.metric_for_best_model,
+                self.early_stopping_patience_counter,
+            )
+        else:
+            logger.info(
+                "step {}: no better {} in {} evaluations than {:.6g} at step {}, training stops early",
+                state.global_step,
+                args.metric_for_best_model,
+                self.early_stopping_patience_counter,
+                state.best_metric,
+                state.best_global_step,
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and Ctrl-C end the training after the step, with a checkpoint; a second Ctrl-C at once.
+
+    Each process may get the signal in another step, so all of them ask one another after each.
+
+    Attributes:
+        signum: the signal that came, if any.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._interrupts = 0
+        self._before: dict = {}
+        self._command: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._command = command_of_launcher()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._before[signum] = signal.signal(signum, self._received)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _received(self, signum, frame):
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts == 2:
+            raise KeyboardInterrupt
+        if self.signum is None:
+            logger.warning("{}: the step is finished and saved first", signal.Signals(signum).name)
+        self.signum = self.signum or signum
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signum is None and command_of_launcher() != self._command:
+            self.signum = signal.SIGTERM
+        if any_process(self.signum is not None, args.device) and state.global_step < state.max_steps:
+            self.signum = self.signum or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+
+    def raise_if_stopped(self, state, how_to_go_on: str) -> None:
+        """Ends the command with the signal's exit code, where one ended the training.
+
+        Args:
+            state: the trainer's.
+            how_to_go_on: what to type, from the trainer.
+
+        Raises:
+            Interrupted: with what to type to go on.
+        """
+        if self.signum is not None and state.global_step < state.max_steps:
+            raise Interrupted(
+                self.signum,
+                f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, "
+                f"{how_to_go_on}",
+            )

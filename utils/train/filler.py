@@ -1,0 +1,97 @@
+"""The last step of an epoch on several processes: filled up with rows that train nothing, rather than with repeats."""
+
+from loguru import logger
+from torch.utils.data import BatchSampler, Dataset
+
+from utils.template.tokenize import IGNORED
+
+
+def empty_row(columns: list[str]) -> dict:
+    """A row of one token without a label, and of no file."""
+    empty = {"input_ids": [0], "labels": [IGNORED], "source": [], "seq_lengths": [1]}
+    return {name: empty[name] for name in columns}
+
+
+def empty_pair(pair: dict) -> dict:
+    """A pair that any loss can take, of no file: by that it is known as one that does not count."""
+    return {**pair, "source": []}
+
+
+class WithEmptyRow(Dataset):
+    """Rows, with an empty one behind the last, which `len` does not count.
+
+    Args:
+        rows: a datasets.Dataset of N rows; index N is the empty one.
+    """
+
+    def __init__(self, rows):
+        pairs = "prompt_ids" in rows.column_names
+        self.rows, self._empty = rows, empty_pair(rows[0]) if pairs else empty_row(rows.column_names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int]) -> list[dict]:
+        there = [place for place in places if place < len(self.rows)]
+        return self.rows.__getitems__(there) + [self._empty] * (len(places) - len(there))
+
+
+class FullBatches(BatchSampler):
+    """Batches of equal size and equally many for each process, the last ones filled up with the index `filler`.
+
+    `FullBatches(range(5), 2, processes=2, filler=5)` → `[0, 1], [2, 3], [4, 5], [5, 5]`
+    """
+
+    def __init__(self, sampler, batch_size: int, processes: int, filler: int):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.processes, self.filler = processes, filler
+
+    def __len__(self) -> int:
+        return super().__len__() + -super().__len__() % self.processes
+
+    def __iter__(self):
+        count = 0
+        for batch in super().__iter__():
+            count += 1
+            yield batch + [self.filler] * (self.batch_size - len(batch))
+        for _ in range(-count % self.processes):
+            yield [self.filler] * self.batch_size
+
+
+def fills_up(train_args, processes: int) -> bool:
+    """Whether the last step of an epoch is filled up with empty rows: where batches are of one size on each process."""
+    config = train_args.accelerator_config
+    own_batches = config.split_batches or config.dispatch_batches or not config.even_batches
+    rebalanced = train_args.train_sampling_strategy == "batch_rebalance"
+    return processes > 1 and not (train_args.dataloader_drop_last or own_batches or rebalanced)
+
+
+class FillsUp:
+    """A mix-in for TRL's trainers: an epoch trains each row once, on however many processes.
+
+    accelerate would give the epoch's first rows a second time, and count them in the loss of the last step.
+    """
+
+    def get_train_dataloader(self):
+        rows = self.train_dataset
+        if fills_up(self.args, self.accelerator.num_processes):
+            return self.filled_loader(rows, "Training", self._train_batch_size, self._get_train_sampler, True)
+        if self.accelerator.num_processes > 1 and not self.args.dataloader_drop_last:
+            logger.warning("with this --accelerator_config an epoch's last step may train some of its rows twice")
+        return super().get_train_dataloader()
+
+    def filled_loader(self, rows, what: str, size: int, sampler_of, training: bool = False):
+        """accelerate's own loader, with its order of rows, of which each process takes its share.
+
+        Args:
+            rows: a datasets.Dataset.
+            what: for transformers' messages.
+            size: rows of a batch.
+            sampler_of: makes a sampler of the rows.
+            training: whether it is trained.
+        """
+        loader = self._get_dataloader(WithEmptyRow(rows), what, size, lambda _: sampler_of(rows), training)
+        shard = loader.batch_sampler
+        inner = shard.batch_sampler
+        shard.batch_sampler = FullBatches(inner.sampler, inner.batch_size, shard.num_processes, len(rows))
+        return loader

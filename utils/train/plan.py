@@ -1,0 +1,238 @@
+"""What a run will do: steps, rows and tokens of each update, the schedule, and when it evaluates, saves and logs."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy
+
+from utils.runtime.errors import UserError
+from utils.template.tokenize import IGNORED
+
+_PARTS = 10_000  # rows measured at once
+_UPDATES = 10_000_000  # of more a run would not see the end, and the occasions of each could not be listed
+_POINTS = 10_000  # steps of the schedule looked at for its highest rate
+
+
+@dataclass
+class Rows:
+    """What is counted of prepared rows, an entry for each; of a pair, over its two rows.
+
+    Attributes:
+        tokens: all tokens, [rows].
+        trained: those with a label, [rows].
+        longest: what padding would fill each up to, or more, [rows].
+        examples: how many rows of the files are in it: several where they are packed, [rows].
+        sequences: how many sequences a row becomes: 2 for a pair.
+    """
+
+    tokens: numpy.ndarray
+    trained: numpy.ndarray
+    longest: numpy.ndarray
+    examples: numpy.ndarray
+    sequences: int
+
+
+def measure(dataset) -> Rows:
+    """Counts the tokens of prepared rows.
+
+    Args:
+        dataset: `datasets.Dataset` with `input_ids` and `labels`, or `prompt_ids`, `chosen_ids` and so on.
+    """
+    pairs = "prompt_ids" in dataset.column_names
+    answers = ("chosen", "rejected")
+    parts: list[list[numpy.ndarray]] = []
+    for batch in dataset.with_format("arrow").iter(_PARTS):
+        if pairs:
+            prompt = _lengths(batch, "prompt_ids")
+            sides = [prompt + _lengths(batch, f"{side}_ids") for side in answers]
+            trained = sum(_labelled(batch, f"{side}_labels") for side in answers)
+            parts.append([sum(sides), trained, numpy.maximum(*sides), numpy.ones_like(prompt)])
+        else:
+            tokens = _lengths(batch, "input_ids")
+            packed = "seq_lengths" in batch.column_names
+            examples = _lengths(batch, "seq_lengths") if packed else numpy.ones_like(tokens)
+            parts.append([tokens, _labelled(batch, "labels"), tokens, examples])
+    return Rows(*(numpy.concatenate(column) for column in zip(*parts, strict=True)), sequences=2 if pairs else 1)
+
+
+def _lengths(batch, name: str) -> numpy.ndarray:
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(batch[name]).to_numpy().astype(numpy.int64)
+
+
+def _labelled(batch, name: str) -> numpy.ndarray:
+    """How many labels of each row are trained, [rows]."""
+    values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    before = numpy.concatenate([[0], numpy.cumsum(values != IGNORED)])
+    ends = numpy.cumsum(_lengths(batch, name))
+    return before[ends] - before[numpy.concatenate([[0], ends[:-1]])]
+
+
+def first_epoch(train_args, rows: Rows, processes: int) -> list[list[list[list[int]]]]:
+    """The rows of each update of the first epoch, in the order of the run's seed: update → pass → process → rows.
+
+    As transformers' Trainer and accelerate divide them. With `--train_sampling_strategy group_by_length` the order also
+    depends on what was drawn before, so that it is one like the run's.
+    """
+    of_process = [_batches(train_args, rows, processes, rank) for rank in range(processes)]
+    passes = list(zip(*of_process, strict=False))  # even batches: all have equally many
+    steps = train_args.gradient_accumulation_steps
+    return [passes[start : start + steps] for start in range(0, len(passes), steps)]
+
+
+def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int]]:
+    import torch
+    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+    from torch.utils.data import BatchSampler, SequentialSampler
+    from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+    from utils.train.filler import FullBatches, fills_up
+
+    lengths, size = rows.tokens.tolist(), train_args.train_batch_size
+    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
+    steps, drop_last = train_args.gradient_accumulation_steps, train_args.dataloader_drop_last
+    if train_args.train_sampling_strategy == "batch_rebalance":
+        return list(
+            BatchRebalanceSampler(
+                lengths, size * steps * processes, dp_size=processes, grad_accum=steps, rank=rank, drop_last=drop_last
+            )
+        )
+    if train_args.train_sampling_strategy == "group_by_length":
+        order = LengthGroupedSampler(size * steps, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+    elif train_args.train_sampling_strategy == "sequential":
+        order = SequentialSampler(lengths)
+    else:
+        order = SeedableRandomSampler(lengths, data_seed=seed)
+    batches = BatchSampler(order, size, drop_last)
+    if processes == 1:
+        return list(batches)  # accelerate fills the last batch up only where others wait for it
+    config = train_args.accelerator_config
+    if fills_up(train_args, processes):
+        share = BatchSamplerShard(FullBatches(order, size, processes, len(lengths)), processes, rank)
+        return [[row for row in batch if row < len(lengths)] for batch in share]
+    shard = {"split_batches": config.split_batches, "even_batches": config.even_batches}
+    return list(BatchSamplerShard(batches, processes, rank, **shard))
+
+
+def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -> dict:
+    """What the run will do, as numbers.
+
+    Args:
+        train_args: the recipe's TrainArgument.
+        rows: the training rows.
+        evaluated: how many validation rows there are.
+        processes: how many train together.
+        padded: whether the rows of a pass are filled up to the longest.
+
+    Raises:
+        UserError: no row is left to train, or there are more updates than can be counted through.
+    """
+    updates = first_epoch(train_args, rows, processes)
+    if not updates:
+        raise UserError(
+            f"--dataloader_drop_last true leaves none of the {len(rows.tokens):,} rows: --per_device_train_batch_size "
+            f"{train_args.per_device_train_batch_size} on {processes} processes takes more; give less of them"
+        )
+    per_epoch = len(updates)
+    # as in Trainer.set_initial_training_values
+    steps = train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
+    if steps > _UPDATES:
+        flag = "max_steps" if train_args.max_steps > 0 else "num_train_epochs"
+        raise UserError(
+            f"--{flag} {getattr(train_args, flag):,g} makes {steps:,} updates; at most {_UPDATES:,} can be planned; "
+            "give less"
+        )
+    return {
+        "steps": steps,
+        "updates_per_epoch": per_epoch,
+        "epochs": steps / per_epoch,
+        "processes": processes,
+        "passes_per_update": train_args.gradient_accumulation_steps,
+        "rows": len(rows.tokens),
+        "examples": int(rows.examples.sum()),
+        # so that all processes have as many; less than 0: left out by --dataloader_drop_last
+        "rows_repeated": sum(len(batch) for one in updates for part in one for batch in part) - len(rows.tokens),
+        **_sizes(updates[:steps], rows, padded),
+        "warmup_steps": train_args.get_warmup_steps(steps),
+        "learning_rate": _rates(train_args, steps),
+        **_occasions(train_args, steps, per_epoch, evaluated),
+        "rows_to_evaluate": evaluated,
+        "passes_per_evaluation": math.ceil(evaluated / (train_args.eval_batch_size * processes)),
+    }
+
+
+def _sizes(updates: list, rows: Rows, padded: bool) -> dict:
+    """Rows and tokens of an update and of what a process computes at once."""
+    each = [numpy.array(sum((batch for one in update for batch in one), [])) for update in updates]
+    tokens, trained, examples = (
+        [int(column[one].sum()) for one in each] for column in (rows.tokens, rows.trained, rows.examples)
+    )
+    passes = [batch for update in updates for one in update for batch in one if batch]  # some may only fill up
+    computed = [
+        len(batch) * rows.sequences * int(rows.longest[batch].max()) if padded else int(rows.tokens[batch].sum())
+        for batch in passes
+    ]
+    return {
+        "rows_per_update": _spread([len(one) for one in each]),
+        "examples_per_update": _spread(examples),
+        "tokens_per_update": _spread(tokens),
+        "trained_tokens_per_update": _spread(trained),
+        "rows_per_pass": _spread([len(batch) for batch in passes]),
+        "tokens_per_pass": _spread([int(rows.tokens[batch].sum()) for batch in passes]),
+        "computed_per_pass": _spread(computed),
+        "padding": 1 - sum(int(rows.tokens[batch].sum()) for batch in passes) / sum(computed),
+    }
+
+
+def _spread(values: list[int]) -> dict:
+    """`[3, 5, 4]` → mean 4, smallest 3, largest 5, which is the 2nd"""
+    largest = max(values)
+    return {
+        "mean": sum(values) / len(values),
+        "smallest": min(values),
+        "largest": largest,
+        "at": values.index(largest) + 1,
+    }
+
+
+def _rates(train_args, steps: int) -> dict | None:
+    """The learning rate of the first update, the highest, and that of the last; None where evaluations set it."""
+    import torch
+    from transformers import get_scheduler
+
+    rate = train_args.learning_rate
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    warmup = train_args.get_warmup_steps(steps)
+    options = copy.copy(train_args.lr_scheduler_kwargs) or None
+    schedule = get_scheduler(train_args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=options)
+    if not hasattr(schedule, "lr_lambdas"):
+        return None
+    scale = schedule.lr_lambdas[0]
+    looked_at = {0, min(warmup, steps - 1), steps - 1, *range(0, steps, max(1, steps // _POINTS))}
+    return {"first": rate * scale(0), "highest": rate * max(map(scale, looked_at)), "last": rate * scale(steps - 1)}
+
+
+def _occasions(train_args, steps: int, per_epoch: int, evaluated: int) -> dict:
+    """How often the run logs, evaluates and saves, as transformers' DefaultFlowCallback decides it."""
+    from transformers import TrainerState
+
+    state = TrainerState()
+    state.compute_steps(train_args, steps)
+    ends = [min(steps, end) for end in range(per_epoch, steps + per_epoch, per_epoch)]
+    found = {}
+    for kind in ("logging", "eval", "save"):
+        strategy = str(getattr(train_args, f"{kind}_strategy").value)
+        every = int(getattr(state, f"{kind}_steps") or 0) if strategy == "steps" else None
+        at = set(ends) if strategy == "epoch" else set(range(every, steps + 1, every)) if every else set()
+        if kind == "logging":
+            at |= {1} if train_args.logging_first_step else set()
+        elif strategy == "steps":
+            at |= {steps}
+        if kind == "eval":
+            by_epoch = strategy == "epoch"
+            at = {step for step in at if (step / per_epoch if by_epoch else step) >= train_args.eval_delay}
+            at = at | ({0} if train_args.eval_on_start else set()) if evaluated else set()
+        found[kind] = {"strategy": strategy, "every": every, "times": len(at), "steps": sorted(at)}
+    return found

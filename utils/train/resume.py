@@ -1,0 +1,223 @@
+"""Whether a checkpoint belongs to this run: the same base, adapter, rows and format, and settings it can go on with."""
+
+import dataclasses
+import hashlib
+from enum import Enum
+from pathlib import Path
+
+from loguru import logger
+
+from utils.storage import weights as weight_files
+from utils.config.deepspeed import zero_stage
+from utils.storage.run_folder import anew, read_manifest
+from utils.runtime.errors import UserError
+from utils.runtime.distributed import uses_fsdp, world_size
+from utils.train.resume_rules import FIXED, OPTIONS, ORDER, PLAIN_OPTIMIZERS, SCHEDULE, SIZES, STEP_BY_STEP, UPDATED, rule_of
+
+# a checkpoint made with another of these is a checkpoint of another model
+_SAME = (
+    "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora",
+    "lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens",
+    "val_size",
+)  # fmt: skip
+_TOKENS = "num_tokens"  # its name among what a checkpoint's trainer_state.json keeps
+
+
+def run_settings(args, train_args, data) -> dict:
+    """What a run that goes on from a checkpoint must have in common with the one that made it.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+        data: the prepared rows.
+    """
+    common = dataclasses.asdict(args)
+    must = {name: common[name] for name in _SAME}
+    must["the base model"] = fingerprint(args.model_name_or_path)
+    must["the adapter to start from"] = args.adapter_name_or_path and fingerprint(args.adapter_name_or_path)
+    must["optim"] = _plain(train_args.optim)
+    must["loraplus_lr_ratio"] = args.loraplus_lr_ratio
+    must["the seed that held rows back"] = train_args.seed if args.val_size else None
+    stage = zero_stage(train_args)
+    zero = train_args.deepspeed_plugin is not None
+    must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
+    must["the training rows"] = data.report.key[:12]
+    recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
+    should = {name: _plain(getattr(train_args, name)) for name in recipe if rule_of(name) is not None}
+    should |= {"processes": str(world_size()), "lora_dropout": str(args.lora_dropout), "precision": args.precision}
+    evaluated = data.eval_report.key[:12] if data.eval_report else None
+    return {"must": must, "should": should, "evaluation": evaluated}
+
+
+def _plain(value) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def fingerprint(path: str) -> str:
+    """A short hash of a model folder's settings and weights; a hub's name as it is."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256(str(weight_files.fingerprint(folder)).encode())
+    for file in sorted(folder.glob("*config.json")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def changed_settings(then: dict, now: dict) -> dict[str, list[str]]:
+    """The settings of `should` that are others now: `{"seed": ["42", "7"]}`."""
+    return {
+        name: [then["should"][name], value]
+        for name, value in now["should"].items()
+        if then["should"].get(name, value) != value
+    }
+
+
+def check_resume(args, train_args, data) -> list[dict]:
+    """Refuses a checkpoint of another model, adapter or other rows, or what it cannot do, before any weights load.
+
+    Returns:
+        what is noted of the resuming, `[{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}]`;
+        empty for a run from the start.
+
+    Raises:
+        UserError: with every difference, then and now.
+    """
+    checkpoint = train_args.resume_from_checkpoint
+    manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+    if train_args.save_only_model and train_args.save_strategy != "no":
+        logger.warning("--save_only_model true: the checkpoints hold weights alone, and none can be resumed from")
+    if manifest is None:
+        return []
+    then, now = manifest["settings"], run_settings(args, train_args, data)
+    flag = f"--resume_from_checkpoint {checkpoint!r} was made with"
+    different = [
+        f"{flag} {name} {then['must'].get(name)}, now: {value}. Give the same, or train anew in another --output_dir"
+        for name, value in now["must"].items()
+        if str(then["must"].get(name)) != str(value)
+    ]
+    changed = changed_settings(then, now)
+    different += _check_sizes(flag, then["should"], now["should"], changed)
+    different += [
+        f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {anew(checkpoint, args.train_mode)}"
+        for name, (before, value) in changed.items()
+        if (why := _why_not(name, then["should"], train_args))
+    ]
+    if different:
+        raise UserError(*different)
+    _tell(then, now, changed)
+    if train_args.train_sampling_strategy == "group_by_length":
+        logger.warning(
+            "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
+            "some rows may be trained twice and others not"
+        )
+    return [{"from": str(checkpoint), "changed": changed}]
+
+
+def _tell(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
+    """Names in the log what is another value than the checkpoint's, and what follows from it."""
+    for name, (before, value) in changed.items():
+        how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
+        if name not in SIZES:
+            logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
+    if changed.keys() & set(SIZES):
+        drawn = "; what is drawn by chance, as dropout, is drawn anew" if "processes" in changed else ""
+        sizes = _sizes(now["should"])[1], _sizes(then["should"])[1]
+        logger.info("resuming with {}, it was {}: the same rows in every step{}", *sizes, drawn)
+    rows = [settings.get("evaluation") for settings in (then, now)]
+    if rows[0] != rows[1]:
+        logger.warning("resuming with other validation rows: evaluations before and after do not compare")
+
+
+def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
+    """Why a resumed run cannot have another value of a setting; None where it can."""
+    if name in ORDER:
+        return "rows of the epoch would be trained twice, and others not"
+    if name in FIXED:
+        return "the optimizer keeps the checkpoint's"
+    if name not in UPDATED:
+        return None
+    if name in ("max_steps", "num_train_epochs"):
+        return None
+    stateful = {then.get("lr_scheduler_type"), train_args.lr_scheduler_type.value} & STEP_BY_STEP
+    if stateful and name in ("learning_rate", *SCHEDULE):
+        return f"the schedule {stateful.pop()} goes on from its own past"
+    if train_args.deepspeed_plugin is not None or uses_fsdp():
+        return "DeepSpeed and FSDP set it back to the checkpoint's"
+    if train_args.optim.value not in PLAIN_OPTIMIZERS:
+        return f"the optimizer {train_args.optim.value} sets it back to the checkpoint's"
+    return None
+
+
+def _sizes(settings: dict[str, str]) -> tuple[int, str]:
+    """Rows of a step, and how they come about: `(8, "8 rows a step (2 processes × 2 rows × 2 accumulated)")`."""
+    processes, rows, accumulated = (int(settings.get(name, 1)) for name in SIZES)
+    total = processes * rows * accumulated
+    how = f"{processes} process{'es' if processes > 1 else ''} × {rows} rows × {accumulated} accumulated"
+    return total, f"{total} rows a step ({how})"
+
+
+def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: dict) -> list[str]:
+    """A step must have as many rows as before, since a checkpoint knows its place in the epoch by steps."""
+    (before, text_before), (total, text) = _sizes(then), _sizes(now)
+    if not changed.keys() & set(SIZES):
+        return []
+    split = "split_batches=True" in then.get("accelerator_config", "")
+    if before == total and not split:
+        return []
+    processes = int(now["processes"])
+    allowed = (
+        f"{before // processes} with these processes" if before % processes == 0 else f"{before} on other processes"
+    )
+    return [
+        f"{flag} {text_before}, now: {text}: rows of the epoch would be left out or trained twice. Give the same, or "
+        f"--per_device_train_batch_size times --gradient_accumulation_steps = {allowed}"
+    ]
+
+
+class Resumable:
+    """A mix-in for transformers' Trainer, whose checkpoint brings the optimizer's options, the schedule and intervals.
+
+    Attributes:
+        settings: what a checkpoint must have in common with a run that goes on from it, from `run_settings`.
+    """
+
+    settings: dict = {}
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # how often is logged, evaluated and saved: as given now
+        # TRL counts in the trainer, and not in its state, what it logs as `num_tokens`
+        self._total_train_tokens = self.state.stateful_callbacks.get(_TOKENS, {}).get("attributes", {}).get("total", 0)
+        return found
+
+    def _save_checkpoint(self, model, trial):
+        self.state.stateful_callbacks[_TOKENS] = {"args": {}, "attributes": {"total": self._total_train_tokens}}
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        given = [dict(group, params=None) for group in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+        changed = changed_settings(manifest["settings"], self.settings).keys() & UPDATED if manifest else set()
+        names = {OPTIONS[name] for name in changed & OPTIONS.keys()}
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group.update({name: options[name] for name in names & options.keys()})
+        self._set_rates(rates, changed)
+
+    def _set_rates(self, rates: list[float], changed: set[str]) -> None:
+        """Sets the rates of the next step, where base or schedule are others than the checkpoint's."""
+        from torch.optim.lr_scheduler import LambdaLR
+
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR) or not changed & {"learning_rate", *SCHEDULE}:
+            return
+        if "learning_rate" in changed:
+            scheduler.base_lrs = rates
+        # rate of step t = base rate · schedule(t)
+        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        now = [base * schedule(scheduler.last_epoch) for base, schedule in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = now

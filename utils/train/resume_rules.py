@@ -1,0 +1,63 @@
+"""What a resumed run does with another value of each of the recipe's settings: one table.
+
+Read off transformers' Trainer (5.23): a checkpoint brings the optimizer with its options, the schedule's step and base
+rates, the random state, the step, and the trainer's state with its intervals. Everything else is read when it is used.
+"""
+
+from utils.config.replaced import REPLACED_FLAGS
+
+# the place in the epoch, and which rows come next: refused
+ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config")
+# options that only some optimizers have: refused
+FIXED = ("optim_args", "optim_target_modules")
+# rows of a step: allowed where their product stays
+SIZES = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+# the schedule is a function of the step, so another one simply applies
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
+# setting → the option of the optimizer's groups; utils/train/trainer.py sets them once the checkpoint's are loaded
+OPTIONS = {
+    "learning_rate": "initial_lr",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+}
+UPDATED = (*OPTIONS, *SCHEDULE)
+# optimizers whose groups hold options alone; others keep figures of their past there
+PLAIN_OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd",
+)  # fmt: skip
+STEP_BY_STEP = {"reduce_lr_on_plateau", "greedy"}  # schedules with a past of their own
+# read when used, so another value applies, and the steps to come are not those of the undisturbed run: warned of
+LIVE = (
+    "max_grad_norm", "label_smoothing_factor", "average_tokens_across_devices", "neftune_noise_alpha", "tf32",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
+    "use_cache", "auto_find_batch_size", "ignore_data_skip", "full_determinism", "use_cpu", "parallelism_config",
+    "fsdp", "fsdp_config", "router_aux_loss_coef", "loss_type", "disable_dropout", "loss_weights",
+    "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta", "use_weighting",
+    "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+)  # fmt: skip
+# these say only how and where a run computes, writes and shows, or are compared elsewhere (utils/train/resume.py)
+FREE = (
+    "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "deepspeed", "optim", "disable_tqdm",
+    "do_train", "do_eval", "do_predict", "local_rank", "per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval",
+    "padding_free", "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug",
+    "packing", "remove_unused_columns", "label_names", "length_column_name", "trust_remote_code", "model_init_kwargs",
+)  # fmt: skip
+_FREE_BEGINNINGS = (
+    "log", "save_", "eval_", "hub_", "push_to_hub", "trackio", "dataset_", "include_", "skip_memory", "batch_eval",
+    "prediction_loss", "dataloader_num", "dataloader_p", "dataloader_m", "dataloader_in_order", "ddp_", "precompute",
+    "gradient_checkpointing", "activation_", "torch_empty", "enable_jit", "restore_callback",
+)  # fmt: skip
+
+
+def rule_of(name: str) -> str | None:
+    """`order`, `fixed`, `sizes`, `updated` or `live`; None for a setting that changes nothing of the training.
+
+    A field that a recipe adds by itself counts as `live`.
+    """
+    rules = (("order", ORDER), ("fixed", FIXED), ("sizes", SIZES), ("updated", UPDATED), ("live", LIVE))
+    for rule, names in rules:
+        if name in names:
+            return rule
+    return None if name in FREE or name in REPLACED_FLAGS or name.startswith(_FREE_BEGINNINGS) else "live"
