@@ -5,7 +5,7 @@ python main_train.py --model_name_or_path Qwen/Qwen1.5-7B --train_data_path my_r
 """
 
 from utils.args import parse_args
-from utils.runtime.errors import run_command
+from utils.runtime.command import run_command
 from utils.runtime.log import setup_logging
 
 
@@ -16,16 +16,16 @@ def main(argv: list[str] | None = None) -> dict:
 
     from transformers import set_seed
 
-    from utils.model.adapter import build_adapter
     from utils.doctor.quick import examine
+    from utils.model.adapter import build_adapter
     from utils.model.layout import resolve_layout
     from utils.model.load import load_model
-    from utils.train.resume import check_resume
+    from utils.model.tokenizer import tokenizer_of
     from utils.run.save import end_if_stopped, finish_run, keep_figures, note_start, open_run, prepare_trainer
     from utils.run.summary import print_summary
     from utils.tasks import get_task
     from utils.template import get_template
-    from utils.model.tokenizer import tokenizer_of
+    from utils.train.resume import check_resume
 
     set_seed(train_args.seed)
     task = get_task(args.task_type)

@@ -122,7 +122,7 @@ def _runs(case: str, program: Program, repeat: int, turns: list[tuple[str, Work]
 
 def machine(threads: int) -> dict:
     """What the figures depend on."""
-    from utils.run.record import hardware
+    from utils.runtime.environment import hardware
 
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     return {"hardware": hardware(), "threads": threads, "versions": {n: importlib.metadata.version(n) for n in names}}

@@ -165,7 +165,7 @@ def _profile_second_step(trainer, found: dict) -> None:
 if __name__ == "__main__":
     watch(os.environ["REPORT"], peak=False)
     import main_train
-    from utils.runtime.errors import run_command
+    from utils.runtime.command import run_command
 
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     run_command(main_train.main)

@@ -9,7 +9,7 @@ ends after these steps.
 import sys
 
 from main_train import main as train
-from utils.runtime.errors import run_command
+from utils.runtime.command import run_command
 
 SKIPPED, PROFILED = 3, 10  # steps; the first ones make buffers and kernels
 GROUPS = {  # group → its operators, in place or not
@@ -41,7 +41,7 @@ def main() -> None:
     import torch
 
     import utils.run.save
-    from utils.runtime.startup import import_peft
+    from utils.patches.lazy_imports import import_peft
 
     import_peft()
     from transformers import TrainerCallback

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FOLDERS = sorted({path.parent for path in (ROOT / "tests").rglob("*.py")})  # helpers, and tests that share theirs
+sys.path[:0] = [str(ROOT), *map(str, FOLDERS)]
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dojo-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -117,7 +118,7 @@ def train(tiny_models, rows_file, tmp_path):
 @pytest.fixture
 def refused(capsys):
     """Runs a command's `main` that must refuse its input; returns what it said."""
-    from utils.runtime.errors import run_command
+    from utils.runtime.command import run_command
 
     def run(main, *argv):
         with pytest.raises(SystemExit) as stop:

@@ -193,7 +193,7 @@ FAULTS = [
     ),
     Fault(
         "head: logits made in another way are not noticed",
-        "utils/patches/lm_head.py",
+        "utils/model/head.py",
         "return None if difference <= tolerance else difference",
         "return None",
         "tests/model/test_probe.py -k head_gives",

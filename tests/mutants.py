@@ -63,7 +63,7 @@ def import_libraries() -> None:
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a fault of the same length in the same second would not be compiled
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(ROOT))
-    from utils.runtime.startup import import_peft
+    from utils.patches.lazy_imports import import_peft
 
     import_peft()
     import datasets  # noqa: F401

@@ -7,21 +7,22 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config.defaults import check_common, resolve_defaults
-from utils.config.deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
 from utils.config.best_model import settle_evaluation
-from utils.config.validate import check_together
 from utils.config.config_file import read_config
-from utils.runtime.errors import Problem, UserError, raise_if_any
+from utils.config.deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
+from utils.config.defaults import check_common, resolve_defaults
 from utils.config.flags import arg, flags_in, make_parser, read_flags, split_flags
+from utils.config.precision import check_precision
+from utils.config.provenance import Sources
+from utils.config.recipe import load_recipe
+from utils.config.replaced import REPLACED_FLAGS, check_replaced
+from utils.config.validate import check_together
 from utils.runtime.distributed import agree, join_deepspeed
+from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import is_main_process
 from utils.storage.files import project_path
 from utils.storage.pickles import read_deepspeed_safely
-from utils.config.precision import check_precision
-from utils.config.recipe import load_recipe
-from utils.config.replaced import REPLACED_FLAGS, check_replaced
-from utils.config.provenance import Sources
+from utils.tasks.dpo_checks import check_dpo
 
 
 @dataclass
@@ -199,7 +200,7 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
         read_deepspeed_safely()
         settle_plugin(train_args)
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
-    problems += agree(check_deepspeed(common, train_args) + check_together(common, train_args))
+    problems += agree(_check(common, train_args))
     train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = agree(
         (train_args.output_dir, train_args.resume_from_checkpoint, common.template_date)
     )
@@ -231,6 +232,11 @@ def _settle(
     problems += settle_evaluation(common, values, given)
     sources.note_step("evaluation", values, common)
     return common, problems + check_replaced(recipe, values, given) + check_common(common, recipe, needs_weights)
+
+
+def _check(common: CommonArgs, train_args) -> list[str]:
+    """Runs every check of the settled arguments against each other; returns the problems."""
+    return check_deepspeed(common, train_args) + check_together(common, train_args) + check_dpo(common, train_args)
 
 
 def _given_early(argv: list[str], flag: str) -> str | None:

@@ -31,14 +31,15 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from utils.data.conversations import BadRow, looks_like, to_messages
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import to_pair
-from utils.data.conversations import BadRow, looks_like, to_messages
-from utils.runtime.errors import UserError, raise_if_any, run_command
-from utils.template.tokenize import IGNORED
-from utils.template import get_template
 from utils.model.tokenizer import load_failure, load_tokenizer
+from utils.runtime.command import run_command
+from utils.runtime.errors import UserError, raise_if_any
+from utils.template import get_template
 from utils.template.messages import count_answers
+from utils.template.tokenize import IGNORED
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 BATCH = 1000  # rows tokenised at once

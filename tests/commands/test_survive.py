@@ -19,8 +19,15 @@ from safetensors.torch import load_file
 
 import main_train
 from benchmarks.matrix import free_port, two_processes
-from utils.storage.run_folder import begin_checkpoint, checkpoints_of, mark_complete, read_manifest, remove_torsos, rotate
 from utils.runtime.errors import UserError
+from utils.storage.run_folder import (
+    begin_checkpoint,
+    checkpoints_of,
+    mark_complete,
+    read_manifest,
+    remove_torsos,
+    rotate,
+)
 
 SHORT = [
     "--precision", "fp32", "--max_steps", "8", "--per_device_train_batch_size", "2", "--save_steps", "2",

@@ -10,10 +10,10 @@ from conftest import ROOT, write_rows
 import main_train
 from utils.args import CommonArgs, parse_args
 from utils.config.config_file import read_config
-from utils.runtime.errors import UserError
 from utils.config.flags import fits, hints_of
 from utils.config.recipe import load_recipe
 from utils.run.record import effective_args
+from utils.runtime.errors import UserError
 
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
 PRETRAIN = ["--train_args_path", "train_args/pretrain/base.py"]

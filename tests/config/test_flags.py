@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 from transformers import HfArgumentParser
 
-import utils.config.validate
 import utils.config.precision
+import utils.config.validate
 from utils.args import REPLACED_FLAGS, CommonArgs, load_recipe, parse_args
 from utils.runtime.errors import UserError
 

@@ -10,9 +10,9 @@ from conftest import ROOT
 
 from utils.args import CommonArgs, parse_args, parse_with_sources
 from utils.config.deepspeed import CONFIGS
+from utils.config.provenance import Sources, default_source, same, unannotated
 from utils.config.recipe import load_recipe
 from utils.run.record import effective_args
-from utils.config.provenance import Sources, default_source, same, unannotated
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "train_args").glob("*/*.py"))
 DPO = ["--train_args_path", "train_args/dpo/base.py"]

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 from conftest import write_rows
 
-from utils.data.files import find_files, read_rows
 from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
+from utils.data.files import find_files, read_rows
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind."}

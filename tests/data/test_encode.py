@@ -14,11 +14,11 @@ from conftest import ROOT, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.encode import CHUNK, Part, RowKind, encoded_parts
 from utils.data.conversations import to_messages
+from utils.data.encode import CHUNK, Part, RowKind, encoded_parts
 from utils.runtime.errors import UserError
-from utils.template.tokenize import Segment, _encode_texts, _label_ranges, encode_segments, free_break, label_spans
 from utils.template import get_template
+from utils.template.tokenize import Segment, _encode_texts, _label_ranges, encode_segments, free_break, label_spans
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n🙂é你好<|im_end|>"), max_size=12)
 

@@ -4,12 +4,13 @@ import pytest
 import tiny
 from conftest import write_rows
 
-from utils.evaluate.multiple_choice import read_choices
-from utils.data.fields import DESCRIPTIVE, unread_fields
+from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
+from utils.data.fields import unread_fields
 from utils.data.files import RawRow
 from utils.data.pairs import to_pair
-from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
+from utils.evaluate.multiple_choice import read_choices
 from utils.infer.prompts import to_prompt
+from utils.template.messages import DESCRIPTIVE
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 OTHER = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]

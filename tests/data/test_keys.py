@@ -10,13 +10,14 @@ import pytest
 import tiny
 from conftest import ROOT, write_rows
 
-from utils.data import keys as data_keys, prepare as data_process
 from utils.args import parse_args
+from utils.data import keys as data_keys
+from utils.data import prepare as data_process
 from utils.data.keys import rows_key, tokenizer_key
+from utils.model.tokenizer import tokenizer_of
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
 
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from conftest import write_rows
 
-from utils.data.pairs import EqualPair, to_pair
 from utils.data.conversations import BadRow, EmptyRow
+from utils.data.pairs import EqualPair, to_pair
 from utils.data.truncate_pairs import encode_pairs_within
 from utils.template import get_template, template_dict
 
@@ -180,8 +180,8 @@ def test_a_pair_whose_answer_does_not_fit_is_dropped(tokenizer):
 
 def test_both_modes_see_the_same_rows(tiny_models, tmp_path):
     from utils.args import parse_args
-    from utils.tasks import get_task
     from utils.model.tokenizer import load_tokenizer
+    from utils.tasks import get_task
 
     data = write_rows(tmp_path / "pairs.jsonl", [*tiny.PAIRS, {"prompt": LONG, "chosen": "Yes.", "rejected": "No."}])
     found = []
@@ -243,9 +243,9 @@ def test_lists_of_turns_stand_in_csv_as_json(tmp_path):
 
 def test_a_pair_the_format_has_no_form_for_is_named_by_line(tiny_models, tmp_path):
     from utils.args import parse_args
+    from utils.model.tokenizer import load_tokenizer
     from utils.runtime.errors import UserError
     from utils.tasks import get_task
-    from utils.model.tokenizer import load_tokenizer
 
     rows = [*tiny.PAIRS, {"prompt": [USER, USER], "chosen": "a", "rejected": "b"}]
     data = write_rows(tmp_path / "pairs.jsonl", rows)

@@ -14,8 +14,8 @@ from conftest import write_rows
 from utils.args import parse_args
 from utils.data.prepare import _one_at_a_time
 from utils.data.report import BROKEN_UNICODE, SHORTENED
-from utils.runtime.errors import UserError
 from utils.data.truncate import encode_within
+from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template, template_dict
 

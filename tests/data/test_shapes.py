@@ -6,9 +6,9 @@ import pytest
 import tiny
 from conftest import write_rows
 
+from utils.data.conversations import BadRow, to_messages
 from utils.data.fields import unread_fields
 from utils.data.files import files_left_out, find_files, read_rows
-from utils.data.conversations import BadRow, to_messages
 
 TRAIN, EVAL = "--train_data_path", "--eval_data_path"
 ROWS = [{"messages": [{"role": "user", "content": f"Q{i}\n"}, {"role": "assistant", "content": "A"}]} for i in range(3)]

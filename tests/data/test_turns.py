@@ -10,13 +10,13 @@ import tiny
 from conftest import write_rows
 from test_official import TOOLS, tokenizer_of, trained_texts
 
+from utils.data.conversations import BadRow, EmptyRow, to_messages
 from utils.data.encode import RowKind
 from utils.data.files import read_rows
 from utils.data.pairs import to_pair
 from utils.data.prepare import load_rows
-from utils.data.conversations import BadRow, EmptyRow, to_messages
-from utils.runtime.errors import UserError
 from utils.data.truncate import encode_within
+from utils.runtime.errors import UserError
 from utils.template import get_template
 from utils.template.messages import UNREAD, UNTRAINED
 

@@ -10,18 +10,18 @@ import tiny
 from conftest import ROOT, write_rows
 
 import main_train
-from utils.doctor.quick import resources as doctor_sizes
 from utils.args import parse_args
-from utils.doctor.quick import quick_findings
-from utils.doctor.settings import deepspeed_keys, steps_of
-from utils.doctor.tokens import token_findings
-from utils.runtime.errors import UserError
 from utils.doctor.codes import CODES
 from utils.doctor.findings import catalogue
+from utils.doctor.quick import quick_findings
+from utils.doctor.quick import resources as doctor_sizes
+from utils.doctor.settings import deepspeed_keys, steps_of
+from utils.doctor.tokens import token_findings
+from utils.model.tokenizer import tokenizer_of
+from utils.runtime.errors import UserError
 from utils.script import doctor
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
 
 CLEAN = [
     {"instruction": f"What is {first} plus {second}?", "output": f"{first} plus {second} is {first + second}."}

@@ -15,12 +15,12 @@ from safetensors import safe_open
 
 import main_train
 from utils.args import parse_with_sources
+from utils.config.replaced import REPLACED_FLAGS
 from utils.explain.explain import explain
 from utils.explain.report import text_of
 from utils.explain.unused import TABLE, Case, idle_settings
-from utils.train.plan import first_epoch, measure
-from utils.config.replaced import REPLACED_FLAGS
 from utils.script.explain import main
+from utils.train.plan import first_epoch, measure
 
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
 SINGLE = [*DPO, "--task_type", "dpo_single"]
@@ -130,8 +130,8 @@ def test_rows_are_counted_as_they_lie_in_the_dataset(explained):
 
 
 def test_padding_is_what_the_collator_adds(explained):
-    from utils.tasks import get_task
     from utils.model.tokenizer import tokenizer_of
+    from utils.tasks import get_task
 
     for flags in (["--padding_free", "false"], [], [*DPO, "--max_len", "64"], [*SINGLE, "--max_len", "64"]):
         found = explained("--per_device_train_batch_size", "3", *flags)

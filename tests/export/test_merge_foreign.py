@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_merge_lora import load, logits
 from transformers import AutoModelForCausalLM
 
-from utils.model.load import merge_check
-from utils.runtime.errors import UserError
-from utils.model.load import with_trained_adapter
-from utils.script import merge_lora
 from utils.infer.load import Parts, TrainedArgs, load_trained
+from utils.model.load import merge_check, with_trained_adapter
+from utils.runtime.errors import UserError
+from utils.script import merge_lora
 
 LAYERS = ["q_proj", "up_proj"]
 

@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
+from conftest import ROOT
 from test_catalogue import FAMILIES, RENDERINGS
 
-from utils.runtime.errors import UserError
 from utils.export.modelfile import leading_bos, modelfile, template_in, write_modelfile
+from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
 from utils.template.go import _SPACES, literal, quoted, to_go
 
@@ -37,7 +37,7 @@ def evaluate(tmp_path_factory):
     if shutil.which("go") is None:
         pytest.skip("no Go to evaluate the templates with; on Debian: apt-get install golang-go")
     folder = tmp_path_factory.mktemp("go")
-    shutil.copy(Path(__file__).with_name("render.go"), folder / "main.go")
+    shutil.copy(ROOT / "tests" / "helpers" / "render.go", folder / "main.go")
     caches = {"GOCACHE": str(folder / "cache"), "GOPATH": str(folder / "path"), "GO111MODULE": "auto"}
     environment = os.environ | caches | {"GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOTOOLCHAIN": "local"}
     build = ["go", "build", "-o", "render", "main.go"]

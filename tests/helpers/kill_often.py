@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import peft  # noqa: E402, F401
@@ -22,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import Trainer  # noqa: E402, F401
 
 import main_train  # noqa: E402
-from utils.runtime.errors import run_command  # noqa: E402
+from utils.runtime.command import run_command  # noqa: E402
 
 
 def forked(argv: list[str], folder: Path, number: int = 0, *signums: int) -> tuple[int, str]:

@@ -77,7 +77,7 @@ def main() -> None:
     folder = Path(argv[argv.index("--output_dir") + 1]).resolve()
     sys.path.insert(0, str(Path(script).resolve().parent))
     import main_train
-    from utils.runtime.errors import run_command
+    from utils.runtime.command import run_command
 
     mine = os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0")
     number = int(value) if what != "count" and mine else 0

@@ -4,8 +4,17 @@ import pytest
 import tiny
 import torch
 
+from utils.infer.generate import (
+    GenerateArgs,
+    _batches,
+    _Noise,
+    answer_all,
+    check_generate,
+    generate_ids,
+    prompt_ids,
+    text_of,
+)
 from utils.runtime.errors import UserError
-from utils.infer.generate import GenerateArgs, _batches, _Noise, answer_all, check_generate, generate_ids, prompt_ids, text_of
 
 WORDS = 462  # as many as the tokenizer has
 LENGTHS = [3, 40, 17, 18, 5, 29, 40, 8]
@@ -165,8 +174,8 @@ def test_noise_draws_from_the_softmax():
 
 
 def test_what_a_message_says_is_no_token_of_the_format(tokenizer):
-    from utils.template import get_template
     from utils.model.tokenizer import speak
+    from utils.template import get_template
 
     tokenizer = tiny.tokenizer_for(get_template("qwen"), tiny.byte_level_tokenizer)
     speak(tokenizer, get_template("qwen", tokenizer))

@@ -6,10 +6,10 @@ import pytest
 import tiny
 from conftest import write_rows
 
-from utils.data.pairs import to_pair
 from utils.data.conversations import BadRow, to_messages
-from utils.runtime.errors import UserError
+from utils.data.pairs import to_pair
 from utils.infer.prompts import read_prompts, to_prompt
+from utils.runtime.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "Hello"}

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from utils.model.adapter import build_adapter
 from utils.model.adapter_targets import find_targets
-from utils.runtime.errors import UserError
 from utils.model.parts import freeze_towers, routers_of
+from utils.runtime.errors import UserError
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}

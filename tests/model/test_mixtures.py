@@ -115,9 +115,11 @@ def test_the_auxiliary_loss_is_the_model_s_own(family, train, tmp_path, rows_fil
 
 
 @pytest.mark.parametrize("flags", [[], ["--router_aux_loss_coef", "0.1"]])
-def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(flags, tmp_path, rows_file, capsys, monkeypatch):
-    from utils.runtime.errors import run_command
+def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(
+    flags, tmp_path, rows_file, capsys, monkeypatch
+):
     from utils.model.probe import Probe
+    from utils.runtime.command import run_command
 
     # the experts of a tiny random Doge change with the length of a row, for which the probe would refuse it
     monkeypatch.setattr("utils.model.layout.probe_for_task", lambda *_: Probe())

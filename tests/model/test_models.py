@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from utils.model.adapter import ADAPTERS, adapter_weights, impossible_tokens, settle_trainable, untrained_tokens
 from utils.args import CommonArgs
 from utils.data.collate import build_collator, build_pair_collator
+from utils.infer.load import Parts, TrainedArgs, load_trained
+from utils.model.adapter import ADAPTERS, adapter_weights, impossible_tokens, settle_trainable, untrained_tokens
+from utils.model.load import settle_attention, with_trained_adapter
 from utils.runtime.errors import UserError
 from utils.runtime.log import setup_logging
-from utils.model.load import settle_attention, with_trained_adapter
 from utils.script import merge_lora
-from utils.infer.load import Parts, TrainedArgs, load_trained
 
 MODES = {
     "full": ["--train_mode", "full"],

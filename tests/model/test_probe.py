@@ -8,10 +8,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from utils.data.collate import build_collator, build_pair_collator
-from utils.runtime.errors import UserError
 from utils.model.layout import choose_layout
 from utils.model.probe import NOT_INPUTS, Probe, example_rows, probe
 from utils.model.small import small_model
+from utils.runtime.errors import UserError
 
 LAYOUTS = {"padded": build_collator(0, False), "end_to_end": build_collator(0, True)}
 # heed positions; ignore them; carry a state; raise for want of a kernel; see what comes
@@ -234,7 +234,7 @@ def test_the_head_gives_the_log_probabilities_of_the_logits(kind):
     """Against log_softmax of the model's own logits, per token; and the gradient of their sum."""
     from trl.trainer.utils import add_fused_lm_head
 
-    from utils.patches.lm_head import check_head, head_difference
+    from utils.model.head import check_head, head_difference
 
     model = small(kind).eval()
     ids = torch.arange(5, 25)[None]

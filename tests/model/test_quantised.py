@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import main_train
+from utils.infer.load import TrainedArgs, check_trained, load_trained
 from utils.script.infer import main as infer
 from utils.script.merge_lora import main as merge_lora
-from utils.infer.load import TrainedArgs, check_trained, load_trained
 
 # what the 4 bits of MXFP4 stand for: a sign and e2m1 (OCP Microscaling Formats, section 5.3.3)
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

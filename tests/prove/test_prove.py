@@ -21,10 +21,10 @@ from transformers import Trainer
 
 import utils.data.collate
 import utils.tasks.sft
-from utils.runtime.errors import UserError
 from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict, same_logits, worst
 from utils.prove.registry import PROOFS
 from utils.prove.run_checks import end, ranks, resumed, train
+from utils.runtime.errors import UserError
 from utils.script import prove
 
 IN_PROCESS = ["padding_free", "packed", "accumulation", "adapter_off", "merged", "stops"]

@@ -20,8 +20,8 @@ import utils.run.samples
 import utils.run.save
 from utils.args import CommonArgs, parse_args
 from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
-from utils.runtime.markdown import code, escape, fenced, table
 from utils.run.samples import Sample, split_row
+from utils.runtime.markdown import code, escape, fenced, table
 
 FP32 = ["--precision", "fp32"]
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
@@ -143,7 +143,10 @@ def test_a_text_is_shown_as_it_is_and_does_nothing(text):
         for markdown, around in (
             (f"x {form(text)} y", ["p"]),
             (f"# x {form(text)} y", ["h1"]),
-            (f"| a | b |\n|---|---|\n| x | {form(text)} y |", ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td"]),
+            (
+                f"| a | b |\n|---|---|\n| x | {form(text)} y |",
+                ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td"],
+            ),
         ):
             page = Page(markdown)
             assert page.tags == [(name,) for name in around] + tag
@@ -438,7 +441,7 @@ def test_secrets_of_a_recipe_are_not_recorded(tmp_path, train):
     ],
 )
 def test_the_command_starts_as_many_processes(variables, command, monkeypatch):
-    from utils.run.record import launcher
+    from utils.runtime.environment import launcher
 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

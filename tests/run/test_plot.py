@@ -15,8 +15,8 @@ from conftest import write_rows
 import main_train
 import utils.run.plot
 import utils.run.save
-from utils.runtime.errors import Interrupted, UserError
 from utils.run.plot import plot_history, plot_runs, series, smoothed, smoothing_for
+from utils.runtime.errors import Interrupted, UserError
 
 PNG = b"\x89PNG"
 

@@ -15,9 +15,10 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from utils.args import parse_args
 from utils.config.deepspeed import _read_mismatch
-from utils.runtime.errors import ERROR_FILE, Problem, UserError, raise_if_any, read_problems, refusal, run_command
-from utils.doctor.codes import CODES
 from utils.config.flags import flags_in
+from utils.doctor.codes import CODES
+from utils.runtime.command import run_command
+from utils.runtime.errors import ERROR_FILE, Problem, UserError, raise_if_any, read_problems, refusal
 
 # where the text of another library's error is read, since nothing else tells: file, function, and whose text it is
 ALLOWED = {

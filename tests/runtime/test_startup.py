@@ -25,7 +25,7 @@ def test_a_command_imports_no_torch_before_the_caches_are_limited(module):
 def test_a_command_begins_with_limited_caches(monkeypatch):
     import os
 
-    from utils.runtime.errors import run_command
+    from utils.runtime.command import run_command
 
     for name in CACHES:
         monkeypatch.setenv(name, "")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import utils.script.compare_runs as compare
-from utils.script.compare_runs import differing, label_runs, main, read_run, split_folders, table
+from utils.run.compare import differing, label_runs, read_run, table
+from utils.script.compare_runs import main, split_folders
 
 
 def write_run(

@@ -9,15 +9,15 @@ import tiny
 import torch
 from conftest import ROOT, write_rows
 
+from utils.data.conversations import BadRow
+from utils.data.files import RawRow
 from utils.evaluate import metrics
 from utils.evaluate.methods import MultipleChoice, share_right
-from utils.evaluate.multiple_choice import encode_choices, log_likelihoods, read_choices
 from utils.evaluate.models import Contender, check_contenders, load_contenders
-from utils.data.files import RawRow
-from utils.data.conversations import BadRow
+from utils.evaluate.multiple_choice import encode_choices, log_likelihoods, read_choices
+from utils.model.tokenizer import speak
 from utils.script import evaluate
 from utils.template import get_template, template_dict
-from utils.model.tokenizer import speak
 
 QUIZ = [
     {"question": "What is the capital of France?", "choices": ["Paris.", "The lazy dog jumps."], "answer": "Paris."},

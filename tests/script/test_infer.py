@@ -12,12 +12,12 @@ import tiny
 import torch
 from conftest import ROOT, write_rows
 
-from utils.infer.answer_file import AnswerFile
 from utils.data.conversations import to_messages
-from utils.runtime.errors import UserError
-from utils.infer.prompts import read_prompts
-from utils.script import infer
+from utils.infer.answer_file import AnswerFile
 from utils.infer.load import check_trained
+from utils.infer.prompts import read_prompts
+from utils.runtime.errors import UserError
+from utils.script import infer
 
 
 def load(**values):

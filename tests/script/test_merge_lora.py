@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main_train
 from utils.export import merge as merging
-from utils.runtime.errors import UserError
 from utils.export.merge_folder import foreign_to_merge, whole_or_nothing
-from utils.script import merge_lora
 from utils.infer.load import check_trained
+from utils.runtime.errors import UserError
+from utils.script import merge_lora
 from utils.storage.weights import fingerprint
 
 IDS = torch.arange(5, 25)[None]

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 
 import main_train
-from utils.storage.run_folder import MANIFEST
 from utils.storage.pickles import DEEPSPEED, check_pickles, read_deepspeed_safely, read_state
+from utils.storage.run_folder import MANIFEST
 
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
 

@@ -10,8 +10,8 @@ from conftest import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from utils.tasks.dpo_checks import LOSS_TYPES
 from utils.data.collate import build_pair_collator, build_trl_pair_collator
+from utils.tasks.dpo_checks import LOSS_TYPES
 from utils.tasks.dpo_single import preference_loss, sequence_log_probs
 
 DPO = ["--train_args_path", "train_args/dpo/base.py", "--precision", "fp32", "--logging_steps", "1"]
@@ -139,12 +139,12 @@ def task_trainers(tiny_models, tmp_path_factory):
 
     def build(mode, kind, *flags):
         import main_train  # noqa: F401  (sets the path)
-        from utils.model.adapter import build_adapter
         from utils.args import parse_args
+        from utils.model.adapter import build_adapter
         from utils.model.load import load_model
+        from utils.model.tokenizer import load_tokenizer
         from utils.tasks import get_task
         from utils.template import get_template
-        from utils.model.tokenizer import load_tokenizer
 
         folder = tmp_path_factory.mktemp(mode)
         data = write_rows(folder / "pairs.jsonl", tiny.PAIRS)
@@ -309,8 +309,8 @@ def test_reference_under_an_sft_adapter_is_the_tuned_model(train, train_dpo, row
 
     from utils.data.pairs import to_pair
     from utils.data.truncate_pairs import encode_pairs_within
-    from utils.template import get_template
     from utils.model.tokenizer import load_tokenizer
+    from utils.template import get_template
 
     tuned = train("--precision", "fp32", "--learning_rate", "1e-2", data=rows_file, output="sft", model=tiny_models())
     flags = ["--adapter_name_or_path", str(tuned), "--per_device_train_batch_size", "8", "--max_steps", "1"]

@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.patches.attention import use_row_attention
 from utils.data.collate import build_collator
+from utils.patches.attention import use_row_attention
 from utils.patches.lm_head import use_trained_positions
 
 ROWS = [

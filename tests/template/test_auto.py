@@ -7,8 +7,8 @@ import tiny
 from test_catalogue import BY_CASE, FAMILIES, RENDERINGS, real_tokenizer
 
 from utils.data.conversations import to_messages
-from utils.runtime.errors import UserError
 from utils.data.truncate import encode_within
+from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
 
 TALK = [

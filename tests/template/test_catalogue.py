@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.runtime.errors import UserError
-from utils.template.tokenize import label_spans
 from utils.template import get_template, template_dict
+from utils.template.tokenize import label_spans
 
 FAMILIES = {
     "qwen1_5": "qwen", "qwen2": "qwen2", "qwen2_5": "qwen2.5", "qwen3_instruct_2507": "qwen3", "yi": "yi",
     "gemma": "gemma", "phi3": "phi-3", "deepseek": "deepseek", "mistral_v0_2": "mistral", "minicpm": "minicpm",
     "llama2": "llama2", "llama3": "llama3",
 }  # fmt: skip
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def reference(name):

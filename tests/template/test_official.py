@@ -12,8 +12,8 @@ import trl
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedConfig
 
-from utils.runtime.errors import UserError
 from utils.infer.generate import prompt_ids
+from utils.runtime.errors import UserError
 from utils.template import get_template
 from utils.template.messages import UNTRAINED
 

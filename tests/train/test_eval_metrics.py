@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.matrix import two_processes
-from utils.train.callbacks import FindBest
 from utils.config.best_model import FIGURES
-from utils.storage.run_folder import checkpoints_of, mark_complete
 from utils.data.conversations import to_messages
-from utils.train.eval_metrics import evaluation_summary
+from utils.storage.run_folder import checkpoints_of, mark_complete
 from utils.template import get_template
+from utils.train.callbacks import FindBest
+from utils.train.eval_metrics import evaluation_summary
 
 # of very different lengths, and not a multiple of any step below
 EVAL_ROWS = [

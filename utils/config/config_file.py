@@ -8,12 +8,12 @@ from typing import Any
 
 from loguru import logger
 
-from utils.storage.run_folder import BEGUN, FINISHED
-from utils.data.files import TEXT_SUFFIXES, find_files
-from utils.runtime.errors import Problem, UserError, nearest
 from utils.config.flags import fits, hints_of, type_in_words, what_is_meant
-from utils.storage.files import ROOT, project_path
-from utils.run.record import LIBRARIES, hardware, launcher, sha256_of, versions
+from utils.data.files import TEXT_SUFFIXES, find_files
+from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
+from utils.runtime.errors import Problem, UserError, nearest
+from utils.storage.files import ROOT, project_path, sha256_of
+from utils.storage.run_folder import BEGUN, FINISHED
 from utils.storage.weights import fingerprint
 
 # of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.runtime.distributed import begin_alone, started_by_deepspeed, zero_stage
 from utils.runtime.errors import Problem, nearest, refusal
-from utils.runtime.distributed import begin_alone, started_by_deepspeed
 from utils.runtime.log import is_main_process
 from utils.storage.files import ROOT, project_path
 
@@ -141,11 +141,6 @@ def _gather_at_saving(train_args) -> None:
         zero[GATHER] = True
         if is_main_process():
             logger.info("{} is set to true for this run: without it ZeRO-3 saves no weights to load", GATHER)
-
-
-def zero_stage(train_args) -> int:
-    """The ZeRO stage, 0 without DeepSpeed."""
-    return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0
 
 
 def _read_mismatch(text: str) -> tuple[str, str, str, str]:

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 from utils.config.from_adapter import check_adapter, start_from_adapter, template_of_run
-from utils.runtime.errors import Problem, in_one_line, nearest, refusal
 from utils.model.quantised import settle_base
-from utils.template import template_dict, unknown_template
+from utils.runtime.errors import Problem, in_one_line, nearest, refusal
 from utils.storage.weights import check_weight_files
+from utils.template import template_dict, unknown_template
 
 # task → the rows it is shown on; the sample of a task is made for the embedded tiny model
 SAMPLE_DATA = {

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.storage.run_folder import FINISHED, MANIFEST, noted_by_run
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
+from utils.storage.run_folder import FINISHED, MANIFEST, noted_by_run
 from utils.storage.weights import fingerprint
 
 # a setting of ours → its name in adapter_config.json

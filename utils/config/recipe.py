@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from utils.config.defaults import KNOWN_TASKS
+from utils.patches.lazy_imports import import_peft
 from utils.runtime.errors import Problem, UserError, nearest, refusal
-from utils.runtime.startup import import_peft
 from utils.storage.files import ROOT, project_path
 
 

@@ -6,7 +6,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.tasks.dpo_checks import check_dpo
+from utils.data.files import SUFFIXES, TEXT_SUFFIXES, find_files
+from utils.runtime.errors import Problem, nearest, refusal
+from utils.storage.pickles import check_pickles
+from utils.storage.run_files import WRITTEN, foreign_files
 from utils.storage.run_folder import (
     FINISHED,
     anew,
@@ -17,10 +20,6 @@ from utils.storage.run_folder import (
     newer_than,
     read_manifest,
 )  # fmt: skip
-from utils.data.files import SUFFIXES, TEXT_SUFFIXES, find_files
-from utils.runtime.errors import Problem, nearest, refusal
-from utils.storage.pickles import check_pickles
-from utils.storage.run_files import WRITTEN, foreign_files
 from utils.storage.run_lock import holder, in_use, lock_of_run
 
 MOST_EPOCHS = 1_000_000
@@ -30,7 +29,7 @@ def check_together(common, train_args) -> list[Problem]:
     """Checks the common arguments and the recipe's against each other; returns the problems."""
     problems = check_output_dir(common, train_args)
     problems += _check_data_files(common) + _check_attention(common)
-    problems += _check_trainer(train_args) + _check_optimizer(train_args) + check_dpo(common, train_args)
+    problems += _check_trainer(train_args) + _check_optimizer(train_args)
     if common.cache_dir is not None:
         problems += _check_writable("cache_dir", common.cache_dir, Path(common.cache_dir).expanduser())
     packing = getattr(train_args, "packing", False)

@@ -18,13 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.data.conversations import BadRow, EmptyRow
 from utils.data.files import RawRow, count_rows, parse_row, raw_rows
 from utils.data.report import Dropped, source_of
-from utils.data.conversations import BadRow, EmptyRow
 from utils.data.turns import BrokenUnicode, unreadable
 from utils.runtime.errors import UserError
-from utils.template.tokenize import IGNORED
 from utils.template.messages import UNTRAINED
+from utils.template.tokenize import IGNORED
 
 CHUNK = 1000  # rows tokenised at once
 BYTES_A_WORKER = 2 << 20  # of the files; for less than that another process is not worth its start

@@ -2,17 +2,8 @@
 
 from typing import Any
 
-# fields that describe a row and say nothing that could be trained
-DESCRIPTIVE = frozenset(
-    "id _id idx index uid uuid key hash prompt_id conversation_id conversation_hash row_id question_id "
-    "source sources dataset data_source origin origin_dataset original_dataset repo file file_path path dump url "
-    "category categories domain subject topic topics task task_type type lang language languages language_score "
-    "tag tags meta metadata info extra version split subset license licence author authors created created_at date "
-    "time timestamp updated_at model models model_name generator teacher tokens token_count num_tokens n_tokens "
-    "length num_turns title parallel_tool_calls score_chosen score_rejected chosen_model rejected_model "
-    "__index_level_0__ difficulty level".split()
-    + ["", "Unnamed: 0"]  # pandas' index, written as a column
-)
+from utils.template.messages import DESCRIPTIVE, REASONING
+
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
 _SYSTEM = "name it 'system' to have it read"
 # fields whose content would be lost: a row that has one is refused, and this says what to do
@@ -23,8 +14,6 @@ REFUSED = {
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",
 }
-# what programs call the thinking of an answer; transformers gives a template all of the first three
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 # beside the turns of a row it is part of an answer, and a row with several does not say of which
 _REASONING = dict.fromkeys(
     REASONING,

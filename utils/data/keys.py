@@ -10,7 +10,7 @@ import json
 
 from utils.data.encode import RowKind
 from utils.runtime.errors import UserError
-from utils.run.record import checksum
+from utils.storage.files import checksum
 
 _FORMAT_VERSION = 9  # raise it when a change of the code makes other ids, labels or another report of the same row
 

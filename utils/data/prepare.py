@@ -21,9 +21,9 @@ from utils.data.encode import Part, RowKind, encoded_parts
 from utils.data.files import files_left_out, find_files
 from utils.data.keys import check_unchanged, content_key, rows_key
 from utils.data.report import SHOWN, TOO_LONG, DataReport, from_stored, refuse_nothing_left, to_stored
-from utils.runtime.errors import Problem, UserError, is_about_the_disk
 from utils.runtime.distributed import all_of, is_first_here
-from utils.run.record import checksum
+from utils.runtime.errors import Problem, UserError, is_about_the_disk
+from utils.storage.files import checksum
 
 _BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from utils.data.report import TOO_LONG, Dropped
 from utils.runtime.errors import UserError
-from utils.template import IGNORED, Message, Template
+from utils.template import Message, Template
+from utils.template.tokenize import IGNORED
 
 
 def encode_within(

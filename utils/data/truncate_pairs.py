@@ -2,10 +2,10 @@
 
 from utils.data.pairs import EqualPair, Pair
 from utils.data.report import TOO_LONG, Dropped
-from utils.template.tokenize import IGNORED
 from utils.data.truncate import SYSTEM_STAYS, Shortened, can_move_system, count_tokens, first_fit, is_far, shorter
 from utils.template import Template
 from utils.template.messages import count_answers
+from utils.template.tokenize import IGNORED
 
 _SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")

@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from utils.data.fields import REASONING, is_empty
+from utils.data.fields import is_empty
 from utils.data.json_rows import RawRow
 from utils.data.report import BROKEN_UNICODE, MALFORMED
-from utils.template.messages import Message
+from utils.template.messages import REASONING, Message
 
 # by which a turn says whether it is trained: OpenAI's, then those of other trainers
 _MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+from utils.data.conversations import BadRow, to_messages, to_text
 from utils.data.encode import CHUNK, Chunk, in_processes, workers_for
 from utils.data.files import SUFFIXES, TEXT_SUFFIXES, count_rows, find_files, parse_row, raw_rows
 from utils.data.pairs import to_pair
 from utils.data.report import RowRecord, source_of
-from utils.data.conversations import BadRow, to_messages, to_text
 from utils.data.turns import unreadable
+from utils.doctor.findings import Places, places_of
 from utils.doctor.text import broken_unicode, invisible, script_of
 from utils.runtime.errors import UserError
-from utils.doctor.findings import Places, places_of
 from utils.template.messages import REASONING
 
 _LINES = (1 << 40) - 1  # the line within a number of `source_of`

@@ -6,21 +6,21 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.doctor.quick import config_of, quick_findings
 from utils.doctor.census import Census, take_census
-from utils.doctor.lengths import measured
-from utils.doctor.rows import census_findings, problem_findings, report_findings
-from utils.runtime.errors import Problem, UserError, in_one_line
 from utils.doctor.codes import ERROR
 from utils.doctor.findings import Finding, findings_of
+from utils.doctor.lengths import measured
+from utils.doctor.quick import config_of, quick_findings
+from utils.doctor.rows import census_findings, problem_findings, report_findings
 from utils.model.layout import expected_layout
 from utils.model.load import whole_models, without_weights
 from utils.model.quantised import quantisation_of
-from utils.template.tokenize import special_pattern
+from utils.model.tokenizer import tokenizer_of
+from utils.runtime.errors import Problem, UserError, in_one_line
+from utils.storage.weights import read_header, weight_files
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
-from utils.storage.weights import read_header, weight_files
+from utils.template.tokenize import special_pattern
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
 _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}

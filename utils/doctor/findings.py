@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from utils.runtime.errors import Problem
 from utils.doctor.codes import CODES, ERROR, NOTE, WARNING
+from utils.runtime.errors import Problem
 
 _RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
 _EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}

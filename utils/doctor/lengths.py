@@ -1,9 +1,9 @@
 """How long the rows are that --max_len cuts or leaves out, so that the right figure is known."""
 
+from utils.data.conversations import to_messages, to_text
 from utils.data.files import parse_row, raw_rows
 from utils.data.pairs import to_pair
 from utils.data.report import RowGroup
-from utils.data.conversations import to_messages, to_text
 from utils.data.truncate import count_tokens
 
 

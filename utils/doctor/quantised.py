@@ -2,8 +2,8 @@
 
 import re
 
-from utils.doctor.resources import size
 from utils.doctor.findings import Finding
+from utils.doctor.resources import size
 from utils.memory.model import is_quantised, meta_base, quantised_bytes
 
 _SHARE = 0.01  # of the weights, from which it is worth a line; a mixture's experts are nine tenths

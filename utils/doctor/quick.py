@@ -5,18 +5,18 @@ from collections.abc import Callable
 
 from loguru import logger
 
-from utils.model.adapter import ADAPTERS
-from utils.doctor.quantised import quantised_findings
-from utils.doctor.settings import settings_findings, steps_of
-from utils.doctor.resources import disk_findings, memory_findings
-from utils.doctor.template import template_findings
-from utils.doctor.tokens import repeated, token_findings
-from utils.runtime.errors import UserError, first_line
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, in_order, with_severity
-from utils.runtime.distributed import agree, world_size
-from utils.runtime.log import is_main_process
+from utils.doctor.quantised import quantised_findings
+from utils.doctor.resources import disk_findings, memory_findings
+from utils.doctor.settings import settings_findings, steps_of
+from utils.doctor.template import template_findings
+from utils.doctor.tokens import repeated, token_findings
+from utils.model.adapter import ADAPTERS
 from utils.model.load import whole_models
+from utils.runtime.distributed import agree, world_size
+from utils.runtime.errors import UserError, first_line
+from utils.runtime.log import is_main_process
 
 
 def examine(args, train_args, data, template, tokenizer) -> None:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from loguru import logger
 
-from utils.model.adapter import ADAPTERS
-from utils.model.adapter_targets import find_targets
-from utils.storage.run_folder import checkpoints_of
-from utils.runtime.errors import UserError
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
+from utils.model.adapter import ADAPTERS
+from utils.model.adapter_targets import find_targets
 from utils.model.load import without_weights
 from utils.model.parts import linear_layers, size_of
+from utils.runtime.errors import UserError
+from utils.storage.run_folder import checkpoints_of
 from utils.storage.weights import read_header
 
 _TIGHT = 0.9  # from this share of what there is on, it is told

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Callable
 
+from utils.data.conversations import EmptyRow
 from utils.data.pairs import EqualPair
 from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
-from utils.data.conversations import EmptyRow
 from utils.doctor.census import Census
-from utils.doctor.text import SCRIPTS
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, Places
+from utils.doctor.text import SCRIPTS
 from utils.template.messages import UNTRAINED
 
 _STRAY = 0.01  # below this share of the rows a script is a stray one

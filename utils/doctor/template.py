@@ -2,11 +2,11 @@
 
 import re
 
-from utils.runtime.errors import UserError
 from utils.doctor.findings import Finding
 from utils.export.modelfile import template_in
-from utils.template.tokenize import special_pattern
+from utils.runtime.errors import UserError
 from utils.template.auto import AutoTemplate
+from utils.template.tokenize import special_pattern
 
 # what is written as one token, such as <|im_end|>, <｜end▁of▁sentence｜>, </s> and <用户>, and not Llama-2's <<SYS>>
 _TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|(?<!<)</?[^|｜<>\s/]+>(?!>)")

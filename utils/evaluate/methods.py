@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from utils.evaluate.multiple_choice import Choices, Scored, encode_choices, log_likelihoods, read_choices
-from utils.evaluate.models import Contender
-from utils.data.files import find_files, read_rows
 from utils.data.conversations import BadRow
-from utils.runtime.errors import Problem, UserError, raise_if_any
-from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids
+from utils.data.files import find_files, read_rows
 from utils.evaluate.metrics import Figure, score_file, score_row
+from utils.evaluate.models import Contender
+from utils.evaluate.multiple_choice import Choices, Scored, encode_choices, log_likelihoods, read_choices
+from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids
 from utils.infer.prompts import Prompt, read_prompts, to_prompt
+from utils.runtime.errors import Problem, UserError, raise_if_any
 
 
 class Generation:

@@ -7,12 +7,12 @@ from typing import Any
 from loguru import logger
 
 from utils.config.defaults import check_model_path
+from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
+from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
-from utils.template import get_template
-from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
-from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
 from utils.storage.weights import check_weight_files, fingerprint
+from utils.template import get_template
 
 
 @dataclass(frozen=True)

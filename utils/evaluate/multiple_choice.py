@@ -5,11 +5,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from utils.data.files import RawRow
 from utils.data.conversations import BadRow, Message, check_fields, kind_name, read_question, read_text
+from utils.data.files import RawRow
 from utils.data.turns import unreadable
 from utils.runtime.errors import UserError
-from utils.template.tokenize import IGNORED, Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
+from utils.template.tokenize import (
+    IGNORED,
+    Segment,
+    break_leaves,
+    break_messages,
+    breaks_for,
+    encode_segments,
+    free_break,
+)
 
 CHOICE_FORMAT = '{"question": …, "choices": [two texts or more], "answer": its index from 0, its letter or its text}'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

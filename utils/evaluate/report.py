@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from utils.evaluate.metrics import Figure, signatures
 from utils.evaluate.models import Contender
 from utils.runtime.errors import Problem, UserError, is_about_the_disk
-from utils.evaluate.metrics import Figure, signatures
 
 # module → package
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "sacrebleu": "sacrebleu",

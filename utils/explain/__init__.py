@@ -1,1 +1,4 @@
-"""explain"""
+"""What a run will do: every value and where it comes from, steps, tokens.
+
+In reading order: explain, report, unused, diff.
+"""

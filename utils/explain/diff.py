@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from utils.config.config_file import read_config
-from utils.runtime.errors import UserError
+from utils.run.compare import Run, differing
 from utils.run.record import run_record
-from utils.script.compare_runs import Run, differing
+from utils.runtime.errors import UserError
 
 _MACHINE = ("cpu", "cores", "gpus", "python", "system")
 

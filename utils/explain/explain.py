@@ -7,19 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from utils.model.adapter import ADAPTERS, build_adapter
 from utils.config.deepspeed import short_name
-from utils.runtime.errors import UserError
+from utils.config.provenance import Source, Sources, unannotated
 from utils.explain.unused import Case, idle_settings
+from utils.model.adapter import ADAPTERS, build_adapter
 from utils.model.layout import expected_layout
 from utils.model.load import CHECKPOINTING_FROM, settle_checkpointing, whole_models, without_weights
-from utils.train.plan import measure, plan
+from utils.model.tokenizer import tokenizer_of
 from utils.run.record import effective_args
-from utils.config.provenance import Source, Sources, unannotated
+from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.tasks.trainer import Data
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
+from utils.train.plan import measure, plan
 
 # what DeepSpeed's "auto" stands for, as transformers fills it in
 _AUTO = {

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from utils.tasks.dpo_checks import FOR_MULTI, READ_SMOOTHING
 from utils.config.replaced import REPLACED_FLAGS
+from utils.tasks.dpo_checks import FOR_MULTI, READ_SMOOTHING
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _WITHOUT_OPTIONS = ("constant", "constant_with_warmup")

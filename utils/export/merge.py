@@ -7,16 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from utils.model.base_config import refuse_unloadable
-from utils.storage.run_folder import MERGED
-from utils.runtime.errors import UserError
-from utils.runtime.startup import import_peft
-from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.export.merge_files import load_exactly, main_type
 from utils.export.merge_folder import foreign_to_merge
+from utils.infer.load import Parts, TrainedArgs
+from utils.model.base_config import refuse_unloadable
+from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
 from utils.model.tokenizer import load_failure
-from utils.infer.load import Parts, TrainedArgs
+from utils.patches.lazy_imports import import_peft
+from utils.runtime.errors import UserError
+from utils.storage.run_folder import MERGED
 from utils.storage.weights import read_header, weight_files
 
 # type → bytes of a weight

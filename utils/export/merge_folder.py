@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.storage.run_folder import FINISHED, MERGED, files_in
 from utils.runtime.errors import UserError, is_about_the_disk
 from utils.storage.run_files import WRITTEN
+from utils.storage.run_folder import FINISHED, MERGED, files_in
 
 _MERGING = ".merging"  # stands in the folder that is being written
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")

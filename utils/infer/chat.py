@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from utils.runtime.errors import UserError, nearest
 from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids, room_for, text_of
+from utils.runtime.errors import UserError, nearest
 
 COMMANDS = {
     "/reset": "begin a new conversation; the system message stays",

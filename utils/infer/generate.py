@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from utils.model.generation_config import own_generation
-from utils.runtime.errors import UserError
 from utils.config.flags import arg
+from utils.model.generation_config import own_generation
 from utils.patches.rope import depends_on_length
+from utils.runtime.errors import UserError
 from utils.template.tokenize import Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
 
 

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.config.defaults import check_model_path
+from utils.config.flags import arg
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
-from utils.config.defaults import check_model_path
-from utils.storage.run_folder import checkpoints_of, noted_by_run, read_manifest
-from utils.runtime.errors import UserError
-from utils.config.flags import arg
-from utils.runtime.startup import import_peft
 from utils.model.merge_layers import merge_onto, types_of
-from utils.storage.files import project_path
 from utils.model.quantised import keep_quantised_weights
+from utils.model.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
+from utils.patches.lazy_imports import import_peft
 from utils.patches.rope import use_row_rope
+from utils.runtime.errors import UserError
+from utils.storage.files import project_path
+from utils.storage.run_folder import checkpoints_of, noted_by_run, read_manifest
+from utils.storage.weights import check_weight_files, fingerprint
 from utils.template import get_template, template_dict, unknown_template
 from utils.template.auto import own_templates
-from utils.model.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
-from utils.storage.weights import check_weight_files, fingerprint
 
 
 @dataclass

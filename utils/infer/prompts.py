@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.files import find_files, read_rows
-from utils.data.pairs import check_prompt, read_pair
 from utils.data.conversations import (
     BadRow,
     Message,
@@ -17,6 +15,8 @@ from utils.data.conversations import (
     with_system,
     with_tools,
 )
+from utils.data.files import find_files, read_rows
+from utils.data.pairs import check_prompt, read_pair
 from utils.data.turns import unreadable
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import as_written

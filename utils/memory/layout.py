@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.config.deepspeed import CONFIGS
-from utils.runtime.errors import UserError
 from utils.memory.model import is_quantised, quantised_bytes
+from utils.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 from utils.model.adapter import ADAPTERS, build_adapter
-from utils.runtime.errors import UserError
 from utils.model.load import CHECKPOINTING_FROM, without_weights
 from utils.model.quantised import quantisation_of, quantised
 from utils.model.tokenizer import load_failure
+from utils.runtime.errors import UserError
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
 
@@ -98,8 +98,8 @@ def _adapter(args, model):
         return adapter
     tokenizer = template = None
     if args.train_special_tokens == "on" and args.task_type != "pretrain" and ADAPTERS[args.train_mode].lora:
-        from utils.template import get_template
         from utils.model.tokenizer import tokenizer_of
+        from utils.template import get_template
 
         tokenizer = tokenizer_of(args)
         template = get_template(args.template_name, tokenizer, args.template_date)

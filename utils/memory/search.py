@@ -2,9 +2,9 @@
 
 import shlex
 
-from utils.model.adapter import ADAPTERS
 from utils.config.flags import split_flags
 from utils.memory.planner import MODES, Setting
+from utils.model.adapter import ADAPTERS
 from utils.model.quantised import method_of, quantisation_of
 
 LAYOUTS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from loguru import logger
 
 from utils.model.adapter_targets import find_targets, tell
-from utils.runtime.errors import UserError
 from utils.model.parts import freeze_towers
+from utils.runtime.errors import UserError
 from utils.template import Template
 
 

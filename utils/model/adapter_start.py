@@ -1,7 +1,7 @@
 """Whether a new adapter leaves its model as it was: what PEFT's wrappers leave out shows before anything is trained."""
 
-from utils.runtime.errors import UserError
 from utils.model.probe_state import as_for_probing, is_whole
+from utils.runtime.errors import UserError
 
 # relative to the largest logit; PEFT rounds the scale of Gemma's embedding otherwise, which is 2e-4
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.03

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from utils.runtime.errors import UserError
 from utils.model.parts import (
     frozen_tensors,
     is_conv1d,
@@ -16,6 +15,7 @@ from utils.model.parts import (
     towers_of,
     unreached,
 )
+from utils.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

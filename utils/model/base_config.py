@@ -3,8 +3,8 @@
 import contextlib
 import copy
 
-from utils.runtime.errors import UserError
 from utils.model.tokenizer import load_failure
+from utils.runtime.errors import UserError
 
 
 def text_configs(model) -> list:

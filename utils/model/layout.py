@@ -4,13 +4,13 @@ import copy
 
 from loguru import logger
 
-from utils.patches.attention import use_row_attention
-from utils.runtime.errors import UserError
-from utils.runtime.distributed import agree
 from utils.model.load import whole_models
 from utils.model.probe import Probe, example_rows, probe
-from utils.patches.rope import use_row_rope
 from utils.model.small import small_model
+from utils.patches.attention import use_row_attention
+from utils.patches.rope import use_row_rope
+from utils.runtime.distributed import agree
+from utils.runtime.errors import UserError
 
 
 def resolve_layout(args, train_args, task, model, tokenizer) -> Probe:

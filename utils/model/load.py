@@ -6,11 +6,7 @@ from loguru import logger
 
 from utils.model.adapter import ADAPTERS
 from utils.model.adapter_files import attach_adapter
-from utils.patches.attention import use_row_attention
 from utils.model.base_config import refuse_unloadable
-from utils.config.deepspeed import zero_stage
-from utils.runtime.errors import UserError, raise_if_any
-from utils.runtime.distributed import uses_fsdp
 from utils.model.merge_layers import merge_onto
 from utils.model.quantised import (
     forget_unpacking,
@@ -20,8 +16,11 @@ from utils.model.quantised import (
     quantised,
     settle_base,
 )
-from utils.patches.rope import use_row_rope
 from utils.model.tokenizer import load_failure
+from utils.patches.attention import use_row_attention
+from utils.patches.rope import use_row_rope
+from utils.runtime.distributed import uses_fsdp, zero_stage
+from utils.runtime.errors import UserError, raise_if_any
 
 CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
 
@@ -62,7 +61,9 @@ def load_model(args, train_args):
     options |= saved
     use_row_attention()
     if not adapter.lora:
-        refuse_unloadable(args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora")
+        refuse_unloadable(
+            args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
+        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own

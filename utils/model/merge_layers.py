@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from utils.model.adapter_files import attach_adapter, fit_vocabulary, trained_tokens
-from utils.runtime.errors import UserError
 from utils.model.merge_check import MOST, compare, logits_in_float32, logits_or_none, probe_ids, refuse_difference
+from utils.runtime.errors import UserError
 
 
 class Merged(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.storage.run_folder import MANIFEST
 from utils.runtime.errors import UserError
+from utils.storage.run_folder import MANIFEST
 
 IN_CHECKPOINT = "pissa_start.safetensors"  # A0 and B0, beside the adapter of a checkpoint
 

@@ -13,10 +13,10 @@ from typing import Any
 from loguru import logger
 
 from utils.data.collate import NOT_INPUTS
-from utils.runtime.errors import first_line
 from utils.model.probe_state import as_for_probing, is_whole, random_states, short_spans
-from utils.patches.rope import use_row_rope
 from utils.model.small import small_model
+from utils.patches.rope import use_row_rope
+from utils.runtime.errors import first_line
 
 LENGTHS = (9, 14, 11)  # tokens of the rows; longer than a short convolution and than probe_state.WINDOW
 # relative to the largest logit; float32 differs by some 1e-6 where a sum has another order

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.errors import Problem, refusal
 from utils.runtime.distributed import uses_fsdp
+from utils.runtime.errors import Problem, refusal
 
 _GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes, as --model_name_or_path"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.errors import UserError, in_one_line
 from utils.runtime.distributed import agree
+from utils.runtime.errors import UserError, in_one_line
 from utils.template import Template
 from utils.template.dates import prints_date, today
 

@@ -7,16 +7,16 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.data.report import SHORTENED
 from utils.data.conversations import BadRow
-from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids
+from utils.data.report import SHORTENED
 from utils.export.merge import load_merged, size_of
-from utils.model.merge_check import MergeDiffers
+from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids
+from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.infer.prompts import to_prompt
+from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.prove.subject import Subject, length_of, place_of, trained
 from utils.run.save import save_weights
-from utils.infer.load import Parts, TrainedArgs, load_trained
 
 MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
 STEPS, SECONDS = 200, 600  # the most that a model is trained to know rows by heart

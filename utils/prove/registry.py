@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from loguru import logger
 
-from utils.runtime.errors import UserError, in_one_line
-from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict
-from utils.prove.subject import Subject
 from utils.prove.batch_checks import GRADIENTS, LOSS, accumulation, packed, padded, padding_free
+from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict
 from utils.prove.model_checks import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
 from utils.prove.run_checks import SAVED, ranks, resumed
+from utils.prove.subject import Subject
+from utils.runtime.errors import UserError, in_one_line
 
 
 class Proof(NamedTuple):

@@ -10,13 +10,13 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from utils.storage.run_folder import STATE, checkpoints_of
-from utils.runtime.errors import ERROR_FILE, read_problems
 from utils.export.merge import size_of
-from utils.storage.files import ROOT
+from utils.prove.batch_checks import GRADIENTS, LOSS
 from utils.prove.figures import DoesNotApply, Measure, ProofFailed, relative, worst
 from utils.prove.subject import Subject
-from utils.prove.batch_checks import GRADIENTS, LOSS
+from utils.runtime.errors import ERROR_FILE, read_problems
+from utils.storage.files import ROOT
+from utils.storage.run_folder import STATE, checkpoints_of
 
 STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
 # the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small

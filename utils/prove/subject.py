@@ -12,19 +12,19 @@ from typing import Any
 
 from loguru import logger
 
-from utils.model.adapter import ADAPTERS, build_adapter
 from utils.data.files import read_rows
-from utils.runtime.errors import UserError
+from utils.model.adapter import ADAPTERS, build_adapter
 from utils.model.layout import resolve_layout
 from utils.model.load import load_model, with_trained_adapter
 from utils.model.probe_state import leave_dropout_out
+from utils.model.tokenizer import tokenizer_of
 from utils.prove.figures import Gradients, logits_of
 from utils.prove.plain import plain_loss
 from utils.run.save import prepare_trainer
+from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.tasks.trainer import Data
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
 
 
 class Subject:

@@ -1,1 +1,4 @@
-"""run"""
+"""A run's folder, from its first line to its card.
+
+In reading order: save, record, samples, plot, summary, card, compare.
+"""

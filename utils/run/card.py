@@ -9,8 +9,8 @@ from pathlib import Path
 from loguru import logger
 
 from utils.config.config_file import is_own_recipe
-from utils.runtime.markdown import Markdown, code, escape, fenced, show, table
 from utils.run.samples import LONGEST, Sample
+from utils.runtime.markdown import Markdown, code, escape, fenced, show, table
 
 CARD = "README.md"
 _MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from loguru import logger
 
-from utils.config.deepspeed import zero_stage
 from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
-from utils.runtime.distributed import uses_fsdp
+from utils.runtime.distributed import uses_fsdp, zero_stage
 from utils.template.tokenize import IGNORED
 
 LONGEST = 64  # tokens of an answer: enough to see the difference, and cheap

@@ -8,21 +8,22 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.config.defaults import is_default_folder, new_folder
 from utils.config.validate import check_output_dir
-from utils.storage.run_folder import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
-from utils.runtime.errors import Problem, UserError, is_about_the_disk, raise_if_any
-from utils.runtime.distributed import agree
-from utils.runtime.log import is_main_process, log_to_file, route_library_logs
 from utils.model.pissa import pissa_to_lora
+from utils.model.tokenizer import set_format
+from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
-from utils.run.record import effective_args, run_record, write_record
-from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
-from utils.storage.run_lock import RUN_LOCK, claim, lock_of_run, release
+from utils.run.record import effective_args, run_record
 from utils.run.samples import begin_samples, end_samples
 from utils.run.summary import summarise
-from utils.model.tokenizer import set_format
+from utils.runtime.distributed import agree
+from utils.runtime.errors import Problem, UserError, is_about_the_disk, raise_if_any
+from utils.runtime.log import is_main_process, log_to_file, route_library_logs
+from utils.storage.files import write_record
+from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
+from utils.storage.run_folder import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
+from utils.storage.run_lock import RUN_LOCK, claim, lock_of_run, release
 from utils.train.trainer import refuse_broken_weights
 
 

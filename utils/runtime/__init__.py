@@ -1,1 +1,4 @@
-"""runtime"""
+"""Errors, processes, logging: what every other package may use.
+
+In reading order: errors, command, log, distributed, environment, startup, markdown.
+"""

@@ -13,6 +13,7 @@ from utils.runtime.log import is_main_process
 
 _SETTLED = 0.2  # seconds after which a lock that is still closed is a dead one's
 
+
 def world_size() -> int:
     """How many processes train together; 1 for plain `python`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,3 +185,8 @@ def remove_shared_memory(port: str, rank: str = "*") -> None:
     """Removes what DeepSpeed's CPU processes share their sums in, 69 MB each, which it leaves in memory for good."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
         buffer.unlink(missing_ok=True)
+
+
+def zero_stage(train_args) -> int:
+    """The ZeRO stage, 0 without DeepSpeed."""
+    return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0

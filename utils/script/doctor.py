@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from loguru import logger
 
 from utils.args import parse_args
-from utils.doctor.examine import Examined, diagnose
-from utils.runtime.errors import Problem, UserError, raise_if_any, run_command
-from utils.doctor.findings import as_json, as_text, catalogue, exit_code, findings_of
 from utils.config.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own
+from utils.doctor.examine import Examined, diagnose
+from utils.doctor.findings import as_json, as_text, catalogue, exit_code, findings_of
+from utils.runtime.command import run_command
 from utils.runtime.distributed import world_size
+from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import route_library_logs, setup_logging
 from utils.storage.files import ROOT
 

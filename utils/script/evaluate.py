@@ -15,17 +15,18 @@ from typing import Literal
 
 from loguru import logger
 
-from utils.evaluate.methods import Generation, MultipleChoice, read_task
-from utils.evaluate.report import check_output, summarise, table, write
-from utils.evaluate.models import Contender, check_contenders, load_contenders
-from utils.data.files import files_left_out, find_files
-from utils.runtime.errors import Problem, UserError, raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags
-from utils.infer.generate import GenerateArgs, check_generate
-from utils.runtime.log import setup_logging
+from utils.data.files import files_left_out, find_files
+from utils.evaluate.methods import Generation, MultipleChoice, read_task
 from utils.evaluate.metrics import METRICS, check_metrics
-from utils.storage.run_lock import lock_beside, only_writer
+from utils.evaluate.models import Contender, check_contenders, load_contenders
+from utils.evaluate.report import check_output, summarise, table, write
+from utils.infer.generate import GenerateArgs, check_generate
 from utils.infer.load import Parts, TrainedArgs
+from utils.runtime.command import run_command
+from utils.runtime.errors import Problem, UserError, raise_if_any
+from utils.runtime.log import setup_logging
+from utils.storage.run_lock import lock_beside, only_writer
 
 _SHOWN = 100  # so many rows that cannot be evaluated are named in the terminal
 

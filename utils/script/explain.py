@@ -13,9 +13,10 @@ import json
 from dataclasses import dataclass
 
 from utils.args import parse_with_sources
-from utils.runtime.errors import UserError, raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.runtime.command import run_command
 from utils.runtime.distributed import world_size
+from utils.runtime.errors import UserError, raise_if_any
 from utils.runtime.log import is_main_process, setup_logging
 
 

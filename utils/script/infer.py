@@ -18,16 +18,17 @@ from typing import Literal
 
 from loguru import logger
 
+from utils.config.flags import arg, make_parser, read_flags
+from utils.data.files import find_files
 from utils.infer.answer_file import AnswerFile, check_output, partial_of
 from utils.infer.chat import Chat, talk
-from utils.data.files import find_files
-from utils.runtime.errors import Problem, UserError, raise_if_any, run_command
-from utils.config.flags import arg, make_parser, read_flags
 from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids
-from utils.runtime.log import setup_logging
-from utils.infer.prompts import Prompt, read_prompts
-from utils.run.record import sha256_of
 from utils.infer.load import Parts, TrainedArgs, allows_special, check_trained, load_format, load_speaker
+from utils.infer.prompts import Prompt, read_prompts
+from utils.runtime.command import run_command
+from utils.runtime.errors import Problem, UserError, raise_if_any
+from utils.runtime.log import setup_logging
+from utils.storage.files import sha256_of
 from utils.storage.weights import fingerprint
 
 _SHOWN = 100  # so many rows that cannot be answered are named

@@ -14,24 +14,25 @@ from typing import Literal
 
 from loguru import logger
 
-from utils.model.adapter_files import check_mergeable
-from utils.storage.run_folder import FINISHED, MERGED, files_in, noted_by_run
-from utils.runtime.errors import UserError, raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags
-from utils.runtime.startup import leave_deepspeed_out
-from utils.runtime.log import route_library_logs, setup_logging
 from utils.export.merge import check_output_dir, compare_saved, load_merged, write_json
 from utils.export.merge_files import keep_types, main_type
 from utils.export.merge_folder import read_merged, whole_or_nothing
-from utils.model.load import settle_generation
 from utils.export.modelfile import NAME, template_in, write_modelfile
-from utils.model.quantised import method_of, quantisation_of
-from utils.run.record import sha256_of
-from utils.storage.run_lock import lock_beside, only_writer
-from utils.template import get_template
-from utils.model.tokenizer import load_tokenizer, set_format
 from utils.infer.load import Parts, TrainedArgs, check_trained
+from utils.model.adapter_files import check_mergeable
+from utils.model.load import settle_generation
+from utils.model.quantised import method_of, quantisation_of
+from utils.model.tokenizer import load_tokenizer, set_format
+from utils.patches.lazy_imports import leave_deepspeed_out
+from utils.runtime.command import run_command
+from utils.runtime.errors import UserError, raise_if_any
+from utils.runtime.log import route_library_logs, setup_logging
+from utils.storage.files import sha256_of
+from utils.storage.run_folder import FINISHED, MERGED, files_in, noted_by_run
+from utils.storage.run_lock import lock_beside, only_writer
 from utils.storage.weights import fingerprint
+from utils.template import get_template
 
 
 @dataclass

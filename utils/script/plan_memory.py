@@ -11,12 +11,13 @@ from typing import Literal
 
 from utils.args import parse_args
 from utils.config.deepspeed import ALLOWED, NAMES
-from utils.runtime.errors import UserError, nearest, raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags, split_flags
-from utils.runtime.log import setup_logging
 from utils.memory import Estimate, Planner, Setting
-from utils.memory.search import LAYOUTS, RESERVE, brings_nothing, command_of, fits, modes_of, settings_of
 from utils.memory.planner import batch_of
+from utils.memory.search import LAYOUTS, RESERVE, brings_nothing, command_of, fits, modes_of, settings_of
+from utils.runtime.command import run_command
+from utils.runtime.errors import UserError, nearest, raise_if_any
+from utils.runtime.log import setup_logging
 from utils.storage.files import project_path
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")

@@ -21,11 +21,12 @@ from pathlib import Path
 from loguru import logger
 
 from utils.args import parse_args
-from utils.runtime.errors import nearest, raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags, split_own
-from utils.runtime.distributed import world_size
-from utils.runtime.log import setup_logging
 from utils.prove.figures import Count
+from utils.runtime.command import run_command
+from utils.runtime.distributed import world_size
+from utils.runtime.errors import nearest, raise_if_any
+from utils.runtime.log import setup_logging
 
 # a proof computes in float32 and in folders of its own; the flags given last count
 _OF_ALL = [
@@ -89,8 +90,8 @@ def settle(flags: list[str], count: int, scratch: Path):
     own = ["--output_dir", str(scratch / "run"), *_OF_ALL]
     args, train_args = parse_args([*flags, *own, *_NOT_IN_THIS_PROCESS])
 
-    from utils.runtime.log import route_library_logs
     from utils.prove.subject import Subject
+    from utils.runtime.log import route_library_logs
 
     route_library_logs()
     if args.attn_implementation == "flash_attention_2":

@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 
 from utils.args import parse_args
-from utils.runtime.errors import raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.runtime.command import run_command
+from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
 
 _COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green, as far as the terminal has it
@@ -81,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     raise_if_any(problems)
     args, train_args = parse_args(rest)
 
+    from utils.model.tokenizer import tokenizer_of
     from utils.runtime.log import route_library_logs
     from utils.tasks import get_task
     from utils.template import get_template
-    from utils.model.tokenizer import tokenizer_of
 
     route_library_logs()
     tokenizer = tokenizer_of(args)

@@ -7,8 +7,9 @@ python -m utils.script.show_template --write        # chat_template/README.md
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.runtime.errors import raise_if_any, run_command
 from utils.config.flags import arg, make_parser, read_flags
+from utils.runtime.command import run_command
+from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
 from utils.storage.files import ROOT
 from utils.template import Template, get_template, template_dict, unknown_template

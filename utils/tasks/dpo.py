@@ -8,19 +8,19 @@ from unittest.mock import patch
 import pyarrow
 import torch
 
+from utils.data.conversations import BadRow
 from utils.data.files import SUFFIXES
 from utils.data.pairs import Pair, to_pair
-from utils.data.conversations import BadRow
-from utils.runtime.errors import UserError
-from utils.train.filler import FillsUp, fills_up
-from utils.patches.lm_head import check_head
-from utils.runtime.distributed import wait_for_all
+from utils.data.truncate_pairs import COLUMNS, cut_pair_far, encode_pairs_within
+from utils.model.head import check_head
 from utils.model.load import load_model, whole_models
 from utils.model.pissa import with_pissa
-from utils.data.truncate_pairs import COLUMNS, cut_pair_far, encode_pairs_within
+from utils.runtime.distributed import wait_for_all
+from utils.runtime.errors import UserError
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind, wants_one_type
-from utils.train.trainer import Surviving
 from utils.template.messages import UNTRAINED, count_answers
+from utils.train.filler import FillsUp, fills_up
+from utils.train.trainer import Surviving
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:

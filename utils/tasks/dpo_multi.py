@@ -1,8 +1,8 @@
 """DPO by TRL: its collator, its trainer and all its losses, on pairs of one turn or many."""
 
 from utils.data.collate import build_trl_pair_collator
-from utils.tasks.trainer import Data
 from utils.tasks.dpo import load_datasets, make_dpo_trainer
+from utils.tasks.trainer import Data
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
 

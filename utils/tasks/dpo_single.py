@@ -13,10 +13,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from utils.data.collate import NOT_INPUTS, build_pair_collator
-from utils.patches.lm_head import keep_logits
-from utils.template.tokenize import IGNORED
-from utils.tasks.trainer import Data
+from utils.model.head import keep_logits
 from utils.tasks.dpo import load_datasets, make_dpo_trainer
+from utils.tasks.trainer import Data
+from utils.template.tokenize import IGNORED
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
 

@@ -1,11 +1,11 @@
 """Pretraining: plain text, every token of which is trained, in packed rows."""
 
+from utils.data.conversations import to_text
 from utils.data.files import TEXT_SUFFIXES
 from utils.data.report import TOO_LONG, Dropped
-from utils.data.conversations import to_text
-from utils.template.tokenize import Segment, encode_segments
-from utils.tasks.trainer import Data, load_both, row_kind
 from utils.tasks.sft import build_collator, build_trainer
+from utils.tasks.trainer import Data, load_both, row_kind
+from utils.template.tokenize import Segment, encode_segments
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
 

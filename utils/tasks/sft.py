@@ -3,14 +3,14 @@
 import dataclasses
 
 from utils.data.collate import build_collator as _collator
-from utils.data.files import SUFFIXES
 from utils.data.conversations import BadRow, to_messages
+from utils.data.files import SUFFIXES
+from utils.data.truncate import check_all, cut_far, encode_within
+from utils.patches.lm_head import use_trained_positions
 from utils.runtime.errors import UserError
+from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
 from utils.train.eval_metrics import CountsTokens, fill_up
 from utils.train.filler import FillsUp
-from utils.patches.lm_head import use_trained_positions
-from utils.data.truncate import check_all, cut_far, encode_within
-from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
 from utils.train.trainer import Surviving
 
 USES_TEMPLATE = True

@@ -9,19 +9,19 @@ from typing import Any
 
 from loguru import logger
 
-from utils.model.adapter import adapter_weights, settle_trainable
-from utils.model.adapter_start import check_new_adapter
-from utils.model.experts import leave_router_logits_out, settle_balance
 from utils.data.fields import unread_fields
 from utils.data.keys import tokenizer_key
 from utils.data.prepare import DataReport, RowKind, load_rows
-from utils.runtime.errors import UserError
-from utils.patches.lm_head import check_head
-from utils.runtime.startup import leave_deepspeed_out
-from utils.runtime.distributed import uses_fsdp
+from utils.model.adapter import adapter_weights, settle_trainable
+from utils.model.adapter_start import check_new_adapter
+from utils.model.experts import leave_router_logits_out, settle_balance
+from utils.model.head import check_head
 from utils.model.load import whole_models
-from utils.train.neftune import add_noise
 from utils.model.pissa import with_pissa
+from utils.patches.lazy_imports import leave_deepspeed_out
+from utils.runtime.distributed import uses_fsdp
+from utils.runtime.errors import UserError
+from utils.train.neftune import add_noise
 from utils.train.resume import run_settings
 
 # whose errors are about the hub and the way to it

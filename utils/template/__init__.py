@@ -1,1 +1,11 @@
-"""template"""
+"""Chat formats as data: how a conversation is rendered, which of its tokens are trained.
+
+A new format is one `register_template(...)` call in `catalogue`. In reading order: messages, format, catalogue, tokenize,
+auto, reading, parts, spans, dates, jinja, go, derived.
+"""
+
+from utils.template.catalogue import get_template, register_template, template_dict, unknown_template
+from utils.template.format import Template
+from utils.template.messages import Message
+
+__all__ = ["Message", "Template", "get_template", "register_template", "template_dict", "unknown_template"]

@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass, field, replace
 
 from utils.runtime.errors import UserError
+from utils.template.dates import on_day, prints_date, today
+from utils.template.messages import Message, Note, as_written, only_answers
+from utils.template.reading import Reading, read_conversation
 from utils.template.tokenize import (
     Breaks,
     Segment,
@@ -17,9 +20,6 @@ from utils.template.tokenize import (
     free_break,
     special_pattern,
 )
-from utils.template.dates import on_day, prints_date, today
-from utils.template.reading import Reading, read_conversation
-from utils.template.messages import Message, Note, as_written, only_answers
 
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

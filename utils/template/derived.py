@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from utils.runtime.errors import UserError
-from utils.template.tokenize import special_pattern
 from utils.template.auto import AutoTemplate
 from utils.template.dates import prints_date
 from utils.template.format import Template
+from utils.template.tokenize import special_pattern
 
 _S, _U, _A, _V = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
 

@@ -7,9 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from utils.runtime.errors import UserError
-from utils.template.tokenize import Segment, encode_segments
 from utils.template.jinja import to_jinja
-from utils.template.messages import EMPTY, MEDIA, REASONING, UNTRAINED, Message, Note, is_empty, is_wanted, only_answers, unread
+from utils.template.messages import (
+    EMPTY,
+    MEDIA,
+    REASONING,
+    UNTRAINED,
+    Message,
+    Note,
+    is_empty,
+    is_wanted,
+    only_answers,
+    unread,
+)
+from utils.template.tokenize import Segment, encode_segments
 
 _TOOLS = " (--template_name auto takes the tokenizer's own, which may have tools)"
 _OWN = " (--template_name auto takes the tokenizer's own, which may have one)"

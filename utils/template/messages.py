@@ -8,8 +8,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from utils.data.fields import DESCRIPTIVE, REASONING
 from utils.runtime.errors import UserError
+
+# fields that describe a row and say nothing that could be trained
+DESCRIPTIVE = frozenset(
+    "id _id idx index uid uuid key hash prompt_id conversation_id conversation_hash row_id question_id "
+    "source sources dataset data_source origin origin_dataset original_dataset repo file file_path path dump url "
+    "category categories domain subject topic topics task task_type type lang language languages language_score "
+    "tag tags meta metadata info extra version split subset license licence author authors created created_at date "
+    "time timestamp updated_at model models model_name generator teacher tokens token_count num_tokens n_tokens "
+    "length num_turns title parallel_tool_calls score_chosen score_rejected chosen_model rejected_model "
+    "__index_level_0__ difficulty level".split()
+    + ["", "Unnamed: 0"]  # pandas' index, written as a column
+)
+# what programs call the thinking of an answer; transformers gives a template all of the first three
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 
 Message = dict[str, Any]
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")

@@ -5,8 +5,6 @@ import json
 from typing import NamedTuple
 
 from utils.runtime.errors import UserError
-from utils.template.parts import read_in_parts
-from utils.template.spans import NoSpan, answer_span
 from utils.template.messages import (
     EMPTY,
     MEDIA,
@@ -20,6 +18,8 @@ from utils.template.messages import (
     unread,
     without,
 )
+from utils.template.parts import read_in_parts
+from utils.template.spans import NoSpan, answer_span
 
 _NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
 # a conversation is read twice: when its row is checked, and with the rest of its chunk when it is encoded

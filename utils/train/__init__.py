@@ -1,1 +1,4 @@
-"""train"""
+"""What is added to TRL's trainer: complete checkpoints, resuming, NaN handling, evaluation by tokens.
+
+In reading order: trainer, callbacks, eval_metrics, filler, neftune, plan, resume_rules, resume.
+"""

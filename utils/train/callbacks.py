@@ -7,9 +7,9 @@ from pathlib import Path
 from loguru import logger
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from utils.storage.run_folder import read_manifest
-from utils.runtime.errors import Interrupted
 from utils.runtime.distributed import any_process, command_of_launcher
+from utils.runtime.errors import Interrupted
+from utils.storage.run_folder import read_manifest
 
 
 class MetricsToLog(TrainerCallback):

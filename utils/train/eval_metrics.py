@@ -2,8 +2,8 @@
 
 import math
 
-from utils.train.filler import empty_row
 from utils.runtime.distributed import all_of
+from utils.train.filler import empty_row
 
 
 class CountsTokens:

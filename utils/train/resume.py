@@ -7,12 +7,21 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.storage import weights as weight_files
-from utils.config.deepspeed import zero_stage
-from utils.storage.run_folder import anew, read_manifest
+from utils.runtime.distributed import uses_fsdp, world_size, zero_stage
 from utils.runtime.errors import UserError
-from utils.runtime.distributed import uses_fsdp, world_size
-from utils.train.resume_rules import FIXED, OPTIONS, ORDER, PLAIN_OPTIMIZERS, SCHEDULE, SIZES, STEP_BY_STEP, UPDATED, rule_of
+from utils.storage import weights as weight_files
+from utils.storage.run_folder import anew, read_manifest
+from utils.train.resume_rules import (
+    FIXED,
+    OPTIONS,
+    ORDER,
+    PLAIN_OPTIMIZERS,
+    SCHEDULE,
+    SIZES,
+    STEP_BY_STEP,
+    UPDATED,
+    rule_of,
+)
 
 # a checkpoint made with another of these is a checkpoint of another model
 _SAME = (

@@ -10,14 +10,14 @@ from unittest.mock import patch
 
 from loguru import logger
 
-from utils.model.base_config import saved_with
-from utils.storage.run_folder import anew, begin_checkpoint, checkpoints_of, mark_complete, remove_torsos, rotate
 from utils.data.report import name_sources
-from utils.runtime.errors import UserError, is_about_the_disk
-from utils.runtime.distributed import all_of, any_process, is_first_here, wait_for_all, world_size
+from utils.model.base_config import saved_with
 from utils.model.pissa import IN_CHECKPOINT
-from utils.train.resume import Resumable
+from utils.runtime.distributed import all_of, any_process, is_first_here, wait_for_all, world_size
+from utils.runtime.errors import UserError, is_about_the_disk
 from utils.storage.run_files import PISSA_START
+from utils.storage.run_folder import anew, begin_checkpoint, checkpoints_of, mark_complete, remove_torsos, rotate
+from utils.train.resume import Resumable
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
 
