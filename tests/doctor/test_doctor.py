@@ -14,7 +14,7 @@ from utils.args import parse_args
 from utils.doctor.codes import CODES
 from utils.doctor.findings import catalogue
 from utils.doctor.quick import quick_findings
-from utils.doctor.quick import resources as doctor_sizes
+from utils.doctor import resources as doctor_sizes
 from utils.doctor.settings import deepspeed_keys, steps_of
 from utils.doctor.tokens import token_findings
 from utils.model.tokenizer import tokenizer_of
@@ -648,7 +648,7 @@ def test_of_equal_rows_all_but_the_first_repeat(tmp_path):
 def test_a_row_may_be_as_long_as_the_positions(lengths, over, monkeypatch):
     from datasets import Dataset
 
-    from utils.doctor.quick import settings as doctor_settings
+    from utils.doctor import settings as doctor_settings
 
     monkeypatch.setattr(doctor_settings, "shape_of", lambda args: None)
     config = SimpleNamespace(max_position_embeddings=10, rope_parameters=None)

@@ -15,7 +15,8 @@ from test_merge_lora import load, logits
 from transformers import AutoModelForCausalLM
 
 from utils.infer.load import Parts, TrainedArgs, load_trained
-from utils.model.load import merge_check, with_trained_adapter
+from utils.model import merge_check
+from utils.model.load import with_trained_adapter
 from utils.runtime.errors import UserError
 from utils.script import merge_lora
 

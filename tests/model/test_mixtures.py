@@ -217,7 +217,7 @@ def test_a_saved_configuration_has_the_stop_token_that_was_trained(train, tiny_m
 @pytest.mark.parametrize(("own", "fused", "trained"), [(1.0, 1.01, True), (1.0, 1.5, False), (1.0, 0.5, False)])
 def test_an_auxiliary_loss_that_is_not_the_models_own_is_left_out_or_refused(own, fused, trained, monkeypatch):
     """As TRL's for a family whose experts it counts otherwise; to two per cent, since bf16 rounds both."""
-    from utils.model.load import experts as balance
+    from utils.model import experts as balance
 
     config = SimpleNamespace(num_experts=4, num_experts_per_tok=2)
     config.get_text_config = lambda: config
