@@ -1,6 +1,6 @@
 """Peak GPU memory and tokens per second of a 7B model, for each way to train it; no download, random weights.
 
-    python -m benchmarks.gpu_memory                # on a GPU; writes benchmarks/gpu_memory.json and the READMEs' table
+    python -m benchmarks.gpu_memory                # on a GPU; writes benchmarks/gpu_memory.json and the table in docs/speed.md
     python -m benchmarks.gpu_memory --shape tiny --device cpu --steps 2 --output /tmp/try.json   # the script itself
 
 The model has the shape of Qwen1.5-7B. Each way runs the project's own command in a process of its own: batch 1, 2,048
@@ -100,7 +100,7 @@ def measure(way: str, model: Path, data: Path, tokens: int, steps: int, scratch:
 
 
 def table(results: dict | None) -> str:
-    """The READMEs' table; "not measured" where no GPU was to be had."""
+    """The table of docs/speed.md; "not measured" where no GPU was available."""
     lines = [
         "| 7B, batch 1, 2,048 tokens | reported elsewhere | goal | peak GPU memory | tokens/s |",
         "|---|---|---|---|---|",
@@ -119,8 +119,8 @@ def table(results: dict | None) -> str:
 
 
 def write_tables(results: dict | None) -> None:
-    """Puts the table into both READMEs."""
-    for name in ("README.md", "README_zh.md"):
+    """Puts the table into the pages that show it."""
+    for name in ("docs/speed.md", "README_zh.md"):
         write_table(ROOT / name, "benchmarks/gpu_memory.json", table(results))
 
 

@@ -1,6 +1,6 @@
 """Every ZeRO configuration with every kind of training, on two processes, against the same run on one.
 
-    python -m benchmarks.matrix                       # all of it; writes benchmarks/matrix.json and the READMEs' table
+    python -m benchmarks.matrix                       # all of it; writes benchmarks/matrix.json and the table in docs/launching.md
     python -m benchmarks.matrix --only zero3 qlora    # the combinations that have all of these
 
 Each run is the real command under DeepSpeed's launcher, on the CPU. It passes when its losses equal those of plain
@@ -145,7 +145,7 @@ def check(zero: str, mode: str, task: str, folder: Path, alone: Path) -> dict:
 
 
 def table(results: dict) -> str:
-    """The READMEs' table: a row for each configuration, a column for each kind of training."""
+    """The table of docs/launching.md: a row for each configuration, a column for each kind of training."""
     found: dict = {}
     for run in results["runs"]:
         found.setdefault((run["zero"], run["mode"]), {})[run["task"]] = not run["problems"]
@@ -161,8 +161,8 @@ def table(results: dict) -> str:
 
 
 def write_tables(results: dict) -> None:
-    """Puts the table into both READMEs."""
-    for name in ("README.md", "README_zh.md"):
+    """Puts the table into the pages that show it."""
+    for name in ("docs/launching.md", "README_zh.md"):
         write_table(ROOT / name, "benchmarks/matrix.json", table(results))
 
 

@@ -1,28 +1,25 @@
-"""README, "After training": each command as printed, on a run of the embedded model."""
+"""docs/after_training.md: each command as printed, on a run of the embedded model."""
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from pages import commands
 from test_serve import COMMAND as SERVE
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("## After training") : README.index("## When something goes wrong")]
-LINES = "\n".join(re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)).replace("\\\n", " ").splitlines()
-COMMANDS = [" ".join(line.partition("  #")[0].split()) for line in LINES if line.strip()]
-OURS = [command for command in dict.fromkeys(COMMANDS) if command.startswith("python ") and "gguf" not in command]
-# other programs, which the README says are not run here, but for the server (test_serve.py) and its installation
+COMMANDS = commands("docs/after_training.md")
+OURS = [command for command in COMMANDS if command.startswith("python ") and "gguf" not in command]
+# other programs, which the page says are not run here, but for the server (test_serve.py) and its installation
 OTHERS = ("pip install", "vllm serve", "ollama create", "python convert_hf_to_gguf.py", SERVE)
 pytestmark = pytest.mark.slow
 
 
 def test_every_command_is_ours_or_a_named_other():
-    assert len(OURS) == 8
+    assert len(OURS) == 9
     assert [one for one in COMMANDS if one not in OURS and not one.startswith(OTHERS)] == []
 
 
@@ -43,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def type_in(folder, command, text=""):
-    """Runs a command of the README in `folder`, with `text` for its keyboard; returns what it printed."""
+    """Runs a command of the page in `folder`, with `text` for its keyboard; returns what it printed."""
     later = sorted(path.name for path in (folder / "output").glob("sft-*"))
     command = command.replace("sft-<time>", later[0] if "compare_runs" in command else "sft")
     words = shlex.split(command.replace("main_train.py", str(ROOT / "main_train.py")))
@@ -78,7 +75,9 @@ def test_each_command_of_after_training(folder):
             before, after = losses(output / "sft"), losses(changed)
             assert after[0] == before[0] and after[-1] != before[-1]
         elif "merge_lora" in command:
-            assert (output / "merged" / "model.safetensors").is_file()
+            merged = folder / command.split("--output_dir ")[1].split()[0]
+            assert (merged / "model.safetensors").is_file()
+            assert (merged / "Modelfile").is_file() == ("--modelfile" in command)
         elif "compare_runs" in command:
             assert (folder / "compare.png").is_file() and "output_dir" not in said
 

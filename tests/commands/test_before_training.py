@@ -1,4 +1,4 @@
-"""README, "Before training": each command as printed, on the embedded model and a short run of it."""
+"""docs/before_training.md: each command as printed, on the embedded model and a short run of it."""
 
 import os
 import re
@@ -7,18 +7,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from pages import blocks, commands, read
 
 
-def commands(page: str, heading: str) -> list[str]:
-    """The lines of a section's code blocks, without their comments."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    section = text[text.index(f"\n{heading}\n") + 1 :]
-    section = section[: section.index("\n## ", 1)]
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).replace("\\\n", " ").splitlines()
-    return [" ".join(line.partition("  #")[0].split()) for line in lines if line.strip()]
-
-
-COMMANDS = commands("README.md", "## Before training")
+COMMANDS = commands(PAGE)
 NOT_CLEAN = {"python -m utils.script.doctor --eval_data_path data/sft_data.jsonl": 1}  # its mistake is shown there
 SAID = {"doctor": "verdict", "explain": "tokens", "plan_memory": "parameters", "prove": "tolerance"}
 pytestmark = pytest.mark.slow
@@ -55,9 +47,12 @@ def type_in(folder, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_does_as_the_readme_says(folder, command):
+def test_a_command_does_as_the_page_says(folder, command):
     done = type_in(folder, command)
     assert done.returncode == NOT_CLEAN.get(command, 0), f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     command, _, file = command.partition(" > ")
     printed = (folder / file).read_text() if file else done.stdout
     assert SAID[re.search(r"script\.(\w+)", command)[1]] in printed
+    if command in NOT_CLEAN:  # the page shows its finding, with the list of lines cut short
+        (finding,) = blocks(read(PAGE), "text")
+        assert [line for line in finding.splitlines() if "…" not in line and line not in printed] == []

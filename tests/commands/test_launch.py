@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import ROOT, write_rows
+from pages import commands
 
 from benchmarks.matrix import COVERING, check, free_port, one_process, table, two_processes
 from utils.config.deepspeed import CONFIGS, NAMES
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("## Several GPUs") : README.index("## After training")]
-BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
-ONE_MACHINE, MORE_MACHINES = ([line.split("  #")[0].strip() for line in block.strip().splitlines()] for block in BLOCKS)
+PAGE = "docs/launching.md"
+ONE_MACHINE = commands(PAGE, "## One machine")
+# the first starts the others by ssh
+ON_EACH_MACHINE = commands(PAGE, "## Several machines")[1:]
+(WITHOUT_A_GPU,) = commands(PAGE, "## Try it without a GPU")
 SHORT = [
     "--max_steps", "2", "--per_device_train_batch_size", "2", "--precision", "fp32", "--logging_steps", "1",
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--train_special_tokens", "off",
@@ -35,8 +37,10 @@ def flags(tiny_models, rows_file, tmp_path):
 
 
 def launched(command: str, flags: list[str], **changes) -> subprocess.CompletedProcess:
-    """Runs a line of the README on the CPU, with the test's flags behind it."""
+    """Runs a command of the page on the CPU, with the test's flags behind it."""
     words = shlex.split(command)
+    while "=" in words[0]:
+        changes |= [words.pop(0).split("=")]
     words[0] = str(Path(sys.executable).parent / words[0])
     # as many slots as the line names, and a port of its own
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "8", "OMP_NUM_THREADS": "1", **changes}
@@ -48,8 +52,8 @@ def launched(command: str, flags: list[str], **changes) -> subprocess.CompletedP
     return subprocess.run([*words, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("command", ONE_MACHINE)
-def test_every_command_of_the_readme_trains(command, flags, tmp_path):
+@pytest.mark.parametrize("command", [*ONE_MACHINE, WITHOUT_A_GPU])
+def test_every_command_of_the_page_trains(command, flags, tmp_path):
     done = launched(command, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
@@ -57,7 +61,7 @@ def test_every_command_of_the_readme_trains(command, flags, tmp_path):
     assert said.count("'train_runtime'") == 1
     config = json.loads((tmp_path / "run" / "train_args.json").read_text(encoding="utf-8"))["trainer"]["deepspeed"]
     wanted = re.search(r"--deepspeed (\w+)", command)
-    name = wanted[1] if wanted else "zero2" if command.startswith("deepspeed") else None
+    name = wanted[1] if wanted else "zero2" if "deepspeed " in command else None
     assert config == name  # by its short name, which is found again wherever the project lies
     rows = json.loads((tmp_path / "run" / "train_args.json").read_text(encoding="utf-8"))["summary"]
     assert rows["steps"] == 2 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
@@ -285,10 +289,10 @@ def test_the_matrix_where_it_covers_every_two_values(zero, mode, task, alone, tm
     assert check(zero, mode, task, tmp_path / "run", alone(mode, task))["problems"] == []
 
 
-def test_the_readmes_table_is_what_was_measured():
+def test_the_pages_table_is_what_was_measured():
     results = json.loads((ROOT / "benchmarks" / "matrix.json").read_text(encoding="utf-8"))
     assert len(results["runs"]) == 48
-    for name in ("README.md", "README_zh.md"):
+    for name in (PAGE, "README_zh.md"):
         assert table(results) in (ROOT / name).read_text(encoding="utf-8")
 
 
@@ -323,7 +327,7 @@ def two_hosts():
             ip("netns", "del", name)
 
 
-@pytest.mark.parametrize("command", MORE_MACHINES[1:], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize("command", ON_EACH_MACHINE, ids=["deepspeed", "torchrun"])
 def test_two_hosts_train_together(two_hosts, command, flags, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{address} slots=1\n" for _, address, _ in two_hosts))
