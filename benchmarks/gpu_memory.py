@@ -1,6 +1,6 @@
 """Peak GPU memory and tokens per second of a 7B model, for each way to train it; no download, random weights.
 
-    python -m benchmarks.gpu_memory                # on a GPU; writes benchmarks/gpu_memory.json and the table in docs/speed.md
+    python -m benchmarks.gpu_memory                # on a GPU; writes gpu_memory.json and the table in docs/speed.md
     python -m benchmarks.gpu_memory --shape tiny --device cpu --steps 2 --output /tmp/try.json   # the script itself
 
 The model has the shape of Qwen1.5-7B. Each way runs the project's own command in a process of its own: batch 1, 2,048

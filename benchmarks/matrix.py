@@ -1,6 +1,6 @@
 """Every ZeRO configuration with every kind of training, on two processes, against the same run on one.
 
-    python -m benchmarks.matrix                       # all of it; writes benchmarks/matrix.json and the table in docs/launching.md
+    python -m benchmarks.matrix                       # all; writes matrix.json and the table in docs/launching.md
     python -m benchmarks.matrix --only zero3 qlora    # the combinations that have all of these
 
 Each run is the real command under DeepSpeed's launcher, on the CPU. It passes when its losses equal those of plain

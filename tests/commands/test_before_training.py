@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from pages import blocks, commands, read
 
-
+PAGE = "docs/before_training.md"
 COMMANDS = commands(PAGE)
 NOT_CLEAN = {"python -m utils.script.doctor --eval_data_path data/sft_data.jsonl": 1}  # its mistake is shown there
 SAID = {"doctor": "verdict", "explain": "tokens", "plan_memory": "parameters", "prove": "tolerance"}
