@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.data.conversations import to_messages
-from utils.data.encode import CHUNK, Part, RowKind, encoded_parts
+from utils.data.encode import Part, RowKind, encoded_parts
+from utils.data.parallel import CHUNK_SIZE
 from utils.runtime.errors import UserError
 from utils.template import get_template
 from utils.template.tokenize import Segment, _encode_texts, _label_ranges, encode_segments, free_break, label_spans
@@ -89,7 +90,7 @@ def test_rows_come_in_the_files_order_with_their_places(tmp_path, workers):
 
 
 def test_after_a_row_that_stops_the_run_the_rest_is_only_looked_through(tmp_path):
-    rows = [{"text": "x"} for _ in range(3 * CHUNK)]
+    rows = [{"text": "x"} for _ in range(3 * CHUNK_SIZE)]
     rows[5] = rows[-1] = {"text": "x", "bad": True}
     seen = []
 
@@ -107,7 +108,7 @@ def test_after_a_row_that_stops_the_run_the_rest_is_only_looked_through(tmp_path
     kind = RowKind(suffixes=(".jsonl",), read=read, encode=encode, key={})
     file = write_rows(tmp_path / "rows.jsonl", rows)
     parts = list(encoded_parts([file], kind, "auto", 1))
-    assert [p for part in parts for p in part.refused] == [f"{file}:6 is bad", f"{file}:{3 * CHUNK} is bad"]
+    assert [p for part in parts for p in part.refused] == [f"{file}:6 is bad", f"{file}:{3 * CHUNK_SIZE} is bad"]
     assert seen == []
 
 
@@ -123,7 +124,7 @@ def test_a_process_that_is_killed_is_told_and_none_stays_behind(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_row_is_lost_silently(tmp_path, workers):
     """Neither at an iterator that ends within the work, nor where a chunk gives fewer rows than it had."""
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK))
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK_SIZE))
     kind = kind_of(lambda texts: next(iter([])))
     with pytest.raises(RuntimeError, match="StopIteration"):
         list(encoded_parts([file], kind, "auto", workers))
@@ -138,7 +139,9 @@ def test_a_chunk_that_loses_rows_stops_the_run(tmp_path, monkeypatch):
         list(encoded_parts([file], kind_of(ids_of), "auto", 1))
 
 
-PRIVATE = [chr(code) for codes in ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)) for code in range(*codes)]
+PRIVATE = [
+    chr(code) for codes in ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)) for code in range(*codes)
+]
 
 
 @pytest.mark.parametrize("name", ["qwen", "auto"])
@@ -167,7 +170,7 @@ def test_every_private_use_character_may_be_the_break():
 
 def test_only_some_chunks_are_read_ahead(tmp_path):
     """What is in memory does not grow with the files."""
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (20 * CHUNK))
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (20 * CHUNK_SIZE))
     read = []
 
     def encode(texts):
@@ -176,7 +179,7 @@ def test_only_some_chunks_are_read_ahead(tmp_path):
 
     parts = encoded_parts([file], kind_of(encode), "auto", 1)
     next(parts)
-    assert read == [CHUNK]
+    assert read == [CHUNK_SIZE]
     parts.close()
 
 

@@ -11,9 +11,9 @@ import tiny
 from conftest import ROOT, write_rows
 
 from utils.args import parse_args
-from utils.data import keys as data_keys
+from utils.data import cache as data_keys
 from utils.data import prepare as data_process
-from utils.data.keys import rows_key, tokenizer_key
+from utils.data.cache import rows_key, tokenizer_key
 from utils.model.tokenizer import tokenizer_of
 from utils.runtime.errors import UserError
 from utils.tasks import get_task

@@ -9,7 +9,7 @@ from conftest import write_rows
 
 from utils.data.conversations import BadRow, EmptyRow
 from utils.data.pairs import EqualPair, to_pair
-from utils.data.truncate_pairs import encode_pairs_within
+from utils.data.truncate import encode_pairs_within
 from utils.template import get_template, template_dict
 
 DPO = ["--train_args_path", "train_args/dpo/base.py"]

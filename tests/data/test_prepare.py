@@ -12,7 +12,7 @@ import tiny
 from conftest import write_rows
 
 from utils.args import parse_args
-from utils.data.prepare import _one_at_a_time
+from utils.data.cache import locked
 from utils.data.report import BROKEN_UNICODE, SHORTENED
 from utils.data.truncate import encode_within
 from utils.runtime.errors import UserError
@@ -325,7 +325,7 @@ def test_the_lock_of_a_preparation_is_removed_and_lets_one_in_at_a_time(tmp_path
 
     def enter(number):
         for _ in range(8):
-            with _one_at_a_time(tmp_path / "cache" / "rows"):
+            with locked(tmp_path / "cache" / "rows"):
                 inside.append(number)
                 time.sleep(0.002)
                 most.append(len(inside))

@@ -308,7 +308,7 @@ def test_reference_under_an_sft_adapter_is_the_tuned_model(train, train_dpo, row
     from peft import PeftModel
 
     from utils.data.pairs import to_pair
-    from utils.data.truncate_pairs import encode_pairs_within
+    from utils.data.truncate import encode_pairs_within
     from utils.model.tokenizer import load_tokenizer
     from utils.template import get_template
 

@@ -7,8 +7,7 @@ import pytest
 import tiny
 
 from utils.data.report import Dropped
-from utils.data.truncate import Shortened, check_all, cut_far, encode_within, shorter
-from utils.data.truncate_pairs import cut_pair_far, encode_pairs_within
+from utils.data.truncate import Shortened, check_all, cut_far, cut_pair_far, encode_pairs_within, encode_within, shorter
 from utils.runtime.errors import UserError
 from utils.template import get_template
 

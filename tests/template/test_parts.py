@@ -7,8 +7,7 @@ from test_official import NAMES, RESULT, TOOLS, answer, calls, tokenizer_of, use
 
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.parts import read_in_parts
-from utils.template.reading import read_whole
+from utils.template.reading import read_in_parts, read_whole
 
 ALL = ("gptoss", "qwen3", "qwen3_5")  # with calls and thoughts as well, which take longer
 

@@ -1,5 +1,5 @@
 """Files → raw rows → conversations → token ids and labels → batches.
 
-In reading order: files, splits, json_rows, tables, nulls, fields, turns, conversations, pairs, encode, truncate,
-truncate_pairs, report, keys, prepare, collate.
+In reading order: files, splits, json_rows, tables, fields, turns, conversations, pairs, encode, truncate, parallel,
+places, report, cache, prepare, collate.
 """

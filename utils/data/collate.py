@@ -42,7 +42,7 @@ def build_collator(pad_token_id: int, padding_free: bool):
 def _with_sources(collate):
     """The collator, which also says where the rows of a step come from, to name them if one breaks the training.
 
-    `source` is a list of numbers from `data_report.source_of`, not a tensor: no model sees it. Rows of no source only
+    `source` is a list of numbers from `places.encode_source`, not a tensor: no model sees it. Rows of no source only
     fill a step up (utils/train/filler.py), and are left out where there are others.
     """
 

@@ -6,28 +6,19 @@ back, in order. What is in memory is a few chunks, however many rows there are.
 
 import functools
 import json
-import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.data.conversations import BadRow, EmptyRow
-from utils.data.files import RawRow, count_rows, parse_row, raw_rows
-from utils.data.report import Dropped, source_of
+from utils.data.files import RawRow, parse_row
+from utils.data.parallel import Chunk, map_chunks
+from utils.data.places import encode_source
+from utils.data.report import Dropped
 from utils.data.turns import BrokenUnicode, unreadable
-from utils.runtime.errors import UserError
 from utils.template.messages import UNTRAINED
 from utils.template.tokenize import IGNORED
-
-CHUNK = 1000  # rows tokenised at once
-BYTES_A_WORKER = 2 << 20  # of the files; for less than that another process is not worth its start
 
 
 @dataclass(frozen=True)
@@ -53,20 +44,6 @@ class RowKind:
     pack: Callable[[Any], Any] | None = None
     refuse_long: bool = False
     unread: Callable[[Any], list[str]] = lambda row: []
-
-
-class Chunk(NamedTuple):
-    """Some rows of one file.
-
-    Attributes:
-        number: the file's place among the files.
-        check_only: nothing will be trained, but every bad row is to be named.
-    """
-
-    number: int
-    file: str
-    rows: list[RawRow]
-    check_only: bool = False
 
 
 @dataclass
@@ -140,7 +117,7 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
             part.dropped.append((line, row.reason, row.kind))
             continue
         kept.append(row)
-        sources.append([source_of(number, line)])
+        sources.append([encode_source(number, line)])
         if row["shortened"]:
             part.shortened.append(line)
         for note in row.get("notes", ()):
@@ -159,93 +136,24 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
         part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
 
 
-def workers_for(files: list[str]) -> int:
-    """How many processes are worth their start."""
-    size = sum(Path(file).stat().st_size for file in files)
-    return min(os.cpu_count() or 1, 16, size // BYTES_A_WORKER)
-
-
 def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int | None) -> Iterator[Part]:
-    """Encodes all rows, in the files' order, with a progress bar where it takes long.
+    """Encodes the rows of all files, a chunk at a time, in the files' order.
 
     Args:
+        files: paths of data files.
         kind: how the task reads and encodes them.
         on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
-        workers: processes; None for a number that suits.
+        workers: processes; None for a number that the size of the files justifies.
 
     Raises:
         UserError: a process was killed.
     """
-    from tqdm import tqdm
-
-    workers = workers_for(files) if workers is None else workers
-    refused = False
-
-    def chunks() -> Iterator[Chunk]:
-        for number, file in enumerate(files):
-            rows = iter(raw_rows(file))
-            while some := list(islice(rows, CHUNK)):
-                # once a row stops the run, the rest is only looked through for others that do
-                yield Chunk(number, file, some, check_only=refused)
-
+    refused: list[str] = []
     work = functools.partial(encode_chunk, kind, on_bad_row)
-    # not `map`, which would end quietly, and lose rows, at a StopIteration from within the work
-    parts = in_processes(work, chunks(), workers) if workers > 1 else (work(chunk) for chunk in chunks())
-    total = count_rows(files)
-    few = total is not None and total < 5 * CHUNK
-    with tqdm(total=total, unit=" rows", desc="tokenising", disable=few, leave=False) as bar:
-        for part in parts:
-            bar.update(part.rows)
-            refused = refused or bool(part.refused)
-            kept, dropped = part.batch.num_rows if part.batch else 0, len(part.dropped)
-            if not refused and kept + dropped != part.rows:
-                raise RuntimeError(f"of {part.rows} rows, {kept} are kept and {dropped} dropped")
-            yield part
-
-
-_work: Callable[[Chunk], Any] | None = None  # in a worker: what it does
-
-
-def _start_worker(work: Callable[[Chunk], Any]) -> None:
-    global _work
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for its next chunk forever."""
-    while os.getppid() == parent:
-        threading.Event().wait(0.5)
-    os._exit(1)
-
-
-def _do_work(chunk: Chunk):
-    return _work(chunk)
-
-
-def in_processes(work: Callable[[Chunk], Any], chunks: Iterator[Chunk], workers: int) -> Iterator[Any]:
-    """As `map(work, chunks)`, in so many processes, a few chunks ahead.
-
-    Raises:
-        UserError: one of them was killed.
-    """
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")  # forked, a process has template and tokenizer already
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,))
-    waiting: deque = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_do_work, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that tokenises was killed, most likely for want of memory; give --dataset_num_proc 1"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    # once a row stops the run, the remaining rows are only checked
+    for part in map_chunks(work, files, workers, "tokenising", check_only=lambda: bool(refused)):
+        refused.extend(part.refused)
+        kept, dropped = part.batch.num_rows if part.batch else 0, len(part.dropped)
+        if not refused and kept + dropped != part.rows:
+            raise RuntimeError(f"of {part.rows} rows, {kept} are kept and {dropped} dropped")
+        yield part

@@ -8,8 +8,8 @@ MEDIA = "only text is trained here; remove the row, or the field if the text alo
 _SYSTEM = "name it 'system' to have it read"
 # fields whose content would be lost: a row that has one is refused, and this says what to do
 REFUSED = {
-    **dict.fromkeys("image images image_url image_path video videos audio audios".split(), MEDIA),
-    **dict.fromkeys("system_prompt system_message sys_prompt".split(), _SYSTEM),
+    **dict.fromkeys(["image", "images", "image_url", "image_path", "video", "videos", "audio", "audios"], MEDIA),
+    **dict.fromkeys(["system_prompt", "system_message", "sys_prompt"], _SYSTEM),
     "functions": 'name it \'tools\', each as {"type": "function", "function": …}, to have them read',
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",

@@ -1,14 +1,9 @@
-"""Files → checked rows → token ids and labels, made once and kept on disk.
+"""Files → checked rows → token ids and labels, prepared once and then read from the cache.
 
-A prepared dataset lies in a folder named by a hash of everything it depends on: the files'
-content, the template, the tokenizer, the lengths, the libraries that encode and pack. A second
-start finds it there.
+Prepared rows are stored in a folder named by a hash of everything they depend on: the files' content, the template,
+the tokenizer, the lengths, the libraries that encode and pack. A later start with the same settings reads them there.
 """
 
-import contextlib
-import hashlib
-import json
-import os
 import shutil
 import tempfile
 import time
@@ -17,15 +12,25 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.data.cache import (
+    cache_folder,
+    check_unchanged,
+    content_key,
+    load_cached,
+    locked,
+    rows_key,
+    save_arrow_file,
+    store,
+)
 from utils.data.encode import Part, RowKind, encoded_parts
 from utils.data.files import files_left_out, find_files
-from utils.data.keys import check_unchanged, content_key, rows_key
-from utils.data.report import SHOWN, TOO_LONG, DataReport, from_stored, refuse_nothing_left, to_stored
-from utils.runtime.distributed import all_of, is_first_here
+from utils.data.places import MAX_PLACES_SHOWN
+from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
+from utils.runtime.distributed import all_of
 from utils.runtime.errors import Problem, UserError, is_about_the_disk
 from utils.storage.files import checksum
 
-_BATCHES = 20  # chunks written together: whoever opens the rows reads a page or more of every batch
+_BATCHES = 20  # chunks written together: reading rows loads at least a memory page of every batch
 
 
 def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
@@ -33,119 +38,75 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
 
     Args:
         paths: files, folders, globs, separated by commas.
-        flag: the flag they came by.
-        kind: the task's way with rows.
+        flag: the flag that gave them, `--train_data_path` or `--eval_data_path`.
+        kind: how the task reads and encodes rows.
         on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
-        cache_dir: where prepared rows lie.
-        workers: processes that tokenise; None for a number that suits.
+        cache_dir: the folder of prepared rows; None for the default.
+        workers: processes that tokenise; None for a number that the size of the files justifies.
 
     Returns:
-        (datasets.Dataset with input_ids and labels, DataReport)
+        (datasets.Dataset with the columns of `kind` and `source`, DataReport)
 
     Raises:
-        UserError: a missing file, rows that cannot be used, or none that can; a file that was changed meanwhile.
+        UserError: a file is missing or was changed while it was read, or rows cannot be used.
     """
     files, problems = find_files(paths, flag, kind.suffixes)
     if problems:
         raise UserError(*problems)
     for note in files_left_out(paths, flag, kind.suffixes):
         logger.info("{}", note)
-    sums = {file: checksum(file) for file in files}
-    hashes = {file: sha for file, (sha, _) in sums.items()}
-    content = content_key(hashes, kind, on_bad_row)
-    # the names stand in the report, so they are part of what is kept
-    folder = _cache_root(cache_dir) / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
+    checksums = {file: checksum(file) for file in files}
+    hashes = {file: sha for file, (sha, _) in checksums.items()}
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
-    with _one_at_a_time(folder):
-        prepared = _from_cache(folder, files)
-        if prepared:
-            logger.info("{}: prepared rows found in {}", name, folder)
-        else:
-            started = time.perf_counter()
-            try:
-                prepared = _prepare(hashes, kind, on_bad_row, folder, workers)
-            except Exception as error:
-                if not is_about_the_disk(error):
-                    raise
-                raise UserError(
-                    f"prepared rows cannot be kept in {str(folder.parent)!r}: {error}; make room, or give another "
-                    "--cache_dir"
-                ) from error
-            logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
-    dataset, report = prepared
+    dataset, report = _load_or_prepare(name, hashes, kind, on_bad_row, cache_dir, workers)
     report.files, report.hashes = files, hashes
-    report.bytes_of = {file: size for file, (_, size) in sums.items()}
+    report.bytes_of = {file: size for file, (_, size) in checksums.items()}
     if len(set(all_of([report.key]))) > 1:
         raise UserError(f"{flag}: the processes have read different rows; give each machine the same files")
     report.log(name)
     return dataset, report
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path):
-    """One process prepares the rows, others that want the same wait, for as long as it takes, and read them.
+def _load_or_prepare(
+    name: str, hashes: dict[str, str], kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None
+):
+    """Returns (datasets.Dataset, DataReport) from the cache, where they are put if they are missing.
 
-    A lock of the operating system and no collective: those time out, and this one is free again when its holder dies.
+    Args:
+        name: names the data in the log.
+        hashes: file → the sha256 of its content.
+        kind, on_bad_row, cache_dir, workers: as in `load_rows`.
     """
-    from filelock import FileLock
-
-    if not is_first_here():
-        # the first process shows the progress; it is soon there, if it lives
-        patience = time.monotonic() + 10
-        while not folder.is_dir() and not _lock_of(folder).exists() and time.monotonic() < patience:
-            time.sleep(0.1)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"prepared rows cannot be kept in {str(folder.parent)!r}: {error.strerror}; give another --cache_dir"
-        ) from error
-    with FileLock(_lock_of(folder)):
+    files = list(hashes)
+    folder = cache_folder(cache_dir, files, content_key(hashes, kind.key, on_bad_row))
+    with locked(folder):
+        if prepared := load_cached(folder, files):
+            logger.info("{}: prepared rows found in {}", name, folder)
+            return prepared
+        started = time.perf_counter()
         try:
-            yield
-        finally:
-            _lock_of(folder).unlink(missing_ok=True)  # while it is held; filelock lets nobody hold a removed file
-
-
-def _lock_of(folder: Path) -> Path:
-    """Not beside the rows: a lock is of one machine, and their disk may be shared by several."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-{name}.lock"
-
-
-def _from_cache(folder: Path, files: list[str]):
-    """The rows kept in `folder`; None where there are none, or where a file of theirs is damaged."""
-    from datasets import load_from_disk
-
-    if not folder.is_dir():
-        return None
-    try:
-        kept = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        # others may lie there: TRL keeps the reference's log-probabilities beside the rows
-        if any((folder / name).stat().st_size != size for name, size in kept.pop("sizes").items()):
-            raise ValueError("a file is missing or cut short")
-        return load_from_disk(str(folder)), from_stored(kept, files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("the rows kept in {} are damaged ({}); they are made anew", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-
-def _cache_root(cache_dir: str | None) -> Path:
-    import datasets
-
-    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
+            prepared = _prepare(hashes, kind, on_bad_row, folder, workers)
+        except Exception as error:
+            if not is_about_the_disk(error):
+                raise
+            raise UserError(
+                f"prepared rows cannot be kept in {str(folder.parent)!r}: {error}; free some space, or pass another "
+                "--cache_dir"
+            ) from error
+        logger.info("{}: prepared in {:.1f} s, kept in {}", name, time.perf_counter() - started, folder)
+        return prepared
 
 
 def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
-    """Reads, checks and encodes the rows, and moves them into the cache when they are whole.
+    """Reads, checks and encodes the rows in a temporary folder, and moves it into the cache once it is complete.
 
     Args:
-        hashes: file → the sha256 that the cache's folder is named by.
-        kind, on_bad_row, folder, workers: as in `load_rows`.
+        hashes: file → the sha256 that is part of the folder's name.
+        kind, on_bad_row, workers: as in `load_rows`.
+        folder: from `cache_folder`.
 
     Raises:
-        UserError: what was read is not what was hashed.
+        UserError: a file changed after it was hashed.
     """
     from datasets import Dataset, load_from_disk
 
@@ -156,36 +117,15 @@ def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Pat
         dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
         if kind.pack:
             dataset = kind.pack(dataset)
-            report.key = rows_key(dataset)
             dataset.save_to_disk(str(scratch / "rows"))
         else:
-            report.key = rows_key(dataset)
-            _keep_as_written(dataset, scratch / "encoded.arrow", scratch / "rows")
-        sizes = {path.name: path.stat().st_size for path in (scratch / "rows").iterdir()}
-        report_file = scratch / "rows" / "report.json"
-        report_file.write_text(json.dumps({**to_stored(report), "sizes": sizes}), encoding="utf-8")
+            save_arrow_file(dataset, scratch / "encoded.arrow", scratch / "rows")
+        report.key = rows_key(dataset)
         del dataset
-        try:
-            os.rename(scratch / "rows", folder)
-        except OSError:
-            # another run prepared the same rows meanwhile; one of the two is enough
-            if not (folder / "report.json").is_file():
-                raise
+        store(report, scratch / "rows", folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return load_from_disk(str(folder)), report
-
-
-def _keep_as_written(dataset, file: Path, folder: Path) -> None:
-    """A folder for `load_from_disk` of an Arrow file; `save_to_disk` would read it all into memory, and write it again.
-
-    Args:
-        dataset: the rows of the file.
-        file: moved into the folder.
-    """
-    dataset.select(range(1)).save_to_disk(str(folder))
-    (first_row,) = folder.glob("*.arrow")
-    file.replace(first_row)
 
 
 def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, workers: int | None) -> DataReport:
@@ -235,11 +175,11 @@ def _count(report: DataReport, part: Part) -> None:
 
 def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[str]) -> None:
     if refused:
-        shown = "".join(f"\n     {problem}" for problem in refused[:SHOWN])
-        more = f"\n     … and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
+        shown = "".join(f"\n     {problem}" for problem in refused[:MAX_PLACES_SHOWN])
+        more = f"\n     … and {len(refused) - MAX_PLACES_SHOWN:,} more" if len(refused) > MAX_PLACES_SHOWN else ""
         message = (
             f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
-            "   Mend them, or give --on_bad_row drop to train without those that stand alone on a line"
+            "   Correct them, or pass --on_bad_row drop to train without those that stand alone on a line"
         )
         raise UserError(Problem(message, "ROW_UNREADABLE", ("on_bad_row",)))
     if kind.refuse_long and TOO_LONG in report.dropped:

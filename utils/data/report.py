@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from loguru import logger
 
+from utils.data.places import MAX_PLACES_SHOWN, format_lines
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import UNTRAINED
 
-SHOWN = 20  # so many bad rows are named one by one
-_LINES = 100  # so many lines are kept of the rows of one file with one reason
+MAX_LINES_KEPT = 100  # line numbers kept for the rows of one file with one reason
 
 # kinds of rows that are left out, as they are counted for the user
 MALFORMED = "malformed"
@@ -70,7 +70,8 @@ class DataReport:
         records: the rows that are left out or kept in part, the first hundred of each file, kind and reason.
         totals: (file, kind, reason) → how many such rows there are.
         key: a hash of the prepared ids and labels.
-        files: the files, in the order that `source_of` numbers them; `hashes` file → its sha256, `bytes_of` its size.
+        files: the files, in the order of their indices in `source`.
+        hashes: file → its sha256; `bytes_of` its size in bytes.
         unread: file → field that is not read → how many rows have it.
         untrained: how many answers of kept rows are not trained.
         shortened: how many rows lost their oldest turns to fit.
@@ -110,7 +111,7 @@ class DataReport:
     def _keep(self, record: RowRecord) -> None:
         group = (record.file, record.kind, record.reason)
         self.totals[group] = self.totals.get(group, 0) + 1
-        if self.totals[group] <= _LINES:
+        if self.totals[group] <= MAX_LINES_KEPT:
             self.records.append(record)
 
     def groups(self, *kinds: str) -> list[RowGroup]:
@@ -214,35 +215,13 @@ def _from_places(kept: dict, files: list[str]) -> dict:
 
 
 def _name_groups(groups: list[RowGroup]) -> str:
-    return _name_lines({f"{group.file} {group.reason}": group.lines for group in groups})
-
-
-def _name_lines(places: dict[str, list[int]]) -> str:
-    """A line for each place, with the numbers of its lines."""
-    lines = []
-    for place, numbers in list(places.items())[:SHOWN]:
-        more = " and more" if len(numbers) == _LINES else ""
-        lines.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
-    return "".join(lines) + ("\n  …" if len(places) > SHOWN else "")
+    return format_lines({f"{group.file} {group.reason}": group.lines for group in groups}, MAX_LINES_KEPT)
 
 
 def _name_fields(counts: dict[str, int]) -> str:
-    named = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN]
+    named = sorted(counts.items(), key=lambda item: -item[1])[:MAX_PLACES_SHOWN]
     text = ", ".join(f"{name!r} ({count:,} row{'s' * (count != 1)})" for name, count in named)
-    return text + (f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else "")
-
-
-def source_of(file: int, line: int) -> int:
-    """Where a row stands, as one number: `source_of(1, 3)` is line 3 of the second file."""
-    return file << 40 | line
-
-
-def name_sources(sources: list[int], files: list[str]) -> str:
-    """Rows by file and line: `name_sources([3, 7], ["a.jsonl"])` → `"\\n  a.jsonl: line 3, 7"`"""
-    places: dict[str, list[int]] = {}
-    for source in sorted(set(sources)):
-        places.setdefault(files[source >> 40], []).append(source & ((1 << 40) - 1))
-    return _name_lines(places)
+    return text + (f" and {len(counts) - MAX_PLACES_SHOWN} more" if len(counts) > MAX_PLACES_SHOWN else "")
 
 
 def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:

@@ -4,29 +4,19 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 from utils.data.conversations import BadRow, to_messages, to_text
-from utils.data.encode import CHUNK, Chunk, in_processes, workers_for
-from utils.data.files import SUFFIXES, TEXT_SUFFIXES, count_rows, find_files, parse_row, raw_rows
+from utils.data.files import SUFFIXES, TEXT_SUFFIXES, find_files, parse_row
 from utils.data.pairs import to_pair
-from utils.data.report import RowRecord, source_of
+from utils.data.parallel import Chunk, map_chunks
+from utils.data.places import RowLocations, encode_source, locate_sources
+from utils.data.report import RowRecord
 from utils.data.turns import unreadable
-from utils.doctor.findings import Places, places_of
 from utils.doctor.text import broken_unicode, invisible, script_of
 from utils.runtime.errors import UserError
 from utils.template.messages import REASONING
-
-_LINES = (1 << 40) - 1  # the line within a number of `source_of`
-
-
-def name_places(sources, files: list[str]) -> dict[str, Places]:
-    """Numbers of `source_of` → file → lines."""
-    return places_of((files[int(source) >> 40], int(source) & _LINES) for source in sorted(sources))
 
 
 class Reading(NamedTuple):
@@ -41,7 +31,7 @@ class Census:
     """What is known of all rows of some files, one entry a row.
 
     Attributes:
-        files: in the order that `source_of` numbers them.
+        files: in the order of their indices in `sources`.
         sources: where each row stands, [rows] of int64.
         rows: hashes of all a row says, [rows] of uint64; `questions` of what is asked.
         scripts: of question and answer, [rows, 2] of uint8.
@@ -57,9 +47,9 @@ class Census:
     flags: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     problems: list[RowRecord] = field(default_factory=list)
 
-    def places(self, sources) -> dict[str, Places]:
+    def places(self, sources) -> dict[str, RowLocations]:
         """Where some rows stand."""
-        return name_places(sources, self.files)
+        return locate_sources(sources, self.files)
 
     def only(self, rows) -> "Census":
         """The census of some rows, [rows] of bool."""
@@ -105,12 +95,12 @@ def _hash(texts: list[str]) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=8).digest())
 
 
-def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> tuple[int, Census]:
-    """Looks at some rows; returns how many there were, and what is known of them."""
+def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> Census:
+    """Collects the census of one chunk of rows."""
     census = Census([], [], [], [], [])
     for raw in chunk.rows:
         row = parse_row(raw)
-        source = source_of(chunk.number, row.line)
+        source = encode_source(chunk.number, row.line)
         try:
             if row.problem:
                 raise unreadable(row)
@@ -130,7 +120,7 @@ def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> tuple[i
         for code, detail in found.items():
             if detail:
                 census.flags.setdefault(code, []).append((source, detail))
-    return len(chunk.rows), census
+    return census
 
 
 def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = None, workers: int | None = None):
@@ -155,7 +145,7 @@ def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = N
     if problems:
         raise UserError(*problems)
     whole = Census(files, [], [], [], [])
-    for part in _parts(files, functools.partial(census_chunk, task, special), workers):
+    for part in map_chunks(functools.partial(census_chunk, task, special), files, workers, "reading texts"):
         for name in ("sources", "rows", "questions", "scripts", "problems"):
             getattr(whole, name).extend(getattr(part, name))
         for code, found in part.flags.items():
@@ -164,24 +154,3 @@ def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = N
     whole.rows, whole.questions = numpy.array(whole.rows, numpy.uint64), numpy.array(whole.questions, numpy.uint64)
     whole.scripts = numpy.array(whole.scripts, numpy.uint8).reshape(-1, 2)
     return whole
-
-
-def _parts(files: list[str], work, workers: int | None) -> Iterator[Census]:
-    from tqdm import tqdm
-
-    workers = workers_for(files) if workers is None else workers
-    chunks = _chunks(files)
-    total = count_rows(files)
-    few = total is not None and total < 5 * CHUNK
-    each = in_processes(work, chunks, workers) if workers > 1 else (work(chunk) for chunk in chunks)
-    with closing(each) as parts, tqdm(total=total, unit=" rows", desc="reading texts", disable=few, leave=False) as bar:
-        for count, part in parts:
-            bar.update(count)
-            yield part
-
-
-def _chunks(files: list[str]) -> Iterator[Chunk]:
-    for number, file in enumerate(files):
-        rows = raw_rows(file)
-        while some := list(islice(rows, CHUNK)):
-            yield Chunk(number, file, some)

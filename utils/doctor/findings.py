@@ -4,36 +4,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from utils.data.places import RowLocations
 from utils.doctor.codes import CODES, ERROR, NOTE, WARNING
 from utils.runtime.errors import Problem
 
 _RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
 _EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}
-_LINES = 30  # so many line numbers are shown for each file
-_KEPT = 1000  # so many are kept
-
-
-@dataclass
-class Places:
-    """Lines of one file.
-
-    Attributes:
-        lines: the first of them, in order.
-        count: how many there are in all.
-    """
-
-    lines: list[int] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, line: int) -> None:
-        self.count += 1
-        if len(self.lines) < _KEPT:
-            self.lines.append(line)
-
-    def __str__(self) -> str:
-        shown = ", ".join(map(str, self.lines[:_LINES]))
-        more = self.count - min(len(self.lines), _LINES)
-        return f"line {shown}" + (f" and {more:,} more" if more else "")
 
 
 @dataclass
@@ -50,7 +26,7 @@ class Finding:
 
     code: str
     message: str
-    places: dict[str, Places] = field(default_factory=dict)
+    places: dict[str, RowLocations] = field(default_factory=dict)
     severity: str = ""
     remedy: str = ""
 
@@ -85,14 +61,6 @@ class Finding:
 def findings_of(problems: Iterable[Problem]) -> list[Finding]:
     """A finding for each problem, by its own code."""
     return [Finding(problem.code, str(problem)) for problem in problems]
-
-
-def places_of(places: Iterable[tuple[str, int]]) -> dict[str, Places]:
-    """`[("a", 3), ("a", 5)]` → `{"a": Places([3, 5], 2)}`"""
-    found: dict[str, Places] = {}
-    for file, line in places:
-        found.setdefault(file, Places()).add(line)
-    return found
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:

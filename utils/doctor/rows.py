@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from utils.data.conversations import EmptyRow
 from utils.data.pairs import EqualPair
+from utils.data.places import RowLocations
 from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
 from utils.doctor.census import Census
 from utils.doctor.codes import ERROR, WARNING
-from utils.doctor.findings import Finding, Places
+from utils.doctor.findings import Finding
 from utils.doctor.text import SCRIPTS
 from utils.template.messages import UNTRAINED
 
@@ -131,7 +132,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
     empty = ERROR if args.on_bad_row == "error" else WARNING
     codes = _codes(unreadable, empty) | {TOO_LONG: ("ROW_TOO_LONG", ERROR if args.overlong == "error" else WARNING)}
     rows = [
-        (*codes[group.kind], group.file, group.reason, Places(group.lines, group.count))
+        (*codes[group.kind], group.file, group.reason, RowLocations(group.lines, group.count))
         for group in report.dropped_groups()
     ]
     findings = left_out(rows, report.rows)
@@ -141,7 +142,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
     findings += [Finding("FIELDS_UNREAD", line) for line in report.unread_fields()] + _untrained(report)
     if report.shortened:
         shortened = report.groups(SHORTENED)
-        places = {group.file: Places(group.lines, group.count) for group in shortened}
+        places = {group.file: RowLocations(group.lines, group.count) for group in shortened}
         message = f"{_rows(report.shortened)} of {report.rows:,} are longer than --max_len {args.max_len} allows"
         if args.task_type.startswith("dpo"):
             message += f", or than --max_prompt_length {args.max_prompt_length}"
@@ -154,11 +155,11 @@ def _untrained(report: DataReport) -> list[Finding]:
     """Answers of kept rows that are not trained; none that the row itself marks so."""
     if not report.untrained:
         return []
-    places: dict[str, Places] = {}
+    places: dict[str, RowLocations] = {}
     reasons: Counter = Counter()
     for group in report.groups(UNTRAINED):
         reasons[group.reason] += group.count
-        kept = places.setdefault(group.file, Places())
+        kept = places.setdefault(group.file, RowLocations())
         kept.lines, kept.count = sorted({*kept.lines, *group.lines}), kept.count + group.count
     named = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
     message = f"{report.untrained:,} answer{'s' * (report.untrained > 1)} of {report.kept:,} rows: {named}"
@@ -172,7 +173,9 @@ def problem_findings(census: Census, args) -> list[Finding]:
         unreadable=WARNING if args.on_bad_row == "drop" and others else ERROR,
         empty=WARNING if args.on_bad_row != "error" and others else ERROR,
     )
-    rows = [(*codes[record.kind], record.file, record.reason, Places([record.line], 1)) for record in census.problems]
+    rows = [
+        (*codes[record.kind], record.file, record.reason, RowLocations([record.line], 1)) for record in census.problems
+    ]
     return left_out(rows, len(census.sources) + len(census.problems))
 
 
@@ -191,19 +194,19 @@ def _codes(unreadable: str, empty: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def left_out(rows: list[tuple[str, str, str, str, Places]], total: int) -> list[Finding]:
+def left_out(rows: list[tuple[str, str, str, str, RowLocations]], total: int) -> list[Finding]:
     """One finding a code.
 
     Args:
         rows: code, severity, file, reason and places of some rows.
         total: of all rows.
     """
-    places: dict[tuple[str, str], dict[str, Places]] = {}
+    places: dict[tuple[str, str], dict[str, RowLocations]] = {}
     reasons: dict[tuple[str, str], Counter] = {}
     for code, severity, file, reason, found in rows:
         key = code, severity
         reasons.setdefault(key, Counter())[reason] += found.count
-        kept = places.setdefault(key, {}).setdefault(file, Places())
+        kept = places.setdefault(key, {}).setdefault(file, RowLocations())
         kept.lines, kept.count = sorted(kept.lines + found.lines), kept.count + found.count
     findings = []
     for (code, severity), why in reasons.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from utils.doctor.census import name_places
+from utils.data.places import locate_sources
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.template.tokenize import IGNORED
@@ -41,7 +41,7 @@ def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None)
 
     Args:
         dataset: of a task's `load_datasets`.
-        files: as `source_of` numbers them.
+        files: as `encode_source` numbers them.
         args: CommonArgs.
         tokenizer: the rows' own.
         stop: the token that ends an answer; None for plain text.
@@ -156,7 +156,7 @@ def repeated(data, rows: int | None) -> list[Finding]:
     both = sorted(set(files) & set(data.report.files)) if data.eval_report else []
     message += f"; {both[0]!r} is given for both" if both else ""
     packed = "seq_lengths" in data.eval.column_names  # where its parts come from is not kept
-    return [Finding("EVAL_IN_TRAIN", message, {} if packed else name_places(found, files))]
+    return [Finding("EVAL_IN_TRAIN", message, {} if packed else locate_sources(found, files))]
 
 
 def _identities(dataset, rows: int | None) -> Iterator[tuple[int, int]]:
@@ -186,4 +186,4 @@ def _ends_of(lists, are_lengths: bool):
 
 
 def _places(dataset, rows, files):
-    return name_places(sources(dataset)[rows], files)
+    return locate_sources(sources(dataset)[rows], files)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils.runtime.errors import UserError
 from utils.template import Template, get_template, template_dict
-from utils.template.derived import derive
+from utils.template.auto import derive
 from utils.template.go import to_go
 
 _PROBES = [

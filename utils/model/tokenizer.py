@@ -8,7 +8,7 @@ from loguru import logger
 from utils.runtime.distributed import agree
 from utils.runtime.errors import UserError, in_one_line
 from utils.template import Template
-from utils.template.dates import prints_date, today
+from utils.template.auto import prints_date, today
 
 _NAMED = "additional_chat_templates"  # transformers' folder for the templates beside the default one
 # a reserved token is better than eos: it never stands for anything else

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.data.conversations import BadRow
+from utils.data.places import row_location
 from utils.data.report import SHORTENED
 from utils.export.merge import load_merged, size_of
 from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids
@@ -15,7 +16,7 @@ from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.infer.prompts import to_prompt
 from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
-from utils.prove.subject import Subject, length_of, place_of, trained
+from utils.prove.subject import Subject, length_of, trained
 from utils.run.save import save_weights
 
 MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
@@ -131,7 +132,7 @@ def _askable(subject: Subject) -> list[tuple[dict, dict]]:
             answer = to_prompt(raw)[2]
         except BadRow:  # it has earlier answers, and no question at its end
             continue
-        if answer and place_of(row) not in shortened:
+        if answer and row_location(row) not in shortened:
             found.append((row, raw))
     return sorted(found, key=lambda pair: length_of(pair[0]))
 

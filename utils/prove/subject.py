@@ -13,6 +13,7 @@ from typing import Any
 from loguru import logger
 
 from utils.data.files import read_rows
+from utils.data.places import row_location
 from utils.model.adapter import ADAPTERS, build_adapter
 from utils.model.layout import resolve_layout
 from utils.model.load import load_model, with_trained_adapter
@@ -70,7 +71,7 @@ class Subject:
         lengths = [lengths[place] for place in chosen]
         logger.info(
             "proved in float32 on {} rows of {} to {} tokens: line {} of {}",
-            count, min(lengths), max(lengths), ", ".join(str(place_of(data.train[i])[1]) for i in chosen),
+            count, min(lengths), max(lengths), ", ".join(str(row_location(data.train[i])[1]) for i in chosen),
             ", ".join(data.report.files),
         )  # fmt: skip
         if len(set(lengths)) == 1:
@@ -82,7 +83,7 @@ class Subject:
     @functools.cached_property
     def raw_rows(self) -> list[Any]:
         """The rows as they stand in their files, one for each of `rows`."""
-        places = [place_of(row) for row in self.rows]
+        places = [row_location(row) for row in self.rows]
         found: dict = {}
         for number in {number for number, _ in places}:
             lines = {line for file, line in places if file == number}
@@ -210,11 +211,6 @@ class Subject:
         return Gradients(loss, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
 
 
-def place_of(row: dict) -> tuple[int, int]:
-    """The number of a row's file, and its line there."""
-    return divmod(row["source"][0], 1 << 40)
-
-
 def length_of(row: dict) -> int:
     """A row's tokens, or those of a pair's longer side."""
     if "input_ids" in row:
@@ -230,7 +226,7 @@ def trained(model) -> dict:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leaves out what the preparing of rows says, where rows are prepared that were prepared before."""
-    names = ("utils.data.prepare", "utils.data.report")
+    names = ("utils.data.cache", "utils.data.prepare", "utils.data.report")
     for name in names:
         logger.disable(name)
     try:

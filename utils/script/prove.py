@@ -143,13 +143,13 @@ def _measure(measure) -> str:
 
 def as_json(outcomes: list, subject) -> dict:
     """All that was found; `holds` is null for a proof that does not apply."""
-    from utils.prove.subject import place_of
+    from utils.data.places import row_location
 
     return {
         "holds": all(outcome.verdict.holds is not False for outcome in outcomes),
         "model": subject.args.model_name_or_path,
         "rows": [
-            {"file": subject.data.report.files[number], "line": line} for number, line in map(place_of, subject.rows)
+            {"file": subject.data.report.files[number], "line": line} for number, line in map(row_location, subject.rows)
         ],
         "proofs": [
             {

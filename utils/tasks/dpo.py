@@ -11,7 +11,7 @@ import torch
 from utils.data.conversations import BadRow
 from utils.data.files import SUFFIXES
 from utils.data.pairs import Pair, to_pair
-from utils.data.truncate_pairs import COLUMNS, cut_pair_far, encode_pairs_within
+from utils.data.truncate import COLUMNS, cut_pair_far, encode_pairs_within
 from utils.model.head import check_head
 from utils.model.load import load_model, whole_models
 from utils.model.pissa import with_pissa

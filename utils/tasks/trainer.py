@@ -9,8 +9,8 @@ from typing import Any
 
 from loguru import logger
 
+from utils.data.cache import tokenizer_key
 from utils.data.fields import unread_fields
-from utils.data.keys import tokenizer_key
 from utils.data.prepare import DataReport, RowKind, load_rows
 from utils.model.adapter import adapter_weights, settle_trainable
 from utils.model.adapter_start import check_new_adapter

@@ -1,13 +1,16 @@
 """`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import re
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from unittest.mock import patch
 
 from utils.runtime.errors import UserError
-from utils.template.dates import on_day, prints_date, today
+from utils.template.format import Template
 from utils.template.messages import Message, Note, as_written, only_answers
 from utils.template.reading import Reading, read_conversation
 from utils.template.tokenize import (
@@ -20,6 +23,8 @@ from utils.template.tokenize import (
     free_break,
     special_pattern,
 )
+
+_S, _U, _A, _V = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
 
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -247,3 +252,104 @@ def _with_text_arguments(call):
 def _plain(messages: list[Message]) -> str:
     """All of a conversation's text as it is; Python's own `str` would escape what cannot be printed."""
     return json.dumps(messages, ensure_ascii=False)
+
+
+def today() -> str:
+    """The day by this machine's clock: `2026-01-31`."""
+    return datetime.now().date().isoformat()
+
+
+def prints_date(tokenizer) -> bool:
+    """Whether a chat template of the tokenizer's prints the day on which it renders."""
+    own = tokenizer.chat_template
+    return any("strftime_now" in text for text in (own.values() if isinstance(own, dict) else [own or ""]))
+
+
+class _StoppedClock:
+    """Stands for `datetime.datetime`, of which a template only sees `now()`."""
+
+    def __init__(self, day: str):
+        self._day = day
+
+    def now(self) -> datetime:
+        return datetime.fromisoformat(self._day)
+
+
+def on_day(day: str):
+    """Renders chat templates as transformers does at midnight of `day`; as it does now where `day` is empty.
+
+    `strftime_now` of a template calls `datetime.now()` of transformers' module, and no argument can replace it.
+    """
+    from transformers.utils import chat_template_utils
+
+    return patch.object(chat_template_utils, "datetime", _StoppedClock(day)) if day else contextlib.nullcontext()
+
+
+def derive(tokenizer) -> Template | None:
+    """Reads the pieces of a tokenizer's chat template from three conversations.
+
+    A turn begins with a special token, and an answer ends with the template's stop token. Whoever calls this compares
+    the renderings of more conversations, since a Jinja template may do anything else as well.
+
+    Args:
+        tokenizer: with a chat template.
+
+    Returns:
+        the template, named `auto`; None where the renderings have no such pieces, or print the day.
+    """
+    try:
+        if prints_date(tokenizer):
+            return None
+        own = AutoTemplate.of(tokenizer)
+        return _from_renderings(own, own.stop_token(), special_pattern(tokenizer), tokenizer.bos_token or "")
+    except (UserError, ValueError):  # refused, or a piece that is not found
+        return None
+
+
+def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Template | None:
+    """Raises a `ValueError` where a rendering lacks a piece."""
+    system, user, second = (
+        {"role": role, "content": text} for role, text in (("system", _S), ("user", _U), ("user", _V))
+    )
+    answer = {"role": "assistant", "content": _A}
+    assistant = own.render([user], True).removeprefix(own.render([user]))
+    turns = own.render([user, answer, second], True)
+    between = _between(turns, _U, _A)
+    where = between.index(assistant)
+    after_user, before_answer = between[:where], between[where + len(assistant) :]
+    tail = _between(turns, _A, _V)
+    stop_at = tail.index(stop)
+    after_answer, rest = tail[:stop_at], tail[stop_at + len(stop) :]
+    opening = special.search(rest)  # of the second user's turn
+    if opening is None or not assistant:
+        return None
+    after_stop, before_user = rest[: opening.start()], rest[opening.start() :]
+    alone = own.render([user], True)
+    head = alone[: alone.index(_U)].removesuffix(before_user)
+    template = Template(
+        name="auto", source="the tokenizer's own chat template", models=(),
+        user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer,
+        after_answer=after_answer, stop=stop, after_stop=after_stop, bos=head,
+    )  # fmt: skip
+    try:
+        start = own.render([system, user], True)
+    except UserError:
+        return template  # without a system message
+    if _S not in start:
+        return template
+    before_system = start[: start.index(_S)]
+    after_system = _between(start, _S, _U).removesuffix(before_user)
+    # a BOS token of its own stands before the special token that opens the turn
+    first = bos if bos and special.match(before_system.removeprefix(bos)) and before_system.startswith(bos) else ""
+    before_system = before_system.removeprefix(first)
+    template = replace(template, bos=first, system=f"{before_system}{{content}}{after_system}")
+    head = head.removeprefix(first)
+    if head.startswith(before_system) and head.endswith(after_system) and head:
+        default = head[len(before_system) : len(head) - len(after_system)]
+        return replace(template, default_system=default)
+    return template if not head else None
+
+
+def _between(text: str, first: str, second: str) -> str:
+    start = text.index(first) + len(first)
+    return text[start : text.index(second, start)]

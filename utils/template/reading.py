@@ -1,25 +1,36 @@
 """What a tokenizer's own chat template makes of a conversation: its rendering, its answers, what it does not show."""
 
+import copy
 import functools
 import json
-from typing import NamedTuple
+import operator
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
 from utils.template.messages import (
+    DESCRIPTIVE,
     EMPTY,
     MEDIA,
     REASONING,
+    UNREAD,
     UNTRAINED,
     Message,
     Note,
-    hidden_fields,
     is_empty,
     is_wanted,
     unread,
-    without,
 )
-from utils.template.parts import read_in_parts
 from utils.template.spans import NoSpan, answer_span
+
+# how thinking is written within a content
+_THOUGHT = re.compile(r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|<\|channel>|<channel\|>")
+_PRIVATE = range(0xE100, 0xF8FF)  # private-use characters, which no text of a format holds
+
+_PART = 16  # turns; a part ends before the next question
+_AFTER = "\ue0ed"  # the question after a part, which no text of a format holds
 
 _NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
 # a conversation is read twice: when its row is checked, and with the rest of its chunk when it is encoded
@@ -126,3 +137,200 @@ def _span(template, messages: list[Message], turn: int, text: str, marks) -> tup
     if template.has_marks() and not any(begin < span[1] and span[0] < end for begin, end in marks):
         raise NoSpan("the template's own generation marks leave out")
     return span
+
+
+def read_in_parts(template, messages: list[Message], read: Callable[[Any, list[Message]], Any]):
+    """Reads a conversation part by part, since reading one whole takes time that grows with the square of its turns.
+
+    Each part stands behind the system message and before another question. Its rendering without these must be,
+    character by character, what stands in the rendering of the whole; otherwise, as where a template sets something
+    before the last question alone, the conversation is not read in parts.
+
+    Args:
+        template: AutoTemplate.
+        messages: of one conversation.
+        read: template, messages → Reading.
+
+    Returns:
+        Reading of the whole; None where it must be read as one.
+    """
+    starts = _starts(messages)
+    if len(starts) < 3:
+        return None
+    head = messages[: starts[0]]
+    try:
+        text = template.render(messages)
+        before, found, _ = template.render(_part(messages, head, [_asked()])).partition(_AFTER)
+        if _AFTER in text or not found or not text.startswith(before):
+            return None
+        place, readings, spans = len(before), [], []
+        for start, end in pairwise([*starts, len(messages)]):
+            last = end == len(messages)
+            turns = messages[start:end] if last else [*messages[start:end], _asked()]
+            reading = read(template, _part(messages, head, turns))
+            shown, found, _ = reading.text.partition(_AFTER)
+            said = shown[len(before) :]
+            fits = shown.startswith(before) and text.startswith(said, place) and bool(found) != last
+            if reading.refused or not fits or (last and place + len(said) != len(text)):
+                return None
+            spans += [(begin - len(before) + place, end - len(before) + place) for begin, end in reading.spans]
+            place += len(said)
+            readings.append(reading)
+    except UserError:
+        return None
+    notes = [note for reading in readings for note in reading.notes]
+    unread = dict.fromkeys(note for note in notes if note.kind == UNREAD)  # the system message stands in every part
+    return readings[0]._replace(text=text, spans=spans, notes=[*unread, *(n for n in notes if n.kind != UNREAD)])
+
+
+def _starts(messages: list[Message]) -> list[int]:
+    """Where the parts begin, each with a question that follows an answer; empty where the first one is no question."""
+    first = 0 if messages[0]["role"] == "user" else 1
+    if len(messages) < 3 * _PART or messages[first]["role"] != "user":
+        return []
+    starts = [first]
+    for turn in range(first + 1, len(messages)):
+        follows = messages[turn]["role"] == "user" and messages[turn - 1]["role"] == "assistant"
+        if follows and turn - starts[-1] >= _PART:
+            starts.append(turn)
+    return starts
+
+
+def _part(messages: list[Message], head: list[Message], turns: list[Message]) -> list[Message]:
+    """The turns behind the system message; the tools stand with the first message."""
+    part = [*head, *turns]
+    return [{**part[0], "tools": messages[0]["tools"]}, *part[1:]] if messages[0].get("tools") else part
+
+
+def _asked() -> Message:
+    return {"role": "user", "content": _AFTER}
+
+
+class Place(NamedTuple):
+    """The end of a piece of text in a conversation.
+
+    Attributes:
+        turn: the turn's place.
+        path: keys and indices that lead to the text, `("tool_calls", 0, "function", "name")`.
+        end: where in that text the piece ends.
+        field: what the piece is called in a message.
+    """
+
+    turn: int
+    path: tuple
+    end: int
+    field: str
+
+
+def hidden_fields(messages: list[Message], render: Callable[[list[Message]], str], text: str) -> list[tuple[int, str]]:
+    """The texts of a conversation that its rendering does not show.
+
+    A character that stands nowhere else is set at the end of every text; where it does not come out again, and the
+    rendering is the same with it alone, the text is not shown.
+
+    Args:
+        messages: of one conversation.
+        render: messages → rendering; raises UserError.
+        text: the rendering of `messages`.
+
+    Returns:
+        (turn, name of the field) of each; a thought within a content is named `<think>`.
+    """
+    places = [place for turn, message in enumerate(messages) for place in _places(turn, message)]
+    dumped = json.dumps(messages, ensure_ascii=False)
+    free = (char for char in map(chr, _PRIVATE) if char not in dumped)
+    marks = dict(zip(places, free, strict=False))
+    try:
+        shown = render(_with_marks(messages, marks))
+    except UserError:
+        shown = ""
+    missing = [place for place in places if place not in marks or marks[place] not in shown]
+    hidden = [(place.turn, place.field) for place in _without_effect(missing, _with_x, messages, render, text)]
+    others = [(turn, name) for turn, message in enumerate(messages) for name, value in _extra(message)
+              if not isinstance(value, str)]  # fmt: skip
+    hidden += _without_effect(others, _without_fields, messages, render, text)
+    return list(dict.fromkeys(hidden))
+
+
+def _without_effect(found: list, change: Callable, messages: list[Message], render, text: str) -> list:
+    """Those whose change leaves the rendering as it is: tried all at once, then one by one."""
+
+    def same(some: list) -> bool:
+        try:
+            return render(change(messages, some)) == text
+        except UserError:
+            return False  # refused without it, so it matters
+
+    if not found or same(found):
+        return found
+    return [one for one in found if same([one])]
+
+
+def without(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
+    """The conversation without texts that its rendering does not show."""
+    kept = list(messages)
+    for turn, field in hidden:
+        message = dict(kept[turn])
+        if field == "<think>":
+            message["content"] = _THOUGHT.split(message["content"])[-1].lstrip("\n")
+        elif field == "content":
+            message["content"] = ""
+        elif field in REASONING:
+            message.pop(field, None)
+            message["extra"] = {key: value for key, value in message.get("extra", {}).items() if key != field}
+        kept[turn] = message
+    return kept
+
+
+def _places(turn: int, message: Message) -> Iterator[Place]:
+    content = message["content"]
+    start = 0
+    ends = [match.start() for match in _THOUGHT.finditer(content)] if message["role"] == "assistant" else []
+    for number, end in enumerate([*ends, len(content)]):
+        piece = content[start:end].rstrip()
+        if piece and not _THOUGHT.fullmatch(piece):
+            yield Place(turn, ("content",), start + len(piece), "content" if number == len(ends) else "<think>")
+        start = end
+    for key, value in message.items():
+        if isinstance(value, str) and value.strip() and key in ("name", *REASONING) and message["role"] != "tool":
+            yield Place(turn, (key,), len(value.rstrip()), key)
+    for key, value in _extra(message):
+        if isinstance(value, str):
+            yield Place(turn, ("extra", key), len(value.rstrip()), key)
+    for path, value in _leaves(message.get("tool_calls") or [], ("tool_calls",)):
+        if value.strip() and path[-1] not in ("id", "type"):
+            yield Place(turn, path, len(value.rstrip()), "tool_calls")
+
+
+def _extra(message: Message) -> list[tuple[str, Any]]:
+    """The further fields that may say something."""
+    return [(key, value) for key, value in message.get("extra", {}).items() if key not in DESCRIPTIVE]
+
+
+def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _leaves(item, (*path, key))
+
+
+def _with_marks(messages: list[Message], marks: dict[Place, str]) -> list[Message]:
+    copied = copy.deepcopy(messages)
+    for place, char in sorted(marks.items(), key=lambda item: -item[0].end):
+        *way, last = place.path
+        holder = functools.reduce(operator.getitem, way, copied[place.turn])
+        holder[last] = holder[last][: place.end] + char + holder[last][place.end :]
+    return copied
+
+
+def _with_x(messages: list[Message], places: list[Place]) -> list[Message]:
+    return _with_marks(messages, dict.fromkeys(places, "x"))
+
+
+def _without_fields(messages: list[Message], fields: list[tuple[int, str]]) -> list[Message]:
+    changed = list(messages)
+    for turn, field in fields:
+        extra = {key: value for key, value in changed[turn]["extra"].items() if key != field}
+        changed[turn] = {**changed[turn], "extra": extra}
+    return changed

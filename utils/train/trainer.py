@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from loguru import logger
 
-from utils.data.report import name_sources
+from utils.data.places import format_sources
 from utils.model.base_config import saved_with
 from utils.model.pissa import IN_CHECKPOINT
 from utils.runtime.distributed import all_of, any_process, is_first_here, wait_for_all, world_size
@@ -195,7 +195,7 @@ class Surviving(Resumable):
         """Every process comes here in the same step; together they know the rows."""
         bad = all_of(self._bad_sources)
         self._bad_loss = next((loss for loss in all_of([self._bad_loss]) if loss is not None), math.nan)
-        rows = name_sources(bad or all_of(self._step_sources), self.files)
+        rows = format_sources(bad or all_of(self._step_sources), self.files)
         what = f"the loss is {self._bad_loss}" if bad else f"the gradients' norm is {float(norm)}"
         step = self.state.global_step + 1
         self.state.log_history.append({"step": step, "steps_skipped": self.steps_skipped + 1})
