@@ -1119,8 +1119,8 @@ FAULTS = [
     Fault(
         "nan: other rows are named",
         "utils/train/trainer.py",
-        "format_sources(bad or all_of(self._step_sources), self.files)",
-        "format_sources(all_of(self._step_sources), self.files)",
+        "format_sources(bad or all_gather_objects(self._step_sources), self.files)",
+        "format_sources(all_gather_objects(self._step_sources), self.files)",
         "tests/commands/test_survive.py -k the_bad_pass",
     ),
     Fault(
@@ -1155,14 +1155,14 @@ FAULTS = [
     Fault(
         "checkpoint: one that its owner changed is removed",
         "utils/storage/run_folder.py",
-        "return is_torso(folder) or (read_manifest(folder) is not None and not folder.is_symlink())",
+        "return is_incomplete(folder) or (read_manifest(folder) is not None and not folder.is_symlink())",
         "return True",
         "tests/storage/test_deletions.py -k 'changed_stays'",
     ),
     Fault(
         "checkpoint: what lies beside its files is removed",
         "utils/storage/run_folder.py",
-        '    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}\n',
+        '    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}\n',
         "    names = set(files_in(folder))\n",
         "tests/storage/test_deletions.py -k 'beside_a_checkpoints_files'",
     ),
@@ -1247,7 +1247,7 @@ FAULTS = [
     Fault(
         "resume: another base",
         "utils/train/resume.py",
-        'must["the base model"] = fingerprint(args.model_name_or_path)',
+        'must["the base model"] = model_fingerprint(args.model_name_or_path)',
         'must["the base model"] = ""',
         "tests/commands/test_survive.py -k another_base_or_other_rows",
     ),

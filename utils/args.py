@@ -17,11 +17,11 @@ from utils.config.provenance import Sources
 from utils.config.recipe import load_recipe
 from utils.config.replaced import REPLACED_FLAGS, check_replaced
 from utils.config.validate import check_together
-from utils.runtime.distributed import agree, join_deepspeed
+from utils.runtime.distributed import broadcast_object, init_deepspeed
 from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import is_main_process
 from utils.storage.files import project_path
-from utils.storage.pickles import read_deepspeed_safely
+from utils.storage.pickles import use_safe_deepspeed_load
 from utils.tasks.dpo_checks import check_dpo
 
 
@@ -106,7 +106,8 @@ class CommonArgs:
         "How many questions of the validation rows (else the training rows) README.md shows with answers; 0 for none.",
     )
     doctor: Literal["on", "off"] = arg(
-        "on", "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor/quick.py)."
+        "on",
+        "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor/quick.py).",
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
@@ -196,12 +197,12 @@ def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True
         # transformers makes false of what is left to utils/model/load.py
         train_args.gradient_checkpointing = train_args.activation_checkpointing = None
     if train_args.deepspeed_plugin is not None:
-        join_deepspeed()
-        read_deepspeed_safely()
+        init_deepspeed()
+        use_safe_deepspeed_load()
         settle_plugin(train_args)
     # disk and clock differ between processes, and the first one will write, so all go by what it finds
-    problems += agree(_check(common, train_args))
-    train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = agree(
+    problems += broadcast_object(_check(common, train_args))
+    train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = broadcast_object(
         (train_args.output_dir, train_args.resume_from_checkpoint, common.template_date)
     )
     raise_if_any(problems)

@@ -87,7 +87,7 @@ def with_change(tmp_path, change: str) -> list[str]:
     script = tmp_path / "changed.py"
     script.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nrank = os.environ['RANK']\n{change}\n"
-        "import main_train\nfrom utils.runtime.errors import run_command\n"
+        "import main_train\nfrom utils.runtime.command import run_command\n"
         "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nos.chdir(sys.argv.pop(1))\n"
         "run_command(main_train.main)\n"
     )
@@ -360,21 +360,21 @@ def steps_epochs(folder: Path) -> float:
 def test_the_first_start_says_that_it_compiles(tmp_path, monkeypatch):
     from loguru import logger
 
-    from utils.runtime.distributed import _tell_of_first_build
+    from utils.runtime.distributed import _log_first_build
 
     said = []
     monkeypatch.setattr(logger, "info", lambda text, *values: said.append(text.format(*values)))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    _tell_of_first_build()
+    _log_first_build()
     assert f"compiles its operators at its first start, for minutes; it keeps them in {tmp_path}" in said.pop()
     (tmp_path / "py311_cpu" / "op").mkdir(parents=True)
     (tmp_path / "py311_cpu" / "op" / "op.so").touch()
-    _tell_of_first_build()
+    _log_first_build()
     assert said == []
 
 
 def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_a_living_ones_is_not(tmp_path, monkeypatch):
-    from utils.runtime.distributed import forget_dead_builds
+    from utils.runtime.distributed import remove_stale_build_locks
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     dead, alive = (tmp_path / name / "lock" for name in ("dead", "alive"))
@@ -382,9 +382,9 @@ def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_a_living_ones_is_
         lock.parent.mkdir()
         lock.touch()
     with alive.open():
-        forget_dead_builds()
+        remove_stale_build_locks()
         assert alive.exists() and not dead.exists()
-    forget_dead_builds()
+    remove_stale_build_locks()
     assert not alive.exists()
 
 
@@ -402,5 +402,5 @@ def test_a_lock_that_is_made_anew_while_it_is_looked_at_stays(tmp_path, monkeypa
         lock.touch()
 
     monkeypatch.setattr(launch.time, "sleep", another)
-    launch.forget_dead_builds()
+    launch.remove_stale_build_locks()
     assert lock.exists()

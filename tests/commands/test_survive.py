@@ -21,12 +21,12 @@ import main_train
 from benchmarks.matrix import free_port, two_processes
 from utils.runtime.errors import UserError
 from utils.storage.run_folder import (
-    begin_checkpoint,
     checkpoints_of,
     mark_complete,
+    mark_incomplete,
     read_manifest,
-    remove_torsos,
-    rotate,
+    remove_incomplete_checkpoints,
+    rotate_checkpoints,
 )
 
 SHORT = [
@@ -68,7 +68,9 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
     assert whole.returncode == 0, whole.stderr[-3000:]
     os.environ["KILL_RANK"] = "1"
     try:
-        killed = two_processes(["tests/helpers/killing.py", "SIGKILL", "14", *run, "--output_dir", str(tmp_path / "killed")])
+        killed = two_processes(
+            ["tests/helpers/killing.py", "SIGKILL", "14", *run, "--output_dir", str(tmp_path / "killed")]
+        )
     finally:
         del os.environ["KILL_RANK"]
     assert killed.returncode != 0
@@ -126,7 +128,7 @@ def stopped_run(flags, tmp_path):
         script = (
             "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
             "from pathlib import Path\nfrom kill_often import Chances\nimport main_train\n"
-            "from utils.runtime.errors import run_command\n"
+            "from utils.runtime.command import run_command\n"
             "chances = Chances(Path('/nowhere'), 5, *map(int, sys.argv[2].split(',')))\n"
             "chances.install()\nrun_command(lambda: main_train.main(sys.argv[3:]))\n"
         )
@@ -221,7 +223,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
     """No file may grow beyond 50 KB from the fourth step on, as on a disk that is full."""
     script = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
-        "import resource, torch, main_train\nfrom utils.runtime.errors import run_command\n"
+        "import resource, torch, main_train\nfrom utils.runtime.command import run_command\n"
         "step, count = torch.optim.AdamW.step, [0]\n"
         "def limited(*args, **kwargs):\n"
         "    count[0] += 1\n"
@@ -245,7 +247,8 @@ def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
     script = tmp_path / "full.py"
     script.write_text(
         f"import os, resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"
-        "from utils.runtime.errors import run_command\nfrom utils.train.trainer import Surviving\nsave = Surviving._save_checkpoint\n"
+        "from utils.runtime.command import run_command\n"
+        "from utils.train.trainer import Surviving\nsave = Surviving._save_checkpoint\n"
         "def limited(self, *args):\n"
         f"    if os.environ['RANK'] == {rank!r} and self.state.global_step == 4:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
@@ -264,18 +267,18 @@ def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
 def test_the_only_whole_checkpoint_is_never_rotated_away(tmp_path):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
-        begin_checkpoint(folder)
+        mark_incomplete(folder)
         (folder / "weights").write_text("x")
     mark_complete(tmp_path / "checkpoint-1", {})
-    rotate(tmp_path, 1, None)
+    rotate_checkpoints(tmp_path, 1, None)
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1"]
     for step in (4, 5, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("x")
         mark_complete(tmp_path / f"checkpoint-{step}", {})
-    rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    rotate_checkpoints(tmp_path, 2, str(tmp_path / "checkpoint-1"))
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-6"]
-    rotate(tmp_path, None, None)
+    rotate_checkpoints(tmp_path, None, None)
     assert len(checkpoints_of(tmp_path)) == 2
 
 
@@ -288,16 +291,16 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 
 def test_a_torso_is_told_from_a_whole_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-7"
-    begin_checkpoint(folder)
+    mark_incomplete(folder)
     (folder / "weights").write_text("whole")
     assert read_manifest(folder) is None
     mark_complete(folder, {"must": {}})
     assert read_manifest(folder)["settings"] == {"must": {}}
     (folder / "weights").write_text("who")
     assert read_manifest(folder) is None
-    assert remove_torsos(tmp_path) == [] and folder.exists()  # it was whole once: its owner changed it
-    begin_checkpoint(folder)
-    assert remove_torsos(tmp_path) == ["checkpoint-7"] and not folder.exists()
+    assert remove_incomplete_checkpoints(tmp_path) == [] and folder.exists()  # it was whole once: its owner changed it
+    mark_incomplete(folder)
+    assert remove_incomplete_checkpoints(tmp_path) == ["checkpoint-7"] and not folder.exists()
 
 
 # ---------------------------------------------------------------------- numbers that are none
@@ -466,7 +469,7 @@ def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
     script = tmp_path / "poison.py"
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom trl import SFTTrainer\nimport main_train\n"
-        "from utils.runtime.errors import run_command\nfrom utils.data.places import format_sources\n"
+        "from utils.runtime.command import run_command\nfrom utils.data.places import format_sources\n"
         "from utils.train.trainer import Surviving\ncompute, step = SFTTrainer.compute_loss, Surviving.training_step\n"
         "def bad(self, *args, **kwargs):\n"
         "    broken = os.environ['RANK'] == '1' and self.state.global_step == 1\n"

@@ -140,7 +140,10 @@ def test_all_problems_come_at_once(parse, also):
         (["--learning_rate", "-1"], "--learning_rate -1.0"),
         (["--num_train_epochs", "0"], "trains nothing"),
         (["--num_train_epochs", "1e30"], "never ends; give a number above 0 and at most 1,000,000"),
-        (["--group_by_length", "true"], "--group_by_length is not a flag. It is --train_sampling_strategy group_by_length"),
+        (
+            ["--group_by_length", "true"],
+            "--group_by_length is not a flag. It is --train_sampling_strategy group_by_length",
+        ),
         (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--report_to", "tensorboard", "tensorbord"], "--report_to 'tensorbord' is not installed. Did you mean"),
         (["--report_to", "none", "tensorboard"], "--report_to none tensorboard: 'none' goes with no other"),
@@ -220,7 +223,7 @@ def test_a_recipe_of_ones_own(parse, tmp_path):
 def test_a_finished_run_is_not_trained_over(parse, tmp_path):
     (tmp_path / "run").mkdir()
     parse()
-    (tmp_path / "run" / utils.storage.run_folder.FINISHED).write_text("{}")
+    (tmp_path / "run" / utils.storage.run_folder.RECORD_FILE).write_text("{}")
     assert "--overwrite_output_dir true" in problems_of(parse)[0]
     parse("--overwrite_output_dir", "true")
 

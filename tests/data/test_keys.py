@@ -232,6 +232,6 @@ def test_without_a_day_a_template_prints_what_transformers_prints(base):
 
 
 def test_processes_that_read_different_rows_are_refused(prepare, monkeypatch):
-    monkeypatch.setattr(data_process, "all_of", lambda keys: [*keys, "another"])
+    monkeypatch.setattr(data_process, "all_gather_objects", lambda keys: [*keys, "another"])
     with pytest.raises(UserError, match="--train_data_path: the processes have read different rows; give each machine"):
         prepare()

@@ -11,10 +11,10 @@ from conftest import ROOT, write_rows
 
 import main_train
 from utils.args import parse_args
+from utils.doctor import resources as doctor_sizes
 from utils.doctor.codes import CODES
 from utils.doctor.findings import catalogue
 from utils.doctor.quick import quick_findings
-from utils.doctor import resources as doctor_sizes
 from utils.doctor.settings import deepspeed_keys, steps_of
 from utils.doctor.tokens import token_findings
 from utils.model.tokenizer import tokenizer_of

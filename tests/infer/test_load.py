@@ -11,7 +11,7 @@ from conftest import write_rows
 from safetensors.torch import load_file, save_file
 
 from utils.infer.load import TrainedArgs, allows_special, base_of_run, check_trained, load_trained
-from utils.storage.weights import check_weight_files, fingerprint, read_header
+from utils.storage.weights import check_weight_files, read_header, weights_fingerprint
 
 IDS = torch.arange(5, 25)[None]
 
@@ -34,7 +34,7 @@ def logits(model):
 
 def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(train, tiny_models, tmp_path):
     run, base = train(), tiny_models()
-    assert base_of_run(str(run)) == {"path": base, "fingerprint": fingerprint(base)}
+    assert base_of_run(str(run)) == {"path": base, "fingerprint": weights_fingerprint(base)}
     by_run = logits(load(model_path=run))
     shutil.copytree(base, tmp_path / "moved")
     for values in (
@@ -55,7 +55,12 @@ def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(train, ti
     save_file(weights, file, metadata={"format": "pt"})
     other = str(tmp_path / "other")
     said = problems_of(model_path=str(run), base_model=other)
-    assert other in said and fingerprint(other) in said and fingerprint(base) in said and "--base_model" in said
+    assert (
+        other in said
+        and weights_fingerprint(other) in said
+        and weights_fingerprint(base) in said
+        and "--base_model" in said
+    )
     assert said == problems_of(model_path=other, adapter=str(run))
     assert not problems_of(model_path=other, adapter=str(run), allow_other_base=True)
 
@@ -97,12 +102,12 @@ def test_a_fingerprint_is_the_same_however_weights_are_divided_and_tells_others_
     model = AutoModelForCausalLM.from_pretrained(base)
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    assert fingerprint(tmp_path / "parts") == fingerprint(base)
+    assert weights_fingerprint(tmp_path / "parts") == weights_fingerprint(base)
     with torch.no_grad():
         model.model.norm.weight[-1] += 1
     model.save_pretrained(tmp_path / "changed")
-    assert fingerprint(tmp_path / "changed") != fingerprint(base)
-    assert fingerprint(tmp_path) is None and fingerprint("nobody/nothing") is None
+    assert weights_fingerprint(tmp_path / "changed") != weights_fingerprint(base)
+    assert weights_fingerprint(tmp_path) is None and weights_fingerprint("nobody/nothing") is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PRINTS = "from utils.runtime.errors import run_command; run_command(lambda: print('→ ready\\n' * {}))"
+PRINTS = "from utils.runtime.command import run_command; run_command(lambda: print('→ ready\\n' * {}))"
 
 
 def start(code, **env):
@@ -47,7 +47,7 @@ def test_a_terminal_that_is_not_utf8():
 
 
 def test_an_error_of_another_file_is_no_matter_of_stdout():
-    code = "from utils.runtime.errors import run_command; run_command(lambda: open('/nowhere/at/all'))"
+    code = "from utils.runtime.command import run_command; run_command(lambda: open('/nowhere/at/all'))"
     process = start(code)
     assert "FileNotFoundError" in process.communicate(timeout=60)[1]
     assert process.returncode == 1

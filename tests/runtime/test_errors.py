@@ -22,7 +22,7 @@ from utils.runtime.errors import ERROR_FILE, Problem, UserError, raise_if_any, r
 
 # where the text of another library's error is read, since nothing else tells: file, function, and whose text it is
 ALLOWED = {
-    ("utils/runtime/errors.py", "is_about_the_disk"): "torch, safetensors and Arrow write to disk by their own errors",
+    ("utils/runtime/errors.py", "is_disk_error"): "torch, safetensors and Arrow write to disk by their own errors",
     ("utils/runtime/errors.py", "first_line"): "shows the beginning of any library's text",
     ("utils/runtime/errors.py", "in_one_line"): "shows any library's text",
     ("utils/config/flags.py", "flags_in"): "transformers' TrainingArguments names flags in its texts alone",
@@ -109,7 +109,7 @@ def test_no_code_reads_the_text_of_an_error(path: Path):
 def test_every_allowed_place_is_still_there():
     for file, function in ALLOWED:
         found = matches((ROOT / file).read_text(encoding="utf-8"))
-        assert function in [name for name, _, _ in found] or function in ("in_one_line", "is_about_the_disk"), function
+        assert function in [name for name, _, _ in found] or function in ("in_one_line", "is_disk_error"), function
         assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
@@ -246,7 +246,7 @@ def test_json_names_an_open_quotation_mark():
 _WRITE = """
 import resource, signal, sys, torch, datasets
 from safetensors.torch import save_file
-from utils.runtime.errors import is_about_the_disk
+from utils.runtime.errors import is_disk_error
 datasets.disable_progress_bars()
 rows = datasets.Dataset.from_dict({"a": [list(range(1000))] * 1000})
 weights = torch.zeros(1 << 20)
@@ -264,7 +264,7 @@ for name, write in writes.items():
     try:
         write()
     except Exception as error:
-        print(name, is_about_the_disk(error), flush=True)
+        print(name, is_disk_error(error), flush=True)
         print(name, type(error).__name__, error, file=sys.stderr)
     else:
         print(name, "wrote", flush=True)

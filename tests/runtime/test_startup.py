@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from utils.runtime.startup import KERNELS_KEPT, limit_kernel_caches
+from utils.runtime.startup import KERNEL_CACHE_SIZE, limit_kernel_caches
 
 CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 COMMANDS = [
@@ -32,7 +32,7 @@ def test_a_command_begins_with_limited_caches(monkeypatch):
         monkeypatch.delenv(name)
     found = {}
     run_command(lambda: found.update({name: os.environ.get(name) for name in CACHES}))
-    assert found == dict.fromkeys(CACHES, str(KERNELS_KEPT))
+    assert found == dict.fromkeys(CACHES, str(KERNEL_CACHE_SIZE))
 
 
 def test_the_environment_has_the_last_word(monkeypatch):

@@ -176,7 +176,7 @@ def test_beams_answer_at_once(run_folder, capsys):
 ENDLESS = """
 import time
 from utils.infer import chat
-from utils.runtime.errors import run_command
+from utils.runtime.command import run_command
 from utils.script import infer
 
 def endless(*_):
@@ -292,7 +292,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from utils.infer.answer_file import AnswerFile
-from utils.runtime.errors import run_command
+from utils.runtime.command import run_command
 from utils.script import infer
 
 def die(*_):

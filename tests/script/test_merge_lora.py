@@ -23,7 +23,7 @@ from utils.export.merge_folder import foreign_to_merge, whole_or_nothing
 from utils.infer.load import check_trained
 from utils.runtime.errors import UserError
 from utils.script import merge_lora
-from utils.storage.weights import fingerprint
+from utils.storage.weights import weights_fingerprint
 
 IDS = torch.arange(5, 25)[None]
 KINDS = [kind for kind in MODES if kind != "full"]
@@ -143,7 +143,7 @@ def test_a_chain_of_adapters_each_on_the_merged_ones_before(kind, run, train):
     # an adapter whose recorded base is an adapter itself
     config = json.loads((second / "adapter_config.json").read_text())
     (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(run)}))
-    assert fingerprint(merged(second, output="by-adapter")) == fingerprint(by_base)
+    assert weights_fingerprint(merged(second, output="by-adapter")) == weights_fingerprint(by_base)
 
 
 def test_a_bf16_base_is_merged_in_float32_and_rounded_once(tmp_path, monkeypatch):
@@ -232,10 +232,10 @@ def test_the_folder(run, tmp_path):
     index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == shards
     origin = json.loads((whole / "merged.json").read_text())
-    assert origin["base"] == {"path": str(run.parent / "base"), "fingerprint": fingerprint(run.parent / "base")}
+    assert origin["base"] == {"path": str(run.parent / "base"), "fingerprint": weights_fingerprint(run.parent / "base")}
     sha256 = hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert origin["adapters"] == [{"path": str(run), "sha256": sha256}]
-    assert origin["dtype"] == "float32" and origin["fingerprint"] == fingerprint(whole)
+    assert origin["dtype"] == "float32" and origin["fingerprint"] == weights_fingerprint(whole)
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (whole / name).read_bytes() == (run / name).read_bytes(), name
     stops = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in (whole, run)]

@@ -8,13 +8,13 @@ import main_train
 from utils.storage.run_folder import (
     INCOMPLETE,
     MANIFEST,
-    begin_checkpoint,
     checkpoints_of,
     mark_complete,
+    mark_incomplete,
     read_manifest,
     remove_checkpoint,
-    remove_torsos,
-    rotate,
+    remove_incomplete_checkpoints,
+    rotate_checkpoints,
 )  # fmt: skip
 
 STEPS = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9", "--card_samples", "0"]
@@ -36,7 +36,7 @@ def write(folder, **files):
 def checkpoint_in(run, step, **files):
     """A checkpoint as a run writes one."""
     folder = run / f"checkpoint-{step}"
-    begin_checkpoint(folder)
+    mark_incomplete(folder)
     write(folder, **(files or {"weights": "w", "optimizer": "o"}))
     mark_complete(folder, {})
     return folder
@@ -50,10 +50,10 @@ def test_a_checkpoint_that_its_owner_changed_stays(tmp_path):
     elsewhere = checkpoint_in(tmp_path / "disk", 3)
     link.symlink_to(elsewhere)
     before = contents(tmp_path)
-    assert remove_torsos(tmp_path) == []
+    assert remove_incomplete_checkpoints(tmp_path) == []
     for step in (4, 5):
         checkpoint_in(tmp_path, step)
-    rotate(tmp_path, 1, None)
+    rotate_checkpoints(tmp_path, 1, None)
     for folder in (trimmed, foreign, link):
         remove_checkpoint(folder)
     assert contents(tmp_path).items() >= before.items()
@@ -65,7 +65,7 @@ def test_what_lies_beside_a_checkpoints_files_stays(tmp_path):
     (folder / "global_step1").mkdir()
     write(folder, **{"model.gguf": "mine"})
     write(folder / "sub", notes="mine")
-    begin_checkpoint(folder)  # the same step is saved again
+    mark_incomplete(folder)  # the same step is saved again
     write(folder, weights="new")
     write(folder / "global_step1", states="s")
     assert json.loads((folder / INCOMPLETE).read_text())["foreign"] == ["model.gguf", "sub/notes"]
@@ -79,12 +79,12 @@ def test_what_lies_beside_a_checkpoints_files_stays(tmp_path):
 def test_a_save_that_was_killed_is_removed_wherever_it_was(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()  # before its first file
     write(tmp_path / "checkpoint-2", **{f"{INCOMPLETE}.part": '{"for'})
-    begin_checkpoint(tmp_path / "checkpoint-3")
+    mark_incomplete(tmp_path / "checkpoint-3")
     write(tmp_path / "checkpoint-3", weights="ha", **{f"{MANIFEST}.part": "{"})
     half_removed = checkpoint_in(tmp_path, 4)
-    begin_checkpoint(half_removed)
+    mark_incomplete(half_removed)
     (half_removed / "weights").unlink()
-    assert remove_torsos(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert remove_incomplete_checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import main_train
-from utils.storage.pickles import DEEPSPEED, check_pickles, read_deepspeed_safely, read_state
+from utils.storage.pickles import DEEPSPEED, check_pickles, load_state, use_safe_deepspeed_load
 from utils.storage.run_folder import MANIFEST
 
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
@@ -118,7 +118,7 @@ def test_deepspeed_reads_its_states_without_running_code(tmp_path, mark):
     from deepspeed.utils.tensor_fragment import fragment_address
 
     assert list(inspect.signature(TorchCheckpointEngine.load).parameters) == ["self", "path", "map_location"]
-    read_deepspeed_safely()
+    use_safe_deepspeed_load()
     state = {
         "loss_scaler": LossScaler(scale=2.0), "dynamic": DynamicLossScaler(4.0, 2.0, 10, 1.0, 1, False, False),
         "stage": ZeroStageEnum.gradients, "where": fragment_address(numel=3, start=1), "flat": [torch.arange(3.0)],
@@ -134,7 +134,7 @@ def test_deepspeed_reads_its_states_without_running_code(tmp_path, mark):
     for zipped in (True, False):
         torch.save(state | {"more": Evil(mark)}, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(pickle.UnpicklingError):
-            read_state(file)
+            load_state(file)
         with pytest.raises(Exception, match="cannot be read without running code"):
             load(None, str(file))
     assert not mark.exists()

@@ -16,11 +16,11 @@ import main_train
 import utils.run.save
 from utils.config import validate as check_run
 from utils.runtime.errors import UserError
-from utils.storage.run_lock import claim, holder, lock_beside, lock_of_run, only_writer, release
+from utils.storage.run_lock import acquire, hold_lock, lock_holder, lock_path_for, release, run_lock_path
 
 HOLD = (
-    "import sys; from pathlib import Path; from utils.storage.run_lock import claim\n"
-    "claim(Path(sys.argv[1]), '--output_dir x'); print('held', flush=True); sys.stdin.read()"
+    "import sys; from pathlib import Path; from utils.storage.run_lock import acquire\n"
+    "acquire(Path(sys.argv[1]), '--output_dir x'); print('held', flush=True); sys.stdin.read()"
 )
 
 
@@ -38,26 +38,26 @@ def held_by_another(lock):
 
 
 def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
-    lock = lock_of_run(tmp_path / "run")
+    lock = run_lock_path(tmp_path / "run")
     with held_by_another(lock) as other:
         told = rf"process {other.pid} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
         with pytest.raises(UserError, match=rf"--output_dir 'run' is in use by {told}; wait for it to end"):
-            claim(lock, "--output_dir 'run'")
-        assert re.fullmatch(told, holder(lock))
+            acquire(lock, "--output_dir 'run'")
+        assert re.fullmatch(told, lock_holder(lock))
         other.send_signal(signal.SIGKILL)
         other.wait()
-        assert lock.exists() and holder(lock) is None  # the file alone locks nothing
-        claim(lock, "--output_dir 'run'")
+        assert lock.exists() and lock_holder(lock) is None  # the file alone locks nothing
+        acquire(lock, "--output_dir 'run'")
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        claim(lock, "--output_dir 'run'")  # one's own
-        assert holder(lock) is None
+        acquire(lock, "--output_dir 'run'")  # one's own
+        assert lock_holder(lock) is None
     release(lock)
     assert list((tmp_path / "run").iterdir()) == []
     release(lock)
 
 
 def test_a_process_that_ends_removes_its_lock(tmp_path):
-    lock = lock_of_run(tmp_path)
+    lock = run_lock_path(tmp_path)
     with held_by_another(lock) as other:
         other.stdin.close()
         assert other.wait() == 0 and not lock.exists()
@@ -72,8 +72,8 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
     said = []
     monkeypatch.setattr(run_lock.logger, "warning", lambda text, *more: said.append(text.format(*more)))
-    with only_writer(lock_of_run(tmp_path), "--output_dir x"):
-        assert holder(lock_of_run(tmp_path)) is None
+    with hold_lock(run_lock_path(tmp_path), "--output_dir x"):
+        assert lock_holder(run_lock_path(tmp_path)) is None
     assert "has no locks (Operation not supported)" in said[0] and list(tmp_path.iterdir()) == []
 
 
@@ -88,10 +88,10 @@ def flags(tiny_models, rows_file):
 def test_a_second_run_into_a_folder_is_refused(seen, more, flags, refused, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     if seen != "at the start":
-        monkeypatch.setattr(check_run, "holder", lambda _: None)
+        monkeypatch.setattr(check_run, "lock_holder", lambda _: None)
     else:
         monkeypatch.setattr(utils.run.save, "open_run", lambda *_: pytest.fail("went on"))
-    with held_by_another(lock_of_run(folder)) as other:
+    with held_by_another(run_lock_path(folder)) as other:
         said = refused(main_train.main, *flags, "--output_dir", str(folder), *more)
         assert f"error: --output_dir {str(folder)!r} is in use by process {other.pid} on " in said
         assert [path.name for path in folder.iterdir()] == [".run.lock"]
@@ -141,6 +141,6 @@ def test_merging_and_evaluating_are_alone_too(run_folder, train, refused, tmp_pa
         (merge_lora, merged, ["--model_path", str(adapter), "--output_dir", str(merged)]),
         (evaluate, output, ["--model_path", str(run_folder), "--eval_data_path", rows, "--output", str(output)]),
     ):
-        with held_by_another(lock_beside(path)) as other:
+        with held_by_another(lock_path_for(path)) as other:
             assert f"is in use by process {other.pid} on " in refused(command.main, *argv)
         assert not path.exists()

@@ -13,8 +13,8 @@ from utils.data.files import TEXT_SUFFIXES, find_files
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest
 from utils.storage.files import ROOT, project_path, sha256_of
-from utils.storage.run_folder import BEGUN, FINISHED
-from utils.storage.weights import fingerprint
+from utils.storage.run_folder import RECORD_FILE, RECORD_IN_PROGRESS
+from utils.storage.weights import weights_fingerprint
 
 # of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to
 _LEFT_OUT = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "push_to_hub")
@@ -153,7 +153,7 @@ class ConfigFile:
             then, path = self.record[part].get("fingerprint"), getattr(common, name)
             if name in self.given or not then or not path:
                 continue
-            now = fingerprint(path)
+            now = weights_fingerprint(path)
             if now not in (None, then):
                 found.append(f"the {part} {path!r} had the weights {then}, has {now}")
         for part in ("train", "eval"):
@@ -205,7 +205,9 @@ def read_config(path: str | None, flag: str = "config") -> ConfigFile:
 
     file = Path(path).expanduser()
     if file.is_dir():
-        file = next((file / name for name in (FINISHED, BEGUN) if (file / name).exists()), file / FINISHED)
+        file = next(
+            (file / name for name in (RECORD_FILE, RECORD_IN_PROGRESS) if (file / name).exists()), file / RECORD_FILE
+        )
     if not file.is_file():
         siblings = [str(found) for found in file.parent.glob("*")] if file.parent.is_dir() else []
         raise refused(f" is no file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json")

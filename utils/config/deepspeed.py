@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.distributed import begin_alone, started_by_deepspeed, zero_stage
+from utils.runtime.distributed import set_single_process_env, started_by_deepspeed, zero_stage
 from utils.runtime.errors import Problem, nearest, refusal
 from utils.runtime.log import is_main_process
 from utils.storage.files import ROOT, project_path
@@ -41,7 +41,7 @@ def settle_deepspeed(values: dict) -> list[Problem]:
     if problems:
         values["deepspeed"] = None  # so that the other problems can be told as well
     else:
-        begin_alone()
+        set_single_process_env()
     return problems
 
 

@@ -7,8 +7,8 @@ from loguru import logger
 
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
-from utils.storage.run_folder import FINISHED, MANIFEST, noted_by_run
-from utils.storage.weights import fingerprint
+from utils.storage.run_folder import MANIFEST, RECORD_FILE, read_run_note
+from utils.storage.weights import weights_fingerprint
 
 # a setting of ours → its name in adapter_config.json
 _SETTINGS = {
@@ -158,9 +158,9 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[Proble
 
 def _check_weights(common, flag: str, folder: str) -> list[Problem]:
     """An adapter fits only the weights it was trained on; on others of the same shape it goes on without a word."""
-    noted = noted_by_run(folder, "base")
+    noted = read_run_note(folder, "base")
     then = noted.get("fingerprint")
-    now = fingerprint(common.model_name_or_path) if then else None
+    now = weights_fingerprint(common.model_name_or_path) if then else None
     if now in (None, then):
         return []
     base = common.model_name_or_path
@@ -176,7 +176,7 @@ def _settings_of_run(folder: Path) -> dict:
     """The settings of a finished run, or of a checkpoint."""
     if (folder / MANIFEST).is_file():
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]["must"]
-    return json.loads((folder / FINISHED).read_text(encoding="utf-8"))["common"]
+    return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["common"]
 
 
 def template_of_run(common, given: set[str]) -> None:

@@ -11,16 +11,16 @@ from utils.runtime.errors import Problem, nearest, refusal
 from utils.storage.pickles import check_pickles
 from utils.storage.run_files import WRITTEN, foreign_files
 from utils.storage.run_folder import (
-    FINISHED,
-    anew,
+    RECORD_FILE,
+    checkpoints_after,
     checkpoints_of,
     has_optimizer,
-    is_cut_short,
     is_removable,
-    newer_than,
+    is_truncated,
+    new_run_remedy,
     read_manifest,
 )  # fmt: skip
-from utils.storage.run_lock import holder, in_use, lock_of_run
+from utils.storage.run_lock import in_use_message, lock_holder, run_lock_path
 
 MOST_EPOCHS = 1_000_000
 
@@ -168,8 +168,8 @@ def check_output_dir(common, train_args) -> list[Problem]:
         )
     if folder.exists() and not folder.is_dir():
         return refusal(f"{flag} is a file; give a folder", "output_dir")
-    if told := holder(lock_of_run(folder)):
-        return refusal(in_use(flag, told), "output_dir")
+    if told := lock_holder(run_lock_path(folder)):
+        return refusal(in_use_message(flag, told), "output_dir")
     for start in filter(None, (common.model_name_or_path, common.adapter_name_or_path)):
         start = Path(start).resolve()
         if folder.resolve() == start or (folder.resolve() in start.parents and "checkpoint-" in start.name):
@@ -190,7 +190,9 @@ def check_output_dir(common, train_args) -> list[Problem]:
             return problems
         own = folder.resolve() in Path(train_args.resume_from_checkpoint).resolve().parents
     if not (train_args.resume_from_checkpoint and own) and not common.overwrite_output_dir:
-        held = "a finished run" if (folder / FINISHED).exists() else "checkpoints" if checkpoints_of(folder) else None
+        held = (
+            "a finished run" if (folder / RECORD_FILE).exists() else "checkpoints" if checkpoints_of(folder) else None
+        )
         written = [path.name for path in folder.glob("*") if path.name in WRITTEN or path.suffix == ".safetensors"]
         held = held or (f"{written[0]!r}" if written else None)
         if held:
@@ -235,14 +237,14 @@ def _check_checkpoint(common, train_args, folder: Path) -> list[Problem]:
     if not has_optimizer(whole[-1]):
         return refusal(
             f"--resume_from_checkpoint {str(whole[-1])!r} holds weights alone (--save_only_model true), so optimizer "
-            f"and schedule would begin anew; {anew(str(whole[-1]), common.train_mode)}",
+            f"and schedule would begin anew; {new_run_remedy(str(whole[-1]), common.train_mode)}",
             "resume_from_checkpoint",
             "save_only_model",
             "model_name_or_path" if common.train_mode == "full" else "adapter_name_or_path",
             "output_dir",
         )
-    newer = newer_than(str(whole[-1]), folder)
-    if changed := [path.name for path in newer if not is_removable(path) and not is_cut_short(path)]:
+    newer = checkpoints_after(str(whole[-1]), folder)
+    if changed := [path.name for path in newer if not is_removable(path) and not is_truncated(path)]:
         return refusal(
             f"--output_dir {str(folder)!r} holds {changed[0]!r}, which is newer than the checkpoint to go on from "
             f"({whole[-1].name}), and which no run wrote or which was changed since, so it is not written over; move "

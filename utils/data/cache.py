@@ -17,7 +17,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.data.report import DataReport, from_stored, to_stored
-from utils.runtime.distributed import is_first_here
+from utils.runtime.distributed import is_local_main_process
 from utils.runtime.errors import UserError
 from utils.storage.files import checksum
 
@@ -106,7 +106,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock
 
-    if not is_first_here():
+    if not is_local_main_process():
         # let the first process of this machine take the lock, since it shows the progress bar
         deadline = time.monotonic() + 10
         while not folder.is_dir() and not _lock_file(folder).exists() and time.monotonic() < deadline:

@@ -26,8 +26,8 @@ from utils.data.encode import Part, RowKind, encoded_parts
 from utils.data.files import files_left_out, find_files
 from utils.data.places import MAX_PLACES_SHOWN
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
-from utils.runtime.distributed import all_of
-from utils.runtime.errors import Problem, UserError, is_about_the_disk
+from utils.runtime.distributed import all_gather_objects
+from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.storage.files import checksum
 
 _BATCHES = 20  # chunks written together: reading rows loads at least a memory page of every batch
@@ -61,7 +61,7 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
     dataset, report = _load_or_prepare(name, hashes, kind, on_bad_row, cache_dir, workers)
     report.files, report.hashes = files, hashes
     report.bytes_of = {file: size for file, (_, size) in checksums.items()}
-    if len(set(all_of([report.key]))) > 1:
+    if len(set(all_gather_objects([report.key]))) > 1:
         raise UserError(f"{flag}: the processes have read different rows; give each machine the same files")
     report.log(name)
     return dataset, report
@@ -87,7 +87,7 @@ def _load_or_prepare(
         try:
             prepared = _prepare(hashes, kind, on_bad_row, folder, workers)
         except Exception as error:
-            if not is_about_the_disk(error):
+            if not is_disk_error(error):
                 raise
             raise UserError(
                 f"prepared rows cannot be kept in {str(folder.parent)!r}: {error}; free some space, or pass another "

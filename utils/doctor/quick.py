@@ -14,7 +14,7 @@ from utils.doctor.template import template_findings
 from utils.doctor.tokens import repeated, token_findings
 from utils.model.adapter import ADAPTERS
 from utils.model.load import whole_models
-from utils.runtime.distributed import agree, world_size
+from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import UserError, first_line
 from utils.runtime.log import is_main_process
 
@@ -37,7 +37,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     findings = None
     if is_main_process():
         findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu(), rows=_QUICK_ROWS)
-    findings = agree(findings)
+    findings = broadcast_object(findings)
     warnings, errors = (in_order(with_severity(findings, severity)) for severity in (WARNING, ERROR))
     for finding in warnings:
         logger.warning("doctor: {}", finding.line())

@@ -11,7 +11,7 @@ from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, loa
 from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
-from utils.storage.weights import check_weight_files, fingerprint
+from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template
 
 
@@ -86,7 +86,7 @@ def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[P
     problems = check_model_path("--base_model" if args.base_model else "the base", base, args.trust_remote_code)
     if not problems and Path(base).is_dir():
         problems = check_weight_files("the base", base)
-    now = None if problems else fingerprint(base)
+    now = None if problems else weights_fingerprint(base)
     if now and noted.get("fingerprint") not in (None, now) and not args.allow_other_base:
         problems = refusal(
             f"{args.model_path!r} was trained on weights {noted['fingerprint']}, and {base!r} has {now}; give those "

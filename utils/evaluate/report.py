@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.evaluate.metrics import Figure, signatures
 from utils.evaluate.models import Contender
-from utils.runtime.errors import Problem, UserError, is_about_the_disk
+from utils.runtime.errors import Problem, UserError, is_disk_error
 
 # module → package
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "sacrebleu": "sacrebleu",
@@ -89,7 +89,7 @@ def write(path: str, lines: list[dict], summary: dict) -> None:
             part.write_text(content, encoding="utf-8")
             os.replace(part, file)
     except OSError as error:
-        what = "the disk is full" if is_about_the_disk(error) and error.errno == 28 else error.strerror
+        what = "the disk is full" if is_disk_error(error) and error.errno == 28 else error.strerror
         raise UserError(f"--output {path!r} cannot be written: {what}; make room, or give another file") from error
 
 

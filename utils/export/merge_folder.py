@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.runtime.errors import UserError, is_about_the_disk
+from utils.runtime.errors import UserError, is_disk_error
 from utils.storage.run_files import WRITTEN
-from utils.storage.run_folder import FINISHED, MERGED, files_in
+from utils.storage.run_folder import MERGED, RECORD_FILE, files_in
 
 _MERGING = ".merging"  # stands in the folder that is being written
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -25,7 +25,7 @@ def foreign_to_merge(folder: Path) -> list[str]:
     noted, found = read_merged(folder).get("files"), files_in(folder)
     links = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink()}
     if not isinstance(noted, dict):
-        own = {name for name in found if name in (*WRITTEN, "Modelfile", FINISHED) or _WEIGHTS.fullmatch(name)}
+        own = {name for name in found if name in (*WRITTEN, "Modelfile", RECORD_FILE) or _WEIGHTS.fullmatch(name)}
     else:
         own = {name for name, size in found.items() if noted.get(name) == size}
     return sorted((found.keys() - own - {MERGED}) | links)
@@ -68,7 +68,7 @@ def whole_or_nothing(folder: Path, flag: str) -> Iterator[Path]:
             folder.rename(old)
         part.rename(folder)
     except Exception as error:
-        if not is_about_the_disk(error):
+        if not is_disk_error(error):
             raise
         raise UserError(
             f"{flag} cannot be written: {error}. Nothing is left of it; make room, or give another folder"

@@ -17,8 +17,8 @@ from utils.patches.lazy_imports import import_peft
 from utils.patches.rope import use_row_rope
 from utils.runtime.errors import UserError
 from utils.storage.files import project_path
-from utils.storage.run_folder import checkpoints_of, noted_by_run, read_manifest
-from utils.storage.weights import check_weight_files, fingerprint
+from utils.storage.run_folder import checkpoints_of, read_manifest, read_run_note
+from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template, template_dict, unknown_template
 from utils.template.auto import own_templates
 
@@ -111,17 +111,17 @@ def _recorded_base(adapter: str) -> tuple[str, str | None]:
 
 def base_of_run(folder: str) -> dict:
     """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
-    return noted_by_run(folder, "base")
+    return read_run_note(folder, "base")
 
 
 def allows_special(parts: Parts) -> bool:
     """Whether the run was trained with special tokens in what messages say."""
-    return bool(noted_by_run(parts.last(), "common").get("allow_special_tokens_in_content"))
+    return bool(read_run_note(parts.last(), "common").get("allow_special_tokens_in_content"))
 
 
 def _check_base(base: str, adapters: list[str]) -> list[str]:
     """An adapter fits only the weights it was trained on; on others of the same shape it loads without a word."""
-    now = fingerprint(base) if adapters else None
+    now = weights_fingerprint(base) if adapters else None
     problems = []
     for adapter in adapters:
         trained_on = base_of_run(adapter)

@@ -9,7 +9,7 @@ from utils.model.probe import Probe, example_rows, probe
 from utils.model.small import small_model
 from utils.patches.attention import use_row_attention
 from utils.patches.rope import use_row_rope
-from utils.runtime.distributed import agree
+from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError
 
 
@@ -28,7 +28,7 @@ def resolve_layout(args, train_args, task, model, tokenizer) -> Probe:
     """
     # every process must choose the same, so all go by what the first one finds
     with whole_models(train_args):
-        found = agree(probe_for_task(args, train_args, task, model, tokenizer))
+        found = broadcast_object(probe_for_task(args, train_args, task, model, tokenizer))
     problem, chosen, reason = choose_layout(args, train_args, found, uses_eager(model))
     if problem:
         raise UserError(problem)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.distributed import agree
+from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, in_one_line
 from utils.template import Template
 from utils.template.auto import prints_date, today
@@ -62,7 +62,7 @@ def tokenizer_of(args):
         default = saved.read_text(encoding="utf-8")
         tokenizer.chat_template = {"default": default, **named} if named else default
     if args.template_name == "auto" and prints_date(tokenizer):
-        args.template_date = args.template_date or agree(today())  # midnight may pass between two processes
+        args.template_date = args.template_date or broadcast_object(today())  # midnight may pass between two processes
     elif args.template_date:
         logger.warning("--template_date {}: the template prints no day, so it changes nothing", args.template_date)
     return tokenizer

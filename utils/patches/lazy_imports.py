@@ -25,7 +25,7 @@ def import_peft() -> None:
     lora.is_bnb_available = lora.is_bnb_4bit_available = lambda: "bitsandbytes" in sys.modules
 
 
-def leave_deepspeed_out() -> None:
+def skip_deepspeed_import() -> None:
     """Without its launcher DeepSpeed has no part in a run, yet accelerate would import it."""
     import accelerate.utils.other
 

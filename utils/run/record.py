@@ -5,7 +5,7 @@ import re
 
 from utils.config.deepspeed import short_name
 from utils.runtime.environment import hardware, launcher, versions
-from utils.storage.weights import fingerprint
+from utils.storage.weights import weights_fingerprint
 
 _SECRET = re.compile(r"(?<!s)token(?!s)|api_?key|secret|passw|credential")
 
@@ -30,14 +30,17 @@ def run_record(args, train_args, data) -> dict:
         data: the prepared rows.
     """
     # an adapter fits these weights and no others of their shape
-    base = {"path": args.model_name_or_path, "fingerprint": fingerprint(args.model_name_or_path)}
+    base = {"path": args.model_name_or_path, "fingerprint": weights_fingerprint(args.model_name_or_path)}
     rows = {"train": _rows_record(data.report) | {"trained": data.rows_trained()}}
     if data.eval is not None:
         held_back = {"held_back": data.held_back}
         rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
     record = effective_args(args, train_args) | {"base": base, "data": rows}
     if args.adapter_name_or_path:
-        record["adapter"] = {"path": args.adapter_name_or_path, "fingerprint": fingerprint(args.adapter_name_or_path)}
+        record["adapter"] = {
+            "path": args.adapter_name_or_path,
+            "fingerprint": weights_fingerprint(args.adapter_name_or_path),
+        }
     return record | {"hardware": hardware(), "start": launcher()}
 
 

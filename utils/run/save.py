@@ -17,13 +17,21 @@ from utils.run.plot import plot_history
 from utils.run.record import effective_args, run_record
 from utils.run.samples import begin_samples, end_samples
 from utils.run.summary import summarise
-from utils.runtime.distributed import agree
-from utils.runtime.errors import Problem, UserError, is_about_the_disk, raise_if_any
+from utils.runtime.distributed import broadcast_object
+from utils.runtime.errors import Problem, UserError, is_disk_error, raise_if_any
 from utils.runtime.log import is_main_process, log_to_file, route_library_logs
 from utils.storage.files import write_record
 from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
-from utils.storage.run_folder import BEGUN, FINISHED, STATE, newer_than, read_record, remove_checkpoint, remove_torsos
-from utils.storage.run_lock import RUN_LOCK, claim, lock_of_run, release
+from utils.storage.run_folder import (
+    RECORD_FILE,
+    RECORD_IN_PROGRESS,
+    STATE,
+    checkpoints_after,
+    read_record,
+    remove_checkpoint,
+    remove_incomplete_checkpoints,
+)
+from utils.storage.run_lock import RUN_LOCK, acquire, release, run_lock_path
 from utils.train.trainer import refuse_broken_weights
 
 
@@ -33,12 +41,12 @@ def open_run(train_args, args) -> Path:
     try:
         _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
         folder = Path(train_args.output_dir)
-        raise_if_any(agree(_lock_folder(args, train_args)))
+        raise_if_any(broadcast_object(_lock_folder(args, train_args)))
         if is_main_process() and train_args.resume_from_checkpoint and args.overwrite_output_dir:
-            for newer in newer_than(train_args.resume_from_checkpoint, folder):
+            for newer in checkpoints_after(train_args.resume_from_checkpoint, folder):
                 remove_checkpoint(newer)
         if is_main_process() and train_args.resume_from_checkpoint:
-            for name in remove_torsos(folder):
+            for name in remove_incomplete_checkpoints(folder):
                 logger.warning("{} was not written to its end and is removed", name)
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
@@ -55,7 +63,7 @@ def _lock_folder(args, train_args) -> list[Problem]:
     if not is_main_process():
         return []
     try:
-        claim(lock_of_run(train_args.output_dir), f"--output_dir {train_args.output_dir!r}")
+        acquire(run_lock_path(train_args.output_dir), f"--output_dir {train_args.output_dir!r}")
         return check_output_dir(args, train_args)
     except UserError as error:
         return error.problems
@@ -74,7 +82,7 @@ def _claim_folder(train_args, may_exist: bool) -> None:
                 raise
             folder = new_folder(train_args.output_dir)
             logger.info("another run began in the same second, so this one's folder is {}", folder)
-    train_args.output_dir = agree(folder)
+    train_args.output_dir = broadcast_object(folder)
     Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
 
 
@@ -119,10 +127,10 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
     if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
         record["resumed"] = resumed
     try:
-        write_record(record, folder / BEGUN)  # first: killed from here on, it is known as a run's folder
+        write_record(record, folder / RECORD_IN_PROGRESS)  # first: killed from here on, it is known as a run's folder
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             clear_run(folder, is_own_card(folder / CARD))
-        (folder / FINISHED).unlink(missing_ok=True)  # until this run is finished, too
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # until this run is finished, too
         log_to_file(str(folder / "train.log"))
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
@@ -149,7 +157,7 @@ def keep_figures(trainer):
                     (folder / (STATE + ".part")).unlink(missing_ok=True)
                 logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
         if not ended:
-            release(lock_of_run(trainer.args.output_dir))
+            release(run_lock_path(trainer.args.output_dir))
 
 
 def end_if_stopped(trainer) -> None:
@@ -175,7 +183,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         save_weights(trainer, args, folder)
         trainer.save_state()
     except Exception as error:
-        if not is_about_the_disk(error):
+        if not is_disk_error(error):
             raise
         raise UserError(
             f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
@@ -191,8 +199,8 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         if args.train_mode != "full":
             trainer.model.generation_config.save_pretrained(folder)
         _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
-        write_record(record | {"files": written_here(folder)}, folder / BEGUN)
-        os.replace(folder / BEGUN, folder / FINISHED)
+        write_record(record | {"files": written_here(folder)}, folder / RECORD_IN_PROGRESS)
+        os.replace(folder / RECORD_IN_PROGRESS, folder / RECORD_FILE)
     except OSError as error:
         raise UserError(
             f"the weights are in --output_dir {str(folder)!r}, but the run's record cannot be written beside them: "
@@ -200,7 +208,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         ) from error
     if trainer.args.push_to_hub:
         push_run(trainer, folder)
-    release(lock_of_run(folder))
+    release(run_lock_path(folder))
     return record["summary"]
 
 

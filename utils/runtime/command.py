@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from utils.runtime.distributed import is_first_here, leave, wait_for_all
+from utils.runtime.distributed import exit_process, is_local_main_process, wait_for_everyone
 from utils.runtime.errors import ERROR_FILE, Interrupted, UserError
 from utils.runtime.log import is_main_process
-from utils.runtime.startup import import_seldom_collecting, limit_kernel_caches
+from utils.runtime.startup import limit_kernel_caches, relax_gc
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -20,7 +20,7 @@ def run_command(main: Callable[[], object]) -> None:
     code = 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8; stderr does so by itself
-    import_seldom_collecting()
+    relax_gc()
     limit_kernel_caches()
     try:
         _run_and_print(main)
@@ -34,18 +34,18 @@ def run_command(main: Callable[[], object]) -> None:
     except UserError as error:
         _write_problems(error)
         # another process of this machine would only repeat the first one's message
-        if is_first_here():
+        if is_local_main_process():
             print(error, file=sys.stderr)
         code = 2
     except Interrupted as stopped:
         if is_main_process():
             print(stopped, file=sys.stderr, flush=True)
-        wait_for_all()  # launchers kill the rest once one has left, before it could say so
+        wait_for_everyone()  # launchers kill the rest once one has left, before it could say so
         code = 128 + stopped.signum
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    leave(code)
+    exit_process(code)
     if code:
         sys.exit(code)
 
@@ -81,6 +81,6 @@ def _stdout_is_gone() -> bool:
 
 def _write_problems(error: UserError) -> None:
     """Writes the problems as JSON into the file that a parent process named, which then need not read our output."""
-    if (file := os.environ.get(ERROR_FILE)) and is_first_here():
+    if (file := os.environ.get(ERROR_FILE)) and is_local_main_process():
         with contextlib.suppress(OSError):  # the message itself goes to stderr
             Path(file).write_text(json.dumps([asdict(problem) for problem in error.problems]), encoding="utf-8")

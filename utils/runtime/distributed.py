@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.runtime.log import is_main_process
 
-_SETTLED = 0.2  # seconds after which a lock that is still closed is a dead one's
+_LOCK_GRACE_SECONDS = 0.2  # seconds after which a lock that is still closed is a dead one's
 
 
 def world_size() -> int:
@@ -19,7 +19,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first_here() -> bool:
+def is_local_main_process() -> bool:
     """Whether this is the first process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
@@ -34,7 +34,7 @@ def uses_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def begin_alone() -> None:
+def set_single_process_env() -> None:
     """Gives a process started by plain `python` the variables a launcher would set, for DeepSpeed on one GPU."""
     if "RANK" in os.environ:
         return
@@ -44,13 +44,13 @@ def begin_alone() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def join_deepspeed() -> None:
+def init_deepspeed() -> None:
     """Tells DeepSpeed of the group of processes; ZeRO-3 splits weights as they are loaded, before a trainer would."""
     import deepspeed
     import torch
 
-    forget_dead_builds()
-    _tell_of_first_build()
+    remove_stale_build_locks()
+    _log_first_build()
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
@@ -61,7 +61,7 @@ def _build_root() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def _tell_of_first_build() -> None:
+def _log_first_build() -> None:
     if is_main_process() and not any(_build_root().glob("**/*.so")):
         from loguru import logger
 
@@ -69,7 +69,7 @@ def _tell_of_first_build() -> None:
         logger.info(said, _build_root())
 
 
-def forget_dead_builds() -> None:
+def remove_stale_build_locks() -> None:
     """Removes the locks of compilers that were killed: torch keeps one a C++ operator, and waits for it for good.
 
     Whoever compiles holds the file open, so one that no process has open is a dead one's. It is looked at twice: torch
@@ -80,17 +80,17 @@ def forget_dead_builds() -> None:
 
     root = _build_root()
     with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-builds.lock"):
-        before = _closed_locks(root)
+        before = _unheld_locks(root)
         if not before:
             return
-        time.sleep(_SETTLED)
-        for lock, identity in _closed_locks(root).items():
+        time.sleep(_LOCK_GRACE_SECONDS)
+        for lock, identity in _unheld_locks(root).items():
             if before.get(lock) == identity:
                 logger.warning("{} was left by a process that is gone, and is removed", lock)
                 lock.unlink(missing_ok=True)
 
 
-def _closed_locks(root: Path) -> dict[Path, tuple[int, int]]:
+def _unheld_locks(root: Path) -> dict[Path, tuple[int, int]]:
     """The locks below `root` that no process has open → (inode, time it was made), which tell one from the next."""
     import psutil
 
@@ -108,7 +108,7 @@ def _closed_locks(root: Path) -> dict[Path, tuple[int, int]]:
     return {lock: identity for lock, identity in found.items() if lock.resolve() not in held}
 
 
-def agree(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What the first process has; every process must call it, with anything that can be pickled."""
     if world_size() == 1:
         return value
@@ -119,7 +119,7 @@ def agree(value: Any) -> Any:
     return values[0]
 
 
-def any_process(flag: bool, device) -> bool:
+def any_rank(flag: bool, device) -> bool:
     """Whether `flag` is set in any process; every process must call it."""
     if world_size() == 1:
         return flag
@@ -130,7 +130,7 @@ def any_process(flag: bool, device) -> bool:
     return bool(told.item())
 
 
-def all_of(items: list) -> list:
+def all_gather_objects(items: list) -> list:
     """The items of every process, one list after the other; every process must call it."""
     if world_size() == 1:
         return items
@@ -141,7 +141,7 @@ def all_of(items: list) -> list:
     return [item for part in found for item in part]
 
 
-def command_of_launcher() -> int | None:
+def launcher_parent_pid() -> int | None:
     """The `deepspeed` command, which starts the launcher that started this process; another number once it is gone.
 
     That command dies of SIGTERM without a word to the launcher, which would train on alone.
@@ -156,7 +156,7 @@ def command_of_launcher() -> int | None:
         return 1
 
 
-def wait_for_all() -> None:
+def wait_for_everyone() -> None:
     """Returns once every process has called it."""
     if world_size() > 1:
         import torch
@@ -164,7 +164,7 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """Ends a process of several at once, with `code`; returns in a process that trains alone.
 
     The threads of a process group abort now and then while Python takes itself down, after all is done.

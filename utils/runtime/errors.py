@@ -76,7 +76,7 @@ class Interrupted(Exception):
         super().__init__(message)
 
 
-def is_about_the_disk(error: BaseException | None) -> bool:
+def is_disk_error(error: BaseException | None) -> bool:
     """Whether a write failed, which not every library tells by an OSError."""
     if error is None or isinstance(error, UserError):
         return False
@@ -84,7 +84,7 @@ def is_about_the_disk(error: BaseException | None) -> bool:
     # SafetensorError ("… I/O error: No space left on device (os error 28)"), both without an errno
     signs = ("no space left", "file write failed", "unexpected pos", "os error", "file too large")
     here = isinstance(error, OSError) or any(sign in str(error).lower() for sign in signs)
-    return here or is_about_the_disk(error.__cause__ or error.__context__)
+    return here or is_disk_error(error.__cause__ or error.__context__)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -3,7 +3,7 @@
 import gc
 import os
 
-KERNELS_KEPT = 64  # a step needs some 30: a forward and two backward products for each shape of weight
+KERNEL_CACHE_SIZE = 64  # a step needs some 30: a forward and two backward products for each shape of weight
 
 
 def limit_kernel_caches() -> None:
@@ -13,9 +13,9 @@ def limit_kernel_caches() -> None:
     torch's own layer above it each keep the last 1,024, of which none is needed again: gigabytes.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KERNELS_KEPT))
+        os.environ.setdefault(name, str(KERNEL_CACHE_SIZE))
 
 
-def import_seldom_collecting() -> None:
+def relax_gc() -> None:
     """Has the garbage collector look seldom: while torch is imported it would a hundred times, and find nothing."""
     gc.set_threshold(100_000, 50, 100)

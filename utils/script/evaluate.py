@@ -26,7 +26,7 @@ from utils.infer.load import Parts, TrainedArgs
 from utils.runtime.command import run_command
 from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import setup_logging
-from utils.storage.run_lock import lock_beside, only_writer
+from utils.storage.run_lock import hold_lock, lock_path_for
 
 _SHOWN = 100  # so many rows that cannot be evaluated are named in the terminal
 
@@ -141,7 +141,7 @@ def ask(task, contender: Contender, encoded: dict[int, list], args: EvaluateArgs
 def main(argv: list[str] | None = None) -> None:
     setup_logging()
     args, *parsed = parse(argv)
-    with only_writer(lock_beside(args.output), f"--output {args.output!r}"):
+    with hold_lock(lock_path_for(args.output), f"--output {args.output!r}"):
         raise_if_any(check_output(args.output, args.overwrite, []))  # another may have ended meanwhile
         evaluate(args, *parsed)
 

@@ -29,7 +29,7 @@ from utils.runtime.command import run_command
 from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import setup_logging
 from utils.storage.files import sha256_of
-from utils.storage.weights import fingerprint
+from utils.storage.weights import weights_fingerprint
 
 _SHOWN = 100  # so many rows that cannot be answered are named
 
@@ -178,7 +178,7 @@ def settings_of(args: InferArgs, parts: Parts) -> dict:
         for name in ("--temperature", "--top_p", "--top_k", "--seed"):
             del flags[name]
     flags |= {f"--{name}": getattr(args, name) for name in ("system", "dtype", "template_name")}
-    weights = [f"{path} (weights {fingerprint(path)})" for path in (parts.base, *parts.adapters)]
+    weights = [f"{path} (weights {weights_fingerprint(path)})" for path in (parts.base, *parts.adapters)]
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     home = Path(parts.last())
     names += tuple(str(file.relative_to(home)) for file in sorted(home.glob("additional_chat_templates/*.jinja")))

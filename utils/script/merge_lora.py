@@ -24,14 +24,14 @@ from utils.model.adapter_files import check_mergeable
 from utils.model.load import settle_generation
 from utils.model.quantised import method_of, quantisation_of
 from utils.model.tokenizer import load_tokenizer, set_format
-from utils.patches.lazy_imports import leave_deepspeed_out
+from utils.patches.lazy_imports import skip_deepspeed_import
 from utils.runtime.command import run_command
 from utils.runtime.errors import UserError, raise_if_any
 from utils.runtime.log import route_library_logs, setup_logging
 from utils.storage.files import sha256_of
-from utils.storage.run_folder import FINISHED, MERGED, files_in, noted_by_run
-from utils.storage.run_lock import lock_beside, only_writer
-from utils.storage.weights import fingerprint
+from utils.storage.run_folder import MERGED, RECORD_FILE, files_in, read_run_note
+from utils.storage.run_lock import hold_lock, lock_path_for
+from utils.storage.weights import weights_fingerprint
 from utils.template import get_template
 
 
@@ -115,7 +115,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     Raises:
         UserError: something cannot be loaded, merged or written, or `--modelfile` knows no form of the chat format.
     """
-    leave_deepspeed_out()  # saving asks whether the weights are in its hands
+    skip_deepspeed_import()  # saving asks whether the weights are in its hands
     folder = Path(args.output_dir).expanduser().resolve()
     tokenizer = load_tokenizer(_home(parts), args.trust_remote_code, flag="--model_path")
     template = _template(args, tokenizer, parts)
@@ -166,7 +166,7 @@ def _template(args: MergeArgs, tokenizer, parts: Parts):
 
 
 def _trained_template(parts: Parts) -> str | None:
-    return noted_by_run(parts.last(), "common").get("template_name")
+    return read_run_note(parts.last(), "common").get("template_name")
 
 
 def _generation_config(parts: Parts, model):
@@ -190,11 +190,11 @@ def _file_of(model: str, name: str) -> str | None:
 
 def _write_settings(parts: Parts, folder: Path, template_name: str | None) -> None:
     """The last run's settings, by which a training that starts from the folder finds its chat format."""
-    file = Path(parts.last()) / FINISHED
+    file = Path(parts.last()) / RECORD_FILE
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"common": {}}
     if template_name:
         values["common"]["template_name"] = template_name
-    write_json(folder / FINISHED, values)
+    write_json(folder / RECORD_FILE, values)
 
 
 def _write_origin(parts: Parts, folder: Path, dtype: str) -> None:
@@ -203,10 +203,10 @@ def _write_origin(parts: Parts, folder: Path, dtype: str) -> None:
     write_json(
         folder / MERGED,
         {
-            "base": {"path": parts.base, "fingerprint": fingerprint(parts.base)},
+            "base": {"path": parts.base, "fingerprint": weights_fingerprint(parts.base)},
             "adapters": adapters,
             "dtype": dtype,
-            "fingerprint": fingerprint(folder),
+            "fingerprint": weights_fingerprint(folder),
             "files": {name: size for name, size in files_in(folder).items() if not name.startswith(".")},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     args, parts = parse(argv)
     route_library_logs()
     if parts.adapters:
-        with only_writer(lock_beside(args.output_dir), f"--output_dir {args.output_dir!r}"):
+        with hold_lock(lock_path_for(args.output_dir), f"--output_dir {args.output_dir!r}"):
             raise_if_any(check_output_dir(args.output_dir, args.overwrite, parts, args.dtype, sized=False))
             folder = merge(args, parts)
     else:

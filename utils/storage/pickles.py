@@ -70,7 +70,7 @@ def _foreign_in_state(file: Path) -> set[str]:
 
     if zipfile.is_zipfile(file):
         return {*get_unsafe_globals_in_checkpoint(file)} - {*DEEPSPEED, *_NUMPY}
-    read_state(file, "cpu")  # torch's older form, which cannot be looked at without reading
+    load_state(file, "cpu")  # torch's older form, which cannot be looked at without reading
     return set()
 
 
@@ -104,7 +104,7 @@ class _IndexReader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not part of an index")
 
 
-def read_state(file: str | Path, map_location=None):
+def load_state(file: str | Path, map_location=None):
     """Reads a state that DeepSpeed or `torch.save` wrote, without running anything that it holds.
 
     Raises:
@@ -121,13 +121,13 @@ def read_state(file: str | Path, map_location=None):
         return torch.load(file, map_location=map_location, weights_only=True)
 
 
-def read_deepspeed_safely() -> None:
+def use_safe_deepspeed_load() -> None:
     """Replaces the `load` of DeepSpeed's checkpoint engine, which unpickles whatever it is given."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     def load(self, path, map_location=None):
         try:
-            return read_state(path, map_location)
+            return load_state(path, map_location)
         except pickle.UnpicklingError as error:
             told = f"the checkpoint's file {str(path)!r} cannot be read without running code: {_first_line(error)}"
             raise UserError(told) from None

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from utils.storage.run_folder import (
-    FINISHED,
     MERGED,
+    RECORD_FILE,
     STATE,
     checkpoints_of,
     is_removable,
@@ -71,7 +71,7 @@ def clear_run(folder: Path, own_card: bool) -> None:
         own_card: whether its README.md is one that a run wrote.
     """
     foreign = foreign_files(folder)
-    gone = [FINISHED, STATE, "train.log", "loss.png", "model.safetensors.index.json"]
+    gone = [RECORD_FILE, STATE, "train.log", "loss.png", "model.safetensors.index.json"]
     gone += [name for name in _names_in(folder) if _WEIGHTS.fullmatch(name)] + ["README.md"] * own_card
     for name in gone:
         if name not in foreign:

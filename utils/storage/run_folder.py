@@ -12,16 +12,16 @@ from pathlib import Path
 
 MANIFEST = "complete.json"
 INCOMPLETE = "incomplete.json"
-_OURS = {name + ending for name in (MANIFEST, INCOMPLETE) for ending in ("", ".part")}
+_MARKERS = {name + ending for name in (MANIFEST, INCOMPLETE) for ending in ("", ".part")}
 MERGED = "merged.json"  # written last: a folder that has it holds a merged model
-FINISHED = "train_args.json"  # written last: a folder that has it holds a finished run
-BEGUN = FINISHED + ".part"  # the same of a run that is not finished; finishing renames it
+RECORD_FILE = "train_args.json"  # written last: a folder that has it holds a finished run
+RECORD_IN_PROGRESS = RECORD_FILE + ".part"  # the same of a run that is not finished; finishing renames it
 STATE = "trainer_state.json"
 
 
 def read_record(run: Path) -> dict | None:
     """The record of a finished run, or of one that began; None where there is none that can be read."""
-    for name in (FINISHED, BEGUN):
+    for name in (RECORD_FILE, RECORD_IN_PROGRESS):
         try:
             record = json.loads((run / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -31,7 +31,7 @@ def read_record(run: Path) -> dict | None:
     return None
 
 
-def noted_by_run(folder: str | Path, part: str) -> dict:
+def read_run_note(folder: str | Path, part: str) -> dict:
     """A part of what a run noted of itself, by its folder or that of a checkpoint; empty where it did not."""
     folder = Path(folder)
     found = (read_record(folder.parent if (folder / MANIFEST).is_file() else folder) or {}).get(part)
@@ -44,9 +44,9 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def newer_than(checkpoint: str, run: Path) -> list[Path]:
+def checkpoints_after(checkpoint: str, run: Path) -> list[Path]:
     """A run's checkpoints of later steps than `checkpoint`, but torsos; for a run that goes on, another branch's."""
-    found = [folder for folder in checkpoints_of(run) if not is_torso(folder)]
+    found = [folder for folder in checkpoints_of(run) if not is_incomplete(folder)]
     step = Path(checkpoint).name.removeprefix("checkpoint-")
     return [folder for folder in found if step.isdigit() and int(folder.name.removeprefix("checkpoint-")) > int(step)]
 
@@ -56,10 +56,10 @@ def files_in(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
-def begin_checkpoint(folder: Path) -> None:
+def mark_incomplete(folder: Path) -> None:
     """Notes that a checkpoint is being written, and the files that lie there and are none of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = {*(_read(folder / MANIFEST).get("files") or ()), *_OURS}
+    own = {*(_read(folder / MANIFEST).get("files") or ()), *_MARKERS}
     begun = _read(folder / INCOMPLETE).get("foreign")
     foreign = sorted(files_in(folder).keys() - own) if begun is None else begun
     _write(folder / INCOMPLETE, {"foreign": foreign})
@@ -73,7 +73,7 @@ def mark_complete(folder: Path, settings: dict) -> None:
         folder: the checkpoint, all of whose files are written.
         settings: what a run must have in common with this one to go on from it.
     """
-    foreign = {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}
+    foreign = {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}
     sizes = {name: size for name, size in files_in(folder).items() if name not in foreign}
     _write(folder / MANIFEST, {"settings": settings, "files": sizes})
     (folder / INCOMPLETE).unlink(missing_ok=True)
@@ -110,17 +110,17 @@ def has_optimizer(checkpoint: Path) -> bool:
     return torch_or_fsdp or any("global_step" in file.parts[0] for file in files)
 
 
-def anew(checkpoint: str, train_mode: str) -> str:
+def new_run_remedy(checkpoint: str, train_mode: str) -> str:
     """The remedy where a checkpoint's weights can be used and its optimizer cannot."""
     flag = "--model_name_or_path" if train_mode == "full" else "--adapter_name_or_path"
     return f"start a new run from its weights: {flag} {checkpoint}, with another --output_dir"
 
 
-def is_torso(folder: Path) -> bool:
+def is_incomplete(folder: Path) -> bool:
     """Whether a run began to write this checkpoint and did not come to its end, be it before its first file."""
     if folder.is_symlink() or (folder / MANIFEST).exists():
         return False
-    return isinstance(_read(folder / INCOMPLETE).get("foreign"), list) or files_in(folder).keys() <= _OURS
+    return isinstance(_read(folder / INCOMPLETE).get("foreign"), list) or files_in(folder).keys() <= _MARKERS
 
 
 def is_removable(folder: Path) -> bool:
@@ -128,10 +128,10 @@ def is_removable(folder: Path) -> bool:
 
     One that was changed since was made into something else by its owner. What a symbolic link leads to may be shared.
     """
-    return is_torso(folder) or (read_manifest(folder) is not None and not folder.is_symlink())
+    return is_incomplete(folder) or (read_manifest(folder) is not None and not folder.is_symlink())
 
 
-def is_cut_short(folder: Path) -> bool:
+def is_truncated(folder: Path) -> bool:
     """Whether a whole checkpoint's files are all there and some have lost their end, as when a machine loses power."""
     try:
         files = _read(folder / MANIFEST).get("files") or {}
@@ -150,11 +150,11 @@ def remove_checkpoint(folder: Path) -> None:
     if not is_removable(folder):
         return
     names = {*(_read(folder / MANIFEST).get("files") or files_in(folder))}
-    if not is_torso(folder):
+    if not is_incomplete(folder):
         with contextlib.suppress(OSError):  # a full disk has no room for the note
-            begin_checkpoint(folder)  # half removed it is a torso
-    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_OURS}
-    remove_files(folder, [MANIFEST, *sorted(names), *sorted(_OURS)])
+            mark_incomplete(folder)  # half removed it is a torso
+    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}
+    remove_files(folder, [MANIFEST, *sorted(names), *sorted(_MARKERS)])
 
 
 def remove_files(folder: Path, names: list[str]) -> None:
@@ -174,16 +174,16 @@ def remove_files(folder: Path, names: list[str]) -> None:
             path.rmdir()
 
 
-def remove_torsos(run: Path) -> list[str]:
+def remove_incomplete_checkpoints(run: Path) -> list[str]:
     """Removes checkpoints that were not written to their end; returns their names."""
-    torsos = [folder for folder in checkpoints_of(run) if is_torso(folder)]
+    torsos = [folder for folder in checkpoints_of(run) if is_incomplete(folder)]
     for folder in torsos:
         with contextlib.suppress(OSError):
             remove_checkpoint(folder)
     return [folder.name for folder in torsos]
 
 
-def rotate(run: Path, limit: int | None, best: str | None) -> None:
+def rotate_checkpoints(run: Path, limit: int | None, best: str | None) -> None:
     """Removes the oldest checkpoints beyond `limit`; never the newest whole one, nor the best, nor one changed since.
 
     Args:
@@ -194,7 +194,7 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 1:
         return
     found = [folder for folder in checkpoints_of(run) if is_removable(folder)]
-    whole = [folder for folder in found if not is_torso(folder)]
+    whole = [folder for folder in found if not is_incomplete(folder)]
     kept = {folder.resolve() for folder in whole[-1:]} | ({Path(best).resolve()} if best else set())
     spare = [folder for folder in found if folder.resolve() not in kept]
     for folder in spare[: max(0, len(found) - max(limit, len(kept)))]:

@@ -23,18 +23,18 @@ RUN_LOCK = ".run.lock"  # in a run's folder while it trains
 _held: dict[str, int] = {}  # of this process: path → descriptor
 
 
-def lock_of_run(folder: str | Path) -> Path:
+def run_lock_path(folder: str | Path) -> Path:
     """The lock of a folder that is trained into."""
     return Path(folder) / RUN_LOCK
 
 
-def lock_beside(path: str | Path) -> Path:
+def lock_path_for(path: str | Path) -> Path:
     """The lock of a file, or of a folder that is replaced as a whole: beside it."""
     real = Path(path).expanduser().resolve()
     return real.with_name(f".{real.name}.lock")
 
 
-def holder(lock: Path) -> str | None:
+def lock_holder(lock: Path) -> str | None:
     """Who else holds a lock, `"process 4711 on gpu-7, since 2026-01-01 12:00:00"`; None where nobody does."""
     if str(lock.resolve()) in _held:
         return None
@@ -45,7 +45,7 @@ def holder(lock: Path) -> str | None:
         return None  # there is none, or it may not be opened
 
 
-def claim(lock: Path, flag: str) -> None:
+def acquire(lock: Path, flag: str) -> None:
     """Takes a lock, which this process holds until it ends or `release`s it.
 
     Args:
@@ -74,7 +74,7 @@ def claim(lock: Path, flag: str) -> None:
         told = _told(os.read(descriptor, 4096))
         os.close(descriptor)
         if attempt == 2:
-            raise UserError(in_use(flag, told))
+            raise UserError(in_use_message(flag, told))
         time.sleep(0.1)  # it was only looked at, or the one who had it has just removed the file
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}).encode())
@@ -83,7 +83,7 @@ def claim(lock: Path, flag: str) -> None:
     _held[name] = descriptor
 
 
-def in_use(flag: str, told: str) -> str:
+def in_use_message(flag: str, told: str) -> str:
     """The sentence for a place that another process writes into."""
     return f"{flag} is in use by {told}; wait for it to end, stop it, or give another place"
 
@@ -98,9 +98,9 @@ def release(lock: Path) -> None:
 
 
 @contextmanager
-def only_writer(lock: Path, flag: str) -> Iterator[None]:
+def hold_lock(lock: Path, flag: str) -> Iterator[None]:
     """Holds a lock for a block; see `claim`."""
-    claim(lock, flag)
+    acquire(lock, flag)
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ def check_weight_files(what: str, folder: str | Path, *flags: str) -> list[Probl
     return problems
 
 
-def fingerprint(folder: str | Path) -> str | None:
+def weights_fingerprint(folder: str | Path) -> str | None:
     """A short name for the weights in a folder, the same however they are divided into files.
 
     Made of each tensor's name, type and shape and of bytes at its beginning, middle and end, so that it takes

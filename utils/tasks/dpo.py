@@ -15,7 +15,7 @@ from utils.data.truncate import COLUMNS, cut_pair_far, encode_pairs_within
 from utils.model.head import check_head
 from utils.model.load import load_model, whole_models
 from utils.model.pissa import with_pissa
-from utils.runtime.distributed import wait_for_all
+from utils.runtime.distributed import wait_for_everyone
 from utils.runtime.errors import UserError
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind, wants_one_type
 from utils.template.messages import UNTRAINED, count_answers
@@ -101,7 +101,7 @@ class PreparedPairs(FillsUp, Surviving):
             check_head(self.model)
         if self.args.should_save:  # one process for all: each of them reads the same file
             _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
-        wait_for_all()
+        wait_for_everyone()
         return super()._precompute_ref_logps(*inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):

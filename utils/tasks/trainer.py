@@ -18,7 +18,7 @@ from utils.model.experts import leave_router_logits_out, settle_balance
 from utils.model.head import check_head
 from utils.model.load import whole_models
 from utils.model.pissa import with_pissa
-from utils.patches.lazy_imports import leave_deepspeed_out
+from utils.patches.lazy_imports import skip_deepspeed_import
 from utils.runtime.distributed import uses_fsdp
 from utils.runtime.errors import UserError
 from utils.train.neftune import add_noise
@@ -151,7 +151,7 @@ def _held_rows(val_size: float, rows: int) -> int:
 def for_trl(train_args):
     """The recipe as TRL's trainer is to see it: rows are prepared, packed and collated already."""
     if train_args.deepspeed_plugin is None:
-        leave_deepspeed_out()
+        skip_deepspeed_import()
     settled = copy.copy(train_args)
     if settled.hub_token:
         # the trainer pickles its arguments into every checkpoint, and pushes them; the hub's client reads this instead

@@ -7,7 +7,7 @@ from pathlib import Path
 from loguru import logger
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from utils.runtime.distributed import any_process, command_of_launcher
+from utils.runtime.distributed import any_rank, launcher_parent_pid
 from utils.runtime.errors import Interrupted
 from utils.storage.run_folder import read_manifest
 
@@ -92,7 +92,7 @@ class StopOnSignal(TrainerCallback):
         self._command: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._command = command_of_launcher()
+        self._command = launcher_parent_pid()
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._before[signum] = signal.signal(signum, self._received)
 
@@ -109,9 +109,9 @@ class StopOnSignal(TrainerCallback):
         self.signum = self.signum or signum
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.signum is None and command_of_launcher() != self._command:
+        if self.signum is None and launcher_parent_pid() != self._command:
             self.signum = signal.SIGTERM
-        if any_process(self.signum is not None, args.device) and state.global_step < state.max_steps:
+        if any_rank(self.signum is not None, args.device) and state.global_step < state.max_steps:
             self.signum = self.signum or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 

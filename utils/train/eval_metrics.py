@@ -2,7 +2,7 @@
 
 import math
 
-from utils.runtime.distributed import all_of
+from utils.runtime.distributed import all_gather_objects
 from utils.train.filler import empty_row
 
 
@@ -27,7 +27,7 @@ class CountsTokens:
         self._sums = [0.0] * 4
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         # in the same order in every process, so that all of them find the same best step
-        loss, right, entropy, tokens = map(sum, zip(*all_of([self._sums]), strict=True))
+        loss, right, entropy, tokens = map(sum, zip(*all_gather_objects([self._sums]), strict=True))
         figures = [figure / tokens if tokens else math.nan for figure in (loss, right, entropy)]
         output.metrics[f"{metric_key_prefix}_loss"] = figures[0]
         output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(figures[0])

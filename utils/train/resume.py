@@ -10,7 +10,7 @@ from loguru import logger
 from utils.runtime.distributed import uses_fsdp, world_size, zero_stage
 from utils.runtime.errors import UserError
 from utils.storage import weights as weight_files
-from utils.storage.run_folder import anew, read_manifest
+from utils.storage.run_folder import new_run_remedy, read_manifest
 from utils.train.resume_rules import (
     FIXED,
     OPTIONS,
@@ -42,8 +42,8 @@ def run_settings(args, train_args, data) -> dict:
     """
     common = dataclasses.asdict(args)
     must = {name: common[name] for name in _SAME}
-    must["the base model"] = fingerprint(args.model_name_or_path)
-    must["the adapter to start from"] = args.adapter_name_or_path and fingerprint(args.adapter_name_or_path)
+    must["the base model"] = model_fingerprint(args.model_name_or_path)
+    must["the adapter to start from"] = args.adapter_name_or_path and model_fingerprint(args.adapter_name_or_path)
     must["optim"] = _plain(train_args.optim)
     must["loraplus_lr_ratio"] = args.loraplus_lr_ratio
     must["the seed that held rows back"] = train_args.seed if args.val_size else None
@@ -62,12 +62,12 @@ def _plain(value) -> str:
     return str(value.value if isinstance(value, Enum) else value)
 
 
-def fingerprint(path: str) -> str:
+def model_fingerprint(path: str) -> str:
     """A short hash of a model folder's settings and weights; a hub's name as it is."""
     folder = Path(path)
     if not folder.is_dir():
         return path
-    digest = hashlib.sha256(str(weight_files.fingerprint(folder)).encode())
+    digest = hashlib.sha256(str(weight_files.weights_fingerprint(folder)).encode())
     for file in sorted(folder.glob("*config.json")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
@@ -107,8 +107,9 @@ def check_resume(args, train_args, data) -> list[dict]:
     ]
     changed = changed_settings(then, now)
     different += _check_sizes(flag, then["should"], now["should"], changed)
+    remedy = new_run_remedy(checkpoint, args.train_mode)
     different += [
-        f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {anew(checkpoint, args.train_mode)}"
+        f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {remedy}"
         for name, (before, value) in changed.items()
         if (why := _why_not(name, then["should"], train_args))
     ]

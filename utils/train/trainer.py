@@ -13,10 +13,17 @@ from loguru import logger
 from utils.data.places import format_sources
 from utils.model.base_config import saved_with
 from utils.model.pissa import IN_CHECKPOINT
-from utils.runtime.distributed import all_of, any_process, is_first_here, wait_for_all, world_size
-from utils.runtime.errors import UserError, is_about_the_disk
+from utils.runtime.distributed import all_gather_objects, any_rank, is_local_main_process, wait_for_everyone, world_size
+from utils.runtime.errors import UserError, is_disk_error
 from utils.storage.run_files import PISSA_START
-from utils.storage.run_folder import anew, begin_checkpoint, checkpoints_of, mark_complete, remove_torsos, rotate
+from utils.storage.run_folder import (
+    checkpoints_of,
+    mark_complete,
+    mark_incomplete,
+    new_run_remedy,
+    remove_incomplete_checkpoints,
+    rotate_checkpoints,
+)
 from utils.train.resume import Resumable
 
 SKIPPED_AT_MOST = 10  # so many steps in a row are left out at most: then it is the weights, not the rows
@@ -68,11 +75,11 @@ class Surviving(Resumable):
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self._write_or_give_up(folder, lambda: is_first_here() and begin_checkpoint(folder))
+        self._write_or_give_up(folder, lambda: is_local_main_process() and mark_incomplete(folder))
         self._write_or_give_up(folder, lambda: super(Surviving, self)._save_checkpoint(model, trial))
         self._write_or_give_up(folder, lambda: self.args.should_save and self._complete(folder))
         if self.args.should_save:
-            rotate(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
 
     def _save(self, *args, **kwargs):
         with saved_with(self.accelerator.unwrap_model(self.model), self.base_config):
@@ -97,16 +104,16 @@ class Surviving(Resumable):
             try:
                 write()
             except Exception as error:
-                if not is_about_the_disk(error):
+                if not is_disk_error(error):
                     raise
                 failed.append(error)
         where = f"process {self.args.process_index}: " if world_size() > 1 else ""
-        told = all_of([f"{where}{error}" for error in failed[:1]])
+        told = all_gather_objects([f"{where}{error}" for error in failed[:1]])
         if not told:
             return
-        if is_first_here():
-            remove_torsos(folder.parent)
-        wait_for_all()
+        if is_local_main_process():
+            remove_incomplete_checkpoints(folder.parent)
+        wait_for_everyone()
         free = shutil.disk_usage(self.args.output_dir).free / 1e9
         raise UserError(
             f"the checkpoint of step {self.state.global_step} cannot be written: {'; '.join(told)}. {free:.1f} GB are "
@@ -129,7 +136,7 @@ class Surviving(Resumable):
                 try:
                     return None if failed else write(*args, **kwargs)
                 except Exception as error:
-                    if not is_about_the_disk(error):
+                    if not is_disk_error(error):
                         raise
                     failed.append(error)
 
@@ -160,7 +167,7 @@ class Surviving(Resumable):
         """What to type once a run has ended before its last step."""
         folder, found = shlex.quote(self.args.output_dir), checkpoints_of(Path(self.args.output_dir))
         if self.args.save_only_model and found:
-            return anew(shlex.quote(str(found[-1])), self.settings["must"]["train_mode"])
+            return new_run_remedy(shlex.quote(str(found[-1])), self.settings["must"]["train_mode"])
         return f"give the same command with --output_dir {folder} --resume_from_checkpoint true"
 
     # ------------------------------------------------------------------ numbers that are none
@@ -177,7 +184,7 @@ class Surviving(Resumable):
         norm = super()._get_grad_norm(model, grad_norm)
         # fp16's scaler leaves a step whose gradients are not finite out by itself, and lowers its scale
         bad_norm = norm is not None and not math.isfinite(norm) and not self.args.fp16
-        if any_process(bool(self._bad_sources) or bad_norm, self.args.device):
+        if any_rank(bool(self._bad_sources) or bad_norm, self.args.device):
             self._not_finite(norm)
             # without gradients the optimizer moves nothing, not even by its momentum
             model.zero_grad(set_to_none=True)
@@ -193,9 +200,9 @@ class Surviving(Resumable):
 
     def _not_finite(self, norm) -> None:
         """Every process comes here in the same step; together they know the rows."""
-        bad = all_of(self._bad_sources)
-        self._bad_loss = next((loss for loss in all_of([self._bad_loss]) if loss is not None), math.nan)
-        rows = format_sources(bad or all_of(self._step_sources), self.files)
+        bad = all_gather_objects(self._bad_sources)
+        self._bad_loss = next((loss for loss in all_gather_objects([self._bad_loss]) if loss is not None), math.nan)
+        rows = format_sources(bad or all_gather_objects(self._step_sources), self.files)
         what = f"the loss is {self._bad_loss}" if bad else f"the gradients' norm is {float(norm)}"
         step = self.state.global_step + 1
         self.state.log_history.append({"step": step, "steps_skipped": self.steps_skipped + 1})
