@@ -13,7 +13,7 @@ REPLACED_FLAGS = {
     "truncation_mode": ("max_len", ""),
     "completion_only_loss": ("template_name", " (labels cover the answers and their stop tokens)"),
     "assistant_only_loss": ("template_name", " (labels cover the answers and their stop tokens)"),
-    "dataset_text_field": ("train_data_path", " (the fields are listed in README.md)"),
+    "dataset_text_field": ("train_data_path", " (the fields are listed in docs/data.md)"),
     "dataset_kwargs": ("train_data_path", ""),
     "packing_strategy": ("packing", " (best fit, on whole rows)"),
     "eval_packing": ("packing", ""),
