@@ -220,6 +220,16 @@ def test_every_module_on_the_pages_exists(page):
     assert sorted(name for name in named if importlib.util.find_spec(name) is None) == []
 
 
+def test_what_the_map_names_in_a_file_is_there():
+    """A row of "Where is it decided" names files, and functions of them."""
+    rows = section("docs/extending.md", "## Find your way").partition("| Where is it decided")[2].splitlines()
+    for row in rows:
+        codes = re.findall(r"`([^`]+)`", row.rpartition(" | ")[2])
+        sources = "".join(read(code) for code in codes if code.endswith(".py"))
+        missing = [code for code in codes if not code.endswith(".py") and f"def {code}(" not in sources]
+        assert [code for code in missing if code not in ("auto",)] == [], row
+
+
 # ---------------------------------------------------------------------- figures and tables
 def test_the_table_of_templates_is_the_registry():
     rows = [line for line in section("docs/templates.md", "## Which one").splitlines() if line.startswith("| `")]
