@@ -88,8 +88,9 @@ def planned(layout: str, flags: list[str]) -> dict[str, int]:
     """The same, as it is planned, what lies in CPU memory included."""
     from utils.args import parse_args
     from utils.memory.layout import layout_of
-    from utils.memory.model import compute_dtype, meta_model
     from utils.memory.states import hold
+    from utils.model.meta import meta_model
+    from utils.model.options import compute_dtype
 
     args, train_args = parse_args(flags)
     where = layout_of(layout, 2)

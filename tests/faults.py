@@ -688,35 +688,35 @@ FAULTS = [
     # ------------------------------------------------------------------ adapters
     Fault(
         "adapter: rows of next to no norm are not untrained",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         "untrained = norms < 0.01 * norms.median()",
         "untrained = norms < 0",
         "tests/model/test_models.py -k rows_of_next_to_no_norm",
     ),
     Fault(
         "adapter: rows near the impossible ones are not untrained",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         "(distances <= 1.1 * distances[never].max())",
         "(distances < 0)",
         "tests/model/test_models.py -k rows_as_near",
     ),
     Fault(
         "adapter: small trained rows are untrained",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         " & (norms >= 0.8 * norms[never].min())",
         "",
         "tests/model/test_models.py -k rows_smaller_than",
     ),
     Fault(
         "adapter: rows beyond the vocabulary are possible",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         "return ids + list(range(max(vocabulary.values()) + 1, rows))",
         "return ids",
         "tests/model/test_models.py -k impossible_tokens",
     ),
     Fault(
         "adapter: the head's untrained rows are not looked at",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         "for layer in (model.get_input_embeddings(), model.get_output_embeddings()):",
         "for layer in (model.get_input_embeddings(),):",
         "tests/model/test_models.py -k rows_of_next_to_no_norm",
@@ -751,7 +751,7 @@ FAULTS = [
     ),
     Fault(
         "adapter: a head with trained rows has no attribute bias",
-        "utils/model/adapter.py",
+        "utils/patches/layers.py",
         '        head.register_parameter("bias", getattr(head.original_module, "bias", None))',
         "        pass",
         "tests/model/test_models.py -k asked_for_its_bias",
@@ -863,7 +863,7 @@ FAULTS = [
     ),
     Fault(
         "adapter: a head's bias is lost under trained rows",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         'if getattr(model.get_output_embeddings(), "bias", None) is not None:',
         "if False:",
         "tests/model/test_models.py -k a_head_with_a_bias",
@@ -877,7 +877,7 @@ FAULTS = [
     ),
     Fault(
         "adapter: tied rows are trained twice",
-        "utils/model/adapter.py",
+        "utils/model/special_tokens.py",
         'if layers["output"].weight is not layers["input"].weight:',
         "if True:",
         "tests/model/test_models.py -k 'left_alone_unless_told and on'",
@@ -1719,7 +1719,7 @@ FAULTS = [
     ),
     Fault(
         "model: FP4 instead of NF4",
-        "utils/model/quantised.py",
+        "utils/model/options.py",
         'bnb_4bit_quant_type="nf4"',
         'bnb_4bit_quant_type="fp4"',
         "tests/model/test_models.py -k 'trains_saves_and_reloads and llama-qlora'",
@@ -1812,7 +1812,7 @@ FAULTS = [
     # ------------------------------------------------------------------ memory
     Fault(
         "memory: the scales of 4-bit weights",
-        "utils/memory/model.py",
+        "utils/memory/layout.py",
         "blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4",
         "blocks",
         "tests/memory/test_memory.py -k a_quantised_weight",
@@ -1918,7 +1918,7 @@ FAULTS = [
     ),
     Fault(
         "doctor: LoRA's weights on the input's side alone",
-        "utils/doctor/resources.py",
+        "utils/model/meta.py",
         "args.lora_rank * (n_in + n_out)",
         "args.lora_rank * n_in",
         "tests/doctor/test_doctor.py -k as_many_as_pefts",

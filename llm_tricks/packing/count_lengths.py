@@ -34,9 +34,9 @@ from pathlib import Path
 from utils.data.conversations import BadRow, looks_like, to_messages
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import to_pair
-from utils.model.tokenizer import load_failure, load_tokenizer
+from utils.model.tokenizer import load_tokenizer
 from utils.runtime.command import run_command
-from utils.runtime.errors import UserError, raise_if_any
+from utils.runtime.errors import UserError, load_failure, raise_if_any
 from utils.template import get_template
 from utils.template.messages import count_answers
 from utils.template.tokenize import IGNORED

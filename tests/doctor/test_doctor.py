@@ -17,6 +17,7 @@ from utils.doctor.findings import catalogue
 from utils.doctor.quick import quick_findings
 from utils.doctor.settings import deepspeed_keys, steps_of
 from utils.doctor.tokens import token_findings
+from utils.model import meta
 from utils.model.tokenizer import tokenizer_of
 from utils.runtime.errors import UserError
 from utils.script import doctor
@@ -552,7 +553,7 @@ def test_looking_changes_no_random_number(patient, monkeypatch):
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
-    doctor_sizes.model_shape.cache_clear()
+    meta.model_shape.cache_clear()
     quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert torch.equal(torch.rand(3), wanted)
 
@@ -563,7 +564,9 @@ def test_under_zero3_no_model_is_split_to_be_looked_at(patient, monkeypatch):
     args, train_args = parse_args(patient.flags())
     train_args.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     seen = []
-    monkeypatch.setattr("utils.doctor.quick.settings_findings", lambda *_: seen.append(is_deepspeed_zero3_enabled()) or [])
+    monkeypatch.setattr(
+        "utils.doctor.quick.settings_findings", lambda *_: seen.append(is_deepspeed_zero3_enabled()) or []
+    )
     quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert seen == [False]
     assert is_deepspeed_zero3_enabled()
@@ -584,7 +587,7 @@ def test_under_zero3_no_model_is_split_to_be_looked_at(patient, monkeypatch):
     ],
 )
 def test_usual_learning_rates(patient, monkeypatch, weights, mode, rate, unusual):
-    shape = doctor_sizes.Shape(weights, {}, (), False)
+    shape = meta.Shape(weights, {}, (), False)
     monkeypatch.setattr("utils.doctor.settings.shape_of", lambda _: shape)
     monkeypatch.setattr(doctor_sizes, "shape_of", lambda _: shape)
     args, train_args = parse_args(patient.flags("--train_mode", mode, "--learning_rate", rate))
@@ -674,7 +677,7 @@ def test_trained_weights_are_as_many_as_pefts(dora, modules, tiny_models):
     config = LoraConfig(task_type="CAUSAL_LM", r=3, use_dora=dora, target_modules=targets)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_models("llama")), config)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert doctor_sizes.trained_weights(args, doctor_sizes.shape_of(args)) == trained
+    assert meta.trained_weights(args, meta.shape_of(args)) == trained
 
 
 @pytest.mark.parametrize(
@@ -686,14 +689,14 @@ def test_bytes_of_a_weight_on_the_disk(optim, only_model, sizes):
     """In float32, beside AdamW's two numbers: float32 each, or one byte each."""
     args = SimpleNamespace(train_mode="full", precision="bf16")
     train_args = SimpleNamespace(deepspeed_plugin=None, optim=optim, save_only_model=only_model)
-    shape = doctor_sizes.Shape(1000, {}, (), False)
+    shape = meta.Shape(1000, {}, (), False)
     assert doctor_sizes.checkpoint_bytes(args, train_args, shape) == tuple(1000 * size for size in sizes)
 
 
 def test_checkpoints_of_deepspeed():
     """As measured with DeepSpeed 0.19.8, ZeRO-2 in bf16: 16 bytes for each weight."""
     args = SimpleNamespace(train_mode="full", precision="bf16")
-    shape = doctor_sizes.Shape(1_000_000, {}, (), False)
+    shape = meta.Shape(1_000_000, {}, (), False)
     plain = SimpleNamespace(deepspeed_plugin=None, optim="adamw_torch_fused", save_only_model=False)
     deepspeed = SimpleNamespace(deepspeed_plugin=object(), optim="adamw_torch_fused", save_only_model=False)
     assert doctor_sizes.checkpoint_bytes(args, deepspeed, shape) == (16_000_000, 2_000_000)

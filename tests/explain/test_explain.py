@@ -461,7 +461,7 @@ def test_deepspeeds_file_with_auto_resolved(flags_for, stage):
 
 
 def test_checkpointing_is_told_as_the_models_size_decides_it(explained, monkeypatch):
-    monkeypatch.setattr("utils.model.load.CHECKPOINTING_FROM", 10)
+    monkeypatch.setattr("utils.model.options.CHECKPOINTING_FROM", 10)
     found = explained()
     assert found.values["gradient_checkpointing"] is True and "weights" in found.sources["gradient_checkpointing"].where
     asked = explained("--gradient_checkpointing", "false")

@@ -14,10 +14,10 @@ from utils.args import parse_args
 from utils.memory import Planner, Setting, estimate
 from utils.memory.activations import step_bytes
 from utils.memory.fake import Batch
-from utils.memory.layout import layout_of, optimizer_states
-from utils.memory.model import load_config, meta_model, quantised_bytes
+from utils.memory.layout import layout_of, optimizer_states, quantised_bytes
 from utils.memory.planner import batch_of
 from utils.memory.states import hold
+from utils.model.meta import load_config, meta_model
 
 
 def read(folder, *flags):

@@ -17,8 +17,9 @@ from transformers.utils import logging
 from utils.args import CommonArgs
 from utils.data.collate import build_collator, build_pair_collator
 from utils.infer.load import Parts, TrainedArgs, load_trained
-from utils.model.adapter import ADAPTERS, adapter_weights, impossible_tokens, settle_trainable, untrained_tokens
+from utils.model.adapter import ADAPTERS, adapter_weights, settle_trainable
 from utils.model.load import settle_attention, with_trained_adapter
+from utils.model.special_tokens import impossible_tokens, untrained_tokens
 from utils.runtime.errors import UserError
 from utils.runtime.log import setup_logging
 from utils.script import merge_lora
@@ -423,14 +424,14 @@ def test_attention_is_the_one_asked_for(train, monkeypatch):
     [([], True), (["--gradient_checkpointing", "false"], False), (["--activation_checkpointing", "false"], False)],
 )
 def test_large_models_are_checkpointed_unless_told_otherwise(flags, on, train, monkeypatch):
-    import utils.model.load
+    import utils.model.options
     import utils.run.save
 
     kept = {}
     monkeypatch.setattr(utils.run.save, "finish_run", lambda trainer, *rest: kept.update(trainer=trainer) or {})
     train("--max_steps", "1", *flags, output="small")
     assert not kept["trainer"].model.is_activation_checkpointing
-    monkeypatch.setattr(utils.model.load, "CHECKPOINTING_FROM", 1)
+    monkeypatch.setattr(utils.model.options, "CHECKPOINTING_FROM", 1)
     train("--max_steps", "1", *flags, output="large")
     assert kept["trainer"].model.is_activation_checkpointing == kept["trainer"].args.gradient_checkpointing == on
 

@@ -10,7 +10,7 @@ from utils.args import parse_args
 from utils.memory import Setting
 from utils.memory.activations import step_bytes
 from utils.memory.search import LAYOUTS, command_of
-from utils.model.load import CHECKPOINTING_FROM
+from utils.model.options import CHECKPOINTING_FROM
 from utils.script import plan_memory
 
 SMALL = ["--max_len", "64", "--per_device_train_batch_size", "2"]
@@ -171,12 +171,12 @@ def test_gradient_checkpointing_is_left_to_the_models_size(tmp_path):
     """transformers makes False of an option that is left open, which would leave it off for a 7B as well."""
     from types import SimpleNamespace
 
-    from utils.model.load import _settle_checkpointing
+    from utils.model.load import _resolve_checkpointing
 
     for size, wanted in ((CHECKPOINTING_FROM, True), (CHECKPOINTING_FROM - 1, False)):
         _, train_args = parse_args(["--output_dir", str(tmp_path / "run")])
         model = SimpleNamespace(num_parameters=lambda size=size: size, parameters=lambda: [])
-        _settle_checkpointing(model, train_args)
+        _resolve_checkpointing(model, train_args)
         assert train_args.gradient_checkpointing is train_args.activation_checkpointing is wanted
     _, train_args = parse_args(["--output_dir", str(tmp_path / "run"), "--gradient_checkpointing", "false"])
     assert train_args.gradient_checkpointing is False

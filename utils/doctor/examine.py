@@ -13,7 +13,7 @@ from utils.doctor.lengths import measured
 from utils.doctor.quick import config_of, quick_findings
 from utils.doctor.rows import census_findings, problem_findings, report_findings
 from utils.model.layout import expected_layout
-from utils.model.load import whole_models, without_weights
+from utils.model.meta import whole_models, without_weights
 from utils.model.quantised import quantisation_of
 from utils.model.tokenizer import tokenizer_of
 from utils.runtime.errors import Problem, UserError, in_one_line

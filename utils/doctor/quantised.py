@@ -4,7 +4,8 @@ import re
 
 from utils.doctor.findings import Finding
 from utils.doctor.resources import size
-from utils.memory.model import is_quantised, meta_base, quantised_bytes
+from utils.memory.layout import quantised_bytes
+from utils.model.meta import is_quantised, meta_base
 
 _SHARE = 0.01  # of the weights, from which it is worth a line; a mixture's experts are nine tenths
 

@@ -13,7 +13,7 @@ from utils.doctor.settings import settings_findings, steps_of
 from utils.doctor.template import template_findings
 from utils.doctor.tokens import repeated, token_findings
 from utils.model.adapter import ADAPTERS
-from utils.model.load import whole_models
+from utils.model.meta import whole_models
 from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import UserError, first_line
 from utils.runtime.log import is_main_process

@@ -1,9 +1,7 @@
 """How large the run will be: its weights, its checkpoints on the disk, its share of memory."""
 
-import functools
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,74 +9,11 @@ from loguru import logger
 
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
-from utils.model.adapter import ADAPTERS
-from utils.model.adapter_targets import find_targets
-from utils.model.load import without_weights
-from utils.model.parts import linear_layers, size_of
+from utils.model.meta import Shape, shape_of, trained_weights
 from utils.runtime.errors import UserError
 from utils.storage.run_folder import checkpoints_of
-from utils.storage.weights import read_header
 
 _TIGHT = 0.9  # from this share of what there is on, it is told
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's size, without its weights.
-
-    Attributes:
-        weights: how many there are.
-        linear: name → (inputs, outputs) of each linear layer.
-        modules: the names of those that an adapter goes on.
-        position_table: whether positions are rows of a table, which ends.
-    """
-
-    weights: int
-    linear: dict[str, tuple[int, int]]
-    modules: frozenset[str]
-    position_table: bool
-
-
-@functools.cache
-def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shape | None:
-    """A model's size by its config.json alone; None where that cannot be had.
-
-    Args:
-        path: a folder or a hub's name.
-        trust_remote_code: whether Python code beside the model may run.
-        modules: `--lora_target_modules`.
-    """
-    try:
-        model = without_weights(path, trust_remote_code)
-        chosen = find_targets(model, modules).layers
-    except Exception:  # each model's code raises its own; what loads the weights says it better
-        return None
-    linear = {name: size_of(layer) for name, layer in linear_layers(model).items()}
-    table = any("wpe" in name or "embed_positions" in name for name, _ in model.named_parameters())
-    return Shape(sum(weight.numel() for weight in model.parameters()), linear, chosen, table)
-
-
-def shape_of(args) -> Shape | None:
-    """`model_shape` of a run."""
-    return model_shape(args.model_name_or_path, args.trust_remote_code, args.lora_target_modules)
-
-
-def trained_weights(args, shape: Shape) -> int:
-    """How many weights are trained.
-
-    LoRA adds r (in + out) to a layer (arXiv 2106.09685, section 4.1), DoRA a magnitude for each output (arXiv
-    2402.09353, section 4).
-    """
-    if not ADAPTERS[args.train_mode].lora:
-        return shape.weights
-    if args.adapter_name_or_path:
-        try:
-            header, _ = read_header(Path(args.adapter_name_or_path) / "adapter_model.safetensors")
-            return sum(math.prod(entry["shape"]) for entry in header.values())
-        except (ValueError, OSError):
-            return 0
-    adapted = [size for name, size in shape.linear.items() if name in shape.modules]
-    return sum(args.lora_rank * (n_in + n_out) + (n_out if args.use_dora else 0) for n_in, n_out in adapted)
 
 
 # ------------------------------------------------------------------ disk

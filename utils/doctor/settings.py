@@ -4,9 +4,9 @@ import math
 
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
-from utils.doctor.resources import shape_of
 from utils.doctor.tokens import longest
 from utils.model.adapter import ADAPTERS
+from utils.model.meta import shape_of
 
 # task and whether an adapter is trained → learning rates that AdamW is used with, on models of billions of weights
 _USUAL_RATES = {

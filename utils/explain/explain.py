@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 from utils.config.deepspeed import short_name
 from utils.config.provenance import Source, Sources, unannotated
 from utils.explain.unused import Case, idle_settings
-from utils.model.adapter import ADAPTERS, build_adapter
 from utils.model.layout import expected_layout
-from utils.model.load import CHECKPOINTING_FROM, settle_checkpointing, whole_models, without_weights
+from utils.model.meta import weights
+from utils.model.options import CHECKPOINTING_FROM, resolve_checkpointing
 from utils.model.tokenizer import tokenizer_of
 from utils.run.record import effective_args
 from utils.runtime.errors import UserError
@@ -97,7 +97,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     _expect_layout(args, train_args, task, tokenizer, sources)
     padded = args.task_type == "dpo_multi" or not train_args.padding_free
     planned = plan(train_args, measure(data.train), evaluated, processes, padded)
-    if counted is not None and settle_checkpointing(counted["all"], train_args):
+    if counted is not None and resolve_checkpointing(counted["all"], train_args):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
             sources[name] = Source("derived", where, "model", sources[name])
@@ -186,43 +186,3 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
-
-
-def weights(args, train_args) -> dict | None:
-    """How many weights there are and how many are trained, of a model without values; None where they can't be told.
-
-    The embeddings that `--train_special_tokens auto` may train as well are not counted: only the values tell.
-
-    Returns:
-        `{"all": 3939840, "trained": 270336, "config": …}`, with the model's configuration.
-
-    Raises:
-        UserError: the model cannot be built, or has no modules of the names given for its adapter.
-    """
-    import torch
-    from peft import PeftConfig, get_peft_model
-
-    with whole_models(train_args):
-        try:
-            model = without_weights(args.model_name_or_path, args.trust_remote_code)
-        except UserError:
-            if args.trust_remote_code:  # its code may want more than shapes
-                return None
-            raise
-        found = {"all": model.num_parameters(), "trained": model.num_parameters(), "config": model.config}
-        if not ADAPTERS[args.train_mode].lora:
-            return found
-        try:
-            if args.adapter_name_or_path:
-                adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
-                adapter.inference_mode = False
-            else:
-                plain = replace(args, train_special_tokens="off", init_lora_weights="default")
-                adapter = build_adapter(plain, model, None, None)
-            with torch.device("meta"):
-                model = get_peft_model(model, adapter)
-        except UserError:
-            raise
-        except Exception:  # each model's own code raises its own
-            return None
-    return found | {"trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad)}

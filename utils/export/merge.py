@@ -13,9 +13,8 @@ from utils.infer.load import Parts, TrainedArgs
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
-from utils.model.tokenizer import load_failure
 from utils.patches.lazy_imports import import_peft
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, load_failure
 from utils.storage.run_folder import MERGED
 from utils.storage.weights import read_header, weight_files
 

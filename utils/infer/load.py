@@ -11,11 +11,11 @@ from utils.config.flags import arg
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
 from utils.model.merge_layers import merge_onto, types_of
-from utils.model.quantised import keep_quantised_weights
-from utils.model.tokenizer import load_failure, load_tokenizer, speak, stop_at_eos
+from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
+from utils.patches.layers import keep_quantised_weights
 from utils.patches.lazy_imports import import_peft
 from utils.patches.rope import use_row_rope
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, load_failure
 from utils.storage.files import project_path
 from utils.storage.run_folder import checkpoints_of, read_manifest, read_run_note
 from utils.storage.weights import check_weight_files, weights_fingerprint

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from utils.memory.fake import Batch, changes, inputs_of, loss_of, make_fake, mask_of
 from utils.memory.live import LiveBytes
-from utils.memory.model import compute_dtype
 from utils.model.adapter import ADAPTERS
+from utils.model.options import compute_dtype
 
 # deeper models are reckoned from two shallow ones: each further layer adds the same
 SHALLOW, LESS_SHALLOW = 2, 4

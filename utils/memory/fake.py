@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from utils.memory.model import is_quantised
+from utils.model.meta import is_quantised
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What is split among GPUs and how it is stored: DeepSpeed's stages, a model's weights, an optimizer's states."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.config.deepspeed import CONFIGS
-from utils.memory.model import is_quantised, quantised_bytes
+from utils.model.meta import is_quantised
 from utils.runtime.errors import UserError
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
 
 
 @dataclass(frozen=True)
@@ -168,3 +171,28 @@ def sizes_of(weights: list[Weight]) -> str:
         numbers = sum(int(weight.numel * weight.size) for weight in packed) * 2
         texts.insert(0, f"{numbers:,} × 0.5 B + {sum(weight.beside for weight in packed):,} B of their scales")
     return " + ".join(texts)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What bitsandbytes makes of a linear layer's weight (NF4, double quantisation).
+
+    Attributes:
+        packed: bytes of the 4-bit numbers, two a byte.
+        scales: bytes of the 8-bit scales of each 64 weights, the float32 scales of each 256 of those, and the offset.
+        codes: bytes of the two tables that say what a number stands for, 16 and 256 float32.
+    """
+
+    packed: int
+    scales: int
+    codes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.packed + self.scales + self.codes
+
+
+def quantised_bytes(weights: int) -> Quantised:
+    """`quantised_bytes(256 * 704)` → 90,112 packed, 2,816 + 44 + 4 of scales, 64 + 1,024 of codes."""
+    blocks = math.ceil(weights / BLOCK)
+    return Quantised((weights + 1) // 2, blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4, 4 * (16 + 256))

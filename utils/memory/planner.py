@@ -7,9 +7,10 @@ from utils.config.deepspeed import short_name
 from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
-from utils.memory.model import compute_dtype, load_config, meta_model, uses_checkpointing
 from utils.memory.states import States, hold
 from utils.model.adapter import ADAPTERS
+from utils.model.meta import load_config, meta_model
+from utils.model.options import compute_dtype, uses_checkpointing
 from utils.runtime.errors import UserError, first_line
 
 MODES = {"full": ("full", False), "lora": ("lora", False), "dora": ("lora", True), "qlora": ("qlora", False)}

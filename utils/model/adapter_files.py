@@ -6,9 +6,8 @@ from pathlib import Path
 from loguru import logger
 
 from utils.model.pissa import plain_lora
-from utils.model.tokenizer import load_failure
 from utils.patches.lazy_imports import import_peft
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, load_failure
 from utils.storage.weights import read_header
 
 _PREFIX = "base_model.model."  # PEFT's, before each tensor's name

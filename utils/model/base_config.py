@@ -3,8 +3,7 @@
 import contextlib
 import copy
 
-from utils.model.tokenizer import load_failure
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, load_failure
 
 
 def text_configs(model) -> list:

@@ -4,7 +4,7 @@ import copy
 
 from loguru import logger
 
-from utils.model.load import whole_models
+from utils.model.meta import whole_models
 from utils.model.probe import Probe, example_rows, probe
 from utils.model.small import small_model
 from utils.patches.attention import use_row_attention

@@ -1,28 +1,18 @@
 """Weights: which type they are loaded in, which attention they use, how they are quantised."""
 
-import contextlib
-
 from loguru import logger
 
 from utils.model.adapter import ADAPTERS
 from utils.model.adapter_files import attach_adapter
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
-from utils.model.quantised import (
-    forget_unpacking,
-    is_stored_in_bytes,
-    keep_quantised_weights,
-    loading_options,
-    quantised,
-    settle_base,
-)
-from utils.model.tokenizer import load_failure
+from utils.model.options import quantisation_options, resolve_checkpointing
+from utils.model.quantised import forget_unpacking, is_stored_in_bytes, loading_options, settle_base
 from utils.patches.attention import use_row_attention
+from utils.patches.layers import keep_quantised_weights
 from utils.patches.rope import use_row_rope
 from utils.runtime.distributed import uses_fsdp, zero_stage
-from utils.runtime.errors import UserError, raise_if_any
-
-CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
+from utils.runtime.errors import UserError, load_failure, raise_if_any
 
 
 def load_model(args, train_args):
@@ -56,7 +46,7 @@ def load_model(args, train_args):
     if args.attn_implementation != "auto":
         options["attn_implementation"] = args.attn_implementation
     if adapter.quantised:
-        options |= quantised(compute_dtype, train_args)
+        options |= quantisation_options(compute_dtype, train_args)
     saved = loading_options(args, compute_dtype)
     options |= saved
     use_row_attention()
@@ -77,7 +67,7 @@ def load_model(args, train_args):
         keep_quantised_weights(model)
     if args.attn_implementation == "auto":
         settle_attention(model, args.precision, train_args.device)
-    _settle_checkpointing(model, train_args)
+    _resolve_checkpointing(model, train_args)
     return with_trained_adapter(model, args) if args.adapter_name_or_path else model
 
 
@@ -89,47 +79,6 @@ def _settle_quantised_base(args, train_args) -> None:
             f"--model_name_or_path {args.model_name_or_path!r} is saved in 4 bits, stored in bytes, which ZeRO-3 and "
             "FSDP cannot divide; use --deepspeed zero2, or give the model it was made from with --train_mode qlora"
         )
-
-
-def without_weights(path: str, trust_remote_code: bool, config=None, **options):
-    """Builds the model that a config.json asks for on the meta device: every shape, and not one weight.
-
-    The random numbers of the run stay as they were.
-
-    Args:
-        path: a folder, or a hub's name.
-        trust_remote_code: whether Python code beside the model may run.
-        config: to read it no second time.
-        **options: for `from_config`.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # the hub, and each model's code, raise their own
-        raise UserError(load_failure("model", "--model_name_or_path", path, error)) from error
-
-
-@contextlib.contextmanager
-def whole_models(train_args):
-    """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
-    config = getattr(train_args, "hf_deepspeed_config", None)
-    if config is None:
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
 
 
 def with_trained_adapter(model, args):
@@ -222,19 +171,10 @@ def _refuse_incomplete(info: dict, path: str) -> None:
         logger.warning("{} weights in {} are not used by the model, such as {}", len(names), path, names[0])
 
 
-def _settle_checkpointing(model, train_args) -> None:
+def _resolve_checkpointing(model, train_args) -> None:
     # ZeRO-3 leaves each process a part, and the whole's size beside it
     size = max(model.num_parameters(), sum(getattr(weight, "ds_numel", 0) for weight in model.parameters()))
-    if settle_checkpointing(size, train_args):
+    if resolve_checkpointing(size, train_args):
         logger.info(
             "gradient checkpointing is {} for {:,} weights", "on" if train_args.gradient_checkpointing else "off", size
         )
-
-
-def settle_checkpointing(size: int, train_args) -> bool:
-    """Turns gradient checkpointing on for a model of so many weights, or off; returns whether that was left open."""
-    if train_args.gradient_checkpointing is not None:
-        return False
-    # two names of one thing in transformers; the second is the newer
-    train_args.gradient_checkpointing = train_args.activation_checkpointing = size >= CHECKPOINTING_FROM
-    return True

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.distributed import uses_fsdp
 from utils.runtime.errors import Problem, refusal
 
 _GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes, as --model_name_or_path"
@@ -130,34 +129,3 @@ def is_stored_in_bytes(args) -> bool:
     quantisation = quantisation_of(args.model_name_or_path) or {}
     storage = quantisation.get("bnb_4bit_quant_storage", "uint8")
     return method_of(quantisation) == "bitsandbytes_4bit" and "int" in str(storage)
-
-
-def keep_quantised_weights(model) -> None:
-    """Stops bitsandbytes from rewriting the weights at the first evaluation on a CPU.
-
-    Its fast path for inference packs them anew, in place and with coarser scales, so the
-    training that goes on after would be against another base.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def quantised(compute_dtype, train_args) -> dict:
-    """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-    if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
-        # sharding splits storage of a floating type only, and places the weights by itself
-        config.bnb_4bit_quant_storage = compute_dtype
-        return {"quantization_config": config}
-    # quantised weights cannot be moved later, so each process loads them where it trains
-    return {"quantization_config": config, "device_map": {"": train_args.device}}

@@ -1,12 +1,11 @@
 """Loading a tokenizer, and making sure that it can pad and that it knows where an answer stops."""
 
-import re
 from pathlib import Path
 
 from loguru import logger
 
 from utils.runtime.distributed import broadcast_object
-from utils.runtime.errors import UserError, in_one_line
+from utils.runtime.errors import UserError, load_failure
 from utils.template import Template
 from utils.template.auto import prints_date, today
 
@@ -83,15 +82,6 @@ def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) 
             f"the tokenizer of {flag} {path!r} has ids up to {largest}, and the model's embedding {config.vocab_size} "
             "rows; use the tokenizer that belongs to the model"
         )
-
-
-def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
-    """One line for a load that failed, without the address lists that hub errors carry."""
-    reason = re.sub(r"https?://\S+", "the hub", in_one_line(error))
-    return (
-        f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
-        "Give a folder with a model saved by transformers, or a name the hub has"
-    )
 
 
 def set_format(tokenizer, template: Template, model) -> None:

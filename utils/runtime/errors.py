@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,3 +132,12 @@ def read_problems(file: Path) -> UserError | None:
         return None
     problems = json.loads(file.read_text(encoding="utf-8"))
     return UserError(*(Problem(**problem | {"flags": tuple(problem["flags"])}) for problem in problems))
+
+
+def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
+    """One line for a load that failed, without the address lists that hub errors carry."""
+    reason = re.sub(r"https?://\S+", "the hub", in_one_line(error))
+    return (
+        f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
+        "Give a folder with a model saved by transformers, or a name the hub has"
+    )

@@ -13,7 +13,8 @@ from utils.data.files import SUFFIXES
 from utils.data.pairs import Pair, to_pair
 from utils.data.truncate import COLUMNS, cut_pair_far, encode_pairs_within
 from utils.model.head import check_head
-from utils.model.load import load_model, whole_models
+from utils.model.load import load_model
+from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
 from utils.runtime.errors import UserError

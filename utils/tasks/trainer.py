@@ -16,7 +16,7 @@ from utils.model.adapter import adapter_weights, settle_trainable
 from utils.model.adapter_start import check_new_adapter
 from utils.model.experts import leave_router_logits_out, settle_balance
 from utils.model.head import check_head
-from utils.model.load import whole_models
+from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.patches.lazy_imports import skip_deepspeed_import
 from utils.runtime.distributed import uses_fsdp
