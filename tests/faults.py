@@ -216,7 +216,7 @@ FAULTS = [
     Fault(
         "collator: the prompt of a pair is trained",
         "utils/data/collate.py",
-        '[IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"]',
+        '[IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[f"{side}_labels"]',
         'pair["prompt_ids"] + pair[f"{side}_labels"]',
         "tests/tasks/test_dpo.py -k own_collator",
     ),
@@ -258,7 +258,7 @@ FAULTS = [
     Fault(
         "collator: TRL's pairs train a user's turns",
         "utils/data/collate.py",
-        "torch.tensor(row) != IGNORED",
+        "torch.tensor(row) != IGNORE_INDEX",
         "torch.ones(len(row), dtype=torch.bool)",
         "tests/tasks/test_dpo.py -k trl_collator",
     ),
@@ -293,7 +293,7 @@ FAULTS = [
     Fault(
         "labels: a special token in a content forges a turn",
         "utils/template/tokenize.py",
-        "special = None if allow_special else breaks_for(tokenizer, written)",
+        "special = None if allow_special else escape_patterns(tokenizer, written)",
         "special = None",
         "tests/data/test_prepare.py -k special_tokens_in_content",
     ),
@@ -363,7 +363,7 @@ FAULTS = [
     Fault(
         "labels: text that is all prompt is kept",
         "utils/data/truncate.py",
-        'if encoded["labels"].count(IGNORED) == len(encoded["labels"]):',
+        'if encoded["labels"].count(IGNORE_INDEX) == len(encoded["labels"]):',
         "if False:",
         "tests/data/test_prepare.py -k a_row_without_a_label",
     ),
@@ -413,7 +413,7 @@ FAULTS = [
     Fault(
         "auto: marks of what is generated are ignored",
         "utils/template/reading.py",
-        "if template.has_marks() and not any(",
+        "if template.has_generation_marks() and not any(",
         "if False and not any(",
         "tests/template/test_auto.py -k those_that_are_marked",
     ),
@@ -427,8 +427,8 @@ FAULTS = [
     Fault(
         "auto: an answer is trained without the thought that only the last turn shows",
         "utils/template/reading.py",
-        "reason = EMPTY if is_empty(message) else lost.get(turn)",
-        "reason = EMPTY if is_empty(message) else None",
+        "reason = EMPTY_ANSWER if is_empty_answer(message) else lost.get(turn)",
+        "reason = EMPTY_ANSWER if is_empty_answer(message) else None",
         "tests/template/test_auto.py -k without_its_thinking",
     ),
     Fault(
@@ -441,7 +441,7 @@ FAULTS = [
     Fault(
         "auto: an empty answer trains its stop token",
         "utils/template/reading.py",
-        "reason = EMPTY if is_empty(message) else lost.get(turn)",
+        "reason = EMPTY_ANSWER if is_empty_answer(message) else lost.get(turn)",
         "reason = lost.get(turn)",
         "tests/data/test_turns.py -k an_empty_answer",
     ),
@@ -455,8 +455,8 @@ FAULTS = [
     Fault(
         "turns: an empty answer trains its stop token",
         "utils/template/format.py",
-        "trained = is_wanted(message) and not is_empty(message)",
-        "trained = is_wanted(message)",
+        "trained = is_trained_answer(message) and not is_empty_answer(message)",
+        "trained = is_trained_answer(message)",
         "tests/data/test_turns.py -k an_empty_answer",
     ),
     Fault(
@@ -476,29 +476,29 @@ FAULTS = [
     Fault(
         "labels: a token that is not special forges a turn",
         "utils/template/tokenize.py",
-        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
-        "return Breaks(_any_of(special), _any_of(special))",
+        "return EscapePatterns(_alternation(special | roles), _alternation(special | tags))",
+        "return EscapePatterns(_alternation(special), _alternation(special))",
         "tests/template/test_official.py -k not_special",
     ),
     Fault(
         "labels: an answer's own thought is broken",
         "utils/template/tokenize.py",
-        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
-        "return Breaks(_any_of(special | tags), _any_of(special | tags))",
+        "return EscapePatterns(_alternation(special | roles), _alternation(special | tags))",
+        "return EscapePatterns(_alternation(special | tags), _alternation(special | tags))",
         "tests/template/test_official.py -k holds_the_tags",
     ),
     Fault(
         "labels: a token that is not special forges a turn",
         "utils/template/tokenize.py",
-        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
-        "return Breaks(_any_of(special), _any_of(special))",
+        "return EscapePatterns(_alternation(special | roles), _alternation(special | tags))",
+        "return EscapePatterns(_alternation(special), _alternation(special))",
         "tests/template/test_official.py -k not_special",
     ),
     Fault(
         "labels: an answer's own thought is broken",
         "utils/template/tokenize.py",
-        "return Breaks(_any_of(special | roles), _any_of(special | tags))",
-        "return Breaks(_any_of(special | tags), _any_of(special | tags))",
+        "return EscapePatterns(_alternation(special | roles), _alternation(special | tags))",
+        "return EscapePatterns(_alternation(special | tags), _alternation(special | tags))",
         "tests/template/test_official.py -k holds_the_tags",
     ),
     Fault(
@@ -1864,7 +1864,7 @@ FAULTS = [
         "doctor: rows without a stop token",
         "utils/doctor/tokens.py",
         "(values[numpy.maximum(last, 0)] != stop_id)",
-        "(values[numpy.maximum(last, 0)] == IGNORED)",
+        "(values[numpy.maximum(last, 0)] == IGNORE_INDEX)",
         "tests/doctor/test_doctor.py -k 'planted_defect and STOP_NOT_TRAINED'",
     ),
     Fault(

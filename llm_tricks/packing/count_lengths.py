@@ -39,7 +39,7 @@ from utils.runtime.command import run_command
 from utils.runtime.errors import UserError, load_failure, raise_if_any
 from utils.template import get_template
 from utils.template.messages import count_answers
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 BATCH = 1000  # rows tokenised at once
@@ -68,7 +68,7 @@ def count(files: list[str], tokenizer, template) -> dict:
     for start in range(0, len(usable), BATCH):
         for row in template.encode_batch(usable[start : start + BATCH], tokenizer):
             lengths[len(row["input_ids"])] += 1
-            trained += sum(label != IGNORED for label in row["labels"])
+            trained += sum(label != IGNORE_INDEX for label in row["labels"])
     return {
         "rows": len(usable),
         "rows_left_out": sum(not found for found in read),

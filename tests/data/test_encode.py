@@ -19,7 +19,14 @@ from utils.data.encode import Part, RowKind, encoded_parts
 from utils.data.parallel import CHUNK_SIZE
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.tokenize import Segment, _encode_texts, _label_ranges, encode_segments, free_break, label_spans
+from utils.template.tokenize import (
+    Segment,
+    _encode_texts,
+    _label_ranges,
+    encode_segments,
+    label_spans,
+    pick_escape_char,
+)
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n🙂é你好<|im_end|>"), max_size=12)
 
@@ -162,10 +169,10 @@ def test_a_row_with_every_usual_break_keeps_all_rows(tmp_path, name):
 
 
 def test_every_private_use_character_may_be_the_break():
-    assert free_break("".join(PRIVATE[:-1])) == PRIVATE[-1]
-    assert free_break("".join(PRIVATE).replace("\uf8ff", "")) == "\uf8ff"
+    assert pick_escape_char("".join(PRIVATE[:-1])) == PRIVATE[-1]
+    assert pick_escape_char("".join(PRIVATE).replace("\uf8ff", "")) == "\uf8ff"
     with pytest.raises(UserError, match="every private-use character"):
-        free_break("".join(PRIVATE))
+        pick_escape_char("".join(PRIVATE))
 
 
 def test_only_some_chunks_are_read_ahead(tmp_path):

@@ -10,7 +10,7 @@ from utils.data.files import RawRow
 from utils.data.pairs import to_pair
 from utils.evaluate.multiple_choice import read_choices
 from utils.infer.prompts import to_prompt
-from utils.template.messages import DESCRIPTIVE
+from utils.template.messages import METADATA_FIELDS
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 OTHER = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
@@ -116,7 +116,7 @@ def test_unread_fields_are_those_neither_read_nor_descriptive():
     assert unread_fields("sft", row) == ["score"]
     assert unread_fields("dpo", {**PAIR, "margin": 2}) == ["margin"]
     assert unread_fields("pretrain", {**TEXT, "label": 0, "url": "x"}) == ["label"]
-    assert not DESCRIPTIVE & {"messages", "output", "images", "label", "score"}
+    assert not METADATA_FIELDS & {"messages", "output", "images", "label", "score"}
 
 
 def test_a_file_names_its_unread_fields_once_and_the_doctor_too(train, tiny_models, tmp_path, capsys):

@@ -13,7 +13,7 @@ from utils.data.report import (
     from_stored,
     to_stored,
 )
-from utils.template.messages import UNTRAINED
+from utils.template.messages import UNTRAINED_ANSWER
 
 
 def filled() -> DataReport:
@@ -41,9 +41,9 @@ def test_rows_are_kept_by_file_kind_and_reason():
         RowGroup("a", MALFORMED, "is not JSON", [7], 1),
         RowGroup("a", BROKEN_UNICODE, "is not UTF-8", [9], 1),
         RowGroup("a", SHORTENED, "was shortened", [11], 1),
-        RowGroup("a", UNTRAINED, "has an empty answer", [12, 13], 2),
+        RowGroup("a", UNTRAINED_ANSWER, "has an empty answer", [12, 13], 2),
     ]
-    assert report.groups(SHORTENED, UNTRAINED) == report.groups()[3:]
+    assert report.groups(SHORTENED, UNTRAINED_ANSWER) == report.groups()[3:]
     assert report.dropped_groups() == report.groups()[:3]
 
 
@@ -78,7 +78,7 @@ def test_a_report_of_an_earlier_version_is_taken():
     assert report.groups() == [
         RowGroup("a b", TOO_LONG, "is too long for --max_len 9", [2, 3], 2),
         RowGroup("a", BROKEN_UNICODE, "is not UTF-8; save the file as UTF-8", [4], 1),
-        RowGroup("a", UNTRAINED, "has an empty answer", [5], 1),
+        RowGroup("a", UNTRAINED_ANSWER, "has an empty answer", [5], 1),
         RowGroup("a b", SHORTENED, "was shortened", [6], 1),
     ]
     assert (report.rows, report.kept, report.dropped, report.untrained) == (6, 3, EARLIER["dropped"], 1)

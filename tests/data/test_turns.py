@@ -18,7 +18,7 @@ from utils.data.prepare import load_rows
 from utils.data.truncate import encode_within
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.messages import UNREAD, UNTRAINED
+from utils.template.messages import UNREAD_FIELD, UNTRAINED_ANSWER
 
 USER, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "Pear"}
 
@@ -101,7 +101,9 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
     row = {"messages": [USER, {**ANSWER, "content": " "}, USER, ANSWER]}
     messages = to_messages(row)
     assert trained_texts(template.encode(messages, tokenizer), tokenizer) == ["Pear<|im_end|>"]
-    assert [(note.kind, note.reason) for note in template.notes(messages)] == [(UNTRAINED, "has an empty answer")]
+    assert [(note.kind, note.reason) for note in template.notes(messages)] == [
+        (UNTRAINED_ANSWER, "has an empty answer")
+    ]
     assert not template.notes(messages, train_on="last_turn")
     with pytest.raises(EmptyRow):
         to_messages({"messages": [USER, {**ANSWER, "content": " "}]})
@@ -109,7 +111,7 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
     rows = [talk(ANSWER), row, row]
     file = write_rows(tmp_path / "a.jsonl", rows)
     _, report = load_rows(file, "--train_data_path", kind, "auto", str(tmp_path), 1)
-    (group,) = report.groups(UNTRAINED)
+    (group,) = report.groups(UNTRAINED_ANSWER)
     assert (report.untrained, group.lines, group.reason) == (2, [2, 3], "has an empty answer")
 
 
@@ -220,7 +222,7 @@ def test_further_fields_of_a_turn_are_shown_or_named():
     messages = to_messages(row)
     for name in ("qwen", "auto"):
         notes = get_template(name, tokenizer).notes(messages)
-        assert [note.kind for note in notes] == [UNREAD, UNREAD]
+        assert [note.kind for note in notes] == [UNREAD_FIELD, UNREAD_FIELD]
         assert {note.reason.split()[0] for note in notes} == {"country", "score"}
     # a template that shows such a field is given it
     shows = "{{ message['content'] ~ message.country }}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from utils.infer.generate import prompt_ids
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.messages import UNTRAINED
+from utils.template.messages import UNTRAINED_ANSWER
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -102,7 +102,7 @@ _OTHERS = re.compile(r"Q-[A-Z]{3}\?|SYSTEM\.|SECOND\.|RESULT|\[INST\]|<\|im_star
 
 def given(template, messages):
     """What `apply_chat_template` is given: arguments as JSON text where the template joins texts."""
-    return [template._given(message) for message in messages]
+    return [template._as_input(message) for message in messages]
 
 
 def trained_texts(encoded, tokenizer):
@@ -139,14 +139,14 @@ def test_official_templates(name):
         encoded = template.encode(messages, tokenizer)
         _compare_ids(template, tokenizer, messages, encoded)
         texts = trained_texts(encoded, tokenizer)
-        notes = [note for note in template.notes(messages) if note.kind == UNTRAINED]
+        notes = [note for note in template.notes(messages) if note.kind == UNTRAINED_ANSWER]
         answers = [message for message in messages if message["role"] == "assistant"]
         assert len(texts) + len(notes) == len(answers), (case, texts, notes)
         assert not notes or case not in WHOLE, (case, notes)
         _compare_texts(case, answers, texts)
         stops = next(stops for family, stops in STOPS.items() if name.startswith(family))
         assert all(text.endswith(tuple(stops)) for text in texts), (case, texts)
-        if template.has_marks():
+        if template.has_generation_marks():
             _compare_marks(case, tokenizer, template, messages, encoded)
 
 
@@ -154,7 +154,7 @@ def test_official_templates(name):
     ("deepseek_r1_distill", "<think>\n"), ("nemotron_3_nano", "\n"), ("qwen3", ""), ("qwen3_6", ""), ("gptoss", ""),
 ])  # fmt: skip
 def test_a_prompt_that_opens_a_thought_which_plain_answers_lack_is_told(name, rest):
-    assert get_template("auto", tokenizer_of(name)).unanswered_prompt() == rest
+    assert get_template("auto", tokenizer_of(name)).prompt_only_suffix() == rest
 
 
 @pytest.mark.parametrize(("name", "forged"), [
@@ -260,7 +260,7 @@ def _compare_marks(case, tokenizer, template, messages, encoded):
     marks = tokenizer.apply_chat_template(plain, **options)["assistant_masks"]
     prompt = tokenizer.apply_chat_template([user("Hi")], add_generation_prompt=True)["input_ids"]
     ours = [label != -100 for label in encoded["labels"]]
-    untrained = any(note.kind == UNTRAINED for note in template.notes(messages))
+    untrained = any(note.kind == UNTRAINED_ANSWER for note in template.notes(messages))
     for place, (mark, trained) in enumerate(zip(marks, ours, strict=True)):
         token = encoded["input_ids"][place]
         if trained and not mark:  # DiffusionGemma's end before the token that asks for a tool's result

@@ -7,7 +7,7 @@ from test_official import NAMES, RESULT, TOOLS, answer, calls, tokenizer_of, use
 
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.reading import read_in_parts, read_whole
+from utils.template.reading import read_at_once, read_in_parts
 
 ALL = ("gptoss", "qwen3", "qwen3_5")  # with calls and thoughts as well, which take longer
 
@@ -40,10 +40,10 @@ def with_thoughts(draw, turns):
 def both(template, messages):
     """The reading in parts and that of the whole, the notes in any order."""
     try:
-        whole = read_whole(template, messages)
+        whole = read_at_once(template, messages)
     except UserError:
         whole = None
-    parts = read_in_parts(template, messages, read_whole)
+    parts = read_in_parts(template, messages, read_at_once)
     if parts is not None:
         assert whole is not None and whole.refused is None
         assert (parts.text, parts.spans) == (whole.text, whole.spans)
@@ -80,7 +80,7 @@ def test_the_work_grows_with_the_length_alone():
                 rendered.append(len(messages))  # noqa: B023
                 return template.render(messages, prompt)
 
-        reading = read_in_parts(Counted(), plain(random.Random(turns), turns), read_whole)
+        reading = read_in_parts(Counted(), plain(random.Random(turns), turns), read_at_once)
         assert len(reading.spans) > 0.8 * turns
         counts.append(sum(rendered))
     assert counts[2] < 2.3 * counts[1] < 5 * counts[0]

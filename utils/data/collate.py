@@ -1,6 +1,6 @@
 """Rows → the tensors of a step."""
 
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 # what a collator adds to the model's own inputs
 NOT_INPUTS = frozenset(("labels", "source", "row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"))
@@ -75,7 +75,7 @@ def build_trl_pair_collator(pad_token_id: int):
             prompts = [example["prompt_ids"] for example in examples]
             labels = [example[side] for side in ("chosen_labels", "rejected_labels") for example in examples]
             for mask, prompt, row in zip(batch["completion_mask"], prompts * 2, labels, strict=True):
-                mask[len(prompt) : len(prompt) + len(row)] = torch.tensor(row) != IGNORED
+                mask[len(prompt) : len(prompt) + len(row)] = torch.tensor(row) != IGNORE_INDEX
             return batch
 
     return _with_sources(Collator(pad_token_id=pad_token_id))
@@ -113,7 +113,7 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
         rows = [
             {
                 "input_ids": pair["prompt_ids"] + pair[f"{side}_ids"],
-                "labels": [IGNORED] * len(pair["prompt_ids"]) + pair[f"{side}_labels"],
+                "labels": [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[f"{side}_labels"],
             }
             for side in ("chosen", "rejected")
             for pair in pairs

@@ -4,7 +4,7 @@ from typing import Any
 
 from utils.data.fields import conversation_kind, field_problem, is_empty
 from utils.data.turns import BadRow, kind_name, read_text, read_turn
-from utils.template.messages import is_empty as says_nothing
+from utils.template.messages import is_empty_answer
 
 Message = dict[str, Any]
 
@@ -109,7 +109,7 @@ def _check_answers(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRow("has no answer of the assistant to train")
-    if all(map(says_nothing, answers)):
+    if all(map(is_empty_answer, answers)):
         raise EmptyRow("has an empty answer")
 
 

@@ -17,8 +17,8 @@ from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import encode_source
 from utils.data.report import Dropped
 from utils.data.turns import BrokenUnicode, unreadable
-from utils.template.messages import UNTRAINED
-from utils.template.tokenize import IGNORED
+from utils.template.messages import UNTRAINED_ANSWER
+from utils.template.tokenize import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
         if row["shortened"]:
             part.shortened.append(line)
         for note in row.get("notes", ()):
-            if note.kind == UNTRAINED:
+            if note.kind == UNTRAINED_ANSWER:
                 part.untrained.append((line, note.reason))
             else:
                 part.unread[note.reason] += 1
@@ -129,7 +129,7 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
             if name.endswith("ids"):
                 part.tokens += len(row[name])
             else:
-                part.trained_tokens += len(row[name]) - row[name].count(IGNORED)
+                part.trained_tokens += len(row[name]) - row[name].count(IGNORE_INDEX)
     if kept:
         arrays = [pyarrow.array([row[name] for row in kept], pyarrow.list_(pyarrow.int32())) for name in kind.columns]
         arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))

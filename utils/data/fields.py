@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from utils.template.messages import DESCRIPTIVE, REASONING
+from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS
 
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
 _SYSTEM = "name it 'system' to have it read"
@@ -16,7 +16,7 @@ REFUSED = {
 }
 # beside the turns of a row it is part of an answer, and a row with several does not say of which
 _REASONING = dict.fromkeys(
-    REASONING,
+    REASONING_FIELDS,
     "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
 )
 # row type → the fields that are read
@@ -64,7 +64,7 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
     """
     refused = REFUSED if kind in ("text", "prompt") else REFUSED | _REASONING
     for name, value in row.items():
-        if name in READ[kind] or name in DESCRIPTIVE or is_empty(value):
+        if name in READ[kind] or name in METADATA_FIELDS or is_empty(value):
             continue
         if name in refused:
             return f"has a field {name!r}, which is not read: {refused[name]}"
@@ -96,7 +96,7 @@ def unread_fields(task: str, row: Any) -> list[str]:
     return [
         str(name)
         for name, value in row.items()
-        if name not in READ[kind] and name not in DESCRIPTIVE and not is_empty(value)
+        if name not in READ[kind] and name not in METADATA_FIELDS and not is_empty(value)
     ]
 
 

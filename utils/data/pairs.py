@@ -15,7 +15,7 @@ from utils.data.conversations import (
     with_system,
     with_tools,
 )
-from utils.template.messages import is_empty as says_nothing
+from utils.template.messages import is_empty_answer
 
 PAIR_FORMATS = (
     '{"prompt": …, "chosen": …, "rejected": …} as texts or lists of turns, or {"chosen": […], "rejected": […]}, '
@@ -167,7 +167,7 @@ def _check_answer(name: str, answer: list[Message]) -> None:
     if answer[-1]["role"] != "assistant":
         raise BadRow(f"has in {name!r} a conversation that does not end with the assistant")
     for message in answer:
-        if message["role"] == "assistant" and says_nothing(message):
+        if message["role"] == "assistant" and is_empty_answer(message):
             raise EmptyRow(f"has an empty answer in {name!r}")
         if message.get("train") is False:
             raise BadRow(f"has in {name!r} an answer marked as not to be trained, and those of a pair are all trained")

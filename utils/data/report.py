@@ -7,7 +7,7 @@ from loguru import logger
 
 from utils.data.places import MAX_PLACES_SHOWN, format_lines
 from utils.runtime.errors import Problem, UserError
-from utils.template.messages import UNTRAINED
+from utils.template.messages import UNTRAINED_ANSWER
 
 MAX_LINES_KEPT = 100  # line numbers kept for the rows of one file with one reason
 
@@ -37,7 +37,7 @@ class RowRecord(NamedTuple):
 
     Attributes:
         file, line: where it stands.
-        kind: `MALFORMED`, `BROKEN_UNICODE`, `TOO_LONG`, that of an EmptyRow, `SHORTENED`, or `turns.UNTRAINED` for a
+        kind: `MALFORMED`, `BROKEN_UNICODE`, `TOO_LONG`, that of an EmptyRow, `SHORTENED`, or `UNTRAINED_ANSWER` for a
             kept row with an answer that is not trained.
         reason: completes "line N …".
     """
@@ -106,7 +106,7 @@ class DataReport:
     def leave_untrained(self, file: str, line: int, reason: str) -> None:
         """Counts an answer of a kept row that is not trained, and keeps where it stands."""
         self.untrained += 1
-        self._keep(RowRecord(file, line, UNTRAINED, reason))
+        self._keep(RowRecord(file, line, UNTRAINED_ANSWER, reason))
 
     def _keep(self, record: RowRecord) -> None:
         group = (record.file, record.kind, record.reason)
@@ -124,7 +124,7 @@ class DataReport:
 
     def dropped_groups(self) -> list[RowGroup]:
         """The groups of the rows that are left out."""
-        return [group for group in self.groups() if group.kind not in (SHORTENED, UNTRAINED)]
+        return [group for group in self.groups() if group.kind not in (SHORTENED, UNTRAINED_ANSWER)]
 
     def note_unread(self, file: str, fields: dict[str, int]) -> None:
         """Counts fields of the rows that are not read."""
@@ -154,7 +154,7 @@ class DataReport:
             logger.warning("{}: {}", name, line)
         if self.untrained:
             counted = f"{self.untrained:,} answer{'s are' if self.untrained > 1 else ' is'} not trained"
-            logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED)))
+            logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED_ANSWER)))
         if self.shortened:
             places = _name_groups(self.groups(SHORTENED))
             logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)
@@ -203,7 +203,7 @@ def _from_places(kept: dict, files: list[str]) -> dict:
     kept = dict(kept)
     counted, kinds = kept.pop("counted"), kept.pop("kinds")
     records, totals = [], []
-    for name, kind in (("places", None), ("untrained_at", UNTRAINED), ("shortened_at", SHORTENED)):
+    for name, kind in (("places", None), ("untrained_at", UNTRAINED_ANSWER), ("shortened_at", SHORTENED)):
         for place, lines in kept.pop(name).items():
             file = max((file for file in files if place.startswith(f"{file} ")), key=len)
             reason = place[len(file) + 1 :]

@@ -8,7 +8,7 @@ from utils.data.report import TOO_LONG, Dropped
 from utils.runtime.errors import UserError
 from utils.template import Message, Template
 from utils.template.messages import count_answers
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 _SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
@@ -43,7 +43,7 @@ def encode_within(
             if not can_move_system(template, longer, messages):
                 return Dropped(f"is too long for --max_len {max_len} and {SYSTEM_STAYS}", TOO_LONG)
             encoded, shortened = template.encode(messages, tokenizer, **options), True
-        if encoded["labels"].count(IGNORED) == len(encoded["labels"]):
+        if encoded["labels"].count(IGNORE_INDEX) == len(encoded["labels"]):
             return Dropped("has nothing to train")
         notes = template.notes(messages, options.get("train_on", "all_turns"))
         return {**encoded, "shortened": shortened, "notes": notes}
@@ -285,7 +285,7 @@ def _joined(chosen: dict, rejected: dict) -> dict | Dropped:
 
     What stands after the last stop token, a line feed say, no trained token sees.
     """
-    trained = [[i for i, label in enumerate(row["labels"]) if label != IGNORED] for row in (chosen, rejected)]
+    trained = [[i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX] for row in (chosen, rejected)]
     if not all(trained):
         return Dropped("has nothing to train")
     start = 0

@@ -6,7 +6,7 @@ from typing import Any
 from utils.data.fields import is_empty
 from utils.data.json_rows import RawRow
 from utils.data.report import BROKEN_UNICODE, MALFORMED
-from utils.template.messages import REASONING, Message
+from utils.template.messages import REASONING_FIELDS, Message
 
 # by which a turn says whether it is trained: OpenAI's, then those of other trainers
 _MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
@@ -51,7 +51,7 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
     other = _TEXTS[text_field]
     if text_field in turn and not is_empty(turn.get(other)) and turn[other] != turn[text_field]:
         raise BadRow(f"has {other!r} beside {text_field!r}, and they differ; keep one of them")
-    thoughts = {key: read_text(turn, key) for key in REASONING if not is_empty(turn.get(key))}
+    thoughts = {key: read_text(turn, key) for key in REASONING_FIELDS if not is_empty(turn.get(key))}
     calls = [] if is_empty(turn.get("tool_calls")) else _calls(turn["tool_calls"])
     if turn.get(text_field) is not None or not (thoughts or calls or turn.get("function_call")):
         message["content"] = read_text(turn, text_field)
@@ -64,7 +64,7 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
             message[key] = text
     if not _is_trained(turn, role) and role == "assistant":
         message["train"] = False
-    known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *_MARKS, *REASONING}
+    known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *_MARKS, *REASONING_FIELDS}
     extra = {key: _as_json(value) for key, value in turn.items() if key not in known and not is_empty(value)}
     return {**message, "extra": extra} if extra else message
 

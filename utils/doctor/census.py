@@ -16,7 +16,7 @@ from utils.data.report import RowRecord
 from utils.data.turns import unreadable
 from utils.doctor.text import broken_unicode, invisible, script_of
 from utils.runtime.errors import UserError
-from utils.template.messages import REASONING
+from utils.template.messages import REASONING_FIELDS
 
 
 class Reading(NamedTuple):
@@ -84,7 +84,7 @@ def read_texts(task: str, value: Any) -> Reading:
 
 
 def _said(message: dict) -> str:
-    more = [message[key] for key in REASONING if message.get(key)]
+    more = [message[key] for key in REASONING_FIELDS if message.get(key)]
     more += [json.dumps(message[key], ensure_ascii=False) for key in ("tool_calls", "tools") if message.get(key)]
     return "\n".join([message["content"], *more])
 

@@ -20,7 +20,7 @@ from utils.runtime.errors import Problem, UserError, in_one_line
 from utils.storage.weights import read_header, weight_files
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.template.tokenize import special_pattern
+from utils.template.tokenize import special_token_pattern
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
 _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
@@ -192,6 +192,6 @@ def _parted(census: Census, data) -> tuple[Census, Census]:
 def _forbidden(args, tokenizer):
     """What is not to stand in a content: where it may be the token, only what begins and ends a plain text."""
     if get_task(args.task_type).USES_TEMPLATE or not args.allow_special_tokens_in_content:
-        return special_pattern(tokenizer)
+        return special_token_pattern(tokenizer)
     ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and len(token) > 1}
     return re.compile("|".join(map(re.escape, sorted(ends)))) if ends else None

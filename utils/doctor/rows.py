@@ -11,7 +11,7 @@ from utils.doctor.census import Census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.doctor.text import SCRIPTS
-from utils.template.messages import UNTRAINED
+from utils.template.messages import UNTRAINED_ANSWER
 
 _STRAY = 0.01  # below this share of the rows a script is a stray one
 _MIXED = 0.03  # from this share of the rows on it is one of several
@@ -157,7 +157,7 @@ def _untrained(report: DataReport) -> list[Finding]:
         return []
     places: dict[str, RowLocations] = {}
     reasons: Counter = Counter()
-    for group in report.groups(UNTRAINED):
+    for group in report.groups(UNTRAINED_ANSWER):
         reasons[group.reason] += group.count
         kept = places.setdefault(group.file, RowLocations())
         kept.lines, kept.count = sorted({*kept.lines, *group.lines}), kept.count + group.count

@@ -6,7 +6,7 @@ from utils.doctor.findings import Finding
 from utils.export.modelfile import template_in
 from utils.runtime.errors import UserError
 from utils.template.auto import AutoTemplate
-from utils.template.tokenize import special_pattern
+from utils.template.tokenize import special_token_pattern
 
 # what is written as one token, such as <|im_end|>, <｜end▁of▁sentence｜>, </s> and <用户>, and not Llama-2's <<SYS>>
 _TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|(?<!<)</?[^|｜<>\s/]+>(?!>)")
@@ -66,7 +66,7 @@ def _pad(template, tokenizer) -> list[Finding]:
 
 def _prompt(template) -> list[Finding]:
     """A prompt that says more than what answers are trained to follow."""
-    rest = template.unanswered_prompt()
+    rest = template.prompt_only_suffix()
     message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
     return [Finding("PROMPT_NOT_FOLLOWED", message)] if rest else []
 
@@ -76,7 +76,7 @@ def _differences(template, tokenizer) -> list[Finding]:
     if not tokenizer.chat_template:
         return []
     tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
-    own = AutoTemplate(tokenizer.get_chat_template(), tokens, special_pattern(tokenizer))
+    own = AutoTemplate(tokenizer.get_chat_template(), tokens, special_token_pattern(tokenizer))
     for name, (messages, prompt) in _PROBES.items():
         ours, theirs = (_rendered(one, messages, prompt) for one in (template, own))
         if ours != theirs:

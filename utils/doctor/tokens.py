@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from utils.data.places import locate_sources
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 _BIASED = 0.8  # from this share of pairs on with the same side longer it is a bias
 _PAIRS = 20  # fewer tell nothing
@@ -64,7 +64,7 @@ def _stops(dataset, files, name: str, tokenizer, stop: str) -> list[Finding]:
     (stop_id,) = tokenizer.convert_tokens_to_ids([stop])
     without = []
     for values, offsets in arrays(dataset, name):
-        trained = numpy.where(values != IGNORED, numpy.arange(len(values)), -1)
+        trained = numpy.where(values != IGNORE_INDEX, numpy.arange(len(values)), -1)
         last = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
         has = (last >= offsets[:-1]) & (last >= 0)
         without.append(~has | (values[numpy.maximum(last, 0)] != stop_id))
@@ -95,7 +95,7 @@ def _bos(dataset, files, name: str, tokenizer) -> list[Finding]:
         return []
     first, second = [], []
     for values, offsets in arrays(dataset, name):
-        padded = numpy.append(values, [IGNORED, IGNORED])
+        padded = numpy.append(values, [IGNORE_INDEX, IGNORE_INDEX])
         long = numpy.diff(offsets)
         first.append((padded[offsets[:-1]] == bos) & (long > 0))
         second.append((padded[offsets[:-1] + 1] == bos) & (long > 1))

@@ -10,13 +10,13 @@ from utils.data.files import RawRow
 from utils.data.turns import unreadable
 from utils.runtime.errors import UserError
 from utils.template.tokenize import (
-    IGNORED,
+    IGNORE_INDEX,
     Segment,
-    break_leaves,
-    break_messages,
-    breaks_for,
     encode_segments,
-    free_break,
+    escape_messages,
+    escape_patterns,
+    escape_special_tokens,
+    pick_escape_char,
 )
 
 CHOICE_FORMAT = '{"question": …, "choices": [two texts or more], "answer": its index from 0, its letter or its text}'
@@ -156,11 +156,11 @@ def encode_choices(row: Choices, tokenizer, form: str = "text") -> list[Scored]:
         messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}\n{listed}"}]
         answers = row.letters
     # a special token's text within a row stays plain text, as in training
-    mark = free_break(json.dumps([messages, answers], ensure_ascii=False))
+    mark = pick_escape_char(json.dumps([messages, answers], ensure_ascii=False))
     pieces = [_cut(tokenizer, messages, answer, mark) for answer in answers]
     scored = []
     for encoded in encode_segments(pieces, tokenizer, allow_special=True, marks=[mark] * len(pieces)):
-        labelled = [place for place, label in enumerate(encoded["labels"]) if label != IGNORED]
+        labelled = [place for place, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX]
         if not labelled or not labelled[0]:
             raise UserError("the model's tokenizer makes no token of a choice, or none of what stands before it")
         scored.append(Scored(encoded["input_ids"][: labelled[-1] + 1], labelled[0]))
@@ -171,8 +171,8 @@ def _cut(tokenizer, messages: list[Message], answer: str, mark: str) -> list[Seg
     """The rendering, with the answer's text as the one trained piece, and not the stop token after it."""
     from jinja2 import TemplateError
 
-    breaks = breaks_for(tokenizer, tokenizer.get_chat_template())
-    messages, answer = break_messages(messages, breaks, mark), break_leaves(answer, breaks.answers, mark)
+    breaks = escape_patterns(tokenizer, tokenizer.get_chat_template())
+    messages, answer = escape_messages(messages, breaks, mark), escape_special_tokens(answer, breaks.answers, mark)
     turns = [*messages, {"role": "assistant", "content": answer}]
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

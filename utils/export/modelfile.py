@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils.runtime.errors import UserError
 from utils.template import Template, get_template, template_dict
-from utils.template.auto import derive
+from utils.template.auto import derive_template
 from utils.template.go import to_go
 
 _PROBES = [
@@ -65,7 +65,7 @@ def _candidates(tokenizer, likely: str | None) -> Iterator[Template]:
             yield get_template(name, tokenizer)
         except UserError:
             continue  # made for a tokenizer with other tokens
-    if derived := derive(tokenizer):
+    if derived := derive_template(tokenizer):
         yield derived
         yield replace(derived, strip=True)
 

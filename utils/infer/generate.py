@@ -9,7 +9,14 @@ from utils.config.flags import arg
 from utils.model.generation_config import own_generation
 from utils.patches.rope import depends_on_length
 from utils.runtime.errors import UserError
-from utils.template.tokenize import Segment, break_leaves, break_messages, breaks_for, encode_segments, free_break
+from utils.template.tokenize import (
+    Segment,
+    encode_segments,
+    escape_messages,
+    escape_patterns,
+    escape_special_tokens,
+    pick_escape_char,
+)
 
 
 @dataclass
@@ -83,8 +90,11 @@ def prompt_ids(
             raise UserError(f"the model's chat format has no form for {name}; leave them out, or use another model")
     mark = None
     if not allow_special:
-        mark, breaks = free_break(json.dumps([messages, tools], ensure_ascii=False)), breaks_for(tokenizer, form)
-        messages, tools = break_messages(messages, breaks, mark), break_leaves(tools, breaks.others, mark)
+        mark, breaks = (
+            pick_escape_char(json.dumps([messages, tools], ensure_ascii=False)),
+            escape_patterns(tokenizer, form),
+        )
+        messages, tools = escape_messages(messages, breaks, mark), escape_special_tokens(tools, breaks.others, mark)
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:  # tools of another shape than the format reads

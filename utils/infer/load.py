@@ -20,7 +20,7 @@ from utils.storage.files import project_path
 from utils.storage.run_folder import checkpoints_of, read_manifest, read_run_note
 from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template, template_dict, unknown_template
-from utils.template.auto import own_templates
+from utils.template.auto import chat_templates_of
 
 
 @dataclass
@@ -226,6 +226,6 @@ def load_format(args: TrainedArgs, parts: Parts):
     if args.template_name:
         speak(tokenizer, get_template(args.template_name, tokenizer))
     else:
-        own_templates(tokenizer)  # refused where none of several is the default
+        chat_templates_of(tokenizer)  # refused where none of several is the default
     tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
     return tokenizer

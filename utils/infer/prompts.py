@@ -19,7 +19,7 @@ from utils.data.files import find_files, read_rows
 from utils.data.pairs import check_prompt, read_pair
 from utils.data.turns import unreadable
 from utils.runtime.errors import Problem, UserError
-from utils.template.messages import as_written
+from utils.template.messages import original_fields
 
 PROMPT_FORMATS = (
     '{"instruction": …} (with "input", "system", "history" if wanted), {"messages": […]} or {"conversations": […]}, '
@@ -102,7 +102,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
         json.dumps([messages, tools], ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as error:  # a date of a Parquet file, a lone surrogate
         raise BadRow(f"has something that JSON cannot hold ({error})") from None
-    return [as_written(message) for message in messages], tools, answer or None
+    return [original_fields(message) for message in messages], tools, answer or None
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:

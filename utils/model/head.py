@@ -8,7 +8,7 @@ import types
 from loguru import logger
 
 from utils.runtime.errors import UserError
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 
 def keep_logits(model, places) -> dict:
@@ -110,7 +110,7 @@ def use_model_logits(model) -> None:
             return plain(self, *args, **kwargs)
         output = plain(self, *args, **kwargs | {"use_cache": False})
         targets = labels[:, 1:].to(output.logits.device)
-        mask = targets != IGNORED
+        mask = targets != IGNORE_INDEX
         scored = output.logits[:, :-1][mask].float()
         log_probs = scored.log_softmax(dim=-1)
         parts = {

@@ -7,7 +7,7 @@ from loguru import logger
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, load_failure
 from utils.template import Template
-from utils.template.auto import prints_date, today
+from utils.template.auto import shows_date, today
 
 _NAMED = "additional_chat_templates"  # transformers' folder for the templates beside the default one
 # a reserved token is better than eos: it never stands for anything else
@@ -60,7 +60,7 @@ def tokenizer_of(args):
         named = {file.stem: file.read_text(encoding="utf-8") for file in saved.parent.glob(f"{_NAMED}/*.jinja")}
         default = saved.read_text(encoding="utf-8")
         tokenizer.chat_template = {"default": default, **named} if named else default
-    if args.template_name == "auto" and prints_date(tokenizer):
+    if args.template_name == "auto" and shows_date(tokenizer):
         args.template_date = args.template_date or broadcast_object(today())  # midnight may pass between two processes
     elif args.template_date:
         logger.warning("--template_date {}: the template prints no day, so it changes nothing", args.template_date)

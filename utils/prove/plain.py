@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 
 def plain_loss(trainer, rows: list[dict]):
@@ -25,7 +25,7 @@ def _cross_entropy(trainer, rows: list[dict]):
     settings = trainer.args
     if settings.loss_type != "nll" or settings.label_smoothing_factor or any("seq_lengths" in row for row in rows):
         return None
-    count = sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    count = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
     return -sum(_log_prob(trainer.model, row["input_ids"], row["labels"]) for row in rows) / count
 
 
@@ -48,7 +48,7 @@ def _preference(trainer, rows: list[dict]):
         margin = 0.0
         for side, sign in (("chosen", 1), ("rejected", -1)):
             ids = row["prompt_ids"] + row[f"{side}_ids"]
-            labels = [IGNORED] * len(row["prompt_ids"]) + row[f"{side}_labels"]
+            labels = [IGNORE_INDEX] * len(row["prompt_ids"]) + row[f"{side}_labels"]
             margin = margin + sign * (_log_prob(trainer.model, ids, labels) - _reference(trainer, ids, labels))
         losses.append(-logsigmoid(trainer.beta * margin))
     return sum(losses) / len(losses)
@@ -73,4 +73,4 @@ def _log_prob(model, ids: list[int], labels: list[int]):
     inputs = torch.tensor([ids], device=model.device)
     targets = torch.tensor(labels[1:], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
-    return -torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return -torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

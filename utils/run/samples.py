@@ -6,7 +6,7 @@ from loguru import logger
 
 from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
 from utils.runtime.distributed import uses_fsdp, zero_stage
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 LONGEST = 64  # tokens of an answer: enough to see the difference, and cheap
 _BEGINNING = 32  # tokens of a plain text that the model is to go on with
@@ -91,11 +91,11 @@ def split_row(row: dict) -> tuple[list[int], list[int]]:
         return row["prompt_ids"], row["chosen_ids"]
     length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]  # packed rows: the first one
     ids, labels = row["input_ids"][:length], row["labels"][:length]
-    start = next(place for place, label in enumerate(labels) if label != IGNORED)
+    start = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
     if start == 0:
         start = min(_BEGINNING, length // 2)
         return ids[:start], ids[start : start + LONGEST]
-    end = next((place for place in range(start, length) if labels[place] == IGNORED), length)
+    end = next((place for place in range(start, length) if labels[place] == IGNORE_INDEX), length)
     return ids[:start], ids[start:end]
 
 

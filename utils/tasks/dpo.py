@@ -19,7 +19,7 @@ from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
 from utils.runtime.errors import UserError
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind, wants_one_type
-from utils.template.messages import UNTRAINED, count_answers
+from utils.template.messages import UNTRAINED_ANSWER, count_answers
 from utils.train.filler import FillsUp, fills_up
 from utils.train.trainer import Surviving
 
@@ -51,7 +51,7 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
     try:
         template.check(messages)
         for note in template.notes(messages, train_on=answers):
-            if note.kind == UNTRAINED:
+            if note.kind == UNTRAINED_ANSWER:
                 raise UserError(f"{note.reason}; both answers of a pair must be trained whole")
     except UserError as error:
         raise BadRow(str(error.problems[0])) from None

@@ -16,7 +16,7 @@ from utils.data.collate import NOT_INPUTS, build_pair_collator
 from utils.model.head import keep_logits
 from utils.tasks.dpo import load_datasets, make_dpo_trainer
 from utils.tasks.trainer import Data
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 __all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
 
@@ -58,12 +58,12 @@ def sequence_log_probs(model, batch: dict, **options):
     """
     inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
     targets = batch["labels"][:, 1:]  # the logits at t say what comes at t + 1
-    places = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    places = (targets != IGNORE_INDEX).any(dim=0).nonzero().flatten()
     output = model(**inputs, use_cache=False, **keep_logits(model, places), **options)
     logits = output.logits if output.logits.shape[1] == len(places) else output.logits[:, places]
     # log π(y_t | x, y_<t) = log softmax(logits_t)[y_t]
     losses = cross_entropy(
-        logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     rows = batch["row"][:, places].flatten()
     # log π(y|x) = Σ_t log π(y_t | x, y_<t)

@@ -11,17 +11,17 @@ from unittest.mock import patch
 
 from utils.runtime.errors import UserError
 from utils.template.format import Template
-from utils.template.messages import Message, Note, as_written, only_answers
+from utils.template.messages import Message, RowNote, original_fields, select_answers
 from utils.template.reading import Reading, read_conversation
 from utils.template.tokenize import (
-    Breaks,
+    EscapePatterns,
     Segment,
-    break_messages,
-    breaks_for,
-    cut_segments,
     encode_segments,
-    free_break,
-    special_pattern,
+    escape_messages,
+    escape_patterns,
+    pick_escape_char,
+    special_token_pattern,
+    split_at_spans,
 )
 
 _S, _U, _A, _V = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
@@ -78,34 +78,34 @@ class AutoTemplate:
                 f"--template_name auto takes the tokenizer's own chat template, and that of {path!r} has none; "
                 "choose a template by name"
             )
-        if special_pattern(tokenizer) is None:
+        if special_token_pattern(tokenizer) is None:
             raise UserError(
                 f"--template_name auto finds where an answer ends by the tokenizer's special tokens, and that of "
                 f"{tokenizer.name_or_path!r} has none; choose a template by name"
             )
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
-        date = (date or today()) if prints_date(tokenizer) else ""
-        default, with_tools = own_templates(tokenizer)
-        template = cls(default, tokens, special_pattern(tokenizer), date)._fitted()
+        date = (date or today()) if shows_date(tokenizer) else ""
+        default, with_tools = chat_templates_of(tokenizer)
+        template = cls(default, tokens, special_token_pattern(tokenizer), date)._fit_input_form()
         template.check(_PROBE)
-        return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fitted())
+        return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fit_input_form())
 
-    def _fitted(self) -> "AutoTemplate":
+    def _fit_input_form(self) -> "AutoTemplate":
         """Given contents, calls and arguments in the form that the template takes."""
         template, parted = replace(self, parts=False), replace(self, parts=True)
-        template = parted if not template._takes(_PROBE) and parted._takes(_PROBE) else template
+        template = parted if not template._accepts(_PROBE) and parted._accepts(_PROBE) else template
         forms = [(False, False), (True, False), (False, True), (True, True)]
         for null_content, text_arguments in forms:
             form = replace(template, null_content=null_content, text_arguments=text_arguments)
-            if form._takes(_CALLING):
+            if form._accepts(_CALLING):
                 return form
         return template
 
-    def _for(self, messages: list[Message]) -> "AutoTemplate":
+    def _select(self, messages: list[Message]) -> "AutoTemplate":
         """The template of a conversation, chosen as `PreTrainedTokenizer.get_chat_template` does."""
         return self.tool_use if self.tool_use and messages and messages[0].get("tools") is not None else self
 
-    def _takes(self, messages: list[Message]) -> bool:
+    def _accepts(self, messages: list[Message]) -> bool:
         try:
             return self._read(messages).refused is None
         except UserError:
@@ -117,24 +117,24 @@ class AutoTemplate:
         Raises:
             UserError: what the template refuses, in its own words.
         """
-        return self.rendered(messages, add_generation_prompt)[0]
+        return self.render_with_marks(messages, add_generation_prompt)[0]
 
-    def rendered(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def render_with_marks(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The rendering, and where `{% generation %}` marks it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not messages:
             raise UserError("the conversation is empty; it needs at least one message")
-        if (template := self._for(messages)) is not self:
-            return template.rendered(messages, prompt)
+        if (template := self._select(messages)) is not self:
+            return template.render_with_marks(messages, prompt)
         try:
-            with on_day(self.date):
+            with fixed_date(self.date):
                 texts, marks = render_jinja_template(
-                    [[self._given(message) for message in messages]],
+                    [[self._as_input(message) for message in messages]],
                     tools=messages[0].get("tools"),
                     chat_template=self.chat_template,
                     add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=self.has_marks(),
+                    return_assistant_tokens_mask=self.has_generation_marks(),
                     **dict(self.tokens),
                 )
         except Exception as error:  # Jinja's own, or whatever the template's code runs into
@@ -147,9 +147,9 @@ class AutoTemplate:
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
         return f"{self!r} {', '.join(versions)}"
 
-    def _given(self, message: Message) -> Message:
+    def _as_input(self, message: Message) -> Message:
         """A turn as the template gets it."""
-        given = as_written(message)
+        given = original_fields(message)
         if given.get("tool_calls"):
             if self.text_arguments:
                 given["tool_calls"] = [_with_text_arguments(call) for call in given["tool_calls"]]
@@ -159,7 +159,7 @@ class AutoTemplate:
             given["content"] = [{"type": "text", "text": given["content"]}]
         return given
 
-    def has_marks(self) -> bool:
+    def has_generation_marks(self) -> bool:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
 
     def check(self, messages: list[Message]) -> None:
@@ -168,17 +168,17 @@ class AutoTemplate:
             raise UserError(refused)
 
     def _read(self, messages: list[Message]) -> Reading:
-        return read_conversation(self._for(messages), _plain(messages))
+        return read_conversation(self._select(messages), _plain(messages))
 
-    def segments(self, messages: list[Message], mark: str = "", breaks: Breaks | None = None) -> list[Segment]:
+    def segments(self, messages: list[Message], mark: str = "", breaks: EscapePatterns | None = None) -> list[Segment]:
         """The rendering in pieces, cut where something trained begins or ends.
 
         A `mark` is set into each text of the data that `breaks` matches, wherever the template shows it.
         """
         if breaks:
-            messages = break_messages(messages, breaks, mark)
+            messages = escape_messages(messages, breaks, mark)
         reading = self._read(messages)
-        return cut_segments(reading.text, reading.spans)
+        return split_at_spans(reading.text, reading.spans)
 
     def encode(
         self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
@@ -194,23 +194,23 @@ class AutoTemplate:
         train_on: str | int = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
-        conversations = [only_answers(messages, train_on) for messages in conversations]
+        conversations = [select_answers(messages, train_on) for messages in conversations]
         if allow_special:
             return encode_segments([self.segments(messages) for messages in conversations], tokenizer, True)
-        marks = [free_break(_plain(messages)) for messages in conversations]
-        breaks = {form: breaks_for(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
-        pieces = [self.segments(m, marks[i], breaks[self._for(m)]) for i, m in enumerate(conversations)]
+        marks = [pick_escape_char(_plain(messages)) for messages in conversations]
+        breaks = {form: escape_patterns(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
+        pieces = [self.segments(m, marks[i], breaks[self._select(m)]) for i, m in enumerate(conversations)]
         return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
 
-    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
         """As `Template.notes`."""
-        return self._read(only_answers(messages, train_on)).notes
+        return self._read(select_answers(messages, train_on)).notes
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that a conversation shows."""
         return sorted(set(self.special.findall(self.render(_PROBE))))
 
-    def unanswered_prompt(self) -> str:
+    def prompt_only_suffix(self) -> str:
         """What a prompt ends with that a plain answer is shown without: DeepSeek-R1's `<think>\\n`; often nothing."""
         prompt, text = self.render(_PROBE[:1], add_generation_prompt=True), self.render(_PROBE)
         return prompt[len(os.path.commonprefix([prompt, text])) :]
@@ -225,7 +225,7 @@ class AutoTemplate:
         return self.chat_template
 
 
-def own_templates(tokenizer) -> tuple[str, str | None]:
+def chat_templates_of(tokenizer) -> tuple[str, str | None]:
     """A tokenizer's chat template, and the one for conversations with tools where that is another.
 
     Raises:
@@ -259,13 +259,13 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
-def prints_date(tokenizer) -> bool:
+def shows_date(tokenizer) -> bool:
     """Whether a chat template of the tokenizer's prints the day on which it renders."""
     own = tokenizer.chat_template
     return any("strftime_now" in text for text in (own.values() if isinstance(own, dict) else [own or ""]))
 
 
-class _StoppedClock:
+class _FixedClock:
     """Stands for `datetime.datetime`, of which a template only sees `now()`."""
 
     def __init__(self, day: str):
@@ -275,17 +275,17 @@ class _StoppedClock:
         return datetime.fromisoformat(self._day)
 
 
-def on_day(day: str):
+def fixed_date(day: str):
     """Renders chat templates as transformers does at midnight of `day`; as it does now where `day` is empty.
 
     `strftime_now` of a template calls `datetime.now()` of transformers' module, and no argument can replace it.
     """
     from transformers.utils import chat_template_utils
 
-    return patch.object(chat_template_utils, "datetime", _StoppedClock(day)) if day else contextlib.nullcontext()
+    return patch.object(chat_template_utils, "datetime", _FixedClock(day)) if day else contextlib.nullcontext()
 
 
-def derive(tokenizer) -> Template | None:
+def derive_template(tokenizer) -> Template | None:
     """Reads the pieces of a tokenizer's chat template from three conversations.
 
     A turn begins with a special token, and an answer ends with the template's stop token. Whoever calls this compares
@@ -298,10 +298,10 @@ def derive(tokenizer) -> Template | None:
         the template, named `auto`; None where the renderings have no such pieces, or print the day.
     """
     try:
-        if prints_date(tokenizer):
+        if shows_date(tokenizer):
             return None
         own = AutoTemplate.of(tokenizer)
-        return _from_renderings(own, own.stop_token(), special_pattern(tokenizer), tokenizer.bos_token or "")
+        return _from_renderings(own, own.stop_token(), special_token_pattern(tokenizer), tokenizer.bos_token or "")
     except (UserError, ValueError):  # refused, or a piece that is not found
         return None
 

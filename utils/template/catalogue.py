@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 from utils.runtime.errors import Problem, UserError, nearest
 from utils.template.auto import AutoTemplate
 from utils.template.format import Message, Template
-from utils.template.tokenize import IGNORED, label_spans
+from utils.template.tokenize import IGNORE_INDEX, label_spans
 
-__all__ = ["IGNORED", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
+__all__ = ["IGNORE_INDEX", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
 
 template_dict: dict[str, Template] = {}
 

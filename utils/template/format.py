@@ -9,16 +9,16 @@ from dataclasses import dataclass, fields
 from utils.runtime.errors import UserError
 from utils.template.jinja import to_jinja
 from utils.template.messages import (
-    EMPTY,
-    MEDIA,
-    REASONING,
-    UNTRAINED,
+    EMPTY_ANSWER,
+    MEDIA_FIELDS,
+    REASONING_FIELDS,
+    UNTRAINED_ANSWER,
     Message,
-    Note,
-    is_empty,
-    is_wanted,
-    only_answers,
-    unread,
+    RowNote,
+    is_empty_answer,
+    is_trained_answer,
+    select_answers,
+    unread_field_notes,
 )
 from utils.template.tokenize import Segment, encode_segments
 
@@ -95,7 +95,7 @@ class Template:
             content = message["content"]
             if message["role"] == "assistant":
                 yield Segment(self.assistant + self.before_answer)
-                trained = is_wanted(message) and not is_empty(message)
+                trained = is_trained_answer(message) and not is_empty_answer(message)
                 yield Segment(self._stripped(content), trained, content=True, answer=True)
                 yield Segment(self.after_answer + self.stop, trained)
                 yield Segment(self.after_stop)
@@ -131,7 +131,7 @@ class Template:
             if "tools" in message or "tool_calls" in message:
                 raise UserError(f"turn {turn} has tools, for which template {self.name!r} has no form" + _TOOLS)
             fields = {**message, **message.get("extra", {})}
-            for field in (*REASONING, *MEDIA):
+            for field in (*REASONING_FIELDS, *MEDIA_FIELDS):
                 if fields.get(field):
                     raise UserError(f"turn {turn} has {field!r}, for which template {self.name!r} has no form" + _OWN)
             if not isinstance(content, str):
@@ -187,19 +187,21 @@ class Template:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
         pieces = []
         for messages in conversations:
-            messages = only_answers(messages, train_on)
+            messages = select_answers(messages, train_on)
             segments = list(self.segments(messages))
             if self.closing and messages[-1]["role"] == "assistant":
-                segments.append(Segment(self.closing, is_wanted(messages[-1]) and not is_empty(messages[-1])))
+                segments.append(
+                    Segment(self.closing, is_trained_answer(messages[-1]) and not is_empty_answer(messages[-1]))
+                )
             pieces.append(segments)
         return encode_segments(pieces, tokenizer, allow_special, written=self.text())
 
-    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[Note]:
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
         """Which answers that `train_on` has trained are not, why, and which fields of the turns no token shows."""
-        answers = filter(is_wanted, only_answers(messages, train_on))
-        notes = [Note(UNTRAINED, EMPTY) for answer in answers if is_empty(answer)]
+        answers = filter(is_trained_answer, select_answers(messages, train_on))
+        notes = [RowNote(UNTRAINED_ANSWER, EMPTY_ANSWER) for answer in answers if is_empty_answer(answer)]
         fields = [field for message in messages for field in message.get("extra", {})]
-        return notes + unread([*fields, *("name" for message in messages if message.get("name"))])
+        return notes + unread_field_notes([*fields, *("name" for message in messages if message.get("name"))])
 
     def special_tokens(self, tokenizer) -> list[str]:
         """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
 from utils.template.messages import (
-    DESCRIPTIVE,
-    EMPTY,
-    MEDIA,
-    REASONING,
-    UNREAD,
-    UNTRAINED,
+    EMPTY_ANSWER,
+    MEDIA_FIELDS,
+    METADATA_FIELDS,
+    REASONING_FIELDS,
+    UNREAD_FIELD,
+    UNTRAINED_ANSWER,
     Message,
-    Note,
-    is_empty,
-    is_wanted,
-    unread,
+    RowNote,
+    is_empty_answer,
+    is_trained_answer,
+    unread_field_notes,
 )
-from utils.template.spans import NoSpan, answer_span
+from utils.template.spans import SpanNotFound, find_answer_span
 
 # how thinking is written within a content
 _THOUGHT = re.compile(r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|<\|channel>|<channel\|>")
@@ -50,7 +50,7 @@ class Reading(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     refused: str | None
-    notes: list[Note]
+    notes: list[RowNote]
 
 
 @functools.lru_cache(_KEPT)
@@ -65,30 +65,30 @@ def read_conversation(template, dumped: str) -> Reading:
         UserError: what the template refuses.
     """
     messages: list[Message] = json.loads(dumped)
-    return read_in_parts(template, messages, read_whole) or read_whole(template, messages)
+    return read_in_parts(template, messages, read_at_once) or read_at_once(template, messages)
 
 
-def read_whole(template, messages: list[Message]) -> Reading:
+def read_at_once(template, messages: list[Message]) -> Reading:
     """As `read_conversation`, of messages, with a rendering up to each answer."""
-    text, marks = template.rendered(messages)
+    text, marks = template.render_with_marks(messages)
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge(template, messages, hidden)
     if refused is None and messages[0].get("tools") and _drops_tools(template, messages, text):
         refused = "turn 1 has tools, which the tokenizer's chat template does not show"
-    shown = without(messages, [place for place in hidden if place[0] in lost]) if lost else messages
+    shown = remove_fields(messages, [place for place in hidden if place[0] in lost]) if lost else messages
     shown = shown if shown is messages or template.render(shown) == text else messages
     spans, unplaced = [], []
     for turn, message in enumerate(messages):
-        if not is_wanted(message):
+        if not is_trained_answer(message):
             continue
-        reason = EMPTY if is_empty(message) else lost.get(turn)
+        reason = EMPTY_ANSWER if is_empty_answer(message) else lost.get(turn)
         if reason is None:
             try:
                 spans.append(_span(template, shown, turn, text, marks))
-            except NoSpan as error:
+            except SpanNotFound as error:
                 reason = f"has an answer that {error}"
                 unplaced.append(f"turn {turn + 1} {reason}")
-        notes += [Note(UNTRAINED, reason)] if reason else []
+        notes += [RowNote(UNTRAINED_ANSWER, reason)] if reason else []
     if not spans and unplaced and refused is None:
         refused = f"no exact mask for the tokenizer's chat template: {unplaced[0]}"
     return Reading(text, spans, refused, notes)
@@ -96,20 +96,20 @@ def read_whole(template, messages: list[Message]) -> Reading:
 
 def _judge(
     template, messages: list[Message], hidden: list[tuple[int, str]]
-) -> tuple[str | None, dict[int, str], list[Note]]:
+) -> tuple[str | None, dict[int, str], list[RowNote]]:
     """What follows from texts that are not shown: the row is refused, an answer is not trained, or it is only noted."""
     refused, lost, fields = None, {}, []
     for turn, field in hidden:
         message = messages[turn]
         named = _NAMES.get(field, repr(field))
-        if field == "name" or (field in message.get("extra", {}) and field not in (*REASONING, *MEDIA)):
+        if field == "name" or (field in message.get("extra", {}) and field not in (*REASONING_FIELDS, *MEDIA_FIELDS)):
             fields.append(field)
         elif message["role"] == "assistant" and _shown_last(template, messages[: turn + 1], field):
             lost[turn] = f"has an answer of which the template shows {named} only where no turn follows"
         elif refused is None:
             role = message["role"]
             refused = f"turn {turn + 1} ({role}) has {named}, which the tokenizer's chat template does not show"
-    return refused, lost, unread(fields)
+    return refused, lost, unread_field_notes(fields)
 
 
 def _shown_last(template, messages: list[Message], field: str) -> bool:
@@ -131,11 +131,11 @@ def _drops_tools(template, messages: list[Message], text: str) -> bool:
 
 def _span(template, messages: list[Message], turn: int, text: str, marks) -> tuple[int, int]:
     try:
-        span = answer_span(messages, turn, text, template.render, template.special)
+        span = find_answer_span(messages, turn, text, template.render, template.special)
     except UserError as error:
-        raise NoSpan("the template refuses without the turns that follow") from error
-    if template.has_marks() and not any(begin < span[1] and span[0] < end for begin, end in marks):
-        raise NoSpan("the template's own generation marks leave out")
+        raise SpanNotFound("the template refuses without the turns that follow") from error
+    if template.has_generation_marks() and not any(begin < span[1] and span[0] < end for begin, end in marks):
+        raise SpanNotFound("the template's own generation marks leave out")
     return span
 
 
@@ -179,8 +179,10 @@ def read_in_parts(template, messages: list[Message], read: Callable[[Any, list[M
     except UserError:
         return None
     notes = [note for reading in readings for note in reading.notes]
-    unread = dict.fromkeys(note for note in notes if note.kind == UNREAD)  # the system message stands in every part
-    return readings[0]._replace(text=text, spans=spans, notes=[*unread, *(n for n in notes if n.kind != UNREAD)])
+    unread = dict.fromkeys(
+        note for note in notes if note.kind == UNREAD_FIELD
+    )  # the system message stands in every part
+    return readings[0]._replace(text=text, spans=spans, notes=[*unread, *(n for n in notes if n.kind != UNREAD_FIELD)])
 
 
 def _starts(messages: list[Message]) -> list[int]:
@@ -206,7 +208,7 @@ def _asked() -> Message:
     return {"role": "user", "content": _AFTER}
 
 
-class Place(NamedTuple):
+class TextPosition(NamedTuple):
     """The end of a piece of text in a conversation.
 
     Attributes:
@@ -266,7 +268,7 @@ def _without_effect(found: list, change: Callable, messages: list[Message], rend
     return [one for one in found if same([one])]
 
 
-def without(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
+def remove_fields(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
     """The conversation without texts that its rendering does not show."""
     kept = list(messages)
     for turn, field in hidden:
@@ -275,36 +277,41 @@ def without(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Mess
             message["content"] = _THOUGHT.split(message["content"])[-1].lstrip("\n")
         elif field == "content":
             message["content"] = ""
-        elif field in REASONING:
+        elif field in REASONING_FIELDS:
             message.pop(field, None)
             message["extra"] = {key: value for key, value in message.get("extra", {}).items() if key != field}
         kept[turn] = message
     return kept
 
 
-def _places(turn: int, message: Message) -> Iterator[Place]:
+def _places(turn: int, message: Message) -> Iterator[TextPosition]:
     content = message["content"]
     start = 0
     ends = [match.start() for match in _THOUGHT.finditer(content)] if message["role"] == "assistant" else []
     for number, end in enumerate([*ends, len(content)]):
         piece = content[start:end].rstrip()
         if piece and not _THOUGHT.fullmatch(piece):
-            yield Place(turn, ("content",), start + len(piece), "content" if number == len(ends) else "<think>")
+            yield TextPosition(turn, ("content",), start + len(piece), "content" if number == len(ends) else "<think>")
         start = end
     for key, value in message.items():
-        if isinstance(value, str) and value.strip() and key in ("name", *REASONING) and message["role"] != "tool":
-            yield Place(turn, (key,), len(value.rstrip()), key)
+        if (
+            isinstance(value, str)
+            and value.strip()
+            and key in ("name", *REASONING_FIELDS)
+            and message["role"] != "tool"
+        ):
+            yield TextPosition(turn, (key,), len(value.rstrip()), key)
     for key, value in _extra(message):
         if isinstance(value, str):
-            yield Place(turn, ("extra", key), len(value.rstrip()), key)
+            yield TextPosition(turn, ("extra", key), len(value.rstrip()), key)
     for path, value in _leaves(message.get("tool_calls") or [], ("tool_calls",)):
         if value.strip() and path[-1] not in ("id", "type"):
-            yield Place(turn, path, len(value.rstrip()), "tool_calls")
+            yield TextPosition(turn, path, len(value.rstrip()), "tool_calls")
 
 
 def _extra(message: Message) -> list[tuple[str, Any]]:
     """The further fields that may say something."""
-    return [(key, value) for key, value in message.get("extra", {}).items() if key not in DESCRIPTIVE]
+    return [(key, value) for key, value in message.get("extra", {}).items() if key not in METADATA_FIELDS]
 
 
 def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
@@ -315,7 +322,7 @@ def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
         yield from _leaves(item, (*path, key))
 
 
-def _with_marks(messages: list[Message], marks: dict[Place, str]) -> list[Message]:
+def _with_marks(messages: list[Message], marks: dict[TextPosition, str]) -> list[Message]:
     copied = copy.deepcopy(messages)
     for place, char in sorted(marks.items(), key=lambda item: -item[0].end):
         *way, last = place.path
@@ -324,7 +331,7 @@ def _with_marks(messages: list[Message], marks: dict[Place, str]) -> list[Messag
     return copied
 
 
-def _with_x(messages: list[Message], places: list[Place]) -> list[Message]:
+def _with_x(messages: list[Message], places: list[TextPosition]) -> list[Message]:
     return _with_marks(messages, dict.fromkeys(places, "x"))
 
 

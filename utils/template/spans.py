@@ -12,11 +12,13 @@ Render = Callable[..., str]  # messages, and whether a prompt is wanted → text
 _CONTENT = "\ue0ee"  # an answer that shares no character with what a prompt may set before it
 
 
-class NoSpan(ValueError):
+class SpanNotFound(ValueError):
     """An answer whose place is not known exactly; the text completes "an answer that …"."""
 
 
-def answer_span(messages: list[Message], turn: int, text: str, render: Render, special: re.Pattern) -> tuple[int, int]:
+def find_answer_span(
+    messages: list[Message], turn: int, text: str, render: Render, special: re.Pattern
+) -> tuple[int, int]:
     """Where an answer stands in the rendering of the whole conversation, with the tokens that end it.
 
     It begins where the prompt for it ends, or where the two part: many a prompt opens a thought that the answers of
@@ -34,7 +36,7 @@ def answer_span(messages: list[Message], turn: int, text: str, render: Render, s
         special: matches the special tokens' texts.
 
     Raises:
-        NoSpan: the answer's place is not known.
+        SpanNotFound: the answer's place is not known.
     """
     if turn == 0:
         return _first(messages, text, render, special)
@@ -43,18 +45,18 @@ def answer_span(messages: list[Message], turn: int, text: str, render: Render, s
     begin = _begin(messages, turn, prompt, text, render)
     first = begin if alone is text else _begin(messages[: turn + 1], turn, prompt, alone, render)
     if begin is None or first is None:
-        raise NoSpan("does not follow the prompt that the template gives for it")
+        raise SpanNotFound("does not follow the prompt that the template gives for it")
     answer = alone[first:]
     content = _content_in(answer, messages[: turn + 1], alone, first, render)
     stop, end = _ends(answer, content, messages[turn], special)
     if end is None:
-        raise NoSpan(
+        raise SpanNotFound(
             "no special token ends, so that the model would not learn to stop; give the tokenizer a chat template "
             "that ends it with one (TRL's training templates do), or choose another --template_name"
         )
     size = _found_again(answer[:end], content, stop, text[begin:], special)
     if size is None:
-        raise NoSpan("the template shows in another form once a turn follows")
+        raise SpanNotFound("the template shows in another form once a turn follows")
     shown = text[begin : begin + size]
     # where the prompt after a tool's result has no opening of its own (DiffusionGemma)
     if special.match(shown) and (header := _opening(render)) and shown.startswith(header):
@@ -115,10 +117,10 @@ def _first(messages: list[Message], text: str, render: Render, special: re.Patte
     marked = render([{**messages[0], "content": _CONTENT + messages[0]["content"].lstrip()}, *messages[1:]])
     begin = marked.find(_CONTENT)
     if begin < 0 or not opening or not text[:begin].endswith(opening):
-        raise NoSpan("stands first, where no prompt comes before it")
+        raise SpanNotFound("stands first, where no prompt comes before it")
     match = special.search(text, begin + len(messages[0]["content"].strip()))
     if match is None:
-        raise NoSpan("no special token ends")
+        raise SpanNotFound("no special token ends")
     return begin, match.end()
 
 

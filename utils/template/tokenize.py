@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
 
-IGNORED = -100  # the label of a token that is not trained (torch's cross_entropy default)
+IGNORE_INDEX = -100  # the label of a token that is not trained (torch's cross_entropy default)
 # private-use characters: set into the text of a special token, one keeps that from becoming the token. The first 16
 # are used nowhere else in this project; all others that Unicode has follow, for a text that holds these.
 _BREAKS = (range(0xE0F0, 0xE100), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0xE000, 0xF900))
@@ -28,8 +28,8 @@ class Segment(NamedTuple):
     answer: bool = False
 
 
-class Breaks(NamedTuple):
-    """Which texts of the data are kept from becoming tokens of the format, as `breaks_for` finds them.
+class EscapePatterns(NamedTuple):
+    """Which texts of the data are kept from becoming tokens of the format, as `escape_patterns` finds them.
 
     Attributes:
         answers: matches them in what the assistant says.
@@ -56,16 +56,16 @@ def encode_segments(
         conversations: the pieces of each rendering.
         tokenizer: a fast one.
         allow_special: whether such a text becomes the special token after all.
-        marks: for each conversation the break that stands in its pieces already, from `break_messages`.
-        written: what the format itself writes, as for `breaks_for`.
+        marks: for each conversation the break that stands in its pieces already, from `escape_messages`.
+        written: what the format itself writes, as for `escape_patterns`.
 
     Returns:
         for each `{"input_ids": [L], "labels": [L]}`
     """
-    special = None if allow_special else breaks_for(tokenizer, written)
+    special = None if allow_special else escape_patterns(tokenizer, written)
     texts, spans, breaks = [], [], []
     for segments in conversations:
-        segments, mark = _break_special(segments, special)
+        segments, mark = _escape_segments(segments, special)
         mark = mark or (marks and marks[len(texts)])
         text, trained = "", []
         for segment in segments:
@@ -102,7 +102,7 @@ def _encode_texts(texts: list[str], tokenizer) -> list:
 
 def _label_ranges(encoding, ids: list[int], spans: list[tuple[int, int]]) -> list[int] | None:
     """As `label_spans`, without an object for each token; None where a token crosses an end of a span."""
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     for start, end in spans:
         first, after = encoding.char_to_token(start), encoding.char_to_token(end)
         after = len(ids) if after is None else after
@@ -115,7 +115,7 @@ def _label_ranges(encoding, ids: list[int], spans: list[tuple[int, int]]) -> lis
     return labels
 
 
-def free_break(text: str) -> str:
+def pick_escape_char(text: str) -> str:
     """A private-use character that `text` does not hold.
 
     Raises:
@@ -127,10 +127,10 @@ def free_break(text: str) -> str:
     raise UserError("a conversation holds every private-use character of Unicode; remove some of them from it")
 
 
-def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
+def split_at_spans(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
     """Cuts a rendering where something trained begins or ends.
 
-    `cut_segments("ab", [(1, 2)])` → `[Segment("a"), Segment("b", trained=True)]`
+    `split_at_spans("ab", [(1, 2)])` → `[Segment("a"), Segment("b", trained=True)]`
     """
     cuts = sorted({0, len(text), *(place for span in trained for place in span)})
     return [
@@ -139,39 +139,42 @@ def cut_segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
     ]
 
 
-def break_messages(messages: list[dict[str, Any]], breaks: Breaks, mark: str) -> list[dict[str, Any]]:
+def escape_messages(messages: list[dict[str, Any]], breaks: EscapePatterns, mark: str) -> list[dict[str, Any]]:
     """Sets the break into every such text within messages, their tools and tool calls, keys among them."""
     broken = []
     for message in messages:
         own = breaks.answers if message.get("role") == "assistant" else breaks.others
         broken.append({
-            break_leaves(key, breaks.others, mark):
-            item if key == "role" else break_leaves(item, breaks.others if key == "tools" else own, mark)
+            escape_special_tokens(key, breaks.others, mark):
+            item if key == "role" else escape_special_tokens(item, breaks.others if key == "tools" else own, mark)
             for key, item in message.items()
         })  # fmt: skip
     return broken
 
 
-def break_leaves(value: Any, special: re.Pattern | None, mark: str) -> Any:
+def escape_special_tokens(value: Any, special: re.Pattern | None, mark: str) -> Any:
     """Sets the break into every text of a value that `special` matches, keys among them."""
     if special is None:
         return value
     if isinstance(value, dict):
-        return {break_leaves(key, special, mark): break_leaves(item, special, mark) for key, item in value.items()}
+        return {
+            escape_special_tokens(key, special, mark): escape_special_tokens(item, special, mark)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [break_leaves(item, special, mark) for item in value]
-    return _broken(value, special, mark) if isinstance(value, str) else value
+        return [escape_special_tokens(item, special, mark) for item in value]
+    return _escape(value, special, mark) if isinstance(value, str) else value
 
 
-def _broken(text: str, special: re.Pattern, mark: str) -> str:
+def _escape(text: str, special: re.Pattern, mark: str) -> str:
     while special.search(text):
         text = special.sub(lambda match: match[0][0] + mark + match[0][1:], text)
     return text
 
 
-def special_pattern(tokenizer) -> re.Pattern | None:
+def special_token_pattern(tokenizer) -> re.Pattern | None:
     """Matches the text of any special token of two characters or more."""
-    return _any_of(_special_texts(tokenizer))
+    return _alternation(_special_texts(tokenizer))
 
 
 def _special_texts(tokenizer) -> set[str]:
@@ -179,13 +182,13 @@ def _special_texts(tokenizer) -> set[str]:
     return {name for name in names | set(tokenizer.all_special_tokens) if len(name) > 1}
 
 
-def _any_of(names: set[str]) -> re.Pattern | None:
+def _alternation(names: set[str]) -> re.Pattern | None:
     # the longest first, since a regular expression takes the first that matches
     ordered = sorted(names, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered))) if names else None
 
 
-def breaks_for(tokenizer, written: str) -> Breaks:
+def escape_patterns(tokenizer, written: str) -> EscapePatterns:
     """Which texts of the data would be tokens of the format.
 
     The special tokens anywhere; and of the tokens added to the vocabulary that are not special, those that the format
@@ -202,10 +205,10 @@ def breaks_for(tokenizer, written: str) -> Breaks:
     # a tokenizer may have spaces, words and operators as added tokens too, which in a template are plain text or code
     tags = {name for name in added if re.fullmatch(r"[^\w\s].*\w.*[^\w\s]", name) and name in written}
     roles = {name for name in tags if re.search("user|assistant|system|human", name, re.IGNORECASE)}
-    return Breaks(_any_of(special | roles), _any_of(special | tags))
+    return EscapePatterns(_alternation(special | roles), _alternation(special | tags))
 
 
-def _break_special(segments: list[Segment], breaks: Breaks | None) -> tuple[list[Segment], str | None]:
+def _escape_segments(segments: list[Segment], breaks: EscapePatterns | None) -> tuple[list[Segment], str | None]:
     """Sets a break into each such text within a content: `"a<|im_end|>"` → `"a<\ue0f0|im_end|>"`.
 
     Returns:
@@ -214,9 +217,9 @@ def _break_special(segments: list[Segment], breaks: Breaks | None) -> tuple[list
     patterns = [breaks and s.content and (breaks.answers if s.answer else breaks.others) for s in segments]
     if not any(special and special.search(s.text) for s, special in zip(segments, patterns, strict=True)):
         return segments, None
-    mark = free_break("".join(segment.text for segment in segments))
+    mark = pick_escape_char("".join(segment.text for segment in segments))
     return [
-        s._replace(text=_broken(s.text, special, mark)) if special else s
+        s._replace(text=_escape(s.text, special, mark)) if special else s
         for s, special in zip(segments, patterns, strict=True)
     ], mark
 
@@ -238,7 +241,7 @@ def label_spans(
     Returns:
         [L], -100 where nothing is trained.
     """
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     position = 0
     for start, end in spans:
         while position < len(ids) and offsets[position][1] <= start:

@@ -3,12 +3,12 @@
 from loguru import logger
 from torch.utils.data import BatchSampler, Dataset
 
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 
 def empty_row(columns: list[str]) -> dict:
     """A row of one token without a label, and of no file."""
-    empty = {"input_ids": [0], "labels": [IGNORED], "source": [], "seq_lengths": [1]}
+    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "source": [], "seq_lengths": [1]}
     return {name: empty[name] for name in columns}
 
 

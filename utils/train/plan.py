@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 
 from utils.runtime.errors import UserError
-from utils.template.tokenize import IGNORED
+from utils.template.tokenize import IGNORE_INDEX
 
 _PARTS = 10_000  # rows measured at once
 _UPDATES = 10_000_000  # of more a run would not see the end, and the occasions of each could not be listed
@@ -65,7 +65,7 @@ def _lengths(batch, name: str) -> numpy.ndarray:
 def _labelled(batch, name: str) -> numpy.ndarray:
     """How many labels of each row are trained, [rows]."""
     values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    before = numpy.concatenate([[0], numpy.cumsum(values != IGNORED)])
+    before = numpy.concatenate([[0], numpy.cumsum(values != IGNORE_INDEX)])
     ends = numpy.cumsum(_lengths(batch, name))
     return before[ends] - before[numpy.concatenate([[0], ends[:-1]])]
 
