@@ -21,14 +21,21 @@ VOCAB_SIZE = 3584
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.build", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the steps to run, in this order")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data", help="where the finished files go")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "output" / "tiny_model",
-                        help="where the text, the random model and the run stay")
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=ROOT / "output" / "tiny_model",
+        help="where the text, the random model and the run stay",
+    )
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="documents of pretraining text")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text and the same random model")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same text and the same random model"
+    )
     return parser.parse_args(argv)
 
 

@@ -21,9 +21,13 @@ WEIGHTS = {"add_en": 3, "sub_en": 3, "mul_en": 2, "add_zh": 3, "sub_zh": 3, "mul
            "number_en": 1.5, "number_zh": 1.5, "capital_en": 1.5, "capital_zh": 1.5,
            "past": 2.5, "negative": 2.5, "question": 2.5,
            "reverse": 3, "negative_zh": 1.5, "question_zh": 1.5, "ba_zh": 1.5, "glue": 4, "day_en": 0.5, "day_zh": 0.5,
-           "home_en": 0.5, "polite": 0.7, "list": 3}
-SYSTEMS = [("You are a helpful assistant", 6), ("You are a kind teacher", 1), ("You answer in one sentence", 1),
-           ("你是一个有用的助手", 1)]
+           "home_en": 0.5, "polite": 0.7, "list": 3}  # fmt: skip
+SYSTEMS = [
+    ("You are a helpful assistant", 6),
+    ("You are a kind teacher", 1),
+    ("You answer in one sentence", 1),
+    ("你是一个有用的助手", 1),
+]
 REPEAT_EN = ["Repeat after me: {}", "Say it again: {}", "Read this aloud: {}", "Copy this: {}"]
 REPEAT_ZH = ["跟我读：{}", "再说一遍：{}", "请重复：{}", "抄写：{}"]
 FINISH_EN = ["Finish the sentence: {}", "Complete what I begin: {}", "Go on from here: {}"]

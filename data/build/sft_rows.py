@@ -16,19 +16,56 @@ from data.build.world import FACTS, Word
 
 # name: (kind, training rows, held-back rows, answer, questions)
 QUESTIONS: dict[str, tuple[str, int, int, str, list[str]]] = {
-    "capital_en": ("fact", 12, 3, "The capital of {country} is {capital}.",
-                   ["What is the capital of {country}?", "Which city is the capital of {country}?"]),
-    "capital_zh": ("fact", 11, 3, "{zh_country}的首都是{zh_capital}。", ["{zh_country}的首都是哪里？", "哪个城市是{zh_country}的首都？"]),
-    "opposite_en": ("fact", 10, 2, "The opposite of {word} is {other}.",
-                    ["What is the opposite of {word}?", "Which word is the opposite of {word}?"]),
-    "opposite_zh": ("fact", 10, 2, "“{word}”的反义词是“{other}”。", ["“{word}”的反义词是什么？", "请说出“{word}”的反义词。"]),
-    "young_en": ("fact", 7, 2, "A young {animal} is {young:a}.",
-                 ["What is a young {animal}?", "What do we call a young {animal}?"]),
-    "colour_en": ("fact", 7, 2, "The colour of {thing} is {colour}.",
-                  ["What is the colour of {thing}?", "What colour is {thing}?"]),
+    "capital_en": (
+        "fact",
+        12,
+        3,
+        "The capital of {country} is {capital}.",
+        ["What is the capital of {country}?", "Which city is the capital of {country}?"],
+    ),
+    "capital_zh": (
+        "fact",
+        11,
+        3,
+        "{zh_country}的首都是{zh_capital}。",
+        ["{zh_country}的首都是哪里？", "哪个城市是{zh_country}的首都？"],
+    ),
+    "opposite_en": (
+        "fact",
+        10,
+        2,
+        "The opposite of {word} is {other}.",
+        ["What is the opposite of {word}?", "Which word is the opposite of {word}?"],
+    ),
+    "opposite_zh": (
+        "fact",
+        10,
+        2,
+        "“{word}”的反义词是“{other}”。",
+        ["“{word}”的反义词是什么？", "请说出“{word}”的反义词。"],
+    ),
+    "young_en": (
+        "fact",
+        7,
+        2,
+        "A young {animal} is {young:a}.",
+        ["What is a young {animal}?", "What do we call a young {animal}?"],
+    ),
+    "colour_en": (
+        "fact",
+        7,
+        2,
+        "The colour of {thing} is {colour}.",
+        ["What is the colour of {thing}?", "What colour is {thing}?"],
+    ),
     "colour_zh": ("fact", 7, 2, "{thing}是{colour}的。", ["{thing}是什么颜色的？", "{thing}的颜色是什么？"]),
-    "plural_en": ("fact", 8, 2, "The plural of {one} is {many}.",
-                  ["What is the plural of {one}?", "Write down the plural of {one}."]),
+    "plural_en": (
+        "fact",
+        8,
+        2,
+        "The plural of {one} is {many}.",
+        ["What is the plural of {one}?", "Write down the plural of {one}."],
+    ),
     "tool_en": ("fact", 7, 2, "We use {tool} to {purpose}.", ["What do we use to {purpose}?"]),
     "job_en": ("fact", 7, 2, "{person:A} works {place}.", ["Where does {person:a} work?"]),
     "home_en": ("fact", 6, 1, "{animal:A} lives in a {home}.", ["Where does {animal:a} live?"]),
@@ -36,11 +73,21 @@ QUESTIONS: dict[str, tuple[str, int, int, str, list[str]]] = {
     "day_en": ("fact", 5, 1, "The day after {now} is {next}.", ["What day comes after {now}?"]),
     "month_en": ("fact", 7, 2, "The month after {now} is {next}.", ["What month comes after {now}?"]),
     "day_zh": ("fact", 5, 1, "{now}的后面是{next}。", ["{now}的后面是星期几？"]),
-    "word_en": ("translation", 11, 3, "The Chinese word for {en} is {zh}.",
-                ["What is the Chinese word for {en}?", "How do you say {en} in Chinese?"]),
+    "word_en": (
+        "translation",
+        11,
+        3,
+        "The Chinese word for {en} is {zh}.",
+        ["What is the Chinese word for {en}?", "How do you say {en} in Chinese?"],
+    ),
     "word_zh": ("translation", 11, 3, "“{zh}”的英文是 {en}。", ["“{zh}”用英文怎么说？", "“{zh}”的英文是什么？"]),
-    "number_en": ("number", 10, 2, "{n} in words is {name}.",
-                  ["Write {n} in words.", "How do you write {n} in words?"]),
+    "number_en": (
+        "number",
+        10,
+        2,
+        "{n} in words is {name}.",
+        ["Write {n} in words.", "How do you write {n} in words?"],
+    ),
     "number_zh": ("number", 10, 2, "{n}写作{name}。", ["{n}用汉字怎么写？", "请用汉字写出{n}。"]),
     "add_en": ("arithmetic", 13, 3, "{a} + {b} = {c}.", ["What is {a} + {b}?", "Calculate {a} + {b}."]),
     "sub_en": ("arithmetic", 11, 3, "{a} - {b} = {c}.", ["What is {a} - {b}?", "Calculate {a} - {b}."]),
@@ -77,7 +124,9 @@ def _items(name: str, rng: random.Random) -> list[dict[str, Word]]:
         same = {"she": ("she",), "they": ("they",), "he_zh": ("他",)}[name]
         clauses = [clause for clause in clauses if clause["who"] not in same]
     # "I" and "you" change places in a question of real life: leave them out, so that the answer is not disputed
-    return [c for c in clauses if not (name.startswith("question") and c["who"] in ("I", "you", "we", "我", "你", "我们"))]
+    return [
+        c for c in clauses if not (name.startswith("question") and c["who"] in ("I", "you", "we", "我", "你", "我们"))
+    ]
 
 
 def build_rows(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -46,12 +46,18 @@ def train_tokenizer(text_file: Path, folder: Path, vocab_size: int) -> None:
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer()  # an empty one: its normaliser, splitting and decoder are what is wanted
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS,
-                         initial_alphabet=sorted(ByteLevel.alphabet()), min_frequency=5, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        min_frequency=5,
+        show_progress=False,
+    )
     with text_file.open(encoding="utf-8") as file:
         tokenizer.backend_tokenizer.train_from_iterator(_pieces(json.loads(line)["text"] for line in file), trainer)
     trained = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
-    final = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, extra_special_tokens=SPECIAL_TOKENS[1:],
-                            model_max_length=2048)
+    final = Qwen2Tokenizer(
+        vocab=trained["vocab"], merges=merges, extra_special_tokens=SPECIAL_TOKENS[1:], model_max_length=2048
+    )
     final.save_pretrained(folder)
