@@ -119,9 +119,8 @@ def table(results: dict | None) -> str:
 
 
 def write_tables(results: dict | None) -> None:
-    """Puts the table into the pages that show it."""
-    for name in ("docs/speed.md", "README_zh.md"):
-        write_table(ROOT / name, "benchmarks/gpu_memory.json", table(results))
+    """Puts the table into the page that shows it."""
+    write_table(ROOT / "docs" / "speed.md", "benchmarks/gpu_memory.json", table(results))
 
 
 def main(argv: list[str] | None = None) -> None:

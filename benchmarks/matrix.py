@@ -1,6 +1,6 @@
 """Every ZeRO configuration with every kind of training, on two processes, against the same run on one.
 
-    python -m benchmarks.matrix                       # all; writes matrix.json and the table in docs/launching.md
+    python -m benchmarks.matrix                       # all; writes matrix.json and the table in PAGES
     python -m benchmarks.matrix --only zero3 qlora    # the combinations that have all of these
 
 Each run is the real command under DeepSpeed's launcher, on the CPU. It passes when its losses equal those of plain
@@ -32,6 +32,8 @@ MODES = {
     "qlora": ["--train_mode", "qlora"],
 }
 RECIPES = {"sft": "train_args/sft/base.py", "dpo": "train_args/dpo/base.py"}
+# the pages with the table, and the heading of its first column
+PAGES = {"docs/launching.md": "two processes", "docs/zh/launching.md": "两个进程"}
 # every value with every other at least once
 COVERING = [
     (zero, mode, tuple(RECIPES)[(number // len(MODES) + number) % 2])
@@ -144,12 +146,15 @@ def check(zero: str, mode: str, task: str, folder: Path, alone: Path) -> dict:
     return {"zero": zero, "mode": mode, "task": task, "seconds": seconds, "problems": problems}
 
 
-def table(results: dict) -> str:
-    """The table of docs/launching.md: a row for each configuration, a column for each kind of training."""
+def table(results: dict, corner: str = "two processes") -> str:
+    """The table of docs/launching.md: a row for each configuration, a column for each kind of training.
+
+    corner: the heading of its first column.
+    """
     found: dict = {}
     for run in results["runs"]:
         found.setdefault((run["zero"], run["mode"]), {})[run["task"]] = not run["problems"]
-    lines = [f"| two processes | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
+    lines = [f"| {corner} | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
     for zero in ZEROS:
         cells = []
         for mode in MODES:
@@ -162,8 +167,8 @@ def table(results: dict) -> str:
 
 def write_tables(results: dict) -> None:
     """Puts the table into the pages that show it."""
-    for name in ("docs/launching.md", "README_zh.md"):
-        write_table(ROOT / name, "benchmarks/matrix.json", table(results))
+    for name, corner in PAGES.items():
+        write_table(ROOT / name, "benchmarks/matrix.json", table(results, corner))
 
 
 def main() -> None:

@@ -16,9 +16,8 @@ SAID = {"doctor": "verdict", "explain": "tokens", "plan_memory": "parameters", "
 pytestmark = pytest.mark.slow
 
 
-def test_both_readmes_have_the_same_commands():
+def test_the_page_has_the_commands_that_run():
     assert len(COMMANDS) == 14 and set(NOT_CLEAN) < set(COMMANDS)
-    assert commands("README_zh.md", "## 训练之前") == COMMANDS
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import tiny
 from conftest import ROOT, write_rows
 from pages import commands
 
-from benchmarks.matrix import COVERING, check, free_port, one_process, table, two_processes
+from benchmarks.matrix import COVERING, PAGES, check, free_port, one_process, table, two_processes
 from utils.config.deepspeed import CONFIGS, NAMES
 
 PAGE = "docs/launching.md"
@@ -292,8 +292,8 @@ def test_the_matrix_where_it_covers_every_two_values(zero, mode, task, alone, tm
 def test_the_pages_table_is_what_was_measured():
     results = json.loads((ROOT / "benchmarks" / "matrix.json").read_text(encoding="utf-8"))
     assert len(results["runs"]) == 48
-    for name in (PAGE, "README_zh.md"):
-        assert table(results) in (ROOT / name).read_text(encoding="utf-8")
+    for name, corner in PAGES.items():
+        assert table(results, corner) in (ROOT / name).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- several machines

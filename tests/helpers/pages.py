@@ -9,6 +9,10 @@ INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 # the pages whose commands are typed by tests
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+# an English page → the same page in Chinese
+CHINESE = {"README.md": "README_zh.md"} | {
+    f"docs/{path.name}": f"docs/zh/{path.name}" for path in sorted((ROOT / "docs/zh").glob("*.md"))
+}
 
 
 def read(page: str) -> str:
@@ -55,17 +59,23 @@ def links(page: str) -> list[str]:
     return LINK.findall(INLINE.sub("code", FENCE.sub("", read(page))))
 
 
-def anchors(page: str) -> set[str]:
-    """The anchors that GitHub gives a page's headings.
+def headings(page: str) -> list[tuple[int, str]]:
+    """The level and the text of each heading."""
+    found = re.findall(r"^(#{1,6}) (.+)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return [(len(marks), text) for marks, text in found]
+
+
+def anchors(page: str) -> list[str]:
+    """The anchors that GitHub gives a page's headings, in their order.
 
     `## What's new?` → `whats-new`; a second heading of that text → `whats-new-1`
     """
-    found: set[str] = set()
-    for heading in re.findall(r"^#{1,6} (.+)$", FENCE.sub("", read(page)), re.MULTILINE):
+    found: list[str] = []
+    for _, heading in headings(page):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
         number = 0
         while (anchor := f"{slug}-{number}" if number else slug) in found:
             number += 1
-        found.add(anchor)
+        found.append(anchor)
     return found
