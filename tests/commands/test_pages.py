@@ -1,7 +1,8 @@
 """README.md and docs/: every command on them is typed, and every link, flag, path and figure is there.
 
 test_before_training, test_after_training, test_launch and test_extending type the commands of their pages; this file
-types all the others. test_languages compares the Chinese pages with the English ones. A command that no test can run stands in `NOT_RUN`, with the reason.
+types all the others. A command that no test can run stands in `NOT_RUN`, with the reason. test_languages compares the
+Chinese pages with the English ones.
 """
 
 import dataclasses
