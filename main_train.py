@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from transformers import set_seed
 
-    from utils.doctor.quick import examine
+    from utils.doctor.examine import examine
     from utils.model.adapter import build_adapter
     from utils.model.layout import resolve_layout
     from utils.model.load import load_model

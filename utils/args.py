@@ -107,7 +107,7 @@ class CommonArgs:
     )
     doctor: Literal["on", "off"] = arg(
         "on",
-        "Look at rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor/quick.py).",
+        "Check rows, settings, disk and memory before the weights load, and stop on errors (utils/doctor/examine.py).",
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(

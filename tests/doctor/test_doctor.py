@@ -13,8 +13,8 @@ import main_train
 from utils.args import parse_args
 from utils.doctor import resources as doctor_sizes
 from utils.doctor.codes import CODES
+from utils.doctor.examine import quick_findings
 from utils.doctor.findings import catalogue
-from utils.doctor.quick import quick_findings
 from utils.doctor.settings import deepspeed_keys, steps_of
 from utils.doctor.tokens import token_findings
 from utils.model import meta
@@ -42,13 +42,13 @@ CHINESE = [{"instruction": f"{number}的后面是几？", "output": f"后面是{
 LONG = "the quick brown fox " * 60
 
 
-ESTIMATED = doctor_sizes.estimated
+ESTIMATED = doctor_sizes.try_estimate
 
 
 @pytest.fixture(autouse=True)
 def no_estimate(monkeypatch):
     """An estimate takes half a second; what is done with one is tested below."""
-    monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: None)
+    monkeypatch.setattr(doctor_sizes, "try_estimate", lambda *_: None)
 
 
 class Patient:
@@ -131,8 +131,8 @@ def _full_disk(patient):
 
 def _little_memory(patient):
     estimate = SimpleNamespace(total=10**15, host=0)
-    patient.monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: estimate)
-    patient.monkeypatch.setattr("utils.doctor.quick.has_gpu", lambda: True)
+    patient.monkeypatch.setattr(doctor_sizes, "try_estimate", lambda *_: estimate)
+    patient.monkeypatch.setattr("utils.doctor.examine.has_gpu", lambda: True)
     return patient.flags()
 
 
@@ -415,7 +415,7 @@ def test_rows_held_back_that_repeat_trained_ones(patient, report):
 
 
 def test_a_check_that_fails_stops_nothing(patient, no_weights, report, monkeypatch):
-    monkeypatch.setattr("utils.doctor.quick.template_findings", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.doctor.examine.template_findings", lambda *_: 1 / 0)
     code, said = report(*patient.flags())
     assert (code, [f["code"] for f in said["findings"]]) == (0, ["NOT_EXAMINED"])
     assert "ZeroDivisionError" in said["findings"][0]["message"]
@@ -427,7 +427,7 @@ def test_a_check_that_fails_is_told_without_its_stack(patient, report, monkeypat
     def fail(*_):
         raise ValueError("too large\nException raised from unpack (most recent call first):\nframe #0")
 
-    monkeypatch.setattr("utils.doctor.quick.template_findings", fail)
+    monkeypatch.setattr("utils.doctor.examine.template_findings", fail)
     _, said = report(*patient.flags())
     assert said["findings"][0]["message"] == "the template: ValueError: too large"
 
@@ -547,7 +547,7 @@ def test_main_train_goes_on_with_warnings(patient, no_weights, capsys):
 def test_looking_changes_no_random_number(patient, monkeypatch):
     import torch
 
-    monkeypatch.setattr(doctor_sizes, "estimated", ESTIMATED)
+    monkeypatch.setattr(doctor_sizes, "try_estimate", ESTIMATED)
 
     args, train_args = parse_args(patient.flags())
     torch.manual_seed(1)
@@ -565,7 +565,7 @@ def test_under_zero3_no_model_is_split_to_be_looked_at(patient, monkeypatch):
     train_args.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     seen = []
     monkeypatch.setattr(
-        "utils.doctor.quick.settings_findings", lambda *_: seen.append(is_deepspeed_zero3_enabled()) or []
+        "utils.doctor.examine.settings_findings", lambda *_: seen.append(is_deepspeed_zero3_enabled()) or []
     )
     quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert seen == [False]
@@ -630,7 +630,7 @@ def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_pat
 def test_memory_of_each_process_and_of_the_machine(monkeypatch, total, host, processes, wanted):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=10 * 10**9))
     estimate = SimpleNamespace(total=int(total * 1e9), host=int(host * 1e9))
-    monkeypatch.setattr(doctor_sizes, "estimated", lambda *_: estimate)
+    monkeypatch.setattr(doctor_sizes, "try_estimate", lambda *_: estimate)
     found = doctor_sizes.memory_findings(None, None, processes)
     assert [f"{finding.severity} {finding.message}" for finding in found] == wanted
 
@@ -719,9 +719,11 @@ def test_the_quick_part_reads_the_first_rows_alone(tiny_models, rows_file, monke
     template = get_template(args.template_name, tokenizer)
     data = task.load_datasets(args, train_args, template, tokenizer)
     seen = {}
-    monkeypatch.setattr("utils.doctor.quick.token_findings", lambda dataset, *_: seen.update(tokens=len(dataset)) or [])
     monkeypatch.setattr(
-        "utils.doctor.quick.settings_findings",
+        "utils.doctor.examine.token_findings", lambda dataset, *_: seen.update(tokens=len(dataset)) or []
+    )
+    monkeypatch.setattr(
+        "utils.doctor.examine.settings_findings",
         lambda args, train_args, config, data, beginning, processes: (
             seen.update(rows=len(data.train), lengths=len(beginning.train)) or []
         ),

@@ -157,7 +157,7 @@ def test_a_mixture_s_weights_are_all_counted(architecture, mode, tiny_models):
 
 
 def test_a_model_that_cannot_be_run_without_weights_ends_nothing(config_folder, monkeypatch, capsys):
-    from utils.doctor.resources import estimated
+    from utils.doctor.resources import try_estimate
     from utils.runtime.errors import UserError
 
     def broken(*_, **__):
@@ -168,9 +168,9 @@ def test_a_model_that_cannot_be_run_without_weights_ends_nothing(config_folder, 
     monkeypatch.setattr("utils.memory.planner.step_bytes", broken)
     with pytest.raises(UserError, match=r"does not run without weights \(RuntimeError: no kernel for this\)"):
         estimate(args, train_args, 1)
-    assert estimated(args, train_args, 1) is None
+    assert try_estimate(args, train_args, 1) is None
     monkeypatch.setattr("utils.memory.planner.Planner.__init__", broken)
-    assert estimated(args, train_args, 1) is None
+    assert try_estimate(args, train_args, 1) is None
 
 
 # of 8 tokens the head takes more than the gradients of four layers, and less than those of nine

@@ -155,7 +155,7 @@ def test_the_base_may_ask_for_router_logits(train, tmp_path):
 
 def qlora_findings(folder):
     from utils.args import parse_args
-    from utils.doctor.quantised import quantised_findings
+    from utils.doctor.resources import quantised_findings
 
     run = ["--model_name_or_path", str(folder), "--train_mode", "qlora"]
     args, train_args = parse_args(run, needs_weights=False)

@@ -21,7 +21,7 @@ import utils.run.save
 from utils.args import CommonArgs, parse_args
 from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
 from utils.run.samples import Sample, split_row
-from utils.runtime.markdown import code, escape, fenced, table
+from utils.runtime.text import code_block, escape_markdown, inline_code, table
 
 FP32 = ["--precision", "fp32"]
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
@@ -108,13 +108,14 @@ def test_texts_cannot_break_the_card(train):
     sample = Sample([1], "````\n# not a title", "a", "```", "b")
     card = card_text(record, [], {"name": ("a|b", None)}, [sample], "", "run")
     assert "`````text\n````\n# not a title\n`````" in card and "````text\n```\n````" in card
-    assert fenced("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
+    assert code_block("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
     assert "| x | a&#124;b |" in table([("x", "a|b")])
 
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>", "a `b` c", "`<script>alert(1)</script>`", "[click](javascript:alert(1))", "a|b|c",
-    "![x](https://evil.example/x.png)", "two\nlines\n\n# title", "back\\slash\\|pipe", "*bold* _it_ ~~gone~~", "&lt;b&gt;",
+    "![x](https://evil.example/x.png)", "two\nlines\n\n# title", "back\\slash\\|pipe", "*bold* _it_ ~~gone~~",
+    "&lt;b&gt;",
     "https://evil.example www.evil.example <https://evil.example> a@evil.example", "`", "``", "\\`", "--> <!-- x",
     "[a]: https://evil.example", "plain/path_with_underscores-1.0.jsonl", " ",
 ]  # fmt: skip
@@ -139,7 +140,7 @@ class Page(HTMLParser):
 def test_a_text_is_shown_as_it_is_and_does_nothing(text):
     """Read by another program: Markdown to HTML, HTML to text."""
     shown = " ".join(text.split())
-    for form, tag in ((escape, []), (code, [("code",)])):
+    for form, tag in ((escape_markdown, []), (inline_code, [("code",)])):
         for markdown, around in (
             (f"x {form(text)} y", ["p"]),
             (f"# x {form(text)} y", ["h1"]),
@@ -152,7 +153,7 @@ def test_a_text_is_shown_as_it_is_and_does_nothing(text):
             assert page.tags == [(name,) for name in around] + tag
             assert "".join(page.text.split()).removeprefix("ab") == "".join(f"x {shown} y".split())
     # what GitHub makes links of without being asked to: https://github.github.com/gfm/#autolinks-extension-
-    assert not re.search(r"https?://|www\.|@", escape(text))
+    assert not re.search(r"https?://|www\.|@", escape_markdown(text))
 
 
 def test_what_others_named_cannot_write_into_the_card(train):
@@ -171,8 +172,8 @@ def test_what_others_named_cannot_write_into_the_card(train):
     spoilt["summary"] |= {"best_kept": True, "best_step": 1, "best_figure": bad}
     card = card_text(spoilt, [], {"run_name": (bad, bad)}, [Sample([1], bad, bad, bad, bad)], bad, bad)
     page = Page(card.split("---\n", 2)[2])
-    assert {tag[0] for tag in page.tags} <= {"h1", "h2", "h3", "p", "img", "code", "pre", "table", "thead", "tbody", "tr",
-                                            "th", "td"}  # fmt: skip
+    assert {tag[0] for tag in page.tags} <= {"h1", "h2", "h3", "p", "img", "code", "pre", "table", "thead", "tbody",
+                                            "tr", "th", "td"}  # fmt: skip
     assert [tag[1:] for tag in page.tags if tag[0] == "img"] == [(("src", "loss.png"), ("alt", "loss"))]
     assert [tag for tag in page.tags if tag[0] == "h1"] == [("h1",)]
     assert page.text.count("onerror=alert(1)") > 30

@@ -4,7 +4,7 @@ import pytest
 from conftest import write_rows
 
 from utils.args import parse_args
-from utils.doctor.quick import quick_findings
+from utils.doctor.examine import quick_findings
 from utils.tasks import get_task
 from utils.template import get_template
 

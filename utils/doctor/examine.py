@@ -3,24 +3,35 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from loguru import logger
+
 from utils.doctor.census import Census, take_census
-from utils.doctor.codes import ERROR
-from utils.doctor.findings import Finding, findings_of
-from utils.doctor.lengths import measured
-from utils.doctor.quick import config_of, quick_findings
-from utils.doctor.rows import census_findings, problem_findings, report_findings
+from utils.doctor.codes import ERROR, WARNING
+from utils.doctor.findings import Finding, findings_of, in_order, with_severity
+from utils.doctor.resources import disk_findings, memory_findings, quantised_findings
+from utils.doctor.rows import census_findings, describe_lengths, problem_findings, report_findings
+from utils.doctor.settings import settings_findings, steps_of
+from utils.doctor.template import template_findings
+from utils.doctor.tokens import eval_in_train_findings, token_findings
+from utils.model.adapter import ADAPTERS
 from utils.model.layout import expected_layout
 from utils.model.meta import whole_models, without_weights
 from utils.model.quantised import quantisation_of
 from utils.model.tokenizer import tokenizer_of
-from utils.runtime.errors import Problem, UserError, in_one_line
+from utils.runtime.distributed import broadcast_object, world_size
+from utils.runtime.errors import Problem, UserError, first_line, in_one_line
+from utils.runtime.log import is_main_process
 from utils.storage.weights import read_header, weight_files
 from utils.tasks import get_task
 from utils.template import get_template
 from utils.template.tokenize import special_token_pattern
+
+_QUICK_ROWS = 100_000
+_MORE_HELP = "python -m utils.script.doctor, with the same flags, says more; --doctor off trains without looking"
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
 _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
@@ -58,9 +69,9 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
     if aside & _MODEL_FLAGS:
         examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
     else:
-        tokenizer = _attempt(examined, "the tokens", lambda: tokenizer_of(args))
+        tokenizer = _try_check(examined, "the tokens", lambda: tokenizer_of(args))
         with whole_models(train_args):
-            _attempt(examined, "lengths, disk and memory", lambda: _check_model(args))
+            _try_check(examined, "lengths, disk and memory", lambda: _check_model(args))
     if tokenizer is not None and task.USES_TEMPLATE and "template_name" not in aside:
         try:
             template = get_template(args.template_name, tokenizer, args.template_date)
@@ -96,7 +107,7 @@ def layout_findings(args, train_args, task, tokenizer) -> list[Finding]:
     return [Finding("ROWS_PADDED", reason)] if reason else []
 
 
-def _attempt(examined: Examined, what: str, make):
+def _try_check(examined: Examined, what: str, make):
     """What `make` makes; None, and findings, where it refuses."""
     try:
         return make()
@@ -112,7 +123,7 @@ def _check_model(args) -> None:
     Raises:
         UserError: it cannot be built, or the files hold weights of other shapes.
     """
-    config = config_of(args)
+    config = try_load_config(args)
     if config is None:
         return
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config)
@@ -148,7 +159,7 @@ def _prepare(examined: Examined, args, train_args, task, template, tokenizer) ->
             examined.findings += stopped
         for report in filter(None, (data.report, data.eval_report)):
             options = {"args": args, "template": template, "tokenizer": tokenizer}
-            examined.findings += report_findings(report, args, functools.partial(measured, **options))
+            examined.findings += report_findings(report, args, functools.partial(describe_lengths, **options))
         return data, []
     return None, stopped
 
@@ -160,14 +171,14 @@ def _preparation_finding(problem: Problem) -> Finding:
 
 def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -> None:
     """The rows' texts, and the rows themselves where there is no preparation to tell of them."""
-    special = _forbidden(args, tokenizer) if tokenizer is not None else None
+    special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
     options = (args.task_type.partition("_")[0], special)
-    train = _attempt(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
+    train = _try_check(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
     if train is None:
         return
     held_back = None
     if args.eval_data_path:
-        held_back = _attempt(
+        held_back = _try_check(
             examined, "the validation rows", lambda: take_census(args.eval_data_path, "--eval_data_path", *options)
         )
     examined.rows = len(train.sources) + len(train.problems)
@@ -176,11 +187,11 @@ def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -
         unread = [found for part in filter(None, (train, held_back)) for found in problem_findings(part, args)]
         examined.findings += unread or stopped
     elif data.eval is not None and data.eval_report is None:
-        train, held_back = _parted(train, data)
+        train, held_back = _split_by_val_size(train, data)
     examined.findings += census_findings(train, held_back)
 
 
-def _parted(census: Census, data) -> tuple[Census, Census]:
+def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:
     """The census of rows of which `--val_size` holds some back, as two."""
     import numpy
 
@@ -189,9 +200,124 @@ def _parted(census: Census, data) -> tuple[Census, Census]:
     return census.only(~here), census.only(here)
 
 
-def _forbidden(args, tokenizer):
+def _special_text_pattern(args, tokenizer):
     """What is not to stand in a content: where it may be the token, only what begins and ends a plain text."""
     if get_task(args.task_type).USES_TEMPLATE or not args.allow_special_tokens_in_content:
         return special_token_pattern(tokenizer)
     ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and len(token) > 1}
     return re.compile("|".join(map(re.escape, sorted(ends)))) if ends else None
+
+
+def examine(args, train_args, data, template, tokenizer) -> None:
+    """Looks at prepared rows and settings before the weights are loaded; warnings go to the log.
+
+    Args:
+        args, train_args: of the run.
+        data: of the task's `load_datasets`.
+        template: the chat template; None for plain text.
+        tokenizer: the run's.
+
+    Raises:
+        UserError: with every error found.
+    """
+    if args.doctor == "off":
+        return
+    # one process looks: disk and memory differ between them, and all must go on or stop
+    findings = None
+    if is_main_process():
+        findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu(), rows=_QUICK_ROWS)
+    findings = broadcast_object(findings)
+    warnings, errors = (in_order(with_severity(findings, severity)) for severity in (WARNING, ERROR))
+    for finding in warnings:
+        logger.warning("doctor: {}", finding.line())
+    if errors:
+        problems = [f"{finding.line()}\n     → {finding.remedy}" for finding in errors]
+        problems[-1] += f"\n   {_MORE_HELP}"
+        raise UserError(*problems)
+    if warnings:
+        logger.info(_MORE_HELP)
+
+
+def has_gpu() -> bool:
+    """Whether an estimate of the memory is worth its half second at the start of a run."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def quick_findings(
+    args,
+    train_args,
+    data,
+    template,
+    tokenizer,
+    processes: int | None = None,
+    memory: bool = True,
+    rows: int | None = None,
+) -> list[Finding]:
+    """What takes well below a second: settings, template, disk, memory, and the prepared ids as arrays.
+
+    Args:
+        args, train_args, data, template, tokenizer: as for `examine`; data and template may be None.
+        processes: how many will train together; None for those that run.
+        memory: whether to estimate it.
+        rows: whose ids are looked at, the first of the training and of the validation rows; None for all.
+    """
+    processes = processes or world_size()
+    seen = data if data is None or rows is None else _first_rows(data, rows)
+    checks = {
+        "the settings": lambda: settings_findings(args, train_args, try_load_config(args), data, seen, processes),
+    }
+    if ADAPTERS[args.train_mode].quantised:
+        checks["the weights in 4 bits"] = lambda: quantised_findings(args, train_args)
+    if memory:
+        checks["memory"] = lambda: memory_findings(args, train_args, processes)
+    if template is not None:
+        checks["the template"] = lambda: template_findings(template, tokenizer)
+    if data is not None:
+        steps = steps_of(train_args, len(data.train), processes)
+        checks["the disk"] = lambda: disk_findings(args, train_args, steps)
+        checks["the tokens"] = lambda: prepared_rows_findings(args, seen, template, tokenizer)
+        if data.eval is not None:
+            checks["the validation rows"] = lambda: eval_in_train_findings(data, rows)
+    with whole_models(train_args):
+        return [finding for name, check in checks.items() for finding in _run_check(name, check)]
+
+
+def _first_rows(data, rows: int):
+    """The first rows: all of them would be read into memory, however many there are."""
+    from datasets import Dataset
+
+    parts = {name: getattr(data, name) for name in ("train", "eval")}
+    first = {name: Dataset(part.data.slice(0, rows)) for name, part in parts.items() if part is not None}
+    return dataclasses.replace(data, **first)
+
+
+def _run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """A model or a tokenizer that a check was not written for must not stop the training that it would allow."""
+    try:
+        return check()
+    except Exception as error:
+        logger.debug("doctor: {} could not be looked at: {!r}", name, error)
+        return [Finding("NOT_EXAMINED", f"{name}: {first_line(error, 400)}")]
+
+
+def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
+    """The ids of the training rows, and of validation rows with files of their own."""
+    stop = template.stop_token() if template is not None else None
+    findings = token_findings(data.train, data.report.files, args, tokenizer, stop)
+    if data.eval_report is not None:
+        codes = {finding.code for finding in findings}
+        found = token_findings(data.eval, data.eval_report.files, args, tokenizer, stop)
+        findings += [finding for finding in found if finding.code not in codes]
+    return findings
+
+
+def try_load_config(args):
+    """The model's configuration; None where it cannot be read, which loading the model says better."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    except Exception:  # each model's code raises its own
+        return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from utils.data.places import RowLocations
 from utils.doctor.codes import CODES, ERROR, NOTE, WARNING
 from utils.runtime.errors import Problem
+from utils.runtime.text import format_count, markdown_table
 
 _RANK = {ERROR: 0, WARNING: 1, NOTE: 2}
 _EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}
@@ -81,7 +82,7 @@ def with_severity(findings: Iterable[Finding], severity: str) -> list[Finding]:
 def verdict(findings: list[Finding]) -> str:
     """`"2 errors, 1 warning, 0 notes"`"""
     counts = [(len(with_severity(findings, severity)), severity) for severity in _RANK]
-    return ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for count, severity in counts)
+    return ", ".join(format_count(count, severity) for count, severity in counts)
 
 
 def as_text(findings: list[Finding], examined: str) -> str:
@@ -118,11 +119,11 @@ def catalogue() -> str:
         "",
         "`quick`: what `main_train.py` looks at by itself · `main_train.py` 自动检查的部分",
         "",
-        "| code · 代码 | severity · 严重程度 | quick | what · 含义 | remedy · 办法 |",
-        "|---|---|---|---|---|",
     ]
-    for name, code in CODES.items():
-        cells = (f"`{name}`", code.severity, "✓" if code.quick else "", f"{code.title} · {code.title_zh}",
-                 f"{code.remedy} · {code.remedy_zh}")  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    header = ["code · 代码", "severity · 严重程度", "quick", "what · 含义", "remedy · 办法"]
+    rows = [
+        (f"`{name}`", code.severity, "✓" if code.quick else "", f"{code.title} · {code.title_zh}",
+         f"{code.remedy} · {code.remedy_zh}")
+        for name, code in CODES.items()
+    ]  # fmt: skip
+    return "\n".join([*lines, markdown_table(header, rows)]) + "\n"

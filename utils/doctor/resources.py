@@ -1,6 +1,7 @@
 """How large the run will be: its weights, its checkpoints on the disk, its share of memory."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +10,15 @@ from loguru import logger
 
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
-from utils.model.meta import Shape, shape_of, trained_weights
+from utils.memory.layout import quantised_bytes
+from utils.model.meta import Shape, is_quantised, meta_base, shape_of, trained_weights
 from utils.runtime.errors import UserError
+from utils.runtime.text import format_size
 from utils.storage.run_folder import checkpoints_of
 
-_TIGHT = 0.9  # from this share of what there is on, it is told
+_SHARE = 0.01  # of the weights, from which it is worth a line; a mixture's experts are nine tenths
+
+_TIGHT_SHARE = 0.9  # from this share of what there is on, it is told
 
 
 # ------------------------------------------------------------------ disk
@@ -45,20 +50,20 @@ def disk_findings(args, train_args, steps: int) -> list[Finding]:
     if shape is None:
         return []
     one, finished = checkpoint_bytes(args, train_args, shape)
-    count = _checkpoints(train_args, steps)
+    count = _checkpoints_on_disk(train_args, steps)
     needed = count * one + finished
     folder = Path(train_args.output_dir).resolve()
     free = shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
-    if needed <= _TIGHT * free:
+    if needed <= _TIGHT_SHARE * free:
         return []
     message = (
-        f"{count} checkpoints of {size(one)} each and the finished run's {size(finished)} take {size(needed)}, and "
-        f"{str(train_args.output_dir)!r} has {size(free)} free"
+        f"{count} checkpoints of {format_size(one)} each and the finished run's {format_size(finished)} take "
+        f"{format_size(needed)}, and {str(train_args.output_dir)!r} has {format_size(free)} free"
     )
     return [Finding("DISK_TOO_SMALL", message, severity=ERROR if needed > free else WARNING)]
 
 
-def _checkpoints(train_args, steps: int) -> int:
+def _checkpoints_on_disk(train_args, steps: int) -> int:
     """How many lie on the disk at once: a new one is written before the oldest goes."""
     strategy = getattr(train_args.save_strategy, "value", train_args.save_strategy)
     if strategy == "no":
@@ -80,15 +85,15 @@ def _checkpoints(train_args, steps: int) -> int:
 
 def memory_findings(args, train_args, processes: int) -> list[Finding]:
     """Whether the training fits into the memory of each process's device, and of the machine."""
-    estimate = estimated(args, train_args, processes)
+    estimate = try_estimate(args, train_args, processes)
     if estimate is None:
         return []
-    gpu, machine = capacities(processes)
+    gpu, machine = memory_capacities(processes)
     here = min(processes, gpu.count) if gpu.count else processes
     findings = []
     for needed, place in ((estimate.total, gpu), (estimate.host * here, machine)):
-        if needed > _TIGHT * place.bytes:
-            message = f"about {size(needed)} are needed, and {place.name} has {size(place.bytes)}"
+        if needed > _TIGHT_SHARE * place.bytes:
+            message = f"about {format_size(needed)} are needed, and {place.name} has {format_size(place.bytes)}"
             severity = ERROR if needed > place.bytes else WARNING
             findings.append(Finding("MEMORY_TOO_SMALL", message, severity=severity))
     return findings
@@ -102,7 +107,7 @@ class Memory(NamedTuple):
     count: int = 0
 
 
-def estimated(args, train_args, processes: int):
+def try_estimate(args, train_args, processes: int):
     """The estimate of utils.memory, or None where it cannot be made, which a line says: no training ends for it."""
     from utils.memory import estimate
 
@@ -114,7 +119,7 @@ def estimated(args, train_args, processes: int):
         return None
 
 
-def capacities(processes: int) -> tuple[Memory, Memory]:
+def memory_capacities(processes: int) -> tuple[Memory, Memory]:
     """The memory that each process trains in, and the machine's; without a GPU its processes share that."""
     import psutil
     import torch
@@ -127,10 +132,36 @@ def capacities(processes: int) -> tuple[Memory, Memory]:
     return Memory(machine.bytes // processes, name), machine
 
 
-def size(count: float) -> str:
-    """`size(3_200_000_000)` → `"3.2 GB"`"""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def quantised_findings(args, train_args) -> list[Finding]:
+    """Names the weights that are in no linear layer, such as a mixture's experts, and their bytes.
+
+    Embeddings, the head, norms and biases are in 16 bits in every QLoRA, and are not named.
+
+    Args:
+        args, train_args: of a run whose base is quantised.
+    """
+    model = meta_base(args, train_args)
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    usual = {id(weight) for layer in whole if layer is not None for weight in layer.parameters()}
+    total, packed, left = 0, 0, {}
+    for name, weight in model.named_parameters():
+        total += weight.numel()
+        if is_quantised(weight):
+            packed += quantised_bytes(weight.numel()).bytes
+        elif weight.ndim > 1 and id(weight) not in usual:
+            left[name] = weight
+    count = sum(weight.numel() for weight in left.values())
+    if count <= _SHARE * total:
+        return []
+    largest = sorted(left, key=lambda name: -left[name].numel())
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in largest))
+    held = sum(weight.numel() * weight.element_size() for weight in left.values())
+    message = (
+        f"{count:,} of {total:,} weights are in no linear layer and stay in {_bits(left.values())} bits, "
+        f"{format_size(held)}: {', '.join(kinds[:3])}; what is in 4 bits takes {format_size(packed)}"
+    )
+    return [Finding("QLORA_LEAVES_WEIGHTS", message)]
+
+
+def _bits(weights) -> str:
+    return " and ".join(str(bits) for bits in sorted({8 * weight.element_size() for weight in weights}))

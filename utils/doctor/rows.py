@@ -3,14 +3,17 @@
 from collections import Counter
 from collections.abc import Callable
 
-from utils.data.conversations import EmptyRow
-from utils.data.pairs import EqualPair
+from utils.data.conversations import EmptyRow, to_messages, to_text
+from utils.data.files import parse_row, raw_rows
+from utils.data.pairs import EqualPair, to_pair
 from utils.data.places import RowLocations
 from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
+from utils.data.truncate import count_tokens
 from utils.doctor.census import Census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.doctor.text import SCRIPTS
+from utils.runtime.text import format_count
 from utils.template.messages import UNTRAINED_ANSWER
 
 _STRAY = 0.01  # below this share of the rows a script is a stray one
@@ -43,7 +46,8 @@ def _duplicates(census: Census) -> list[Finding]:
         return []
     example, original = (_place(census, row) for row in (repeats[0], first[inverse[repeats[0]]]))
     message = (
-        f"{_rows(len(repeats))} of {len(census.rows):,} say what an earlier one says; {example} repeats {original}"
+        f"{format_count(len(repeats), 'row')} of {len(census.rows):,} say what an earlier one says; {example} "
+        f"repeats {original}"
     )
     if counts.max() > 2:
         message += f"; the most frequent stands {counts.max():,} times"
@@ -59,8 +63,8 @@ def _in_both(train: Census, held_back: Census) -> list[Finding]:
     if not len(found):
         return []
     message = (
-        f"{_rows(len(found))} of {len(held_back.rows):,} for validation are asked in the training rows too, "
-        f"{int(whole.sum()):,} with the same answer"
+        f"{format_count(len(found), 'row')} of {len(held_back.rows):,} for validation are asked in the training rows "
+        f"too, {int(whole.sum()):,} with the same answer"
     )
     return [Finding("EVAL_IN_TRAIN", message, held_back.places(held_back.sources[found]))]
 
@@ -77,7 +81,7 @@ def _flagged(census: Census) -> list[Finding]:
         named = ", ".join(f"{detail} ({count:,})" for detail, count in kinds.most_common(5))
         named += ", …" if len(kinds) > 5 else ""
         places = census.places([source for source, _ in found])
-        findings.append(Finding(code, f"{_rows(len(found))} with {what[code]}: {named}", places))
+        findings.append(Finding(code, f"{format_count(len(found), 'row')} with {what[code]}: {named}", places))
     return findings
 
 
@@ -91,7 +95,7 @@ def _stray_scripts(census: Census) -> list[Finding]:
     for script in range(1, len(SCRIPTS)):
         rows = numpy.flatnonzero(whole == script)
         if script != _LATIN and 0 < len(rows) < _STRAY * len(whole):
-            message = f"{_rows(len(rows))} of {len(whole):,} are wholly in {SCRIPTS[script]}"
+            message = f"{format_count(len(rows), 'row')} of {len(whole):,} are wholly in {SCRIPTS[script]}"
             findings.append(Finding("LANGUAGE_STRAY", message, census.places(census.sources[rows])))
     return findings
 
@@ -143,7 +147,8 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
     if report.shortened:
         shortened = report.groups(SHORTENED)
         places = {group.file: RowLocations(group.lines, group.count) for group in shortened}
-        message = f"{_rows(report.shortened)} of {report.rows:,} are longer than --max_len {args.max_len} allows"
+        count = format_count(report.shortened, "row")
+        message = f"{count} of {report.rows:,} are longer than --max_len {args.max_len} allows"
         if args.task_type.startswith("dpo"):
             message += f", or than --max_prompt_length {args.max_prompt_length}"
         message += f", and are cut at their beginning{measure(shortened)}"
@@ -213,7 +218,7 @@ def left_out(rows: list[tuple[str, str, str, str, RowLocations]], total: int) ->
         counted = len(why) > 1
         named = "; ".join(reason + f" ({count:,})" * counted for reason, count in why.most_common(_REASONS))
         more = f"; and {len(why) - _REASONS:,} other reasons" if len(why) > _REASONS else ""
-        message = f"{_rows(why.total())} of {total:,}: {named}{more}"
+        message = f"{format_count(why.total(), 'row')} of {total:,}: {named}{more}"
         findings.append(Finding(code, message, places[code, severity], severity))
     return findings
 
@@ -223,5 +228,44 @@ def _place(census: Census, row: int) -> str:
     return f"{file}:{places.lines[0]}"
 
 
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
+def describe_lengths(groups: list[RowGroup], args, template, tokenizer) -> str:
+    """How long rows are that were too long: the first hundred of each file, as the report names them.
+
+    `"; 44 of them measured: 1,025 to 3,204 tokens"`
+
+    Args:
+        groups: of the report.
+        args: CommonArgs.
+        template: the chat template; None for plain text.
+        tokenizer: the rows' own.
+    """
+    counts = []
+    for group in groups:
+        counts += _count_tokens_of_rows(group.file, set(group.lines), args, template, tokenizer)
+    rows = [total for total, _ in counts]
+    said = f"; {len(rows):,} of them measured: {min(rows):,} to {max(rows):,} tokens"
+    if args.task_type.startswith("dpo"):
+        said += f", prompts of up to {max(prompt for _, prompt in counts):,}"
+    return said
+
+
+def _count_tokens_of_rows(file: str, lines: set[int], args, template, tokenizer) -> list[tuple[int, int]]:
+    """Tokens of each row, and of its prompt where it is a pair."""
+    values = []
+    for row in raw_rows(file):
+        if row.line in lines:
+            values.append(parse_row(row).value)
+        if row.line >= max(lines):
+            break
+    if args.task_type == "pretrain":
+        encoded = tokenizer([to_text(value) for value in values], return_attention_mask=False)["input_ids"]
+        return [(len(ids) + 1, 0) for ids in encoded]  # each ends with the eos token
+    if args.task_type == "sft":
+        return [(count_tokens(template.render(to_messages(value)), tokenizer), 0) for value in values]
+    pairs = [to_pair(value) for value in values]
+    counts = []
+    for pair in pairs:
+        sides = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
+        prompt, *whole = (count_tokens(template.render(turns), tokenizer) for turns in (pair["prompt"], *sides))
+        counts.append((max(whole), prompt))
+    return counts

@@ -4,7 +4,7 @@ import math
 
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
-from utils.doctor.tokens import longest
+from utils.doctor.tokens import row_lengths
 from utils.model.adapter import ADAPTERS
 from utils.model.meta import shape_of
 
@@ -110,7 +110,7 @@ def _positions(args, config, data) -> list[Finding]:
     import numpy
 
     parts = [data.train] + ([data.eval] if data.eval_report is not None else [])
-    rows = numpy.concatenate([longest(part, args.task_type.startswith("dpo")) for part in parts])
+    rows = numpy.concatenate([row_lengths(part, args.task_type.startswith("dpo")) for part in parts])
     over = int((rows > there).sum())
     if not over:
         return []

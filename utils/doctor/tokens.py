@@ -127,7 +127,7 @@ def _length_bias(dataset) -> list[Finding]:
     return findings
 
 
-def longest(dataset, pairs: bool):
+def row_lengths(dataset, pairs: bool):
     """How many positions each row takes, [rows]; of packed rows, each of those within, [rows within]."""
     import numpy
 
@@ -139,7 +139,7 @@ def longest(dataset, pairs: bool):
     return lengths(dataset, "input_ids")
 
 
-def repeated(data, rows: int | None) -> list[Finding]:
+def eval_in_train_findings(data, rows: int | None) -> list[Finding]:
     """Validation rows whose ids are those of a training row; of packed rows, the rows within.
 
     Args:

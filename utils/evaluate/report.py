@@ -12,6 +12,7 @@ from typing import Any
 from utils.evaluate.metrics import Figure, signatures
 from utils.evaluate.models import Contender
 from utils.runtime.errors import Problem, UserError, is_disk_error
+from utils.runtime.text import markdown_table
 
 # module → package
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "sacrebleu": "sacrebleu",
@@ -62,15 +63,12 @@ def table(figures: dict[str, list[Figure]]) -> str:
         return f"{figure.value:.2f}" + ("" if figure.error is None else f" ± {figure.error:.2f}")
 
     names = list(figures)
-    rows = [["0 to 100", "n", *names] + (["difference"] if len(names) == 2 else [])]
+    header = ["0 to 100", "n", *names] + (["difference"] if len(names) == 2 else [])
+    rows = []
     for same in zip(*figures.values(), strict=True):
         row = [same[0].label, f"{same[0].rows:,}", *map(told, same)]
         rows.append(row + ([f"{same[1].value - same[0].value:+.2f}"] if len(names) == 2 else []))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    lines.insert(1, "|" + "|".join(rule) + "|")
-    return "\n".join(lines)
+    return markdown_table(header, rows, aligned=True)
 
 
 def write(path: str, lines: list[dict], summary: dict) -> None:

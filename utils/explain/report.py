@@ -1,6 +1,6 @@
 """What was found out of a run to come, as text."""
 
-from utils.runtime.markdown import show
+from utils.runtime.text import format_count, format_setting
 
 # how a group of values is headed, in the order they are shown
 _GROUPS = {
@@ -26,7 +26,7 @@ def text_of(explained, everything: bool, diff: dict | None) -> str:
     parts = ["\n".join(plan_lines(explained))]
     parts += value_tables(explained, everything)
     if explained.deepspeed:
-        rows = [(key, show(one["value"]), one["from"]) for key, one in explained.deepspeed["values"].items()]
+        rows = [(key, format_setting(one["value"]), one["from"]) for key, one in explained.deepspeed["values"].items()]
         parts.append("Values of DeepSpeed's file\n" + table(rows))
     parts += idle_lines(explained, everything)
     if diff is not None:
@@ -82,7 +82,7 @@ def _update(plan: dict) -> str:
     text = f"{rows['largest']:,} examples"
     if examples != rows:
         text = f"{_range(examples)} examples in {rows['largest']:,} rows"
-    factors = f"{_count(processes, 'process')} × {_count(passes, 'pass')}"
+    factors = f"{format_count(processes, 'process')} × {format_count(passes, 'pass')}"
     last = f", {rows['smallest']:,} in the last of an epoch" if rows["smallest"] < rows["largest"] else ""
     return f"{text} ({factors} × {plan['rows_per_pass']['largest']:,} rows{last})"
 
@@ -90,12 +90,6 @@ def _update(plan: dict) -> str:
 def _range(spread: dict) -> str:
     low, high = spread["smallest"], spread["largest"]
     return f"{high:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _count(number: int, what: str) -> str:
-    """`"1 pass"`, `"2 passes"`, `"3 steps"`"""
-    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
-    return f"{number:,} {what}{ending}"
 
 
 def _tokens(plan: dict) -> str:
@@ -119,7 +113,7 @@ def _rate(explained) -> str:
         return f"{explained.values['learning_rate']:g}, then as evaluations say ({schedule})"
     first, highest, last = (f"{rates[name]:.3g}" for name in ("first", "highest", "last"))
     warmup = (
-        f" after {_count(explained.plan['warmup_steps'], 'step')} of warm-up"
+        f" after {format_count(explained.plan['warmup_steps'], 'step')} of warm-up"
         if rates["first"] < rates["highest"]
         else ""
     )
@@ -134,9 +128,9 @@ def _occasion(explained, kind: str) -> str:
         without = kind == "eval" and not explained.plan["rows_to_evaluate"]
         return f"none ({'no rows for it' if without else f'--{kind}_strategy ' + when['strategy']})"
     every = "every step" if when["every"] == 1 else f"every {when['every']:,} steps" if when["every"] else None
-    text = f"{every or 'at the end of each epoch'}, {_count(when['times'], 'time')}"
+    text = f"{every or 'at the end of each epoch'}, {format_count(when['times'], 'time')}"
     if kind == "eval":
-        text += f", {_count(explained.plan['passes_per_evaluation'], 'pass')} each"
+        text += f", {format_count(explained.plan['passes_per_evaluation'], 'pass')} each"
     limit = explained.values.get("save_total_limit")
     return f"{text}; the newest {limit} are kept" if kind == "save" and limit else text
 
@@ -146,7 +140,7 @@ def value_tables(explained, everything: bool) -> list[str]:
     tables = []
     for kind, title in _GROUPS.items():
         rows = [
-            (name, show(explained.values[name]), _where(source))
+            (name, format_setting(explained.values[name]), _where(source))
             for name, source in explained.sources.items()
             if source.kind == kind and (everything or _is_told(explained, name, source))
         ]
@@ -180,7 +174,7 @@ def idle_lines(explained, everything: bool) -> list[str]:
     for name, why in explained.idle.items():
         source = explained.sources[name]
         if everything or source.chosen:
-            reasons.setdefault(why, []).append(f"{name} {show(explained.values[name])} ({_where(source)})")
+            reasons.setdefault(why, []).append(f"{name} {format_setting(explained.values[name])} ({_where(source)})")
         else:
             hidden += 1
     lines = [f"  {', '.join(names)}\n    {why}" for why, names in reasons.items()]

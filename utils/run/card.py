@@ -10,7 +10,15 @@ from loguru import logger
 
 from utils.config.config_file import is_own_recipe
 from utils.run.samples import LONGEST, Sample
-from utils.runtime.markdown import Markdown, code, escape, fenced, show, table
+from utils.runtime.text import (
+    Markdown,
+    code_block,
+    escape_markdown,
+    format_setting,
+    inline_code,
+    markdown_table,
+    settings_table,
+)
 
 CARD = "README.md"
 _MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
@@ -91,14 +99,15 @@ def card_text(
     kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
     again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}{_typed(common)}"
     parts = [
-        _front_matter(common), _MARK, f"# {escape(title)}", f"{kind} trained by `main_train.py`. ![loss](loss.png)",
-        "## Result", table(_result(record, history)),
-        "## Base and data", table(_base(record)), *_data(record),
-        "## Settings", table(_settings(record)),
+        _front_matter(common), _MARK, f"# {escape_markdown(title)}",
+        f"{kind} trained by `main_train.py`. ![loss](loss.png)",
+        "## Result", settings_table(_result(record, history)),
+        "## Base and data", settings_table(_base(record)), *_data(record),
+        "## Settings", settings_table(_settings(record)),
         *_changed(changed), *_resumed(record),
         "## Answers before and after", *_answers(samples, no_samples),
-        "## Machine", table(_machine(record, history)),
-        "## Repeat it", fenced(again, "bash"),
+        "## Machine", settings_table(_machine(record, history)),
+        "## Repeat it", code_block(again, "bash"),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -113,17 +122,20 @@ def _typed(common: dict) -> str:
 def _changed(changed: dict[str, tuple]) -> list[str]:
     if not changed:
         return ["All settings are the recipe's defaults."]
-    rows = [(name, f"{show(value)} (default: {show(default)})") for name, (default, value) in changed.items()]
-    return ["Settings that differ from the recipe's defaults:", table(rows)]
+    rows = [
+        (name, f"{format_setting(value)} (default: {format_setting(default)})")
+        for name, (default, value) in changed.items()
+    ]
+    return ["Settings that differ from the recipe's defaults:", settings_table(rows)]
 
 
 def _resumed(record: dict) -> list[str]:
     """Where a run went on from; with other settings, one command does not repeat it."""
     lines = []
     for one in record.get("resumed") or []:
-        changes = [escape(f"{name} {now} (it was {before})") for name, (before, now) in one["changed"].items()]
+        changes = [escape_markdown(f"{name} {now} (it was {before})") for name, (before, now) in one["changed"].items()]
         other = f" with other settings, so that one command does not repeat it: {', '.join(changes)}" if changes else ""
-        lines.append(f"Resumed from {code(one['from'])}{other}.")
+        lines.append(f"Resumed from {inline_code(one['from'])}{other}.")
     return lines
 
 
@@ -169,40 +181,48 @@ def _base(record: dict) -> list[tuple]:
     rows = [("base", _with_weights(record["base"]))]
     if "adapter" in record:
         rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
-    template = "none: plain text" if common["task_type"] == "pretrain" else code(common["template_name"])
+    template = "none: plain text" if common["task_type"] == "pretrain" else inline_code(common["template_name"])
     return [*rows, ("chat template", template)]
 
 
 def _with_weights(noted: dict) -> Markdown:
-    weights = f", weights {code(noted['fingerprint'])}" if noted.get("fingerprint") else ""
-    return Markdown(code(noted["path"]) + weights)
+    weights = f", weights {inline_code(noted['fingerprint'])}" if noted.get("fingerprint") else ""
+    return Markdown(inline_code(noted["path"]) + weights)
 
 
 def _data(record: dict) -> list[str]:
-    lines = ["| rows | read | kept | left out | tokens | trained tokens |", "|---|---|---|---|---|---|"]
-    files = ["| file | bytes | sha256 |", "|---|---|---|"]
+    parts, files = [], []
     for part, told in (("training", record["data"]["train"]), ("evaluation", record["data"].get("eval"))):
         if told and "held_back" in told:
-            lines.append(f"| {part} | – | {told['held_back']:,}, held back of the training rows | – | – | – |")
+            parts.append((part, "–", f"{told['held_back']:,}, held back of the training rows", "–", "–", "–"))
         elif told:
-            out = ", ".join(f"{count:,} {escape(reason)}" for reason, count in told["dropped"].items()) or "none"
+            out = (
+                ", ".join(f"{count:,} {escape_markdown(reason)}" for reason, count in told["dropped"].items()) or "none"
+            )
             out += f"; {told['shortened']:,} shortened" if told["shortened"] else ""
-            figures = f"{told['tokens']:,} | {told['trained_tokens']:,}"
-            lines.append(f"| {part} | {told['rows']:,} | {told['kept']:,} | {out} | {figures} |")
-            files += [f"| {code(one['file'])} | {one['bytes']:,} | {code(one['sha256'])} |" for one in told["files"]]
-    return ["\n".join(lines), "\n".join(files)]
+            counts = [f"{told[name]:,}" for name in ("rows", "kept", "tokens", "trained_tokens")]
+            parts.append((part, *counts[:2], out, *counts[2:]))
+            files += [
+                (inline_code(one["file"]), f"{one['bytes']:,}", inline_code(one["sha256"])) for one in told["files"]
+            ]
+    return [
+        markdown_table(["rows", "read", "kept", "left out", "tokens", "trained tokens"], parts),
+        markdown_table(["file", "bytes", "sha256"], files),
+    ]
 
 
 def _settings(record: dict) -> list[tuple]:
     common, trainer = record["common"], record["trainer"]
     names = [name for name in _MAIN if name != "max_steps" or trainer.get(name, -1) > 0]
-    rows = [("task, recipe", Markdown(f"{escape(common['task_type'])}, {code(common['train_args_path'])}"))]
+    rows = [
+        ("task, recipe", Markdown(f"{escape_markdown(common['task_type'])}, {inline_code(common['train_args_path'])}"))
+    ]
     rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
     rows.append(("longest row", f"{common['max_len']:,} tokens"))
     if common["train_mode"] != "full":
-        rows.append(("adapter", ", ".join(f"{name} {show(common[name])}" for name in _ADAPTER)))
-    rows += [("DeepSpeed", show(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
-    return rows + [(name, show(trainer[name])) for name in names if name in trainer]
+        rows.append(("adapter", ", ".join(f"{name} {format_setting(common[name])}" for name in _ADAPTER)))
+    rows += [("DeepSpeed", format_setting(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
+    return rows + [(name, format_setting(trainer[name])) for name in names if name in trainer]
 
 
 def _machine(record: dict, history: list[dict]) -> list[tuple]:
@@ -232,7 +252,7 @@ def _answers(samples: list[Sample], why_none: str) -> list[str]:
         lines.append(f"### {number}")
         shown = [("", sample.prompt), ("Wanted:", sample.wanted), ("Before:", sample.before), ("After:", sample.after)]
         for title, text in shown:
-            lines += [title, fenced(text)] if title else [fenced(text)]
+            lines += [title, code_block(text)] if title else [code_block(text)]
     return lines
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.run.plot import series
 from utils.runtime.errors import UserError, nearest
-from utils.runtime.markdown import show
+from utils.runtime.text import format_setting, markdown_table
 from utils.storage.run_folder import STATE, checkpoints_of, read_record
 
 _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
@@ -153,7 +153,7 @@ def _shorten(values: list) -> list[str]:
     if len(paths) > 1 and alike and not any("," in path for path in paths):
         shared = os.path.commonpath(paths) or "."
         cut = {path: os.path.relpath(path, shared) for path in paths}
-    return [cut[value] if isinstance(value, str) and value in cut else show(value) for value in values]
+    return [cut[value] if isinstance(value, str) and value in cut else format_setting(value) for value in values]
 
 
 def table(labels: list[str], runs: list[Run]) -> str:
@@ -162,5 +162,4 @@ def table(labels: list[str], runs: list[Run]) -> str:
     rows = {name: [one[name] for one in told] for name in told[0]}
     rows = {name: row for name, row in rows.items() if set(row) != {_MISSING}}
     rows |= differing(runs)
-    lines = [["", *labels], ["---"] * (len(labels) + 1), *([name, *row] for name, row in rows.items())]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(["", *labels], [[name, *row] for name, row in rows.items()])

@@ -20,6 +20,7 @@ from utils.runtime.command import run_command
 from utils.runtime.distributed import world_size
 from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import route_library_logs, setup_logging
+from utils.runtime.text import format_count
 from utils.storage.files import ROOT
 
 CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
@@ -107,13 +108,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _line(before: dict) -> str:
-    line = f"looked at {_count(before['rows'], 'training row')} and {_count(before['eval_rows'], 'validation row')}"
+    rows = format_count(before["rows"], "training row")
+    line = f"looked at {rows} and {format_count(before['eval_rows'], 'validation row')}"
     aside = ", ".join(f"--{name}" for name in before["set_aside"])
     return line + (f", without {aside}" if aside else "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

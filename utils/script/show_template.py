@@ -11,6 +11,7 @@ from utils.config.flags import arg, make_parser, read_flags
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
+from utils.runtime.text import markdown_table
 from utils.storage.files import ROOT
 from utils.template import Template, get_template, template_dict, unknown_template
 
@@ -68,14 +69,13 @@ def catalogue() -> str:
         "页面过期时测试会失败。",
         "`default` 的起始符和停止符取自分词器，这里写作 `<s>` 和 `</s>`。",
         "",
-        "| name · 名字 | for · 适用模型 | stop token · 停止符 |",
-        "|---|---|---|",
     ]
     templates = [get_template(name) for name in template_dict]
-    for t in templates:
-        stop = t.stop_token().replace("|", "\\|")  # a bar would end the table's cell
-        head.append(f"| [{t.name}](#{t.name.replace('.', '')}) | {', '.join(t.models)} | `{stop}` |")
-    return "\n".join([*head, "", *(describe(template) for template in templates)]).rstrip() + "\n"
+    names = markdown_table(
+        ["name · 名字", "for · 适用模型", "stop token · 停止符"],
+        [(f"[{t.name}](#{t.name.replace('.', '')})", ", ".join(t.models), f"`{t.stop_token()}`") for t in templates],
+    )
+    return "\n".join([*head, names, "", *(describe(template) for template in templates)]).rstrip() + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
