@@ -21,7 +21,7 @@ import utils.run.save
 from utils.args import CommonArgs, parse_args
 from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
 from utils.run.samples import Sample, split_row
-from utils.runtime.text import code_block, escape_markdown, inline_code, table
+from utils.runtime.text import code_block, escape_markdown, inline_code, settings_table
 
 FP32 = ["--precision", "fp32"]
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
@@ -109,7 +109,7 @@ def test_texts_cannot_break_the_card(train):
     card = card_text(record, [], {"name": ("a|b", None)}, [sample], "", "run")
     assert "`````text\n````\n# not a title\n`````" in card and "````text\n```\n````" in card
     assert code_block("a\x00\x1b[1m\n\tb") == "```text\na\ufffd\ufffd[1m\n\tb\n```"
-    assert "| x | a&#124;b |" in table([("x", "a|b")])
+    assert "| x | a&#124;b |" in settings_table([("x", "a|b")])
 
 
 HOSTILE = [

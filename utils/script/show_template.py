@@ -61,8 +61,8 @@ def catalogue() -> str:
     head = [
         "# Chat templates · 对话模板",
         "",
-        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template/catalogue.py`; a test",
-        "fails when this page is stale. In `default`, BOS and the stop token are the tokenizer's own, shown here as",
+        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template/catalogue.py`; a",
+        "test fails when this page is stale. In `default`, BOS and the stop token are the tokenizer's own, shown here as",
         "`<s>` and `</s>`.",
         "",
         "由 `python -m utils.script.show_template --write` 根据 `utils/template/catalogue.py` 里的注册表生成；",
