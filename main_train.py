@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> dict:
     from utils.model.layout import resolve_layout
     from utils.model.load import load_model
     from utils.model.tokenizer import tokenizer_of
-    from utils.run.save import end_if_stopped, finish_run, keep_figures, note_start, open_run, prepare_trainer
+    from utils.run.save import finish_run, keep_figures, note_start, open_run
     from utils.run.summary import print_summary
     from utils.tasks import get_task
     from utils.template import get_template
     from utils.train.resume import check_resume
+    from utils.train.trainer import end_if_stopped, prepare_trainer
 
     set_seed(train_args.seed)
     task = get_task(args.task_type)

@@ -40,7 +40,7 @@ def shares(times: dict[str, float]) -> list[tuple[str, float]]:
 def main() -> None:
     import torch
 
-    import utils.run.save
+    import utils.train.trainer
     from utils.patches.lazy_imports import import_peft
 
     import_peft()
@@ -60,13 +60,13 @@ def main() -> None:
                 profiler.stop()
 
     watch = Watch()
-    prepare = utils.run.save.prepare_trainer
+    prepare = utils.train.trainer.prepare_trainer
 
     def prepare_and_watch(trainer, *given):
         prepare(trainer, *given)
         trainer.add_callback(watch)
 
-    utils.run.save.prepare_trainer = prepare_and_watch
+    utils.train.trainer.prepare_trainer = prepare_and_watch
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
     try:

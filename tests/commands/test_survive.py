@@ -247,13 +247,13 @@ def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
     script = tmp_path / "full.py"
     script.write_text(
         f"import os, resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"
-        "from utils.runtime.command import run_command\n"
-        "from utils.train.trainer import Surviving\nsave = Surviving._save_checkpoint\n"
+        "from utils.runtime.command import run_command\nfrom utils.train.trainer import FaultTolerantTrainerMixin\n"
+        "save = FaultTolerantTrainerMixin._save_checkpoint\n"
         "def limited(self, *args):\n"
         f"    if os.environ['RANK'] == {rank!r} and self.state.global_step == 4:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "    save(self, *args)\n"
-        "Surviving._save_checkpoint = limited\n"
+        "FaultTolerantTrainerMixin._save_checkpoint = limited\n"
         "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nrun_command(main_train.main)\n"
     )
     done = two_processes([str(script), *flags, "--output_dir", str(tmp_path / "run"), "--train_special_tokens", "off"])
@@ -309,15 +309,15 @@ def poisoned(monkeypatch):
     """Rows on line 3 have a loss that is no number."""
     from trl import DPOTrainer, SFTTrainer
 
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
-    training_step = Surviving.training_step
+    training_step = FaultTolerantTrainerMixin.training_step
 
     def remember(self, model, inputs, *args, **kwargs):
         self.bad = 3 in [source & 0xFFFF for source in inputs["source"]]
         return training_step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(Surviving, "training_step", remember)
+    monkeypatch.setattr(FaultTolerantTrainerMixin, "training_step", remember)
     for trainer in (SFTTrainer, DPOTrainer):
         compute = trainer.compute_loss
         monkeypatch.setattr(
@@ -348,7 +348,7 @@ def test_skipped_steps_leave_the_weights_and_are_counted(poisoned, train, tmp_pa
     summary = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["summary"]
     assert (summary["steps"], summary["steps_skipped"]) == (16, 2)
     log = (folder / "train.log").read_text(encoding="utf-8")
-    assert log.count("the step is left out; its rows are") >= 2 and "rows.jsonl: line 3" in log
+    assert log.count("the step is skipped; its rows are") >= 2 and "rows.jsonl: line 3" in log
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert any("lora_B" in name and weight.any() for name, weight in weights.items())
@@ -372,7 +372,7 @@ def test_a_skipped_step_moves_nothing(poisoned, train):
     saved = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99"]
     folder = train("--on_nan", "skip", "--per_device_train_batch_size", "1", *saved)
     log = (folder / "train.log").read_text(encoding="utf-8")
-    step = max(int(number) for number in re.findall(r"step (\d+): the loss is nan, the step is left out", log))
+    step = max(int(number) for number in re.findall(r"step (\d+): the loss is nan, the step is skipped", log))
     assert step > 2
     before, after, later = (
         load_file(folder / f"checkpoint-{number}" / "adapter_model.safetensors")
@@ -409,9 +409,9 @@ class Steps:
 
 @pytest.fixture
 def steps():
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
-    trainer, model = type("Trainer", (Surviving, Steps), {})(), torch.nn.Linear(1, 1)
+    trainer, model = type("Trainer", (FaultTolerantTrainerMixin, Steps), {})(), torch.nn.Linear(1, 1)
 
     def step(*losses, norm=1.0):
         """An update of several passes, the n-th of which has row n of the file."""
@@ -443,7 +443,7 @@ def test_of_an_update_the_rows_of_the_bad_pass_are_named(steps, loss, monkeypatc
     said = []
     sink = logger.add(said.append, format="{message}")
     trainer = steps(1.0, loss, 2.0)
-    assert trainer.steps_skipped == 1 and f"the loss is {loss}, the step is left out; its rows are" in said[-1]
+    assert trainer.steps_skipped == 1 and f"the loss is {loss}, the step is skipped; its rows are" in said[-1]
     assert said[-1].strip().endswith("a.jsonl: line 2")
     steps(1.0, 1.0, norm=math.inf)
     assert "the gradients' norm is inf" in said[-1] and said[-1].strip().endswith("a.jsonl: line 1, 2")
@@ -470,7 +470,8 @@ def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom trl import SFTTrainer\nimport main_train\n"
         "from utils.runtime.command import run_command\nfrom utils.data.places import format_sources\n"
-        "from utils.train.trainer import Surviving\ncompute, step = SFTTrainer.compute_loss, Surviving.training_step\n"
+        "from utils.train.trainer import FaultTolerantTrainerMixin\n"
+        "compute, step = SFTTrainer.compute_loss, FaultTolerantTrainerMixin.training_step\n"
         "def bad(self, *args, **kwargs):\n"
         "    broken = os.environ['RANK'] == '1' and self.state.global_step == 1\n"
         "    return compute(self, *args, **kwargs) * (float('nan') if broken else 1.0)\n"
@@ -478,7 +479,7 @@ def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
         "    if os.environ['RANK'] == '1' and self.state.global_step == 1:\n"
         f"        open({str(tmp_path / 'rows.txt')!r}, 'w').write(format_sources(inputs['source'], self.files))\n"
         "    return step(self, model, inputs, *args, **kwargs)\n"
-        "SFTTrainer.compute_loss, Surviving.training_step = bad, seen\n"
+        "SFTTrainer.compute_loss, FaultTolerantTrainerMixin.training_step = bad, seen\n"
         "sys.argv = [w for w in sys.argv if not w.startswith('--local_rank')]\nrun_command(main_train.main)\n"
     )
     done = two_processes([str(script), *flags, "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"])

@@ -15,7 +15,7 @@ from utils.doctor import resources as doctor_sizes
 from utils.doctor.codes import CODES
 from utils.doctor.examine import quick_findings
 from utils.doctor.findings import catalogue
-from utils.doctor.settings import deepspeed_keys, steps_of
+from utils.doctor.settings import deepspeed_keys
 from utils.doctor.tokens import token_findings
 from utils.model import meta
 from utils.model.tokenizer import tokenizer_of
@@ -23,6 +23,7 @@ from utils.runtime.errors import UserError
 from utils.script import doctor
 from utils.tasks import get_task
 from utils.template import get_template
+from utils.train.plan import steps_of
 
 CLEAN = [
     {"instruction": f"What is {first} plus {second}?", "output": f"{first} plus {second} is {first + second}."}

@@ -78,15 +78,15 @@ def test_a_model_saved_with_router_logits_answers_several_prompts(tmp_path, rows
 
 def one_step(monkeypatch, train, base, rows, *flags):
     """Trains one step with plain gradient descent; returns the batches that the trainer was given, and its folder."""
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
-    seen, step = [], Surviving.training_step
+    seen, step = [], FaultTolerantTrainerMixin.training_step
 
     def note(self, model, inputs, items=None):
         seen.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
         return step(self, model, inputs, items)
 
-    monkeypatch.setattr(Surviving, "training_step", note)
+    monkeypatch.setattr(FaultTolerantTrainerMixin, "training_step", note)
     folder = train(
         "--max_steps", "1", "--precision", "fp32", "--train_mode", "full", "--optim", "sgd", "--learning_rate", "1",
         "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--max_grad_norm", "0", "--padding_free", "false",

@@ -108,6 +108,7 @@ def test_trains_saves_and_reloads_the_same(architecture, mode, train, tiny_model
 def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
     """Base weights stay to the bit; every adapter weight that a gradient reaches moves."""
     import utils.run.save
+    import utils.train.trainer
 
     before, after = {}, {}
 
@@ -118,8 +119,8 @@ def test_only_the_adapter_moves(mode, train, tiny_models, monkeypatch):
 
         return take
 
-    original = (utils.run.save.prepare_trainer, utils.run.save.finish_run)
-    monkeypatch.setattr(utils.run.save, "prepare_trainer", snapshot(before))
+    original = (utils.train.trainer.prepare_trainer, utils.run.save.finish_run)
+    monkeypatch.setattr(utils.train.trainer, "prepare_trainer", snapshot(before))
     monkeypatch.setattr(utils.run.save, "finish_run", snapshot(after))
     train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[mode])
     adapter = {name for name in before if "lora_" in name or "token_adapter.trainable" in name}

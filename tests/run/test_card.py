@@ -379,7 +379,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_anything_trains(
 
 def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeypatch):
     """Not even for a moment: saving may fail right after it."""
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
     folder, seen = tmp_path / "run", []
     folder.mkdir()
@@ -387,10 +387,10 @@ def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeyp
     (folder / "run_card.md").write_text("mine too")
 
     def watched(self, *args, **kwargs):
-        super(Surviving, self).save_model(*args, **kwargs)
+        super(FaultTolerantTrainerMixin, self).save_model(*args, **kwargs)
         seen.append((folder / "README.md").read_text())
 
-    monkeypatch.setattr(Surviving, "save_model", watched, raising=False)
+    monkeypatch.setattr(FaultTolerantTrainerMixin, "save_model", watched, raising=False)
     train("--overwrite_output_dir", "true")
     assert seen and set(seen) == {"mine"}
     assert [(folder / name).read_text() for name in ("README.md", "run_card.md")] == ["mine", "mine too"]

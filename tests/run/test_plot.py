@@ -239,16 +239,16 @@ def test_the_loss_of_tokens_and_of_pairs_has_its_own_unit(drawn, tmp_path):
 # ---------------------------------------------------------------------- runs that stop early
 def stop_in_the_third_step(monkeypatch, how):
     """`how` happens in the third step of the training."""
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
-    step = Surviving.training_step
+    step = FaultTolerantTrainerMixin.training_step
 
     def stopped(self, *args, **kwargs):
         if self.state.global_step == 2:
             how(self)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Surviving, "training_step", stopped)
+    monkeypatch.setattr(FaultTolerantTrainerMixin, "training_step", stopped)
 
 
 def fail(error):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.matrix import two_processes
 from utils.config.best_model import FIGURES
 from utils.data.conversations import to_messages
+from utils.run.summary import evaluation_summary
 from utils.storage.run_folder import checkpoints_of, mark_complete
 from utils.template import get_template
 from utils.train.callbacks import FindBest
-from utils.train.eval_metrics import evaluation_summary
 
 # of very different lengths, and not a multiple of any step below
 EVAL_ROWS = [
@@ -139,7 +139,7 @@ def test_logits_of_the_whole_step_are_never_there(train, taught, eval_file, monk
     import trl.trainer.utils
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from utils.train.eval_metrics import CountsTokens
+    from utils.train.eval_metrics import TokenWeightedEvalMixin
 
     largest = []
 
@@ -150,13 +150,13 @@ def test_logits_of_the_whole_step_are_never_there(train, taught, eval_file, monk
                 largest.append(tuple(result.shape))
             return result
 
-    step = CountsTokens.prediction_step
+    step = TokenWeightedEvalMixin.prediction_step
 
     def watched(self, *args, **kwargs):
         with Watch():
             return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(CountsTokens, "prediction_step", watched)
+    monkeypatch.setattr(TokenWeightedEvalMixin, "prediction_step", watched)
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)
     monkeypatch.setattr(kernel, "TOKEN_CHUNK_SIZE", 64)
     train(*ONCE, "--eval_data_path", eval_file, "--per_device_eval_batch_size", "8", model=taught)

@@ -73,9 +73,9 @@ def test_lengths_of_rows():
 @pytest.mark.parametrize("form", ["true", "false"])
 def test_a_run_has_that_noise_and_no_other(task, form, train, tmp_path, monkeypatch):
     """Measured on the way through a whole run: uniform, with the spread that each row's length gives."""
-    import utils.run.save
+    import utils.train.trainer
 
-    seen, prepare = [], utils.run.save.prepare_trainer
+    seen, prepare = [], utils.train.trainer.prepare_trainer
 
     def watch(trainer, *rest):
         prepare(trainer, *rest)
@@ -89,7 +89,7 @@ def test_a_run_has_that_noise_and_no_other(task, form, train, tmp_path, monkeypa
 
         trainer.model.get_input_embeddings().register_forward_hook(note)
 
-    monkeypatch.setattr(utils.run.save, "prepare_trainer", watch)
+    monkeypatch.setattr(utils.train.trainer, "prepare_trainer", watch)
     kind = task.split("_")[0]
     data = write_rows(tmp_path / "data.jsonl", {"sft": tiny.ROWS, "dpo": tiny.PAIRS}[kind])
     flags = ["--train_args_path", f"train_args/{kind}/base.py", "--task_type", task, "--neftune_noise_alpha", "5"]

@@ -158,14 +158,16 @@ def test_a_checkpoint_of_weights_alone_is_begun_from(refused, train, tiny_models
 def test_how_to_go_on_without_an_optimizer_is_a_new_run(tmp_path):
     from types import SimpleNamespace
 
-    from utils.train.trainer import Surviving
+    from utils.train.trainer import FaultTolerantTrainerMixin
 
     (tmp_path / "checkpoint-3").mkdir()
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), save_only_model=False))
-    assert Surviving.how_to_go_on(trainer).endswith(f"--output_dir {tmp_path} --resume_from_checkpoint true")
+    assert FaultTolerantTrainerMixin.how_to_resume(trainer).endswith(
+        f"--output_dir {tmp_path} --resume_from_checkpoint true"
+    )
     trainer.args.save_only_model, trainer.settings = True, {"must": {"train_mode": "lora"}}
     wanted = f"start a new run from its weights: --adapter_name_or_path {tmp_path}/checkpoint-3, with another"
-    assert Surviving.how_to_go_on(trainer).startswith(wanted)
+    assert FaultTolerantTrainerMixin.how_to_resume(trainer).startswith(wanted)
 
 
 def test_deepspeed_keeps_the_checkpoints_options(tiny_models, rows_file, tmp_path):

@@ -14,7 +14,7 @@ from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, findings_of, in_order, with_severity
 from utils.doctor.resources import disk_findings, memory_findings, quantised_findings
 from utils.doctor.rows import census_findings, describe_lengths, problem_findings, report_findings
-from utils.doctor.settings import settings_findings, steps_of
+from utils.doctor.settings import settings_findings
 from utils.doctor.template import template_findings
 from utils.doctor.tokens import eval_in_train_findings, token_findings
 from utils.model.adapter import ADAPTERS
@@ -29,6 +29,7 @@ from utils.storage.weights import read_header, weight_files
 from utils.tasks import get_task
 from utils.template import get_template
 from utils.template.tokenize import special_token_pattern
+from utils.train.plan import steps_of
 
 _QUICK_ROWS = 100_000
 _MORE_HELP = "python -m utils.script.doctor, with the same flags, says more; --doctor off trains without looking"

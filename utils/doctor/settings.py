@@ -7,6 +7,7 @@ from utils.doctor.findings import Finding
 from utils.doctor.tokens import row_lengths
 from utils.model.adapter import ADAPTERS
 from utils.model.meta import shape_of
+from utils.train.plan import passes_per_epoch, steps_of
 
 # task and whether an adapter is trained → learning rates that AdamW is used with, on models of billions of weights
 _USUAL_RATES = {
@@ -43,19 +44,6 @@ def settings_findings(args, train_args, config, data, seen, processes: int) -> l
     return findings
 
 
-def steps_of(train_args, rows: int, processes: int) -> int:
-    """How many optimizer steps the training takes, as transformers' Trainer counts them."""
-    if train_args.max_steps > 0:
-        return train_args.max_steps
-    batches = _batches(train_args, rows, processes)
-    return math.ceil(train_args.num_train_epochs * max(1, math.ceil(batches / train_args.gradient_accumulation_steps)))
-
-
-def _batches(train_args, rows: int, processes: int) -> int:
-    share = rows / (train_args.per_device_train_batch_size * processes)
-    return max(1, math.floor(share) if train_args.dataloader_drop_last else math.ceil(share))
-
-
 def _learning_rate(args, train_args) -> list[Finding]:
     optimizer = str(getattr(train_args.optim, "value", train_args.optim))
     if "adam" not in optimizer:
@@ -85,7 +73,7 @@ def _warm_up(train_args, steps: int) -> list[Finding]:
 def _last_batch(train_args, rows: int, processes: int) -> list[Finding]:
     """Seldom to be avoided, and felt only where an epoch has few steps."""
     every = train_args.gradient_accumulation_steps
-    batches = _batches(train_args, rows, processes)
+    batches = passes_per_epoch(train_args, rows, processes)
     steps = math.ceil(batches / every)
     if every == 1 or batches % every == 0 or steps >= _FEW_STEPS:
         return []

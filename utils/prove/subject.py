@@ -21,11 +21,11 @@ from utils.model.probe_state import leave_dropout_out
 from utils.model.tokenizer import tokenizer_of
 from utils.prove.figures import Gradients, logits_of
 from utils.prove.plain import plain_loss
-from utils.run.save import prepare_trainer
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.tasks.trainer import Data
 from utils.template import get_template
+from utils.train.trainer import prepare_trainer
 
 
 class Subject:

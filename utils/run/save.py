@@ -11,7 +11,6 @@ from loguru import logger
 from utils.config.defaults import is_default_folder, new_folder
 from utils.config.validate import check_output_dir
 from utils.model.pissa import pissa_to_lora
-from utils.model.tokenizer import set_format
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
 from utils.run.record import effective_args, run_record
@@ -32,7 +31,7 @@ from utils.storage.run_folder import (
     remove_incomplete_checkpoints,
 )
 from utils.storage.run_lock import RUN_LOCK, acquire, release, run_lock_path
-from utils.train.trainer import refuse_broken_weights
+from utils.train.nonfinite import check_weights_finite
 
 
 def open_run(train_args, args) -> Path:
@@ -84,27 +83,6 @@ def _claim_folder(train_args, may_exist: bool) -> None:
             logger.info("another run began in the same second, so this one's folder is {}", folder)
     train_args.output_dir = broadcast_object(folder)
     Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
-
-
-def prepare_trainer(trainer, tokenizer, template, args) -> None:
-    """Makes every checkpoint, not only the last, speak and stop as trained."""
-    from utils.train.callbacks import FindBest, MetricsToLog, StopEarly, StopOnSignal
-
-    trainer.add_callback(MetricsToLog())
-    trainer.add_callback(FindBest())
-    if args.early_stopping_patience:
-        trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
-    trainer.add_callback(StopOnSignal())
-    # TRL writes a model card into the run's folder with every checkpoint, over one that may lie there
-    trainer.create_model_card = lambda *args, **kwargs: None
-    model = trainer.model
-    if hasattr(model, "create_or_update_model_card"):  # PEFT's, a form to fill in
-        model.create_or_update_model_card = lambda *args, **kwargs: None
-    if template is not None:
-        set_format(tokenizer, template, model)
-    if args.init_lora_weights == "pissa" and is_main_process():
-        # the model is W0 - s B0 A0 + s B A; B0 and A0 are needed to write it as a plain LoRA on W0
-        model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
 
 
 def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
@@ -160,13 +138,6 @@ def keep_figures(trainer):
             release(run_lock_path(trainer.args.output_dir))
 
 
-def end_if_stopped(trainer) -> None:
-    """Ends the command here if a signal stopped the training, with what to type to go on."""
-    for callback in trainer.callback_handler.callbacks:
-        if hasattr(callback, "raise_if_stopped"):
-            callback.raise_if_stopped(trainer.state, trainer.how_to_go_on())
-
-
 def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     """Writes the run's folder: weights, tokenizer, arguments, state, card.
 
@@ -178,7 +149,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         the summary: folder, rows, losses, next command.
     """
     folder = Path(trainer.args.output_dir)
-    refuse_broken_weights(trainer)
+    check_weights_finite(trainer)
     try:
         save_weights(trainer, args, folder)
         trainer.save_state()

@@ -20,8 +20,8 @@ from utils.runtime.distributed import wait_for_everyone
 from utils.runtime.errors import UserError
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind, wants_one_type
 from utils.template.messages import UNTRAINED_ANSWER, count_answers
-from utils.train.filler import FillsUp, fills_up
-from utils.train.trainer import Surviving
+from utils.train.filler import FillLastStepMixin, fills_up
+from utils.train.trainer import FaultTolerantTrainerMixin
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -57,7 +57,7 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
         raise BadRow(str(error.problems[0])) from None
 
 
-class PreparedPairs(FillsUp, Surviving):
+class PreparedPairs(FillLastStepMixin, FaultTolerantTrainerMixin):
     """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
 
     TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short

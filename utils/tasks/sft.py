@@ -9,9 +9,9 @@ from utils.data.truncate import check_all, cut_far, encode_within
 from utils.patches.lm_head import use_trained_positions
 from utils.runtime.errors import UserError
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
-from utils.train.eval_metrics import CountsTokens, fill_up
-from utils.train.filler import FillsUp
-from utils.train.trainer import Surviving
+from utils.train.eval_metrics import TokenWeightedEvalMixin, fill_up
+from utils.train.filler import FillLastStepMixin
+from utils.train.trainer import FaultTolerantTrainerMixin
 
 USES_TEMPLATE = True
 
@@ -51,7 +51,7 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
 
     use_trained_positions()
 
-    class Trainer(CountsTokens, FillsUp, Surviving, SFTTrainer):
+    class Trainer(TokenWeightedEvalMixin, FillLastStepMixin, FaultTolerantTrainerMixin, SFTTrainer):
         pass
 
     data = dataclasses.replace(data, eval=fill_up(data.eval, train_args))

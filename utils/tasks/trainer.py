@@ -176,7 +176,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     """Builds one of TRL's trainers on rows that are prepared already.
 
     Args:
-        trainer_class: TRL's, extended by `utils.train.trainer.Surviving`.
+        trainer_class: TRL's, extended by `utils.train.trainer.FaultTolerantTrainerMixin`.
         args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
         **more: for the trainer's constructor.
 

@@ -115,12 +115,12 @@ class StopOnSignal(TrainerCallback):
             self.signum = self.signum or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
-    def raise_if_stopped(self, state, how_to_go_on: str) -> None:
+    def raise_if_stopped(self, state, how_to_resume: str) -> None:
         """Ends the command with the signal's exit code, where one ended the training.
 
         Args:
             state: the trainer's.
-            how_to_go_on: what to type, from the trainer.
+            how_to_resume: what to type, from the trainer.
 
         Raises:
             Interrupted: with what to type to go on.
@@ -129,5 +129,5 @@ class StopOnSignal(TrainerCallback):
             raise Interrupted(
                 self.signum,
                 f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, "
-                f"{how_to_go_on}",
+                f"{how_to_resume}",
             )

@@ -6,7 +6,7 @@ from utils.runtime.distributed import all_gather_objects
 from utils.train.filler import empty_row
 
 
-class CountsTokens:
+class TokenWeightedEvalMixin:
     """A mix-in for TRL's SFTTrainer, whose figures then do not depend on how rows are cut into batches.
 
     transformers takes the mean of the batches' losses, TRL the mean of their accuracies, and with several
@@ -70,50 +70,3 @@ def fill_up(rows, train_args):
     one = empty_row(rows.column_names)
     missing = -len(rows) % step
     return concatenate_datasets([rows, Dataset.from_list([one] * missing, features=rows.features)])
-
-
-def evaluation_summary(trainer) -> dict:
-    """The figures of the weights a run saves, and which step was the best.
-
-    Returns:
-        `eval_step` with `eval_…` of the saved weights (of the last evaluation where the best is not kept),
-        `eval_accuracy` being that of preference pairs; `best_step`, `best_figure` by which it was chosen;
-        `best_kept`: whether the weights are those of that step. Each None where there is none.
-    """
-    args, state = trainer.args, trainer.state
-    entries = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
-    figure = args.metric_for_best_model or "eval_loss"
-    finite = {step: entry[figure] for step, entry in entries.items() if math.isfinite(entry.get(figure, math.nan))}
-    pick = max if args.greater_is_better else min
-    best, kept = pick(finite, key=finite.__getitem__, default=None), False
-    if args.load_best_model_at_end and state.best_model_checkpoint:
-        best, kept = state.best_global_step, True
-    step = best if kept else max(entries, default=None)
-    told = entries.get(step, {})
-    return {
-        "eval_step": step,
-        "eval_loss": told.get("eval_loss"),
-        "eval_perplexity": told.get("eval_perplexity"),
-        "eval_token_accuracy": told.get("eval_token_accuracy"),
-        "eval_accuracy": told.get("eval_rewards/accuracies"),
-        "best_step": best,
-        "best_figure": figure if best is not None else None,
-        "best_kept": kept if best is not None else None,
-    }
-
-
-def evaluation_lines(summary: dict) -> str:
-    """The same figures as lines of the summary that a run prints."""
-    if summary["eval_loss"] is None:
-        return "  evaluation loss  not measured\n"
-    told = f"  evaluation loss  {summary['eval_loss']:.4f}"
-    if summary["eval_perplexity"] is not None:
-        share = 100 * summary["eval_token_accuracy"]
-        told += f", perplexity {summary['eval_perplexity']:.4g}, {share:.1f} % of the tokens right"
-    if summary["eval_accuracy"] is not None:
-        share = 100 * summary["eval_accuracy"]
-        told += f"\n  evaluation pairs {share:.0f} % with the higher reward for chosen"
-    if summary["best_step"] is None:
-        return told + "\n"
-    which = "that step" if summary["best_kept"] else "the last step; --load_best_model_at_end true keeps the best"
-    return f"{told}\n  best step        {summary['best_step']:,} by {summary['best_figure']}, saved is {which}\n"

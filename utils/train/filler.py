@@ -66,7 +66,7 @@ def fills_up(train_args, processes: int) -> bool:
     return processes > 1 and not (train_args.dataloader_drop_last or own_batches or rebalanced)
 
 
-class FillsUp:
+class FillLastStepMixin:
     """A mix-in for TRL's trainers: an epoch trains each row once, on however many processes.
 
     accelerate would give the epoch's first rows a second time, and count them in the loss of the last step.

@@ -70,6 +70,26 @@ def _labelled(batch, name: str) -> numpy.ndarray:
     return before[ends] - before[numpy.concatenate([[0], ends[:-1]])]
 
 
+def passes_per_epoch(train_args, rows: int, processes: int) -> int:
+    """How many batches each process computes in an epoch of so many rows.
+
+    `rows=10` of 2 a batch on 2 processes → 3, or 2 with `--dataloader_drop_last true`
+    """
+    share = rows / (train_args.per_device_train_batch_size * processes)
+    return max(1, math.floor(share) if train_args.dataloader_drop_last else math.ceil(share))
+
+
+def steps_of(train_args, rows: int, processes: int) -> int:
+    """How many optimizer steps a training on so many rows takes; their lengths need not be known."""
+    passes = passes_per_epoch(train_args, rows, processes)
+    return _total_steps(train_args, math.ceil(passes / train_args.gradient_accumulation_steps))
+
+
+def _total_steps(train_args, per_epoch: int) -> int:
+    """As transformers counts them in Trainer.set_initial_training_values."""
+    return train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
+
+
 def first_epoch(train_args, rows: Rows, processes: int) -> list[list[list[list[int]]]]:
     """The rows of each update of the first epoch, in the order of the run's seed: update → pass → process → rows.
 
@@ -136,8 +156,7 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
             f"{train_args.per_device_train_batch_size} on {processes} processes takes more; give less of them"
         )
     per_epoch = len(updates)
-    # as in Trainer.set_initial_training_values
-    steps = train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
+    steps = _total_steps(train_args, per_epoch)
     if steps > _UPDATES:
         flag = "max_steps" if train_args.max_steps > 0 else "num_train_epochs"
         raise UserError(

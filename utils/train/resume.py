@@ -185,7 +185,7 @@ def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: 
     ]
 
 
-class Resumable:
+class ResumeMixin:
     """A mix-in for transformers' Trainer, whose checkpoint brings the optimizer's options, the schedule and intervals.
 
     Attributes:
