@@ -162,12 +162,12 @@ def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_pat
 
 
 def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(train, tiny_models):
-    from utils.infer.load import load_speaker
+    from utils.infer.load import load_for_inference
 
     run = train()
     (run / "generation_config.json").unlink()
     args = TrainedArgs(model_path=str(run))
-    model, tokenizer = load_speaker(args, check_trained(args)[0])
+    model, tokenizer = load_for_inference(args, check_trained(args)[0])
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 

@@ -13,9 +13,9 @@ from utils.data.conversations import BadRow
 from utils.data.files import RawRow
 from utils.evaluate import metrics
 from utils.evaluate.methods import MultipleChoice, share_right
-from utils.evaluate.models import Contender, check_contenders, load_contenders
+from utils.evaluate.models import EvalModel, check_eval_models, load_eval_models
 from utils.evaluate.multiple_choice import encode_choices, log_likelihoods, read_choices
-from utils.model.tokenizer import speak
+from utils.model.tokenizer import apply_chat_format
 from utils.script import evaluate
 from utils.template import get_template, template_dict
 
@@ -43,7 +43,7 @@ def choices_of(*rows):
 
 def speaking(tokenizer, name="qwen"):
     tokenizer = copy.deepcopy(tokenizer)
-    speak(tokenizer, get_template(name, tokenizer))
+    apply_chat_format(tokenizer, get_template(name, tokenizer))
     return tokenizer
 
 
@@ -98,13 +98,13 @@ def test_each_choice_gets_its_own_likelihood_back(tiny_models, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32).eval()
-    contender = Contender("model", None, None, speaking(tokenizer), model.config)
+    eval_model = EvalModel("model", None, None, speaking(tokenizer), model.config)
     task, rows = (
         MultipleChoice("text"),
         choices_of(*({**row, "choices": ["3", "Paris is.", "好"], "answer": 0} for row in QUIZ)),
     )
-    encoded = {number: task.encode(contender, row) for number, row in zip((4, 7, 9), rows, strict=True)}
-    found = dict(task.answer(model, contender, encoded, batch_size=2))
+    encoded = {number: task.encode(eval_model, row) for number, row in zip((4, 7, 9), rows, strict=True)}
+    found = dict(task.answer(model, eval_model, encoded, batch_size=2))
     assert set(found) == {4, 7, 9}
     for number, scored in encoded.items():
         alone = [dict(log_likelihoods(model, [one], 1, 0))[0] for one in scored]
@@ -279,12 +279,12 @@ def test_the_base_of_an_adapter_answers_as_alone(train, tiny_models, tmp_path, c
 
 def test_a_base_without_a_format_stops_where_the_trained_model_does(train, tiny_models):
     args = evaluate.EvaluateArgs(model_path=str(train()))
-    models, problems = check_contenders(args, compare_base=True, insist=True)
+    models, problems = check_eval_models(args, compare_base=True, insist=True)
     assert not problems
-    for contender in load_contenders(args, models):
-        stop = contender.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert contender.tokenizer.eos_token_id == stop
-        assert stop in contender.load().generation_config.eos_token_id
+    for eval_model in load_eval_models(args, models):
+        stop = eval_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert eval_model.tokenizer.eos_token_id == stop
+        assert stop in eval_model.load().generation_config.eos_token_id
 
 
 def test_a_model_alone_without_a_format_is_asked_in_plain_text(tiny_models, tmp_path, capsys):

@@ -345,7 +345,7 @@ def test_killed_at_a_line_while_sorting_and_at_the_end_it_goes_on_and_nothing_is
         lines.append(Path(f"{output}.partial").read_bytes().splitlines())
     assert len(lines[0]) == 1 + 5 + 1 and lines[1][:6] == lines[0][:6] and len(lines[1]) == 1 + len(ROWS)
     assert lines[2] == lines[1]
-    monkeypatch.setattr(infer, "load_speaker", None)  # the model is not needed any more
+    monkeypatch.setattr(infer, "load_for_inference", None)  # the model is not needed any more
     infer.main(command)
     assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
     assert output.read_bytes() == whole.read_bytes()

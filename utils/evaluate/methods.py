@@ -8,7 +8,7 @@ from typing import Any
 from utils.data.conversations import BadRow
 from utils.data.files import find_files, read_rows
 from utils.evaluate.metrics import Figure, score_file, score_row
-from utils.evaluate.models import Contender
+from utils.evaluate.models import EvalModel
 from utils.evaluate.multiple_choice import Choices, Scored, encode_choices, log_likelihoods, read_choices
 from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids
 from utils.infer.prompts import Prompt, read_prompts, to_prompt
@@ -28,17 +28,17 @@ class Generation:
     def __init__(self, args: GenerateArgs, metrics: list[str]):
         self.args, self.metrics = args, metrics
 
-    def encode(self, contender: Contender, row: Prompt) -> list[int]:
+    def encode(self, eval_model: EvalModel, row: Prompt) -> list[int]:
         """The ids to answer from; raises a `UserError` where the row cannot be answered."""
-        return prompt_ids(SimpleNamespace(config=contender.config), contender.tokenizer, row.messages, row.tools)
+        return prompt_ids(SimpleNamespace(config=eval_model.config), eval_model.tokenizer, row.messages, row.tools)
 
     def answer(
-        self, model, contender: Contender, encoded: dict[int, list[int]], batch_size: int
+        self, model, eval_model: EvalModel, encoded: dict[int, list[int]], batch_size: int
     ) -> Iterator[tuple[int, str]]:
         """(number of the row, its answer), as they come."""
         numbers = list(encoded)
         prompts = list(encoded.values())
-        for place, text in answer_all(model, contender.tokenizer, prompts, self.args, batch_size, seeds=numbers):
+        for place, text in answer_all(model, eval_model.tokenizer, prompts, self.args, batch_size, seeds=numbers):
             yield numbers[place], text
 
     def score(self, row: Prompt, answer: str) -> dict[str, float]:
@@ -67,22 +67,22 @@ class MultipleChoice:
     def __init__(self, form: str):
         self.form = form
 
-    def encode(self, contender: Contender, row: Choices) -> list[Scored]:
+    def encode(self, eval_model: EvalModel, row: Choices) -> list[Scored]:
         """A prompt for each choice; raises a `UserError` where the row cannot be asked."""
-        scored = encode_choices(row, contender.tokenizer, self.form)
-        context, longest = context_of(contender.config), max(len(one.ids) for one in scored)
+        scored = encode_choices(row, eval_model.tokenizer, self.form)
+        context, longest = context_of(eval_model.config), max(len(one.ids) for one in scored)
         if context and longest > context:
             raise UserError(f"with a choice it has {longest:,} tokens, and the model's context is {context:,}")
         return scored
 
     def answer(
-        self, model, contender: Contender, encoded: dict[int, list[Scored]], batch_size: int
+        self, model, eval_model: EvalModel, encoded: dict[int, list[Scored]], batch_size: int
     ) -> Iterator[tuple[int, list[float]]]:
         """(number of the row, log-likelihood of each choice), as they come."""
         owners = [(number, place) for number, scored in encoded.items() for place in range(len(scored))]
         flat = [one for scored in encoded.values() for one in scored]
         found: dict[int, dict[int, float]] = {number: {} for number in encoded}
-        for at, value in log_likelihoods(model, flat, batch_size, contender.tokenizer.pad_token_id):
+        for at, value in log_likelihoods(model, flat, batch_size, eval_model.tokenizer.pad_token_id):
             number, place = owners[at]
             found[number][place] = value
             if len(found[number]) == len(encoded[number]):

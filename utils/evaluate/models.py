@@ -8,7 +8,7 @@ from loguru import logger
 
 from utils.config.defaults import check_model_path
 from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
-from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
+from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
 from utils.storage.weights import check_weight_files, weights_fingerprint
@@ -16,7 +16,7 @@ from utils.template import get_template
 
 
 @dataclass(frozen=True)
-class Contender:
+class EvalModel:
     """One model, not loaded yet.
 
     Attributes:
@@ -41,7 +41,7 @@ class Contender:
         return model
 
 
-def check_contenders(
+def check_eval_models(
     args: TrainedArgs, compare_base: bool, insist: bool
 ) -> tuple[dict[str, Parts], list[str | Problem]]:
     """Finds the model that the flags mean, and the base it was trained on.
@@ -97,7 +97,7 @@ def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[P
     return base, [p if "base_model" in p.flags else replace(p, remedy=remedy) for p in problems]
 
 
-def load_contenders(args: TrainedArgs, models: dict[str, Parts]) -> list[Contender]:
+def load_eval_models(args: TrainedArgs, models: dict[str, Parts]) -> list[EvalModel]:
     """Loads the tokenizers and configurations, and settles in which chat format each model is asked.
 
     That is `--template_name`, or else the model's own. A base without one is asked in the trained model's; a model
@@ -108,12 +108,12 @@ def load_contenders(args: TrainedArgs, models: dict[str, Parts]) -> list[Contend
     """
     from transformers import AutoConfig
 
-    found: list[Contender] = []
+    found: list[EvalModel] = []
     for name, parts in reversed(models.items()):  # the trained one first, since the base may need its format
         own = replace(args, base_model=None, model_path=parts.base, adapter=None) if name == "base" else args
         tokenizer = _format(own, parts, found[0].tokenizer if found else None)
         config = AutoConfig.from_pretrained(parts.base, trust_remote_code=args.trust_remote_code)
-        found.insert(0, Contender(name, own, parts, tokenizer, config))
+        found.insert(0, EvalModel(name, own, parts, tokenizer, config))
     return found
 
 
@@ -128,6 +128,6 @@ def _format(args: TrainedArgs, parts: Parts, other):
         tokenizer.chat_template, tokenizer.eos_token = other.chat_template, other.eos_token
         logger.info("{} has no chat format of its own; it is asked in the trained model's", parts.base)
     else:
-        speak(tokenizer, get_template("default", tokenizer))
+        apply_chat_format(tokenizer, get_template("default", tokenizer))
         logger.info("{} has no chat format of its own; it is asked in plain text, as template 'default'", parts.base)
     return tokenizer

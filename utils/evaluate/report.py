@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.evaluate.metrics import Figure, signatures
-from utils.evaluate.models import Contender
+from utils.evaluate.models import EvalModel
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.runtime.text import markdown_table
 
@@ -94,7 +94,7 @@ def write(path: str, lines: list[dict], summary: dict) -> None:
 def summarise(
     args: Any,
     task: Any,
-    contenders: list[Contender],
+    eval_models: list[EvalModel],
     figures: dict[str, list[Figure]],
     rows: int,
     problems: list[Problem],
@@ -104,7 +104,7 @@ def summarise(
     Args:
         args: the flags, a dataclass.
         task: the way of assessing.
-        contenders: the models.
+        eval_models: the models.
         figures: of each model by its name.
         rows: how many were evaluated.
         problems: why each other row was not.
@@ -121,7 +121,7 @@ def summarise(
             }
             for name, found in figures.items()
         },
-        "models": {one.name: {"base": one.parts.base, "adapters": list(one.parts.adapters)} for one in contenders},
+        "models": {one.name: {"base": one.parts.base, "adapters": list(one.parts.adapters)} for one in eval_models},
         "sacrebleu": signatures(task.metrics) if task.name == "generation" else {},
         "arguments": asdict(args),
         "versions": {

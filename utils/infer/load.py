@@ -11,7 +11,7 @@ from utils.config.flags import arg
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
 from utils.model.merge_layers import merge_onto, types_of
-from utils.model.tokenizer import load_tokenizer, speak, stop_at_eos
+from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.lazy_imports import import_peft
 from utils.patches.rope import use_row_rope
@@ -182,7 +182,7 @@ def _with_adapters(model, paths: tuple[str, ...]):
     return attach_adapter(model, paths[-1], flag)
 
 
-def load_speaker(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):
+def load_for_inference(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):
     """Loads a model and a tokenizer that speak the format they were trained in.
 
     Args:
@@ -224,7 +224,7 @@ def load_format(args: TrainedArgs, parts: Parts):
             "or the folder of a run"
         )
     if args.template_name:
-        speak(tokenizer, get_template(args.template_name, tokenizer))
+        apply_chat_format(tokenizer, get_template(args.template_name, tokenizer))
     else:
         chat_templates_of(tokenizer)  # refused where none of several is the default
     tokenizer.padding_side = "left"  # the answer goes on where the prompt ends

@@ -84,13 +84,13 @@ def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) 
         )
 
 
-def set_format(tokenizer, template: Template, model) -> None:
-    """Writes a chat format into tokenizer and model, so that other programs speak it and stop with it."""
-    speak(tokenizer, template)
+def save_chat_format(tokenizer, template: Template, model) -> None:
+    """Sets a chat format on tokenizer and model, so that they are saved with it and with its stop token."""
+    apply_chat_format(tokenizer, template)
     stop_at_eos(model, tokenizer)
 
 
-def speak(tokenizer, template: Template) -> None:
+def apply_chat_format(tokenizer, template: Template) -> None:
     """Writes a chat format and its stop token into a tokenizer; under `auto` it keeps all the templates it has."""
     if template.name != "auto" or not isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = template.to_jinja()

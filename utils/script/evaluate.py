@@ -19,7 +19,7 @@ from utils.config.flags import arg, make_parser, read_flags
 from utils.data.files import files_left_out, find_files
 from utils.evaluate.methods import Generation, MultipleChoice, read_task
 from utils.evaluate.metrics import METRICS, check_metrics
-from utils.evaluate.models import Contender, check_contenders, load_contenders
+from utils.evaluate.models import EvalModel, check_eval_models, load_eval_models
 from utils.evaluate.report import check_output, summarise, table, write
 from utils.infer.generate import GenerateArgs, check_generate
 from utils.infer.load import Parts, TrainedArgs
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluateArgs, dict[str, Parts]
     """
     values, given, problems = read_flags(make_parser([EvaluateArgs], "utils.script.evaluate", __doc__), argv)
     args = EvaluateArgs(**values)
-    models, found = check_contenders(args, args.compare_base, insist="compare_base" in given)
+    models, found = check_eval_models(args, args.compare_base, insist="compare_base" in given)
     metrics, unknown = check_metrics(args.metrics)
     problems += found + check_generate(args) + unknown
     files, found = [], ["--eval_data_path is missing; give rows with answers, such as data/sft_eval_data.jsonl"]
@@ -95,12 +95,12 @@ def make_task(args: EvaluateArgs, kind: str, metrics: list[str], given: set[str]
     return Generation(args, metrics) if kind == "generation" else MultipleChoice(args.choice_form)
 
 
-def encode_rows(task, contenders: list[Contender], rows: list, problems: list[Problem]) -> dict[str, dict[int, list]]:
+def encode_rows(task, eval_models: list[EvalModel], rows: list, problems: list[Problem]) -> dict[str, dict[int, list]]:
     """What each model is given for each row, by name and number; a row that one cannot be given, none gets."""
-    encoded: dict[str, dict[int, list]] = {contender.name: {} for contender in contenders}
+    encoded: dict[str, dict[int, list]] = {eval_model.name: {} for eval_model in eval_models}
     for number, row in enumerate(rows):
         try:
-            found = [task.encode(contender, row) for contender in contenders]
+            found = [task.encode(eval_model, row) for eval_model in eval_models]
         except UserError as error:
             message = f"{row.file}:{row.line} {error.problems[0]}"
             problems.append(Problem(message, file=row.file, line=row.line))
@@ -121,15 +121,15 @@ def _tell_problems(args: EvaluateArgs, problems: list[Problem], kept: int) -> No
         logger.warning("{:,} rows cannot be evaluated and are skipped:{}", len(problems), shown)
 
 
-def ask(task, contender: Contender, encoded: dict[int, list], args: EvaluateArgs) -> dict[int, object]:
+def ask(task, eval_model: EvalModel, encoded: dict[int, list], args: EvaluateArgs) -> dict[int, object]:
     """Loads a model, has it answer, and lets go of it; returns the answers by number, in the order of the rows."""
     import torch
     from tqdm import tqdm
 
-    model = contender.load(args.dtype)
-    with tqdm(total=len(encoded), unit="row", desc=contender.name) as bar:
+    model = eval_model.load(args.dtype)
+    with tqdm(total=len(encoded), unit="row", desc=eval_model.name) as bar:
         answers = {}
-        for number, answer in task.answer(model, contender, encoded, args.batch_size):
+        for number, answer in task.answer(model, eval_model, encoded, args.batch_size):
             answers[number] = answer
             bar.update()
     del model
@@ -151,12 +151,12 @@ def evaluate(args: EvaluateArgs, models: dict[str, Parts], metrics: list[str], g
     kind, rows, problems = read_task(args.eval_data_path, "--eval_data_path")
     task = make_task(args, kind, metrics, given)
     rows = rows[: args.max_rows]
-    contenders = load_contenders(args, models)
-    encoded = encode_rows(task, contenders, rows, problems)
-    kept = list(encoded[contenders[0].name])
+    eval_models = load_eval_models(args, models)
+    encoded = encode_rows(task, eval_models, rows, problems)
+    kept = list(encoded[eval_models[0].name])
     _tell_problems(args, problems, len(kept))
 
-    answers = {one.name: ask(task, one, encoded[one.name], args) for one in contenders}
+    answers = {one.name: ask(task, one, encoded[one.name], args) for one in eval_models}
     scores = {
         name: {number: task.score(rows[number], found[number]) for number in kept} for name, found in answers.items()
     }
@@ -167,7 +167,7 @@ def evaluate(args: EvaluateArgs, models: dict[str, Parts], metrics: list[str], g
         task.tell(rows[number], *({name: of[name][number] for name in of} for of in (answers, scores)))
         for number in kept
     ]
-    write(args.output, lines, summarise(args, task, contenders, figures, len(kept), problems))
+    write(args.output, lines, summarise(args, task, eval_models, figures, len(kept), problems))
     skipped = f", {len(problems):,} skipped and named above" if problems else ""
     logger.info("{:,} rows evaluated{}: {}", len(kept), skipped, args.output)
 

@@ -23,7 +23,7 @@ from utils.data.files import find_files
 from utils.infer.answer_file import AnswerFile, check_output, partial_of
 from utils.infer.chat import Chat, talk
 from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids
-from utils.infer.load import Parts, TrainedArgs, allows_special, check_trained, load_format, load_speaker
+from utils.infer.load import Parts, TrainedArgs, allows_special, check_trained, load_for_inference, load_format
 from utils.infer.prompts import Prompt, read_prompts
 from utils.runtime.command import run_command
 from utils.runtime.errors import Problem, UserError, raise_if_any
@@ -97,7 +97,7 @@ def _check_files(args: InferArgs, given: set[str]) -> list[str]:
 
 def load_chat(args: InferArgs, parts: Parts) -> Chat:
     """Loads a model for chatting."""
-    return Chat(*load_speaker(args, parts, args.dtype), args, args.system, allows_special(parts))
+    return Chat(*load_for_inference(args, parts, args.dtype), args, args.system, allows_special(parts))
 
 
 def answer_rows(args: InferArgs, parts: Parts) -> None:
@@ -119,7 +119,7 @@ def answer_rows(args: InferArgs, parts: Parts) -> None:
     try:
         left = [number for number in ids if number not in file.done]
         if left:  # else it was killed after the last answer
-            model, _ = load_speaker(args, parts, args.dtype, tokenizer)
+            model, _ = load_for_inference(args, parts, args.dtype, tokenizer)
             found = answer_all(model, tokenizer, [ids[number] for number in left], args, args.batch_size, seeds=left)
             for place, answer in tqdm(found, total=len(ids), initial=len(file.done), unit="row", desc="answering"):
                 file.write(left[place], row_of(prompts[left[place]], answer))

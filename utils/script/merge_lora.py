@@ -23,7 +23,7 @@ from utils.infer.load import Parts, TrainedArgs, check_trained
 from utils.model.adapter_files import check_mergeable
 from utils.model.load import settle_generation
 from utils.model.quantised import method_of, quantisation_of
-from utils.model.tokenizer import load_tokenizer, set_format
+from utils.model.tokenizer import load_tokenizer, save_chat_format
 from utils.patches.lazy_imports import skip_deepspeed_import
 from utils.runtime.command import run_command
 from utils.runtime.errors import UserError, raise_if_any
@@ -124,7 +124,7 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     model.generation_config = _generation_config(parts, model)
     settle_generation(model)
     if args.template_name:
-        set_format(tokenizer, get_template(args.template_name, tokenizer), model)
+        save_chat_format(tokenizer, get_template(args.template_name, tokenizer), model)
     with whole_or_nothing(folder, f"--output_dir {args.output_dir!r}") as part:
         model.save_pretrained(part, max_shard_size=args.max_shard_size)
         keep_types(part, parts.base, main_type(parts.base) if args.dtype else None)

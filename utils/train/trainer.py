@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.model.tokenizer import set_format
+from utils.model.tokenizer import save_chat_format
 from utils.runtime.log import is_main_process
 from utils.storage.run_files import PISSA_START
 from utils.train.checkpointing import CompleteCheckpointMixin
@@ -64,7 +64,7 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
     if hasattr(model, "create_or_update_model_card"):  # PEFT's card is a form to fill in
         model.create_or_update_model_card = lambda *args, **kwargs: None
     if template is not None:
-        set_format(tokenizer, template, model)
+        save_chat_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
         # the model is W0 - s·B0·A0 + s·B·A, so B0 and A0 are needed to save it as a plain LoRA on W0
         model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
