@@ -293,14 +293,14 @@ FAULTS = [
     Fault(
         "labels: a special token in a content forges a turn",
         "utils/template/tokenize.py",
-        "special = None if allow_special else escape_patterns(tokenizer, written)",
-        "special = None",
+        "patterns = None if allow_special else escape_patterns(tokenizer, format_text)",
+        "patterns = None",
         "tests/data/test_prepare.py -k special_tokens_in_content",
     ),
     Fault(
         "labels: the break stays in the ids",
         "utils/template/tokenize.py",
-        "        if breaks[i]:\n            kept",
+        "        if escape_char:\n            kept",
         "        if False:\n            kept",
         "tests/data/test_prepare.py -k special_tokens_in_content",
     ),

@@ -313,5 +313,5 @@ def test_named_templates_are_kept_on_saving_and_by_a_run(tmp_path, train, tiny_m
 
 def test_several_templates_without_a_default_are_refused_by_their_names():
     tokenizer = with_template({"tool_use": TOOLS, "rag": THINKING})
-    with pytest.raises(UserError, match=r"\(rag, tool_use\) and none is named 'default'"):
+    with pytest.raises(UserError, match=r"\(rag, tool_use\), and none is named 'default'"):
         get_template("auto", tokenizer)

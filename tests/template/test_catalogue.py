@@ -259,7 +259,7 @@ def test_label_spans():
 def test_a_registered_template_has_no_form_for_tools(key, turn):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     messages[turn] = {**messages[turn], key: [{"name": "look"}]}
-    with pytest.raises(UserError, match=f"turn {turn + 1} has tools, for which template 'qwen' has no form"):
+    with pytest.raises(UserError, match=f"turn {turn + 1} has tools, which template 'qwen' does not support"):
         get_template("qwen").render(messages)
 
 
@@ -270,7 +270,7 @@ USER, ANSWER, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "ass
     ("qwen", [], "empty"),
     ("qwen", [{"role": "robot", "content": "Hi"}], "turn 1 has the role 'robot'"),
     ("qwen", [{"role": "user", "content": None}], "turn 1 (user)"),
-    ("gemma", [SYSTEM, USER, ANSWER], "turn 1 is a system message, which template 'gemma' does not have"),
+    ("gemma", [SYSTEM, USER, ANSWER], "turn 1 is a system message, which template 'gemma' does not support"),
     ("gemma", [USER, USER], "turn 2 is user where template 'gemma' needs assistant"),
     ("mistral", [ANSWER], "turn 1 is assistant"),
     ("llama2", [USER, ANSWER, SYSTEM, USER], "only at the start"),

@@ -159,7 +159,7 @@ def encode_choices(row: Choices, tokenizer, form: str = "text") -> list[Scored]:
     mark = pick_escape_char(json.dumps([messages, answers], ensure_ascii=False))
     pieces = [_cut(tokenizer, messages, answer, mark) for answer in answers]
     scored = []
-    for encoded in encode_segments(pieces, tokenizer, allow_special=True, marks=[mark] * len(pieces)):
+    for encoded in encode_segments(pieces, tokenizer, allow_special=True, escape_chars=[mark] * len(pieces)):
         labelled = [place for place, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX]
         if not labelled or not labelled[0]:
             raise UserError("the model's tokenizer makes no token of a choice, or none of what stands before it")

@@ -99,7 +99,7 @@ def prompt_ids(
         text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:  # tools of another shape than the format reads
         raise UserError(f"the model's chat format refuses the conversation: {error}") from error
-    ids = encode_segments([[Segment(text)]], tokenizer, allow_special=True, marks=[mark])[0]["input_ids"]
+    ids = encode_segments([[Segment(text)]], tokenizer, allow_special=True, escape_chars=[mark])[0]["input_ids"]
     context = context_of(model.config)
     if context and len(ids) >= context:
         raise UserError(f"the prompt has {len(ids):,} tokens, and the model's context is {context:,}; shorten it")

@@ -1,4 +1,4 @@
-"""`--template_name auto`: the tokenizer's own chat template, with the trained text found in what it renders."""
+"""`--template_name auto`: the tokenizer's own Jinja chat template, with the interface of `Template`."""
 
 import contextlib
 import importlib.metadata
@@ -24,31 +24,32 @@ from utils.template.tokenize import (
     split_at_spans,
 )
 
-_S, _U, _A, _V = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
-
+# the conversations that a new template is tried with
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-_CALLING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+_CALL_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+# the texts that `derive_template` finds again in a rendering
+_SYSTEM, _USER, _ANSWER, _SECOND = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
 
 
 @dataclass(frozen=True)
 class AutoTemplate:
     """A tokenizer's chat template, with the interface of `Template`.
 
-    Every answer is trained as the whole conversation shows it: what follows the prompt of its turn, up to its stop
-    token. Left out and counted are answers whose thinking the template shows only in the last turn, since the model
-    would learn to answer without it, and answers whose place is not known exactly.
+    Each answer is trained as the rendering of the whole conversation shows it: from the end of its prompt up to its
+    stop token. Not trained, but counted, are answers whose reasoning the template renders only in the last turn,
+    since the model would learn to answer without it, and answers that cannot be located exactly.
 
     Attributes:
         chat_template: the Jinja text.
-        tokens: the tokenizer's special tokens by name, which the template may use.
-        special: matches the special tokens' texts.
-        date: the day that the template prints, `2026-01-31`, at midnight; empty where it prints none.
+        tokens: name → text of the tokenizer's special tokens, which the template may use.
+        special: matches the text of any special token.
+        date: the day that the template shows, `2026-01-31`, at midnight; empty if it shows none.
         name: `auto`.
-        text_arguments: whether the arguments of a tool call are given as JSON text, for a template that joins texts.
-        null_content: whether a call without text is given the content null, where the template drops it otherwise.
-        parts: whether a content is given as a list of parts, for a template that shows no other.
-        tool_use: the template of that name for conversations with tools; None where the tokenizer has but one.
+        text_arguments: whether the arguments of tool calls are passed as JSON text, for a template that joins texts.
+        null_content: whether a tool call without text is passed with null as content, where the template requires it.
+        parts: whether a content is passed as a list of parts, for a template that renders no other form.
+        tool_use: the template for conversations with tools; None if the tokenizer has only one.
     """
 
     chat_template: str
@@ -63,14 +64,14 @@ class AutoTemplate:
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
-        """The template that `tokenizer` brings.
+        """Reads the chat template of `tokenizer`.
 
         Args:
             tokenizer: with a chat template.
-            date: the day that the template prints, if it prints one; None for today.
+            date: the day that the template shows, if it shows one; None for today.
 
         Raises:
-            UserError: it brings none, or one whose answers cannot be told from the rest.
+            UserError: it has none, or one whose answers cannot be located.
         """
         if tokenizer is None or not tokenizer.chat_template:
             path = tokenizer.name_or_path if tokenizer else None
@@ -80,7 +81,7 @@ class AutoTemplate:
             )
         if special_token_pattern(tokenizer) is None:
             raise UserError(
-                f"--template_name auto finds where an answer ends by the tokenizer's special tokens, and that of "
+                f"--template_name auto finds the end of an answer by the tokenizer's special tokens, and that of "
                 f"{tokenizer.name_or_path!r} has none; choose a template by name"
             )
         tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
@@ -91,18 +92,18 @@ class AutoTemplate:
         return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fit_input_form())
 
     def _fit_input_form(self) -> "AutoTemplate":
-        """Given contents, calls and arguments in the form that the template takes."""
+        """Chooses the form of contents, tool calls and arguments that the template accepts."""
         template, parted = replace(self, parts=False), replace(self, parts=True)
         template = parted if not template._accepts(_PROBE) and parted._accepts(_PROBE) else template
         forms = [(False, False), (True, False), (False, True), (True, True)]
         for null_content, text_arguments in forms:
             form = replace(template, null_content=null_content, text_arguments=text_arguments)
-            if form._accepts(_CALLING):
+            if form._accepts(_CALL_PROBE):
                 return form
         return template
 
     def _select(self, messages: list[Message]) -> "AutoTemplate":
-        """The template of a conversation, chosen as `PreTrainedTokenizer.get_chat_template` does."""
+        """Returns the template for a conversation, as `PreTrainedTokenizer.get_chat_template` chooses it."""
         return self.tool_use if self.tool_use and messages and messages[0].get("tools") is not None else self
 
     def _accepts(self, messages: list[Message]) -> bool:
@@ -115,12 +116,12 @@ class AutoTemplate:
         """Renders a conversation as `apply_chat_template` does.
 
         Raises:
-            UserError: what the template refuses, in its own words.
+            UserError: the template refuses the conversation; the message is its own.
         """
         return self.render_with_marks(messages, add_generation_prompt)[0]
 
     def render_with_marks(self, messages: list[Message], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The rendering, and where `{% generation %}` marks it."""
+        """Renders a conversation; returns the text and the spans that `{% generation %}` marks in it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not messages:
@@ -143,40 +144,46 @@ class AutoTemplate:
 
     @property
     def key(self) -> str:
-        """Everything the renderings depend on, for the cache of prepared rows."""
+        """Everything that renderings depend on, for the cache of prepared rows."""
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
         return f"{self!r} {', '.join(versions)}"
 
     def _as_input(self, message: Message) -> Message:
-        """A turn as the template gets it."""
-        given = original_fields(message)
-        if given.get("tool_calls"):
+        """Converts a message to the form that the template accepts."""
+        fields = original_fields(message)
+        if fields.get("tool_calls"):
             if self.text_arguments:
-                given["tool_calls"] = [_with_text_arguments(call) for call in given["tool_calls"]]
-            if self.null_content and not given["content"]:
-                given["content"] = None
-        if self.parts and given["content"] is not None:
-            given["content"] = [{"type": "text", "text": given["content"]}]
-        return given
+                fields["tool_calls"] = [_with_text_arguments(call) for call in fields["tool_calls"]]
+            if self.null_content and not fields["content"]:
+                fields["content"] = None
+        if self.parts and fields["content"] is not None:
+            fields["content"] = [{"type": "text", "text": fields["content"]}]
+        return fields
 
     def has_generation_marks(self) -> bool:
+        """Whether the template marks its answers with `{% generation %}`."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
 
     def check(self, messages: list[Message]) -> None:
-        """Raises a `UserError` that says which turn cannot be trained exactly, where none can."""
+        """Raises a `UserError` that names the turn because of which a conversation cannot be trained exactly."""
         if refused := self._read(messages).refused:
             raise UserError(refused)
 
     def _read(self, messages: list[Message]) -> Reading:
-        return read_conversation(self._select(messages), _plain(messages))
+        return read_conversation(self._select(messages), _dump(messages))
 
-    def segments(self, messages: list[Message], mark: str = "", breaks: EscapePatterns | None = None) -> list[Segment]:
-        """The rendering in pieces, cut where something trained begins or ends.
+    def segments(
+        self, messages: list[Message], escape_char: str = "", patterns: EscapePatterns | None = None
+    ) -> list[Segment]:
+        """Renders a conversation, split where an answer that is trained begins or ends.
 
-        A `mark` is set into each text of the data that `breaks` matches, wherever the template shows it.
+        Args:
+            messages: as for `render`.
+            escape_char: inserted into each text of the data that `patterns` matches.
+            patterns: None to escape nothing.
         """
-        if breaks:
-            messages = escape_messages(messages, breaks, mark)
+        if patterns:
+            messages = escape_messages(messages, patterns, escape_char)
         reading = self._read(messages)
         return split_at_spans(reading.text, reading.spans)
 
@@ -197,21 +204,24 @@ class AutoTemplate:
         conversations = [select_answers(messages, train_on) for messages in conversations]
         if allow_special:
             return encode_segments([self.segments(messages) for messages in conversations], tokenizer, True)
-        marks = [pick_escape_char(_plain(messages)) for messages in conversations]
-        breaks = {form: escape_patterns(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
-        pieces = [self.segments(m, marks[i], breaks[self._select(m)]) for i, m in enumerate(conversations)]
-        return encode_segments(pieces, tokenizer, allow_special=True, marks=marks)
+        chars = [pick_escape_char(_dump(messages)) for messages in conversations]
+        patterns = {form: escape_patterns(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
+        segments = [self.segments(m, chars[i], patterns[self._select(m)]) for i, m in enumerate(conversations)]
+        return encode_segments(segments, tokenizer, allow_special=True, escape_chars=chars)
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
         """As `Template.notes`."""
         return self._read(select_answers(messages, train_on)).notes
 
     def special_tokens(self, tokenizer) -> list[str]:
-        """The tokenizer's special tokens that a conversation shows."""
+        """The tokenizer's special tokens that a plain conversation contains."""
         return sorted(set(self.special.findall(self.render(_PROBE))))
 
     def prompt_only_suffix(self) -> str:
-        """What a prompt ends with that a plain answer is shown without: DeepSeek-R1's `<think>\\n`; often nothing."""
+        """The end of a generation prompt that a plain answer is rendered without.
+
+        It is `<think>\\n` for DeepSeek-R1, and empty for most.
+        """
         prompt, text = self.render(_PROBE[:1], add_generation_prompt=True), self.render(_PROBE)
         return prompt[len(os.path.commonprefix([prompt, text])) :]
 
@@ -221,12 +231,12 @@ class AutoTemplate:
         return self.special.findall(text[start:end])[-1]
 
     def to_jinja(self) -> str:
-        """The template as it came."""
+        """The template, unchanged."""
         return self.chat_template
 
 
 def chat_templates_of(tokenizer) -> tuple[str, str | None]:
-    """A tokenizer's chat template, and the one for conversations with tools where that is another.
+    """Returns a tokenizer's chat template, and the one for conversations with tools if that is a different one.
 
     Raises:
         UserError: it has several by name, and none is named `default`.
@@ -236,8 +246,8 @@ def chat_templates_of(tokenizer) -> tuple[str, str | None]:
     except ValueError:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has several chat templates "
-            f"({', '.join(sorted(tokenizer.chat_template))}) and none is named 'default', which transformers takes; "
-            "name one of them so, or choose a template with --template_name"
+            f"({', '.join(sorted(tokenizer.chat_template))}), and none is named 'default', the one that transformers "
+            "uses; rename one of them, or choose a template with --template_name"
         ) from None
     return default, with_tools if with_tools != default else None
 
@@ -249,9 +259,12 @@ def _with_text_arguments(call):
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _plain(messages: list[Message]) -> str:
-    """All of a conversation's text as it is; Python's own `str` would escape what cannot be printed."""
+def _dump(messages: list[Message]) -> str:
+    """Serialises messages with all their characters unescaped."""
     return json.dumps(messages, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------ the date in a rendering
 
 
 def today() -> str:
@@ -260,13 +273,13 @@ def today() -> str:
 
 
 def shows_date(tokenizer) -> bool:
-    """Whether a chat template of the tokenizer's prints the day on which it renders."""
+    """Whether a chat template of the tokenizer shows the day on which it is rendered."""
     own = tokenizer.chat_template
     return any("strftime_now" in text for text in (own.values() if isinstance(own, dict) else [own or ""]))
 
 
 class _FixedClock:
-    """Stands for `datetime.datetime`, of which a template only sees `now()`."""
+    """Replaces `datetime.datetime`, of which chat templates only use `now()`."""
 
     def __init__(self, day: str):
         self._day = day
@@ -276,26 +289,29 @@ class _FixedClock:
 
 
 def fixed_date(day: str):
-    """Renders chat templates as transformers does at midnight of `day`; as it does now where `day` is empty.
+    """Returns a context in which chat templates show `day`, so that rows are the same tomorrow; no change if empty.
 
-    `strftime_now` of a template calls `datetime.now()` of transformers' module, and no argument can replace it.
+    The `strftime_now` of a template calls `datetime.now()` of transformers' module, and no argument replaces it.
     """
     from transformers.utils import chat_template_utils
 
     return patch.object(chat_template_utils, "datetime", _FixedClock(day)) if day else contextlib.nullcontext()
 
 
-def derive_template(tokenizer) -> Template | None:
-    """Reads the pieces of a tokenizer's chat template from three conversations.
+# ------------------------------------------------------------------------------ the template as a `Template`
 
-    A turn begins with a special token, and an answer ends with the template's stop token. Whoever calls this compares
-    the renderings of more conversations, since a Jinja template may do anything else as well.
+
+def derive_template(tokenizer) -> Template | None:
+    """Derives a `Template` from what a tokenizer's chat template renders for three conversations.
+
+    A turn must begin with a special token, and an answer must end with the template's stop token. Since a Jinja
+    template may do anything, the caller has to compare the renderings of more conversations.
 
     Args:
         tokenizer: with a chat template.
 
     Returns:
-        the template, named `auto`; None where the renderings have no such pieces, or print the day.
+        the template, named `auto`; None if the renderings have another structure or show the date.
     """
     try:
         if shows_date(tokenizer):
@@ -306,44 +322,52 @@ def derive_template(tokenizer) -> Template | None:
         return None
 
 
-def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Template | None:
-    """Raises a `ValueError` where a rendering lacks a piece."""
-    system, user, second = (
-        {"role": role, "content": text} for role, text in (("system", _S), ("user", _U), ("user", _V))
-    )
-    answer = {"role": "assistant", "content": _A}
-    assistant = own.render([user], True).removeprefix(own.render([user]))
+def _from_renderings(own: AutoTemplate, stop: str, special: re.Pattern, bos: str) -> Template | None:
+    """As `derive_template`; raises a `ValueError` where a rendering lacks a piece."""
+    user, second = ({"role": "user", "content": text} for text in (_USER, _SECOND))
+    answer = {"role": "assistant", "content": _ANSWER}
+    prompt = own.render([user], True)
+    assistant = prompt.removeprefix(own.render([user]))
     turns = own.render([user, answer, second], True)
-    between = _between(turns, _U, _A)
-    where = between.index(assistant)
-    after_user, before_answer = between[:where], between[where + len(assistant) :]
-    tail = _between(turns, _A, _V)
-    stop_at = tail.index(stop)
-    after_answer, rest = tail[:stop_at], tail[stop_at + len(stop) :]
+    after_user, before_answer = _cut(_between(turns, _USER, _ANSWER), assistant)
+    after_answer, rest = _cut(_between(turns, _ANSWER, _SECOND), stop)
     opening = special.search(rest)  # of the second user's turn
     if opening is None or not assistant:
         return None
     after_stop, before_user = rest[: opening.start()], rest[opening.start() :]
-    alone = own.render([user], True)
-    head = alone[: alone.index(_U)].removesuffix(before_user)
+    head = prompt[: prompt.index(_USER)].removesuffix(before_user)
     template = Template(
         name="auto", source="the tokenizer's own chat template", models=(),
         user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer,
         after_answer=after_answer, stop=stop, after_stop=after_stop, bos=head,
     )  # fmt: skip
+    return _with_system(template, own, before_user, special, bos)
+
+
+def _with_system(
+    template: Template, own: AutoTemplate, before_user: str, special: re.Pattern, bos: str
+) -> Template | None:
+    """Adds the forms of a system message and of the default one; None where the renderings contradict each other.
+
+    Args:
+        template: without a system message; its `bos` is all that a rendering without one begins with.
+        own: the tokenizer's template.
+        before_user: what precedes the content of a user's turn.
+        special: matches the text of any special token.
+        bos: the BOS token; empty if there is none.
+    """
     try:
-        start = own.render([system, user], True)
+        start = own.render([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}], True)
     except UserError:
         return template  # without a system message
-    if _S not in start:
+    if _SYSTEM not in start:
         return template
-    before_system = start[: start.index(_S)]
-    after_system = _between(start, _S, _U).removesuffix(before_user)
-    # a BOS token of its own stands before the special token that opens the turn
+    before_system = start[: start.index(_SYSTEM)]
+    after_system = _between(start, _SYSTEM, _USER).removesuffix(before_user)
+    # the BOS token stands before the special token that opens the system turn
     first = bos if bos and special.match(before_system.removeprefix(bos)) and before_system.startswith(bos) else ""
-    before_system = before_system.removeprefix(first)
+    before_system, head = before_system.removeprefix(first), template.bos.removeprefix(first)
     template = replace(template, bos=first, system=f"{before_system}{{content}}{after_system}")
-    head = head.removeprefix(first)
     if head.startswith(before_system) and head.endswith(after_system) and head:
         default = head[len(before_system) : len(head) - len(after_system)]
         return replace(template, default_system=default)
@@ -353,3 +377,9 @@ def _from_renderings(own: AutoTemplate, stop: str, special, bos: str) -> Templat
 def _between(text: str, first: str, second: str) -> str:
     start = text.index(first) + len(first)
     return text[start : text.index(second, start)]
+
+
+def _cut(text: str, separator: str) -> tuple[str, str]:
+    """As `str.partition`, but raises a `ValueError` if the separator is missing."""
+    start = text.index(separator)
+    return text[:start], text[start + len(separator) :]

@@ -1,6 +1,6 @@
 """The chat templates, one `register_template(...)` call each.
 
-Everything a format needs is data in that call; `utils/template/format.py` serves them all.
+A call holds all that is specific to a format; `utils/template/format.py` renders and encodes all of them.
 """
 
 import re
@@ -17,7 +17,7 @@ template_dict: dict[str, Template] = {}
 
 
 def register_template(**data) -> Template:
-    """Adds a template to the registry; the arguments are `Template`'s attributes."""
+    """Adds a template to `template_dict`; the arguments are the attributes of `Template`."""
     template = Template(**data)
     if template.name in template_dict:
         raise ValueError(f"template {template.name!r} is registered twice")
@@ -26,15 +26,15 @@ def register_template(**data) -> Template:
 
 
 def get_template(name: str, tokenizer=None, date: str | None = None) -> Template | AutoTemplate:
-    """Looks a template up and fits it to a tokenizer.
+    """Looks up a template and fills in the tokenizer's BOS and EOS tokens.
 
     Args:
-        name: a name of `template_dict`, or `auto` for the tokenizer's own chat template.
-        tokenizer: gives the texts of `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
-        date: the day that `auto` prints where the tokenizer's chat template prints one; None for today.
+        name: a key of `template_dict`, or `auto` for the tokenizer's own chat template.
+        tokenizer: has the texts for `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
+        date: the day that `auto` shows, if the tokenizer's chat template shows one; None for today.
 
     Raises:
-        UserError: an unknown name, or a stop token which is not one token of the tokenizer.
+        UserError: the name is unknown, or the stop token is not a single token of the tokenizer.
     """
     if name == "auto":
         return AutoTemplate.of(tokenizer, date)
@@ -54,7 +54,7 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
 
 
 def unknown_template(name: str, flag: str = "template_name") -> Problem:
-    """The problem with a name that is not registered, the nearest ones first."""
+    """Describes an unknown name, with the names most like it."""
     return Problem(
         f"--{flag} {name!r} is not a template.{nearest(name, template_dict)} "
         f"Allowed: auto, {', '.join(sorted(template_dict))}",
@@ -64,14 +64,14 @@ def unknown_template(name: str, flag: str = "template_name") -> Problem:
 
 def _check_stop_token(template: Template, tokenizer) -> None:
     stop = template.stop_token()
-    # within a text, since a piece of the vocabulary may look like the token and never be made
+    # after another character: an entry of the vocabulary may have this text and yet never be produced
     ids = tokenizer(f"a{stop}", add_special_tokens=False)["input_ids"]
     vocabulary = tokenizer.get_vocab()
     if not stop or stop not in vocabulary or ids[-1:] != [vocabulary[stop]]:
         message = (
             f"template {template.name!r} ends an answer with {stop!r}, which must be one token, and the tokenizer of "
             f"{tokenizer.name_or_path!r} has no such token. Choose a template made for this model with --template_name "
-            "('auto' takes the tokenizer's own, 'default' ends with its eos token)"
+            "('auto' uses the tokenizer's own, 'default' ends with its EOS token)"
         )
         raise UserError(Problem(message, code="TEMPLATE_TOKEN_SPLIT", flags=("template_name",)))
 
@@ -85,13 +85,13 @@ register_template(
     bos="{bos}",
     system="System: {content}\n\n",
     user="User: {content}\n\n",
-    # a line feed, not a space: a space would join the answer's first token or stand alone untrained
+    # a line feed, since a space would merge with the answer's first token or become an untrained token of its own
     assistant="Assistant:\n",
     stop="{eos}",
     after_stop="\n\n",
 )
 
-# ChatML (OpenAI, 2023): one form, and what each family says by default
+# ChatML (OpenAI, 2023); the families differ only in the default system message
 _CHATML = {
     "system": "<|im_start|>system\n{content}<|im_end|>\n",
     "user": "<|im_start|>user\n{content}<|im_end|>\n",

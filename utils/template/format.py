@@ -1,6 +1,6 @@
-"""What a chat template does: a conversation becomes the text a model sees, and labels for what is trained.
+"""`Template`: renders conversations in a chat format and labels the tokens that are trained.
 
-The formats themselves are data, in `utils/template/catalogue.py`.
+The formats themselves are in `utils/template/catalogue.py`.
 """
 
 from collections.abc import Iterator
@@ -22,33 +22,32 @@ from utils.template.messages import (
 )
 from utils.template.tokenize import Segment, encode_segments
 
-_TOOLS = " (--template_name auto takes the tokenizer's own, which may have tools)"
-_OWN = " (--template_name auto takes the tokenizer's own, which may have one)"
+_TRY_AUTO = "; --template_name auto uses the tokenizer's own chat template, which may support it"
 
 
 @dataclass(frozen=True)
 class Template:
     """A chat format as data.
 
-    `{content}` stands for a message's text, `{bos}` and `{eos}` for the tokenizer's tokens.
+    In the texts, `{content}` stands for a message's content, `{bos}` and `{eos}` for the tokenizer's tokens.
 
     Attributes:
-        name: what `--template_name` takes.
+        name: the value of `--template_name`.
         source: where the format is defined, with its revision.
         models: the models it is for.
-        bos: text that stands once at the very start, whatever the first role.
-        default_system: the system message of a conversation that brings none; None for no such message.
-        system: a system message; None where the format has no place of its own for one.
-        system_with_user: the first user's text when a system message comes before it, with `{system}`.
+        bos: text at the very start, whatever the first role is.
+        default_system: the system message of a conversation without one; None for no such message.
+        system: a system message; None if the format has no turn for it.
+        system_with_user: the first user's content after a system message, with `{system}`, if there is no `system`.
         user: a user's turn.
-        assistant: what opens an answer; a prompt for generation ends with it.
-        before_answer: text between that and the answer which is not part of the prompt.
+        assistant: the opening of an answer, with which a generation prompt ends.
+        before_answer: text between that opening and the answer which is not part of the prompt.
         after_answer: text between the answer and its stop token.
-        stop: the token that ends an answer; empty where only `closing` ends a conversation.
+        stop: the token that ends an answer; empty if only `closing` ends a conversation.
         after_stop: text between the stop token and the next turn; never trained.
-        end: text after a finished conversation; never trained.
+        end: text after a complete conversation; never trained.
         closing: a stop token that training adds to the last answer, where the official rendering has none.
-        strip: whether spaces around a content are removed.
+        strip: whether whitespace around a content is removed.
         alternate: whether user and assistant must take turns, a user first.
     """
 
@@ -71,21 +70,21 @@ class Template:
     alternate: bool = False
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """Renders a conversation as the model sees it.
+        """Renders a conversation as text.
 
         `[{"role": "user", "content": "Hi"}]` → `"<|im_start|>user\\nHi<|im_end|>\\n"`
 
         Args:
-            messages: `{"role": "system" | "user" | "assistant", "content": text}` in order.
-            add_generation_prompt: whether to end with the opening of an answer.
+            messages: `{"role": "system" | "user" | "assistant", "content": text}` each, in order.
+            add_generation_prompt: whether the text ends with the opening of an answer.
 
         Raises:
-            UserError: a role, an order or a content the format does not have.
+            UserError: the format does not support a role, an order or a content.
         """
         return "".join(segment.text for segment in self.segments(messages, add_generation_prompt))
 
     def segments(self, messages: list[Message], add_generation_prompt: bool = False) -> Iterator[Segment]:
-        """Yields the rendering in pieces, so that contents and trained text are known by where they stand."""
+        """Yields the rendering in segments, which tell contents and trained text from the rest."""
         self.check(messages)
         yield Segment(self.bos)
         system = None
@@ -104,11 +103,11 @@ class Template:
             elif system is not None:
                 before, rest = self.system_with_user.split("{system}")
                 middle, after = rest.split("{content}")
-                whole = before + system + middle + content + after
-                yield from _wrapped(self.user, self._stripped(whole))
+                joined = before + system + middle + content + after
+                yield from _fill(self.user, self._stripped(joined))
                 system = None
             else:
-                yield from _wrapped(self.system if message["role"] == "system" else self.user, self._stripped(content))
+                yield from _fill(self.system if message["role"] == "system" else self.user, self._stripped(content))
         if add_generation_prompt:
             yield Segment(self.assistant)
         else:
@@ -118,35 +117,39 @@ class Template:
         return content.strip() if self.strip else content
 
     def check(self, messages: list[Message]) -> None:
-        """Raises a `UserError` that says which turn the format cannot hold, and why."""
+        """Raises a `UserError` that names the turn the format does not support, and why."""
         if not messages:
             raise UserError("the conversation is empty; it needs at least one message")
         for turn, message in enumerate(messages, 1):
-            role, content = message.get("role"), message.get("content")
-            if role not in ("system", "user", "assistant"):
-                raise UserError(
-                    f"turn {turn} has the role {role!r}; template {self.name!r} knows system, user and assistant"
-                    + _TOOLS
-                )
-            if "tools" in message or "tool_calls" in message:
-                raise UserError(f"turn {turn} has tools, for which template {self.name!r} has no form" + _TOOLS)
-            fields = {**message, **message.get("extra", {})}
-            for field in (*REASONING_FIELDS, *MEDIA_FIELDS):
-                if fields.get(field):
-                    raise UserError(f"turn {turn} has {field!r}, for which template {self.name!r} has no form" + _OWN)
-            if not isinstance(content, str):
-                raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
-            if role == "system":
+            self._check_message(turn, message)
+            if message["role"] == "system":
                 self._check_system(turn, messages)
         if self.alternate:
             self._check_alternation(messages)
 
+    def _check_message(self, turn: int, message: Message) -> None:
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise UserError(
+                f"turn {turn} has the role {role!r}; template {self.name!r} supports system, user and assistant"
+                + _TRY_AUTO
+            )
+        if "tools" in message or "tool_calls" in message:
+            raise UserError(f"turn {turn} has tools, which template {self.name!r} does not support" + _TRY_AUTO)
+        fields = {**message, **message.get("extra", {})}
+        for field in (*REASONING_FIELDS, *MEDIA_FIELDS):
+            if fields.get(field):
+                raise UserError(f"turn {turn} has {field!r}, which template {self.name!r} does not support" + _TRY_AUTO)
+        if not isinstance(content, str):
+            raise UserError(f"turn {turn} ({role}) has a content of type {type(content).__name__}, not text")
+
     def _check_system(self, turn: int, messages: list[Message]) -> None:
         if self.system is None and self.system_with_user is None:
-            raise UserError(f"turn {turn} is a system message, which template {self.name!r} does not have")
+            raise UserError(f"turn {turn} is a system message, which template {self.name!r} does not support")
         if self.system is None and (turn > 1 or len(messages) < 2 or messages[1]["role"] != "user"):
             raise UserError(
-                f"turn {turn} is a system message, which template {self.name!r} has only at the start, before a user"
+                f"turn {turn} is a system message, which template {self.name!r} supports only at the start, before a "
+                "user's turn"
             )
 
     def _check_alternation(self, messages: list[Message]) -> None:
@@ -162,15 +165,15 @@ class Template:
     def encode(
         self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
     ) -> dict[str, list[int]]:
-        """Tokenises a conversation once as a whole and labels what is trained.
+        """Tokenises a conversation in one piece and labels what is trained.
 
-        Labels cover each answer and the stop token that ends it; all else is -100.
+        Labels cover each answer and the stop token that ends it; all others are -100.
 
         Args:
             messages: as for `render`.
-            tokenizer: a fast tokenizer, whose offsets tell which token covers which text.
-            allow_special: whether a special token's text within a content becomes that token.
-            train_on: `all_turns`, `last_turn` for the last answer alone, or how many of the last answers.
+            tokenizer: a fast tokenizer, which gives the character offsets of its tokens.
+            allow_special: whether the text of a special token within a content becomes that token.
+            train_on: `all_turns`, `last_turn` for the last answer only, or the number of last answers.
 
         Returns:
             `{"input_ids": [L], "labels": [L]}`
@@ -185,31 +188,30 @@ class Template:
         train_on: str | int = "all_turns",
     ) -> list[dict[str, list[int]]]:
         """`encode` for many conversations in one call of the tokenizer, which is several times faster."""
-        pieces = []
+        rendered = []
         for messages in conversations:
             messages = select_answers(messages, train_on)
             segments = list(self.segments(messages))
             if self.closing and messages[-1]["role"] == "assistant":
-                segments.append(
-                    Segment(self.closing, is_trained_answer(messages[-1]) and not is_empty_answer(messages[-1]))
-                )
-            pieces.append(segments)
-        return encode_segments(pieces, tokenizer, allow_special, written=self.text())
+                trained = is_trained_answer(messages[-1]) and not is_empty_answer(messages[-1])
+                segments.append(Segment(self.closing, trained))
+            rendered.append(segments)
+        return encode_segments(rendered, tokenizer, allow_special, format_text=self.text())
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
-        """Which answers that `train_on` has trained are not, why, and which fields of the turns no token shows."""
+        """Notes the answers that are not trained although `train_on` selects them, and fields that are not rendered."""
         answers = filter(is_trained_answer, select_answers(messages, train_on))
         notes = [RowNote(UNTRAINED_ANSWER, EMPTY_ANSWER) for answer in answers if is_empty_answer(answer)]
         fields = [field for message in messages for field in message.get("extra", {})]
         return notes + unread_field_notes([*fields, *("name" for message in messages if message.get("name"))])
 
     def special_tokens(self, tokenizer) -> list[str]:
-        """The tokenizer's special tokens that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""
+        """The added tokens of a tokenizer that the format uses, e.g. `["<|im_end|>", "<|im_start|>"]`."""
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         return sorted(token for token in added if token in self.text())
 
     def text(self) -> str:
-        """All that the format itself writes, end to end."""
+        """All text that the format itself writes, joined."""
         parts = [getattr(self, field.name) for field in fields(self) if field.name not in ("name", "source", "models")]
         return "\n".join(part for part in parts if isinstance(part, str))
 
@@ -219,15 +221,15 @@ class Template:
 
     @property
     def key(self) -> str:
-        """Everything the renderings depend on, for the cache of prepared rows."""
+        """Everything that renderings depend on, for the cache of prepared rows."""
         return repr(self)
 
     def to_jinja(self) -> str:
-        """The format as a Jinja chat template, saved as `tokenizer.chat_template`."""
+        """The format as a Jinja chat template, which is saved as `tokenizer.chat_template`."""
         return to_jinja(self)
 
 
-def _wrapped(form: str, content: str) -> Iterator[Segment]:
+def _fill(form: str, content: str) -> Iterator[Segment]:
     before, after = form.split("{content}")
     yield Segment(before)
     yield Segment(content, content=True)
