@@ -1324,7 +1324,7 @@ FAULTS = [
     ),
     Fault(
         "best: less accuracy is better",
-        "utils/config/best_model.py",
+        "utils/tasks/facts.py",
         '"token_accuracy": True}',
         '"token_accuracy": False}',
         "tests/train/test_eval_metrics.py -k more_is_better",
@@ -1727,15 +1727,15 @@ FAULTS = [
     Fault(
         "model: a base in 4 bits is trained as lora",
         "utils/model/quantised.py",
-        '            common.train_mode = "qlora"\n',
-        "",
+        '        common.train_mode = "qlora"\n',
+        "        pass\n",
         "tests/model/test_quantised.py -k is_trained_as_qlora",
     ),
     Fault(
         "model: full training of a base in 4 bits",
         "utils/model/quantised.py",
-        '        if mode == "full":\n',
-        "        if False:\n",
+        'and common.train_mode == "full":',
+        "and False:",
         "tests/model/test_quantised.py -k cannot_do_is_refused",
     ),
     Fault(
@@ -1798,13 +1798,13 @@ FAULTS = [
     Fault(
         "flags: packing without padding-free",
         "utils/config/validate.py",
-        "if packing and not train_args.padding_free:",
+        'if getattr(train_args, "packing", False) and not train_args.padding_free:',
         "if False:",
         "tests/config/test_flags.py -k 'what_is_refused and packing'",
     ),
     Fault(
         "flags: a number is not checked to be finite",
-        "utils/config/defaults.py",
+        "utils/config/validate.py",
         "common.lora_alpha > 0 and math.isfinite(common.lora_alpha)",
         "common.lora_alpha > 0",
         "tests/config/test_flags.py -k 'what_is_refused and lora_alpha'",

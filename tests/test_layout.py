@@ -31,7 +31,9 @@ def module_of(path: Path) -> str:
 def imports_of(path: Path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from [node.module] if node.module != "utils" else [f"utils.{alias.name}" for alias in node.names]
+            if node.module != "utils":
+                yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)  # an alias may be a module, too
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 

@@ -1,28 +1,12 @@
-"""The arguments: one dataclass for every recipe, parsed together with the recipe's own."""
+"""The arguments that every recipe shares, and `parse_args`, which reads them together with the recipe's own."""
 
-import argparse
-import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config.best_model import settle_evaluation
-from utils.config.config_file import read_config
-from utils.config.deepspeed import check_deepspeed, settle_deepspeed, settle_plugin
-from utils.config.defaults import check_common, resolve_defaults
-from utils.config.flags import arg, flags_in, make_parser, read_flags, split_flags
-from utils.config.precision import check_precision
-from utils.config.provenance import Sources
-from utils.config.recipe import load_recipe
-from utils.config.replaced import REPLACED_FLAGS, check_replaced
-from utils.config.validate import check_together
-from utils.runtime.distributed import broadcast_object, init_deepspeed
-from utils.runtime.errors import Problem, UserError, raise_if_any
-from utils.runtime.log import is_main_process
-from utils.storage.files import project_path
-from utils.storage.pickles import use_safe_deepspeed_load
-from utils.tasks.dpo_checks import check_dpo
+from utils.config.flags import arg
+from utils.config.parse import parse
+from utils.tasks.facts import FACTS
 
 
 @dataclass
@@ -142,21 +126,6 @@ class CommonArgs:
     )
 
 
-def _make_recipe_parser(recipe: type):
-    # CommonArgs comes last: it wins where TRL has a field of the same name
-    about = "Fine-tunes a language model by a recipe of train_args/. Every flag is also a default to edit."
-    parser = make_parser([recipe, CommonArgs], "main_train.py", about)
-    for action in parser._actions:
-        if action.dest in REPLACED_FLAGS:
-            action.help = argparse.SUPPRESS
-        if action.dest == "report_to":  # TrainingArguments takes a list, and its parser one word
-            action.nargs = "+"
-    common = next(group for group in parser._action_groups if group.title == CommonArgs._argument_group_name)
-    parser._action_groups.remove(common)
-    parser._action_groups.insert(0, common)
-    return parser
-
-
 def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
     """Reads the recipe and the flags, and checks everything that needs no model.
 
@@ -175,80 +144,4 @@ def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
 
 def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True):
     """As `parse_args`; returns (CommonArgs, TrainArgument, Sources), the last says where each value came from."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config = read_config(_given_early(argv, "config"))
-    path = _given_early(argv, "train_args_path")
-    path = config.recipe() or CommonArgs.train_args_path if path is None else path
-    parser = _make_recipe_parser(load_recipe(path, frozenset(f.name for f in dataclasses.fields(CommonArgs))))
-    values, given, problems = read_flags(parser, argv)
-    recipe = parser.dataclass_types[0]
-    sources = Sources(recipe, CommonArgs)
-    sources.note_flags(parser, argv, values, given)
-    problems += config.apply(values, given, (recipe, CommonArgs))
-    sources.note_config(config, values)
-    common, found = _settle(values, given, recipe, sources, needs_weights)
-    problems += found
-    try:
-        train_args = recipe(**_values_of(recipe, values))
-    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
-        message = f"the recipe's values do not fit together: {error}"
-        raise UserError(*problems, Problem(message, flags=flags_in(error))) from error
-    if values.get("gradient_checkpointing") is None and values.get("activation_checkpointing") is None:
-        # transformers makes false of what is left to utils/model/load.py
-        train_args.gradient_checkpointing = train_args.activation_checkpointing = None
-    if train_args.deepspeed_plugin is not None:
-        init_deepspeed()
-        use_safe_deepspeed_load()
-        settle_plugin(train_args)
-    # disk and clock differ between processes, and the first one will write, so all go by what it finds
-    problems += broadcast_object(_check(common, train_args))
-    train_args.output_dir, train_args.resume_from_checkpoint, common.template_date = broadcast_object(
-        (train_args.output_dir, train_args.resume_from_checkpoint, common.template_date)
-    )
-    raise_if_any(problems)
-    sources.note_step("trainer", train_args, common)
-    if is_main_process():
-        config.warn(common)
-    return common, train_args, sources
-
-
-def _settle(
-    values: dict, given: set[str], recipe: type, sources: Sources, needs_weights: bool
-) -> tuple[CommonArgs, list[Problem]]:
-    """Fills in what depends on other values and on the machine.
-
-    Returns:
-        the common arguments, and the problems.
-    """
-    common = CommonArgs(**_values_of(CommonArgs, values))
-    common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
-    # a precision set in the recipe counts as given
-    given |= {name for name in ("bf16", "fp16") if recipe.__dict__.get(name) is not None}
-    problems = check_precision(common, values, given)
-    sources.note_step("precision", values, common)
-    problems += resolve_defaults(common, values, given, recipe)
-    sources.note_step("defaults", values, common)
-    problems += settle_deepspeed(values)
-    sources.note_step("deepspeed", values, common)
-    problems += settle_evaluation(common, values, given)
-    sources.note_step("evaluation", values, common)
-    return common, problems + check_replaced(recipe, values, given) + check_common(common, recipe, needs_weights)
-
-
-def _check(common: CommonArgs, train_args) -> list[str]:
-    """Runs every check of the settled arguments against each other; returns the problems."""
-    return check_deepspeed(common, train_args) + check_together(common, train_args) + check_dpo(common, train_args)
-
-
-def _given_early(argv: list[str], flag: str) -> str | None:
-    """The recipe decides which flags there are, so its path, and --config, are read before the others."""
-    found = None
-    for group in split_flags(argv):
-        name, _, value = group[0].partition("=")
-        if name.replace("-", "_") == f"__{flag}":
-            found = value or (group[1] if len(group) > 1 else "")
-    return found
-
-
-def _values_of(dataclass_type: type, values: dict) -> dict:
-    return {f.name: values[f.name] for f in dataclasses.fields(dataclass_type) if f.init and f.name in values}
+    return parse(list(sys.argv[1:] if argv is None else argv), CommonArgs, FACTS, needs_weights)

@@ -323,8 +323,8 @@ def test_files_of_others_are_never_touched(flags, train, refused, tmp_path, tiny
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     import types
 
-    from utils.config.defaults import new_folder
     from utils.run.save import _claim_folder
+    from utils.storage.run_folder import new_folder
 
     monkeypatch.chdir(tmp_path)
     name = "output/dpo_multi-20260101-000000"

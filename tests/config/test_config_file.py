@@ -45,9 +45,9 @@ def record_of(folder) -> dict:
     ids=["sft lora", "sft bf16", "sft full", "dpo lora", "dpo_single full", "pretrain"],
 )
 def test_a_run_is_repeated_to_the_bit(train, tmp_path, monkeypatch, flags):
-    from utils.config import precision
+    from utils.config import defaults
 
-    monkeypatch.setattr(precision, "device_has_bf16", lambda: True)
+    monkeypatch.setattr(defaults, "device_has_bf16", lambda: True)
     rows = (
         tiny.PAIRS if DPO[1] in flags else [{"text": text} for text in tiny.TEXT] if PRETRAIN[1] in flags else tiny.ROWS
     )
@@ -112,14 +112,14 @@ def test_where_a_run_went_is_not_taken_over(run, changed):
 
 
 def test_precision_is_what_it_was_or_told(run, changed, monkeypatch):
-    from utils.config import precision
+    from utils.config import defaults
 
     path = changed(lambda record: record["common"].update(precision="bf16"))
-    monkeypatch.setattr(precision, "device_has_bf16", lambda: False)
-    with pytest.raises(UserError, match="bf16 was asked for, which this device does not have"):
+    monkeypatch.setattr(defaults, "device_has_bf16", lambda: False)
+    with pytest.raises(UserError, match="bf16 was requested, which this device does not support"):
         parse_args(["--config", path])
     path = changed(lambda record: (record["common"].update(precision="fp32"), record["trainer"].update(bf16=False)))
-    monkeypatch.setattr(precision, "device_has_bf16", lambda: True)
+    monkeypatch.setattr(defaults, "device_has_bf16", lambda: True)
     assert parse_args(["--config", path])[0].precision == "fp32"
 
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import ROOT
 from transformers import HfArgumentParser
 
-import utils.config.precision
-import utils.config.validate
-from utils.args import REPLACED_FLAGS, CommonArgs, load_recipe, parse_args
+import utils.config.defaults
+from utils.args import CommonArgs, parse_args
+from utils.config.recipe import REPLACED_FLAGS, load_recipe
 from utils.runtime.errors import UserError
 
 
@@ -135,7 +135,7 @@ def test_all_problems_come_at_once(parse, also):
         (["--eval_on_start", "true"], "--eval_on_start true"),
         (["--val_size", "2.5"], "a share below 1 or a number of rows"),
         (["--resume_from_checkpoint", "nowhere"], "'nowhere' is not a checkpoint"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
         (["--learning_rate", "-1"], "--learning_rate -1.0"),
         (["--num_train_epochs", "0"], "trains nothing"),
@@ -146,7 +146,7 @@ def test_all_problems_come_at_once(parse, also):
         ),
         (["--report_to", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--report_to", "tensorboard", "tensorbord"], "--report_to 'tensorbord' is not installed. Did you mean"),
-        (["--report_to", "none", "tensorboard"], "--report_to none tensorboard: 'none' goes with no other"),
+        (["--report_to", "none", "tensorboard"], "--report_to none tensorboard: 'none' cannot be combined with others"),
         (["--packing", "true", "--padding_free", "false"], "--packing true needs --padding_free true"),
         (["--lora_alpha", "inf"], "--lora_alpha inf is not allowed; give a number above 0"),
         (["--lora_alpha", "nan"], "--lora_alpha nan is not allowed"),
@@ -176,15 +176,15 @@ def test_flags_that_would_do_nothing_are_refused(parse, flag):
 
 
 def test_bf16_asked_for_where_there_is_none(parse, monkeypatch):
-    monkeypatch.setattr(utils.config.precision, "device_has_bf16", lambda: False)
+    monkeypatch.setattr(utils.config.defaults, "device_has_bf16", lambda: False)
     for flags in (["--bf16", "true"], ["--precision", "bf16"]):
-        assert "bf16 was asked for" in problems_of(parse, *flags)[0]
+        assert "bf16 was requested" in problems_of(parse, *flags)[0]
     args, train_args = parse()
     assert (args.precision, train_args.bf16, train_args.fp16) == ("fp32", False, False)
 
 
 def test_precision_sets_the_trainers_arithmetic(parse, monkeypatch):
-    monkeypatch.setattr(utils.config.precision, "device_has_bf16", lambda: True)
+    monkeypatch.setattr(utils.config.defaults, "device_has_bf16", lambda: True)
     assert parse()[1].bf16
     assert not parse("--precision", "fp32")[1].bf16
     assert parse("--bf16", "false")[0].precision == "fp32"

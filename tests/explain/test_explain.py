@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import main_train
 from utils.args import parse_with_sources
-from utils.config.replaced import REPLACED_FLAGS
+from utils.config.recipe import REPLACED_FLAGS
 from utils.explain.explain import explain
 from utils.explain.report import text_of
 from utils.explain.unused import TABLE, Case, idle_settings

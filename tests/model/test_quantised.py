@@ -76,7 +76,7 @@ def test_an_adapter_on_a_base_in_4_bits_answers_and_is_not_merged(train, in_4_bi
     ("flags", "said"),
     [
         (["--train_mode", "full"], "--train_mode full cannot change the weights"),
-        (["--init_lora_weights", "pissa"], "--init_lora_weights pissa takes the base's weights apart"),
+        (["--init_lora_weights", "pissa"], "--init_lora_weights pissa factorises the base's weights"),
     ],
 )
 def test_what_a_base_in_4_bits_cannot_do_is_refused_before_it_loads(

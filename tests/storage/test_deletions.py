@@ -191,4 +191,4 @@ def test_a_run_through_a_symbolic_link(train, tmp_path, refused, tiny_models, ro
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     flags = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file]
     said = refused(main_train.main, *flags, "--output_dir", str(tmp_path / "nowhere"))
-    assert "is a symbolic link to" in said and "which is not there" in said
+    assert "is a symbolic link to" in said and "which does not exist" in said

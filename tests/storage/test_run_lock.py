@@ -14,7 +14,7 @@ from conftest import ROOT, write_rows
 
 import main_train
 import utils.run.save
-from utils.config import validate as check_run
+from utils.config import output_dir
 from utils.runtime.errors import UserError
 from utils.storage.run_lock import acquire, hold_lock, lock_holder, lock_path_for, release, run_lock_path
 
@@ -88,7 +88,7 @@ def flags(tiny_models, rows_file):
 def test_a_second_run_into_a_folder_is_refused(seen, more, flags, refused, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     if seen != "at the start":
-        monkeypatch.setattr(check_run, "lock_holder", lambda _: None)
+        monkeypatch.setattr(output_dir, "lock_holder", lambda _: None)
     else:
         monkeypatch.setattr(utils.run.save, "open_run", lambda *_: pytest.fail("went on"))
     with held_by_another(run_lock_path(folder)) as other:

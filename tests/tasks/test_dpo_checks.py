@@ -182,7 +182,7 @@ def test_a_base_that_was_moved(train, refused, tmp_path):
     tuned = train(model=base)
     (tmp_path / "base").rename(tmp_path / "moved")
     out = refused(main_train.main, *DPO, "--adapter_name_or_path", str(tuned))
-    assert "which is not there; give its new place as --model_name_or_path" in out
+    assert "which does not exist; give its new path as --model_name_or_path" in out
     data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
     moved = str(tmp_path / "moved")
     folder = train(*DPO, "--adapter_name_or_path", str(tuned), model=moved, data=data, output="dpo")

@@ -8,7 +8,7 @@ from typing import Any
 
 from loguru import logger
 
-from utils.config.flags import fits, hints_of, type_in_words, what_is_meant
+from utils.config.flags import fits, type_in_words, what_is_meant
 from utils.data.files import TEXT_SUFFIXES, find_files
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest
@@ -81,18 +81,17 @@ class ConfigFile:
             named = self.values["train_args_path"] = str(file)
         return named
 
-    def apply(self, values: dict, given: set[str], types: tuple[type, ...]) -> list[Problem]:
+    def apply(self, values: dict, given: set[str], hints: dict[str, list]) -> list[Problem]:
         """Puts the file's settings where no flag was given.
 
         Args:
             values: every value by name; changed.
             given: the names that were given; those that the file sets to another value than the default are added.
-            types: the dataclasses whose fields are the flags.
+            hints: flag → the types it may have, from `hints_of`.
 
         Returns:
             the problems: names that are none, values of another type.
         """
-        hints = hints_of(types)
         self.given = frozenset(given)
         replaced = {name for group in _ONE_THING if given & set(group) for name in group}
         if given & {"eval_data_path", "val_size"} and not (

@@ -1,14 +1,15 @@
-"""`--deepspeed`: short names, the launcher's default, and configurations that fight with the flags."""
+"""`--deepspeed`: short names, the launcher's default, and configurations that conflict with the flags."""
 
 import json
 from pathlib import Path
 
 from loguru import logger
 
-from utils.runtime.distributed import set_single_process_env, started_by_deepspeed, zero_stage
+from utils.runtime.distributed import init_deepspeed, set_single_process_env, started_by_deepspeed, zero_stage
 from utils.runtime.errors import Problem, nearest, refusal
 from utils.runtime.log import is_main_process
 from utils.storage.files import ROOT, project_path
+from utils.storage.pickles import use_safe_deepspeed_load
 
 CONFIGS = ROOT / "train_args" / "deepspeed_config"
 NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -18,31 +19,38 @@ _ACCELERATES = "the DeepSpeed configuration of accelerate"
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
-def settle_deepspeed(values: dict) -> list[Problem]:
-    """Turns a short name into its file, and DeepSpeed's launcher without a name into ZeRO-2.
+def resolve(settings) -> None:
+    """Turns a short name into its file, and DeepSpeed's launcher without `--deepspeed` into ZeRO-2.
 
-    Args:
-        values: the recipe's, of which `deepspeed` is settled.
-
-    Returns:
-        the problems with the file.
+    A file that cannot be used is left out, so that the trainer's arguments can be built; `validate` reports it.
     """
-    given = values.get("deepspeed")
+    given = settings.values["deepspeed"] = _file_of(settings.values.get("deepspeed"))
+    if given is None:
+        return
+    if _file_problems(given, settings.values):
+        settings.values["deepspeed"] = None
+    else:
+        set_single_process_env()
+
+
+def validate(settings) -> list[Problem]:
+    """Checks DeepSpeed's file against the flags it must not replace."""
+    given = _file_of(settings.requested.get("deepspeed"))
+    return [] if given is None else _file_problems(given, settings.values)
+
+
+def _file_of(given):
+    """The file of a short name or the launcher's default; None without DeepSpeed."""
     if given is None:
         given = DEFAULT if started_by_deepspeed() else "none"
     if str(given).lower() in ("none", ""):
-        values["deepspeed"] = None
-        return []
-    if given in NAMES:
-        given = str(CONFIGS / f"ds_config_{given}.json")
-    values["deepspeed"] = given
+        return None
+    return str(CONFIGS / f"ds_config_{given}.json") if given in NAMES else given
+
+
+def _file_problems(given, values: dict) -> list[Problem]:
     config, problem = _read(given)
-    problems = [problem] if problem else _wrong_sections(config, given) + _shadows(config, values, given)
-    if problems:
-        values["deepspeed"] = None  # so that the other problems can be told as well
-    else:
-        set_single_process_env()
-    return problems
+    return [problem] if problem else _wrong_sections(config, given) + _shadows(config, values, given)
 
 
 def short_name(given):
@@ -88,7 +96,7 @@ def _wrong_sections(config: dict, given) -> list[Problem]:
 
 
 def _shadows(config: dict, values: dict, given) -> list[Problem]:
-    """Sections that would replace what the recipe says, without a word."""
+    """Sections of the configuration that would silently replace settings of the recipe."""
     problems = []
     checkpoint = config.get("checkpoint")
     if isinstance(checkpoint, dict) and checkpoint.get("load_universal"):
@@ -110,8 +118,13 @@ def _shadows(config: dict, values: dict, given) -> list[Problem]:
     return problems
 
 
-def settle_plugin(train_args) -> None:
-    """Settles DeepSpeed's configuration, whether it came by `--deepspeed` or by `accelerate launch`."""
+def resolve_plugin(settings) -> None:
+    """Fills in DeepSpeed's configuration, whether it came by `--deepspeed` or by `accelerate launch`."""
+    train_args = settings.train_args
+    if train_args.deepspeed_plugin is None:
+        return
+    init_deepspeed()
+    use_safe_deepspeed_load()
     _adopt_accelerates(train_args)
     _gather_at_saving(train_args)
 
@@ -155,57 +168,65 @@ def _read_mismatch(text: str) -> tuple[str, str, str, str]:
     return key, value, flag if flag.isidentifier() else "", flag_value
 
 
-def check_deepspeed(common, train_args) -> list[Problem]:
-    """Checks the DeepSpeed configuration against the flags, and what cannot work together.
-
-    Returns:
-        the problems, each naming both values.
-    """
+def validate_plugin(settings) -> list[Problem]:
+    """Checks the DeepSpeed configuration in use against the flags, and what cannot work together."""
+    common, train_args = settings.common, settings.train_args
     if train_args.deepspeed_plugin is None:
         return []
-    config = getattr(train_args, "hf_deepspeed_config", None)
-    # a key of accelerate's configuration came by no flag
-    source, named = ("--deepspeed", ("deepspeed",)) if train_args.deepspeed else (_ACCELERATES, ())
-    code = "DEEPSPEED_SHADOWS" if train_args.deepspeed else "ARGUMENTS"
-    problems = []
-    for mismatch in config.mismatches if config else []:
-        key, value, flag, flag_value = _read_mismatch(mismatch)
-        ours = f"--{flag} is {flag_value}" if flag else f"the flags make it {flag_value}"
-        problems += refusal(
-            f'{source} says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same',
-            *named,
-            *filter(None, [flag]),
-            code=code,
-        )
-    if train_args.max_grad_norm and config is not None and config.get_value("gradient_clipping") is None:
-        problems += refusal(
-            f"{source} has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
-            'write "gradient_clipping": "auto" into the file',
-            *named,
-            "max_grad_norm",
-            code=code,
-        )
-    name = f"ZeRO-{zero_stage(train_args)}"
+    problems = _mismatches(train_args)
     if common.on_nan == "skip":
         problems += refusal(
             "--on_nan skip: DeepSpeed steps by itself, so no step can be left out; use --on_nan stop", "on_nan"
         )
-    if zero_stage(train_args) == 3:
-        if common.init_lora_weights == "pissa":
-            problems += refusal(
-                f"--init_lora_weights pissa takes whole weights apart, which {name} splits; use zero2",
-                "init_lora_weights",
-            )
-        if common.train_special_tokens == "on" and common.train_mode != "full":
-            problems += refusal(
-                f"--train_special_tokens on trains single rows of the embedding, which {name} splits; use zero2, or "
-                "off",
-                "train_special_tokens",
-            )
-        if common.adapter_name_or_path and common.train_mode == "full":
-            problems += refusal(
-                f"--train_mode full merges --adapter_name_or_path into whole weights, which {name} splits; use zero2",
-                "train_mode",
-                "adapter_name_or_path",
-            )
+    return problems + (_needs_whole_weights(common) if zero_stage(train_args) == 3 else [])
+
+
+def _mismatches(train_args) -> list[Problem]:
+    """Keys of the configuration that contradict a flag, or leave out what a flag sets."""
+    config = getattr(train_args, "hf_deepspeed_config", None)
+    if config is None:
+        return []
+    # a key of accelerate's configuration came by no flag
+    source, flags = ("--deepspeed", ("deepspeed",)) if train_args.deepspeed else (_ACCELERATES, ())
+    code = "DEEPSPEED_SHADOWS" if train_args.deepspeed else "ARGUMENTS"
+    problems = []
+    for mismatch in config.mismatches:
+        key, value, flag, flag_value = _read_mismatch(mismatch)
+        ours = f"--{flag} is {flag_value}" if flag else f"the flags make it {flag_value}"
+        problems += refusal(
+            f'{source} says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same',
+            *flags,
+            *filter(None, [flag]),
+            code=code,
+        )
+    if train_args.max_grad_norm and config.get_value("gradient_clipping") is None:
+        problems += refusal(
+            f"{source} has no gradient_clipping, so --max_grad_norm {train_args.max_grad_norm} would do nothing; "
+            'write "gradient_clipping": "auto" into the file',
+            *flags,
+            "max_grad_norm",
+            code=code,
+        )
+    return problems
+
+
+def _needs_whole_weights(common) -> list[Problem]:
+    """Settings that read whole weight matrices, which ZeRO-3 splits over the processes."""
+    problems = []
+    if common.init_lora_weights == "pissa":
+        problems += refusal(
+            "--init_lora_weights pissa factorises whole weight matrices, which ZeRO-3 splits; use zero2",
+            "init_lora_weights",
+        )
+    if common.train_special_tokens == "on" and common.train_mode != "full":
+        problems += refusal(
+            "--train_special_tokens on trains single rows of the embedding, which ZeRO-3 splits; use zero2, or off",
+            "train_special_tokens",
+        )
+    if common.adapter_name_or_path and common.train_mode == "full":
+        problems += refusal(
+            "--train_mode full merges --adapter_name_or_path into whole weights, which ZeRO-3 splits; use zero2",
+            "train_mode",
+            "adapter_name_or_path",
+        )
     return problems

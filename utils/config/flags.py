@@ -55,6 +55,15 @@ def split_flags(argv: list[str]) -> list[list[str]]:
     return groups
 
 
+def value_of(argv: list[str], flag: str) -> str | None:
+    """The last value given for a flag, before there is a parser; None where it was not given."""
+    found = None
+    for group in split_flags(argv):
+        if group[0].startswith("--") and flag_of(group) == flag:
+            found = group[0].partition("=")[2] or (group[1] if len(group) > 1 else "")
+    return found
+
+
 def flag_of(group: list[str]) -> str:
     """The name of the flag that a group of `split_flags` gives: `["--lora-rank=8"]` → `"lora_rank"`."""
     return group[0].partition("=")[0].removeprefix("--").replace("-", "_")

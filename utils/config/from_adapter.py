@@ -1,4 +1,4 @@
-"""Checks of the adapter's arguments, and what follows from an adapter to go on from."""
+"""What a run inherits from the adapter or the run it starts from: base model, LoRA settings, chat format."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,36 @@ _SETTINGS = {
 }
 
 
-def check_adapter(common) -> list[Problem]:
-    """Checks the adapter's arguments against each other; returns the problems."""
+def resolve(settings) -> None:
+    """Takes base and settings from `--adapter_name_or_path`, and the template from the run it starts from."""
+    common, given = settings.common, settings.given
+    if common.adapter_name_or_path:
+        common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
+        config, problems = settings.adapter = _read_adapter(common.adapter_name_or_path)
+        if not problems:
+            base = project_path(str(config["base_model_name_or_path"]))
+            if "model_name_or_path" not in given and not _is_missing(base):
+                common.model_name_or_path = base
+            for name, key in _SETTINGS.items():
+                if name not in given and common.train_mode != "full":
+                    setattr(common, name, config[key])
+    _resolve_template(common, given)
+
+
+def validate(settings) -> list[Problem]:
+    """Checks the adapter's settings against each other, and the flags against the adapter that the run starts from."""
+    common = settings.common
+    config, problems = settings.adapter
+    if common.adapter_name_or_path and not problems:
+        flag = f"--adapter_name_or_path {common.adapter_name_or_path!r}"
+        problems = _check_base(common, settings.given, flag, str(config["base_model_name_or_path"]))
+        problems = problems or _check_weights(common, flag, common.adapter_name_or_path)
+        problems += _contradictions(common, settings.given, flag, config)
+    return problems + _new_adapter_problems(common)
+
+
+def _new_adapter_problems(common) -> list[Problem]:
+    """Settings of a new adapter that full training does not have, or that cannot be combined."""
     problems = []
     if common.train_mode == "full":
         adapter_only = {
@@ -40,48 +68,26 @@ def check_adapter(common) -> list[Problem]:
             for name, is_set in adapter_only.items()
             if is_set
         ]
-    if common.init_lora_weights == "pissa":
-        if common.train_mode == "qlora":
-            problems += refusal(
-                "--init_lora_weights pissa takes the base's weights apart, which --train_mode qlora has "
-                "quantised; use --train_mode lora",
-                "init_lora_weights",
-                "train_mode",
-            )
-        if common.use_dora:
-            problems += refusal(
-                "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
-                "init_lora_weights",
-                "use_dora",
-            )
+    if common.init_lora_weights == "pissa" and common.train_mode == "qlora":
+        problems += refusal(
+            "--init_lora_weights pissa factorises the base's weights, which --train_mode qlora has quantised; use "
+            "--train_mode lora",
+            "init_lora_weights",
+            "train_mode",
+        )
+    if common.init_lora_weights == "pissa" and common.use_dora:
+        problems += refusal(
+            "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
+            "init_lora_weights",
+            "use_dora",
+        )
     return problems
 
 
-def start_from_adapter(common, given: set[str]) -> list[Problem]:
-    """Takes the base and the settings from `--adapter_name_or_path`; a given flag must not contradict them.
-
-    Returns:
-        the problems.
-    """
-    path = common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
-    flag = f"--adapter_name_or_path {path!r}"
-    config, problem = _read_config(flag, path)
-    if problem:
-        return [problem]
-    if config.get("peft_type") != "LORA":
-        return refusal(
-            f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on", "adapter_name_or_path"
-        )
-    lacking = sorted({*_SETTINGS.values(), "base_model_name_or_path"} - set(config))
-    if lacking:
-        return refusal(
-            f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved",
-            "adapter_name_or_path",
-        )
-    problems = _take_base(common, given, flag, str(config["base_model_name_or_path"]))
-    problems = problems or _check_weights(common, flag, path)
+def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
+    """Flags that contradict the adapter, or that only a new one has a use for."""
     names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
-    problems += [
+    problems = [
         Problem(
             f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out",
             flags=(name, "adapter_name_or_path"),
@@ -96,9 +102,26 @@ def start_from_adapter(common, given: set[str]) -> list[Problem]:
                 name,
                 "adapter_name_or_path",
             )
-        elif common.train_mode != "full":
-            setattr(common, name, config[key])
     return problems
+
+
+def _read_adapter(path: str) -> tuple[dict, list[Problem]]:
+    """The adapter_config.json of a folder or a hub's repository, and why it cannot be trained on."""
+    flag = f"--adapter_name_or_path {path!r}"
+    config, problem = _read_config(flag, path)
+    if problem:
+        return {}, [problem]
+    if config.get("peft_type") != "LORA":
+        return {}, refusal(
+            f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on", "adapter_name_or_path"
+        )
+    lacking = sorted({*_SETTINGS.values(), "base_model_name_or_path"} - set(config))
+    if lacking:
+        return {}, refusal(
+            f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved",
+            "adapter_name_or_path",
+        )
+    return config, []
 
 
 def _read_config(flag: str, path: str) -> tuple[dict, Problem | None]:
@@ -136,16 +159,20 @@ def _read_config(flag: str, path: str) -> tuple[dict, Problem | None]:
         )
 
 
-def _take_base(common, given: set[str], flag: str, recorded: str) -> list[Problem]:
+def _is_missing(base: str) -> bool:
+    """Whether a recorded base is neither a folder nor like a hub's name."""
+    return not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1)
+
+
+def _check_base(common, given: frozenset[str], flag: str, recorded: str) -> list[Problem]:
     base = project_path(recorded)
     if "model_name_or_path" not in given:
-        if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+        if _is_missing(base):
             return refusal(
-                f"{flag} was trained on {recorded!r}, which is not there; give its new place as --model_name_or_path",
+                f"{flag} was trained on {recorded!r}, which does not exist; give its new path as --model_name_or_path",
                 "adapter_name_or_path",
                 "model_name_or_path",
             )
-        common.model_name_or_path = base
     elif Path(base).is_dir() and Path(base).resolve() != Path(common.model_name_or_path).resolve():
         return refusal(
             f"{flag} was trained on {recorded!r}, not on --model_name_or_path {common.model_name_or_path!r}; leave "
@@ -157,7 +184,7 @@ def _take_base(common, given: set[str], flag: str, recorded: str) -> list[Proble
 
 
 def _check_weights(common, flag: str, folder: str) -> list[Problem]:
-    """An adapter fits only the weights it was trained on; on others of the same shape it goes on without a word."""
+    """Checks the base by its fingerprint: on other weights of the same shape an adapter would load without an error."""
     noted = read_run_note(folder, "base")
     then = noted.get("fingerprint")
     now = weights_fingerprint(common.model_name_or_path) if then else None
@@ -179,8 +206,8 @@ def _settings_of_run(folder: Path) -> dict:
     return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["common"]
 
 
-def template_of_run(common, given: set[str]) -> None:
-    """A run goes on in the chat format of the run it starts from, unless another is given."""
+def _resolve_template(common, given: frozenset[str]) -> None:
+    """Takes the chat template of the run that this one starts from, unless another is given."""
     for folder in filter(None, (common.adapter_name_or_path, common.model_name_or_path)):
         try:
             trained = _settings_of_run(Path(folder))

@@ -17,12 +17,12 @@ from utils.storage.files import ROOT
 
 _LIBRARIES = {"trl": "TRL's", "transformers": "transformers'"}
 _ADAPTER = "adapter_config.json of --adapter_name_or_path {adapter_name_or_path}"
-# (step, name) → what a value follows from; the values as they are after the step stand in the braces
+# (step, name) → what a value is derived from; braces hold the values as they are after the step
 _REASONS = {
-    ("precision", "precision"): "--precision auto: what this machine computes in",
-    ("precision", "bf16"): "--precision {precision}",
-    ("precision", "fp16"): "--precision {precision}",
-    ("precision", "use_cpu"): "this machine has no GPU",
+    ("defaults", "precision"): "--precision auto: what this machine computes in",
+    ("defaults", "bf16"): "--precision {precision}",
+    ("defaults", "fp16"): "--precision {precision}",
+    ("defaults", "use_cpu"): "this machine has no GPU",
     ("defaults", "task_type"): "the first task of the recipe {train_args_path}",
     ("defaults", "train_data_path"): "the sample for the task {task_type}",
     ("defaults", "eval_data_path"): "the sample for the task {task_type}",
@@ -30,33 +30,39 @@ _REASONS = {
     ("defaults", "eval_strategy"): "neither --eval_data_path nor --val_size gives rows",
     ("defaults", "max_prompt_length"): "half of --max_len {max_len}, which is less than the default",
     ("defaults", "resume_from_checkpoint"): "the word that was given",
-    ("defaults", "model_name_or_path"): _ADAPTER,
-    ("defaults", "train_mode"): "the base {model_name_or_path}, which is saved in 4 bits",
-    ("defaults", "template_name"): "the chat format of the run that this one starts from",
-    **{("defaults", f"lora_{name}"): _ADAPTER for name in ("rank", "alpha", "dropout")},
-    **{("defaults", f"use_{name}"): _ADAPTER for name in ("dora", "rslora")},
-    ("evaluation", "load_best_model_at_end"): "--early_stopping_patience {early_stopping_patience} needs it",
-    ("evaluation", "metric_for_best_model"): "--load_best_model_at_end or --save_strategy best, which need a figure",
-    ("evaluation", "greater_is_better"): "--metric_for_best_model {metric_for_best_model}",
+    ("from_adapter", "model_name_or_path"): _ADAPTER,
+    ("from_adapter", "template_name"): "the chat format of the run that this one starts from",
+    **{("from_adapter", f"lora_{name}"): _ADAPTER for name in ("rank", "alpha", "dropout")},
+    **{("from_adapter", f"use_{name}"): _ADAPTER for name in ("dora", "rslora")},
+    ("model_path", "train_mode"): "the base {model_name_or_path}, which is saved in 4 bits",
+    ("best_model", "load_best_model_at_end"): "--early_stopping_patience {early_stopping_patience} needs it",
+    ("best_model", "metric_for_best_model"): "--load_best_model_at_end or --save_strategy best, which need a metric",
+    ("best_model", "greater_is_better"): "--metric_for_best_model {metric_for_best_model}",
     **{
-        ("evaluation", name): "--load_best_model_at_end {load_best_model_at_end} needs it"
+        ("best_model", name): "--load_best_model_at_end {load_best_model_at_end} needs it"
         for name in ("eval_strategy", "save_strategy", "eval_steps", "save_steps")
     },
-    ("trainer", "activation_checkpointing"): "--gradient_checkpointing, its older name",
-    ("trainer", "activation_checkpointing_kwargs"): "--gradient_checkpointing_kwargs, its older name",
-    ("trainer", "dataloader_pin_memory"): "--use_cpu {use_cpu}",
-    ("trainer", "do_eval"): "--eval_strategy {eval_strategy}",
-    ("trainer", "eval_steps"): "--logging_steps {logging_steps}",
-    ("trainer", "disable_tqdm"): "the log's level",
-    ("trainer", "resume_from_checkpoint"): "the newest whole checkpoint",
+    ("trainer_args", "activation_checkpointing"): "--gradient_checkpointing, its older name",
+    ("trainer_args", "activation_checkpointing_kwargs"): "--gradient_checkpointing_kwargs, its older name",
+    ("trainer_args", "dataloader_pin_memory"): "--use_cpu {use_cpu}",
+    ("trainer_args", "do_eval"): "--eval_strategy {eval_strategy}",
+    ("trainer_args", "eval_steps"): "--logging_steps {logging_steps}",
+    ("trainer_args", "disable_tqdm"): "the log's level",
+    ("output_dir", "resume_from_checkpoint"): "the newest complete checkpoint",
+    ("output_dir", "template_date"): "the run that is resumed",
 }
 _OTHERWISE = {
-    "precision": "--precision {precision}",
     "defaults": "other values",
+    "from_adapter": "the adapter that the run starts from",
+    "model_path": "the base model",
+    "best_model": "what the evaluation needs",
     "deepspeed": "DeepSpeed's launcher, where --deepspeed is not given",
-    "evaluation": "what the evaluation needs",
-    "trainer": "TrainingArguments, which fills it in",
+    "trainer_args": "TrainingArguments, which fills it in",
+    "output_dir": "the run's folder",
 }
+# set by TrainingArguments, or by the machine where the user left a library's default
+_AUTOMATIC_STEP = "trainer_args"
+_AUTOMATIC_NAMES = ("precision", "bf16", "fp16", "use_cpu")
 
 
 @dataclass(frozen=True)
@@ -67,14 +73,14 @@ class Source:
         kind: `library` (a default of TRL's or transformers'), `default` (of utils/args.py), `recipe`, `flag`,
             `config` (the file of `--config`), `launcher`, or `derived` from other values.
         where: the file and line, the flag as it was typed, the file and key, or what it is derived from.
-        step: of a derived value, the step of parsing that set it.
         before: of a derived value, where the value that it replaced came from.
+        automatic: of a derived value, whether the machine or TrainingArguments alone decides it.
     """
 
     kind: str
     where: str
-    step: str = ""
     before: "Source | None" = None
+    automatic: bool = False
 
     @property
     def chosen(self) -> bool:
@@ -84,8 +90,7 @@ class Source:
     @property
     def internal(self) -> bool:
         """Whether it follows a library's default without anyone asking for it."""
-        filled_in = self.step in ("trainer", "precision") and self.before.kind == "library"
-        return self.kind == "library" or (self.kind == "derived" and filled_in)
+        return self.kind == "library" or (self.automatic and self.before.kind == "library")
 
 
 class Sources(dict):
@@ -135,13 +140,14 @@ class Sources(dict):
             if not same(self._values[name], now[name]):
                 text = self._precision(step, name) or _REASONS.get((step, name), _OTHERWISE[step]).format_map(told)
                 kind = "launcher" if step == "deepspeed" and started_by_deepspeed() else "derived"
-                self[name] = Source(kind, text, step, self[name])
+                automatic = step == _AUTOMATIC_STEP or name in _AUTOMATIC_NAMES
+                self[name] = Source(kind, text, self[name], automatic)
         self._values = now
 
     def _precision(self, step: str, name: str) -> str | None:
         """The flag or line that says the precision by the trainer's own names."""
         asked = [self[one].where for one in ("bf16", "fp16") if one in self and self[one].chosen]
-        return asked[0] if asked and (step, name) == ("precision", "precision") else None
+        return asked[0] if asked and (step, name) == ("defaults", "precision") else None
 
 
 def default_source(dataclass_type: type, name: str) -> Source:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loguru import logger
 
-from utils.config.defaults import check_model_path
+from utils.config.model_path import check_model_path
 from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
 from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.runtime.errors import Problem, refusal

@@ -100,7 +100,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     if counted is not None and resolve_checkpointing(counted["all"], train_args):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
-            sources[name] = Source("derived", where, "model", sources[name])
+            sources[name] = Source("derived", where, sources[name])
     case = Case(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
     values = json.loads(json.dumps(settings["trainer"] | settings["common"], default=str))
@@ -129,7 +129,7 @@ def _expect_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
         raise UserError(problem)
     if padding_free != train_args.padding_free:
         train_args.padding_free = padding_free
-        sources["padding_free"] = Source("derived", reason, "model", sources["padding_free"])
+        sources["padding_free"] = Source("derived", reason, sources["padding_free"])
 
 
 def _without_list(part):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from utils.config.replaced import REPLACED_FLAGS
+from utils.config.recipe import REPLACED_FLAGS
 from utils.tasks.dpo_checks import FOR_MULTI, READ_SMOOTHING
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.config.defaults import check_model_path
 from utils.config.flags import arg
+from utils.config.model_path import check_model_path
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
 from utils.model.merge_layers import merge_onto, types_of

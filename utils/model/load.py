@@ -7,7 +7,7 @@ from utils.model.adapter_files import attach_adapter
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
 from utils.model.options import quantisation_options, resolve_checkpointing
-from utils.model.quantised import forget_unpacking, is_stored_in_bytes, loading_options, settle_base
+from utils.model.quantised import check_base, forget_unpacking, is_stored_in_bytes, loading_options, resolve_base
 from utils.patches.attention import use_row_attention
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.rope import use_row_rope
@@ -73,7 +73,8 @@ def load_model(args, train_args):
 
 def _settle_quantised_base(args, train_args) -> None:
     """A base from a hub is looked at here: its config.json is not on the machine when the arguments are checked."""
-    raise_if_any(settle_base(args, download=True))
+    raise_if_any(check_base(args, download=True))
+    resolve_base(args, download=True)
     if is_stored_in_bytes(args) and (zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp()):
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path!r} is saved in 4 bits, stored in bytes, which ZeRO-3 and "

@@ -45,49 +45,57 @@ def method_of(quantisation: dict) -> str:
     return str(quantisation.get("quant_method", "in an unnamed way"))
 
 
-def settle_base(common, download: bool = False) -> list[Problem]:
-    """Checks that the base can be trained as it is saved; one in 4 bits is trained as `--train_mode qlora`.
+def resolve_base(common, download: bool = False) -> None:
+    """Sets `train_mode` to qlora where it is lora and the base is saved in 4 bits by bitsandbytes.
 
     Args:
-        common: CommonArgs; `train_mode` may change from lora to qlora.
+        common: CommonArgs.
         download: as for `quantisation_of`.
+    """
+    quantisation = quantisation_of(common.model_name_or_path, download)
+    if quantisation is None:
+        return
+    base, method = f"--model_name_or_path {common.model_name_or_path!r}", method_of(quantisation)
+    if method == "bitsandbytes_4bit" and common.train_mode == "lora":
+        common.train_mode = "qlora"
+        logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
+    elif method == "mxfp4" and common.train_mode != "qlora":
+        logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
 
-    Returns:
-        the problems.
+
+def check_base(common, download: bool = False) -> list[Problem]:
+    """Checks that the base can be trained as it is saved; returns the problems.
+
+    Args:
+        common: CommonArgs.
+        download: as for `quantisation_of`.
     """
     quantisation = quantisation_of(common.model_name_or_path, download)
     if quantisation is None:
         return []
-    base, mode = f"--model_name_or_path {common.model_name_or_path!r}", common.train_mode
-    method = method_of(quantisation)
-    if method == "bitsandbytes_4bit":
-        if mode == "full":
-            return refusal(
-                f"--train_mode full cannot change the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
-                "--train_mode qlora, or give the model it was made from",
-                "train_mode",
-                "model_name_or_path",
-            )
-        if common.init_lora_weights == "pissa":
-            return refusal(
-                f"--init_lora_weights pissa takes the base's weights apart, and {base} is saved in 4 bits; leave the "
-                "flag out, or give the model it was made from",
-                "init_lora_weights",
-                "model_name_or_path",
-            )
-        if mode == "lora":
-            common.train_mode = "qlora"
-            logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
-        return []
-    if method == "mxfp4":
-        if mode == "qlora":
-            return refusal(
-                f"--train_mode qlora quantises whole weights, and {base} is saved in MXFP4; use --train_mode lora, "
-                "which unpacks them to 16 bits, or give the model in 16 bits",
-                "train_mode",
-                "model_name_or_path",
-            )
-        logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
+    base, method = f"--model_name_or_path {common.model_name_or_path!r}", method_of(quantisation)
+    if method == "bitsandbytes_4bit" and common.train_mode == "full":
+        return refusal(
+            f"--train_mode full cannot change the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
+            "--train_mode qlora, or give the model it was made from",
+            "train_mode",
+            "model_name_or_path",
+        )
+    if method == "bitsandbytes_4bit" and common.init_lora_weights == "pissa":
+        return refusal(
+            f"--init_lora_weights pissa factorises the base's weights, and {base} is saved in 4 bits; leave the "
+            "flag out, or give the model it was made from",
+            "init_lora_weights",
+            "model_name_or_path",
+        )
+    if method == "mxfp4" and common.train_mode == "qlora":
+        return refusal(
+            f"--train_mode qlora quantises whole weights, and {base} is saved in MXFP4; use --train_mode lora, "
+            "which unpacks them to 16 bits, or give the model in 16 bits",
+            "train_mode",
+            "model_name_or_path",
+        )
+    if method in ("bitsandbytes_4bit", "mxfp4"):
         return []
     what = "in 8 bits (bitsandbytes)" if method == "bitsandbytes_8bit" else f"quantised ({method})"
     return refusal(f"{base} is saved {what}, which is not trained here; {_GIVE}", "model_name_or_path")
@@ -97,7 +105,7 @@ def loading_options(args, compute_dtype) -> dict:
     """What `from_pretrained` is to do with weights that are saved quantised; empty where they are not.
 
     Args:
-        args: CommonArgs, accepted by `settle_base`.
+        args: CommonArgs, accepted by `check_base`.
         compute_dtype: of the arithmetic; bitsandbytes would take the one that the base was saved with.
     """
     quantisation = quantisation_of(args.model_name_or_path)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.config.defaults import is_default_folder, new_folder
-from utils.config.validate import check_output_dir
+from utils.config.output_dir import check_output_dir
 from utils.model.pissa import pissa_to_lora
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
@@ -26,6 +25,8 @@ from utils.storage.run_folder import (
     RECORD_IN_PROGRESS,
     STATE,
     checkpoints_after,
+    is_default_folder,
+    new_folder,
     read_record,
     remove_checkpoint,
     remove_incomplete_checkpoints,

@@ -8,6 +8,7 @@ its place: with it, and without the list, a folder is a torso. Only what a run w
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 MANIFEST = "complete.json"
@@ -200,3 +201,16 @@ def rotate_checkpoints(run: Path, limit: int | None, best: str | None) -> None:
     for folder in spare[: max(0, len(found) - max(limit, len(kept)))]:
         with contextlib.suppress(OSError):
             remove_checkpoint(folder)
+
+
+def new_folder(path: str) -> str:
+    """A name that no folder has: `output/sft-20260101-000000` → the same, or with `_2`, `_3` … after it."""
+    found, number = path, 2
+    while Path(found).exists():
+        found, number = f"{path}_{number}", number + 1
+    return found
+
+
+def is_default_folder(path: str) -> bool:
+    """Whether a run's folder was named by its time, so that no other run may have it."""
+    return re.fullmatch(r"output/[a-z_]+-\d{8}-\d{6}(_\d+)?", path) is not None

@@ -4,7 +4,7 @@ Read off transformers' Trainer (5.23): a checkpoint brings the optimizer with it
 rates, the random state, the step, and the trainer's state with its intervals. Everything else is read when it is used.
 """
 
-from utils.config.replaced import REPLACED_FLAGS
+from utils.config.recipe import REPLACED_FLAGS
 
 # the place in the epoch, and which rows come next: refused
 ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config")

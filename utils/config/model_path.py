@@ -1,0 +1,118 @@
+"""Checks that a path is a model: a folder that transformers saved, or a name on a hub."""
+
+import os
+import re
+from pathlib import Path
+
+from utils.model.quantised import check_base, resolve_base
+from utils.runtime.errors import Problem, in_one_line, nearest, refusal
+from utils.storage.weights import check_weight_files
+
+
+def resolve(settings) -> None:
+    """Sets `--train_mode qlora` for a base that is saved in 4 bits."""
+    resolve_base(settings.common)
+
+
+def validate(settings) -> list[Problem]:
+    """Checks `--model_name_or_path`, and that its weights can be trained as they are saved."""
+    common = settings.common
+    problems = check_model_path(
+        "--model_name_or_path",
+        common.model_name_or_path,
+        common.trust_remote_code,
+        needs_weights=settings.needs_weights,
+    )
+    return problems + check_base(common)
+
+
+def check_model_path(
+    name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False, needs_weights: bool = True
+) -> list[Problem]:
+    """Checks that a path is a hub's name or a folder with a model.
+
+    Args:
+        name: the flag it came by, or what it is called in messages.
+        path: its value.
+        trust_remote_code: whether Python code beside the model may run.
+        adapter_allowed: whether a folder with an adapter is accepted as well.
+        needs_weights: whether there must be weights beside config.json.
+
+    Returns:
+        the problems.
+    """
+    folder = Path(path).expanduser()
+    try:
+        os.listdir(folder)
+        (folder / "config.json").is_file()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # no permission, or a name that is too long
+        return refusal(
+            f"{name} {path!r} cannot be read: {error.strerror}; choose another folder, or have its owner allow it",
+            *_flags(name),
+        )
+    if folder.is_file():
+        return refusal(f"{name} {path!r} is a file; give the folder it lies in", *_flags(name))
+    if not folder.is_dir():
+        return _check_name(name, path, folder.parent)
+    if adapter_allowed and (folder / "adapter_config.json").is_file():
+        return []
+    return _check_folder(name, path, folder, trust_remote_code, needs_weights)
+
+
+def _check_folder(name: str, path: str, folder: Path, trust_remote_code: bool, needs_weights: bool) -> list[Problem]:
+    flag = f"{name} {path!r}"
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return refusal(
+                f"{flag} has no config.json: it holds an adapter; give it as --adapter_name_or_path",
+                *_flags(name),
+                "adapter_name_or_path",
+            )
+        return refusal(f"{flag} has no config.json: it holds no model saved by transformers", *_flags(name))
+    if not needs_weights:
+        return _check_config(name, path, trust_remote_code)
+    if not list(folder.glob("*.safetensors")):
+        return refusal(
+            f"{flag} has no *.safetensors weights. Other weight files can run code when they are read and are not "
+            "loaded; convert them with save_pretrained(...) of transformers",
+            *_flags(name),
+        )
+    return _check_config(name, path, trust_remote_code) or check_weight_files(flag, folder, *_flags(name))
+
+
+def _flags(name: str) -> list[str]:
+    """The flag of a name as messages have it: `"--model_path"` → `["model_path"]`, `"the base"` → `[]`."""
+    return [name.removeprefix("--")] if name.startswith("--") else []
+
+
+def _check_name(name: str, path: str, parent: Path) -> list[Problem]:
+    """Whether a path that does not exist can be a hub's name."""
+    looks_local = (
+        path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"
+    )
+    if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        return refusal(
+            f"{name} {path!r} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like "
+            "Qwen/Qwen1.5-7B",
+            *_flags(name),
+        )
+    return []
+
+
+def _check_config(name: str, path: str, trust_remote_code: bool) -> list[Problem]:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each model's code raises its own
+        reason = in_one_line(error, 300)
+        return refusal(
+            f"{name} {path!r} has a config.json that cannot be used: {type(error).__name__}: {reason}. A model with "
+            "code of its own needs --trust_remote_code true",
+            *_flags(name),
+            "trust_remote_code",
+        )
+    return []
