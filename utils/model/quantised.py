@@ -53,13 +53,13 @@ def resolve_base(common, download: bool = False) -> None:
         download: as for `quantisation_of`.
     """
     quantisation = quantisation_of(common.model_name_or_path, download)
-    if quantisation is None:
+    if quantisation is None or check_base(common, download):
         return
     base, method = f"--model_name_or_path {common.model_name_or_path!r}", method_of(quantisation)
     if method == "bitsandbytes_4bit" and common.train_mode == "lora":
         common.train_mode = "qlora"
         logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
-    elif method == "mxfp4" and common.train_mode != "qlora":
+    elif method == "mxfp4":
         logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
 
 
