@@ -66,8 +66,8 @@ FAULTS = [
     Fault(
         "head: figures it does not have are left out",
         "utils/patches/lm_head.py",
-        'asked = set(outputs) <= {"log_probs", "entropy", "is_top1"}',
-        "asked = True",
+        'supported = set(outputs) <= {"log_probs", "entropy", "is_top1"}',
+        "supported = True",
         "tests/patches/test_lm_head.py -k figures_it_does_not_have",
     ),
     Fault(
@@ -90,6 +90,27 @@ FAULTS = [
         "odds.copy_(logits).sub_(highest).exp_()",
         "odds.copy_(logits).exp_()",
         "tests/patches/test_lm_head.py -k far_from_zero",
+    ),
+    Fault(
+        "adapters: an input is not cast outside autocast",
+        "utils/patches/layers.py",
+        "else x.to(dtype)",
+        "else x",
+        "tests/patches/test_contracts.py -k cast_as_peft_does",
+    ),
+    Fault(
+        "imports: PEFT goes on without bitsandbytes",
+        "utils/patches/lazy_imports.py",
+        "        cached.cache_clear()",
+        "        pass",
+        "tests/patches/test_contracts.py -k knows_of_bitsandbytes",
+    ),
+    Fault(
+        "imports: a quantised layer is not known",
+        "utils/patches/lazy_imports.py",
+        'lambda: "bitsandbytes" in sys.modules',
+        "lambda: False",
+        "tests/patches/test_contracts.py -k knows_of_bitsandbytes",
     ),
     Fault(
         "head: of equal logits every one is the likeliest",

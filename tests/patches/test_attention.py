@@ -105,7 +105,7 @@ def test_a_mask_of_another_kind_is_left_as_it_is():
 def test_a_start_without_bitsandbytes_that_finds_it_when_it_is_needed():
     code = """
 import sys
-from utils.runtime.startup import import_peft
+from utils.patches.lazy_imports import import_peft
 import_peft()
 from peft import LoraConfig, get_peft_model
 from peft.import_utils import is_bnb_available

@@ -1,4 +1,6 @@
-"""Every process-wide change to another library, one module each.
+"""Changes to other libraries, for the whole process or for one model: workarounds of their behaviour.
 
-In reading order: attention, rope, lm_head, lazy_imports.
+Each one names the library's version it was written for; tests/patches/test_contracts.py checks that the replaced names
+still exist, that results equal the library's own, and that the workaround is still needed. In reading order: attention,
+rope, lm_head, layers, lazy_imports.
 """

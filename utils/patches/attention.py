@@ -1,16 +1,16 @@
-"""Rows that stand end to end: each is attended to by itself, rather than all of them under one mask.
+"""Computes SDPA attention over packed rows block by block.
 
-Under PyTorch's attention such rows get a block-diagonal mask of tokens × tokens, most of which is masked and computed
-all the same: for n rows of one length n times the arithmetic. The blocks give the same sums one at a time. The mask
-itself says where they lie, so whatever a model masks within a row, a sliding window say, stays masked.
+transformers 5.23 gives rows that are concatenated without padding a block-diagonal mask of tokens × tokens, and PyTorch
+computes the masked parts too: for n rows of equal length n times the arithmetic. Computed by blocks the results are the
+same. The blocks are read from the mask, so whatever a model masks within a row, such as a sliding window, stays masked.
 """
 
-# tokens a row on average from which a GPU, which must be told of every block, gets them one at a time; not measured
+# mean tokens of a row from which blocks are used on a GPU, where each is a kernel launch of its own; not measured
 GPU_BLOCKS_FROM = 512
 
 
 def use_row_attention() -> None:
-    """Teaches every model of this process whose attention is `sdpa`; other masks take the way they took."""
+    """Replaces the attention function `sdpa` of every model of this process; masks without blocks change nothing."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,12 +20,12 @@ def use_row_attention() -> None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         import torch
 
-        # split at once: the gradient of a slice would be as long as all rows together
+        # `split` rather than slices: the gradient of a slice is as long as all rows together
         lengths = [length for length, _ in blocks]
         rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         outputs = []
         for row, (_, mask) in zip(rows, blocks, strict=True):
-            # a mask that is left out was causal, whatever the module would take in its place
+            # a mask is dropped only if it was causal, whatever the module's default is
             options = kwargs | {"is_causal": True} if mask is None else kwargs
             outputs.append(sdpa_attention_forward(module, *row, mask, **options)[0])
         return torch.cat(outputs, dim=1), None
@@ -37,8 +37,8 @@ def use_row_attention() -> None:
 
         if "position_bias" in kwargs:
             kwargs["position_bias"] = _as_float32(kwargs["position_bias"])
-        # in bf16 the backward pass compiles a kernel for every length, of megabytes, and is slower;
-        # autocast would make bf16 of float32 again
+        # in bf16 torch 2.13's backward pass compiles a kernel of megabytes for every length, and is slower;
+        # autocast would cast float32 to bf16 again
         with torch.autocast("cpu", enabled=False):
             output = attend(module, *map(_as_float32, (query, key, value, attention_mask)), **kwargs)[0]
         return output.to(query.dtype), None
@@ -47,12 +47,12 @@ def use_row_attention() -> None:
 
 
 def _as_float32(states):
-    """Also of what is added to the scores, which must be of their type; a mask of bools stays one."""
+    """Casts floating-point tensors, also a bias on the scores; a bool mask is returned as it is."""
     return states.float() if states is not None and states.is_floating_point() else states
 
 
 def _blocks_of(mask) -> list[tuple]:
-    """Length and mask of each row; the mask None where it is the plain causal one. Found once for all layers.
+    """Returns the length and the mask of each row; None for a plain causal mask. Cached on the mask for all layers.
 
     `[[1,0,0], [1,1,0], [0,0,1]]` → `[(2, None), (1, None)]`
 
@@ -83,7 +83,7 @@ def _find_blocks(mask) -> list[tuple]:
         count = int(block.sum())
         within += count
         causal = count == (end - start) * (end - start + 1) // 2 and not block.triu(1).any()
-        # a copy: a view would hold the mask that holds it, and neither would ever be freed
+        # a copy: a view and the mask would reference each other and never be freed
         blocks.append((end - start, None if causal else block.clone()))
-    # something is seen across rows: then the mask is no block-diagonal one
+    # if tokens attend across rows, the mask is not block-diagonal
     return blocks if within == int(allowed.sum()) else []

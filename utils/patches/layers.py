@@ -1,10 +1,11 @@
-"""Changes to layers of PEFT and bitsandbytes, made on a loaded model or for the whole process."""
+"""Workarounds for layers of PEFT and bitsandbytes, applied to a loaded model or to the class."""
 
 
 def show_head_bias(model) -> None:
-    """Gives a head wrapped for trained token rows the `bias` that TRL's fused loss reads from it.
+    """Adds the attribute `bias` to a head that PEFT wrapped to train single token rows.
 
-    PEFT's wrapper passes `weight` through, with the trained rows in it, and no other attribute.
+    TRL 1.16's fused loss reads `weight` and `bias` of the head; PEFT 0.21's wrapper passes on only `weight`, with the
+    trained rows in it.
     """
     from peft.utils.other import TrainableTokensWrapper
 
@@ -14,21 +15,25 @@ def show_head_bias(model) -> None:
 
 
 def leave_casts_to_autocast() -> None:
-    """Spares each adapter a float32 copy of its input, which autocast would only turn back: time, and a copy kept."""
+    """Leaves the dtype of an adapter's input to autocast, where that is on.
+
+    PEFT 0.21 casts the input to the adapter's float32 first, and autocast casts it back to bf16 for the product: two
+    copies, one of which is kept for the backward pass.
+    """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def cast(layer, x, dtype):
+    def cast(self, x, dtype):
         return x if x is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     BaseTunerLayer._cast_input_dtype = cast
 
 
 def keep_quantised_weights(model) -> None:
-    """Stops bitsandbytes from rewriting the weights at the first evaluation on a CPU.
+    """Stops bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU.
 
-    Its fast path for inference packs them anew, in place and with coarser scales, so the
-    training that goes on after would be against another base.
+    In bitsandbytes 0.50 the fast path for inference on a CPU with AVX-512 BF16 repacks them in place, with coarser
+    scales, so that a training would continue on another base.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,16 +1,20 @@
-"""Imports of PEFT and accelerate without the libraries that a run does not use."""
+"""Imports PEFT and accelerate without bitsandbytes and DeepSpeed, which most runs do not use and which take seconds."""
 
 import gc
 import sys
 
 
 def import_peft() -> None:
-    """Imports PEFT, and transformers with it, without bitsandbytes, which only quantised weights need."""
+    """Imports PEFT, and transformers with it, without bitsandbytes, which only quantised weights need.
+
+    PEFT 0.21 imports bitsandbytes wherever it is installed: once to see which layers it has, and again for every layer
+    that gets an adapter, to see whether it is quantised.
+    """
     if "peft" in sys.modules:
         return
     absent = "bitsandbytes" not in sys.modules
     if absent:
-        sys.modules["bitsandbytes"] = None  # importing it fails, which PEFT takes
+        sys.modules["bitsandbytes"] = None  # the import fails, as where it is not installed
     try:
         import peft.import_utils
         import peft.tuners.lora.model as lora
@@ -18,15 +22,19 @@ def import_peft() -> None:
     finally:
         if absent:
             del sys.modules["bitsandbytes"]
-    for asked in (peft.import_utils.is_bnb_available, import_utils.is_bitsandbytes_available):
-        asked.cache_clear()
-    gc.freeze()  # what is imported stays; each later collection would look at a million objects for nothing
-    # PEFT would import it to see whether a layer is quantised; what is has imported it
+    for cached in (peft.import_utils.is_bnb_available, import_utils.is_bitsandbytes_available):
+        cached.cache_clear()  # they would answer that it is not installed
+    gc.freeze()  # imported modules are never freed; later collections need not visit their million objects
+    # a model with quantised layers has imported bitsandbytes already
     lora.is_bnb_available = lora.is_bnb_4bit_available = lambda: "bitsandbytes" in sys.modules
 
 
 def skip_deepspeed_import() -> None:
-    """Without its launcher DeepSpeed has no part in a run, yet accelerate would import it."""
+    """Stops accelerate from importing DeepSpeed in a run without it.
+
+    accelerate 1.15 imports it in `extract_model_from_parallel`, at the first checkpoint, to see whether the model is
+    a DeepSpeed engine.
+    """
     import accelerate.utils.other
 
     accelerate.utils.other.is_deepspeed_available = lambda: False

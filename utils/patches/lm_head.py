@@ -1,43 +1,48 @@
-"""The language-model head under training: only labelled positions go through it, and its logits never all exist.
+"""Computes the language-model head's loss on labelled positions only, without keeping all logits in memory.
 
-TRL scores every position where there is no Triton, prompts and padding too, and computes each tile of logits twice.
+TRL 1.16 does so with Triton. Without it, TRL scores every position, prompts and padding too, and computes each tile of
+logits again in the backward pass.
 """
 
 import functools
 from types import SimpleNamespace
 
-TILE = 8_000_000  # logits at once, some 50 MB with what is computed of them
+TILE = 8_000_000  # logits computed at once; about 50 MB with the intermediate results
 
 
 def use_trained_positions() -> None:
-    """Has TRL's fused head score only the labelled positions on the CPU too, and frozen heads in one pass."""
+    """Makes TRL's fused head score only labelled positions on the CPU too, and frozen heads in one pass."""
     import trl.trainer.utils as of_trl
 
     if not isinstance(of_trl._ChunkedLogProbFunction, SimpleNamespace):
         scored = of_trl._ChunkedLogProbFunction.apply
         of_trl._ChunkedLogProbFunction = SimpleNamespace(apply=lambda *given: _apply(scored, *given))
-        # asked only whether to leave out what is not labelled; the kernels ask by a name of their own
+        # here it only decides whether unlabelled positions are left out; the kernels import the original
         of_trl._use_triton = lambda device: device.type != "xla"
 
 
 def _apply(scored, hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
-    """TRL's function where the head is trained or its logits are changed, ours where it is frozen."""
+    """Scores a frozen head by `frozen_head`, any other by TRL's function.
+
+    Args:
+        scored: TRL's `ChunkedLogProbFunction.apply`; the other arguments are its own.
+    """
     import torch
 
     plain = bias is None and not weight.requires_grad and (temperature, softcap, scale) == (1.0, None, 1.0)
-    asked = set(outputs) <= {"log_probs", "entropy", "is_top1"}  # DPO asks for more
-    compiling = torch.compiler.is_compiling()  # then what is written in place here is refused
-    if not plain or not asked or compiling or hidden.device.type != "cpu" or not len(hidden):
+    supported = set(outputs) <= {"log_probs", "entropy", "is_top1"}  # DPO needs more
+    compiling = torch.compiler.is_compiling()  # torch.compile refuses the in-place operations here
+    if not plain or not supported or compiling or hidden.device.type != "cpu" or not len(hidden):
         return scored(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
     log_probs, entropy, is_top1 = frozen_head(hidden, weight, targets)
     return log_probs, entropy, None, None, is_top1
 
 
 def frozen_head(hidden, weight, targets):
-    """The log-probabilities of `targets` under a head that is not trained.
+    """Computes the log-probabilities of `targets` under a head that is not trained.
 
-    With z = W h and p = softmax(z), log p_y = z_y - log Σ exp(z), and its gradient in h is W_y - Wᵀ p: known with the
-    logits already at hand, so that nothing has to be computed again in the backward pass.
+    With z = W h and p = softmax(z), log p_y = z_y - log Σ exp(z), whose gradient in h is W_y - Wᵀ p. The forward pass
+    computes it from the logits, so the backward pass computes nothing again.
 
     Args:
         hidden: the last layer's states of the scored positions, [N, H].
@@ -53,7 +58,7 @@ def frozen_head(hidden, weight, targets):
 
 @functools.cache
 def _frozen_head():
-    """The autograd function, made once: torch is imported where it is used."""
+    """Returns the autograd function, defined at the first call so that importing this module needs no torch."""
     import torch
 
     class FrozenHead(torch.autograd.Function):
@@ -83,14 +88,20 @@ def _frozen_head():
 
 
 def _score(states, targets, head, logits, odds):
-    """One tile, in the room given for it; float32 from the logits on, as the loss is elsewhere."""
+    """Scores one tile of positions, in float32 from the logits on, as the loss of transformers does.
+
+    Args:
+        states, targets, head: as in `frozen_head`, of n positions.
+        logits, odds: buffers to write into, [n, V].
+    """
     import torch
 
     torch.mm(states, head.T, out=logits)
     highest = logits.amax(dim=1, keepdim=True)
     chosen = logits.gather(1, targets[:, None])
     is_top1 = (chosen == highest)[:, 0]
-    is_top1[is_top1.clone()] = logits[is_top1].argmax(dim=1) == targets[is_top1]  # of equals the first is said
+    # argmax takes the first of equal logits
+    is_top1[is_top1.clone()] = logits[is_top1].argmax(dim=1) == targets[is_top1]
     odds.copy_(logits).sub_(highest).exp_()  # p times their sum, at most 1
     total = odds.sum(dim=1, keepdim=True)
     log_sum = highest.float() + total.log()

@@ -1,8 +1,8 @@
-"""Position codes that depend on the longest row: each row of a step gets those it would have alone.
+"""Computes RoPE frequencies that depend on the sequence length for each row by itself.
 
 `longrope` (arXiv 2402.13753) changes all its frequencies once a row is longer than `original_max_position_embeddings`,
-and `dynamic` NTK scaling stretches them with the length. transformers decides by the largest position of the whole
-step, so one long row would change every other one; and after a long row a dynamic model keeps its frequencies for rows
+and `dynamic` NTK scaling stretches them with the length. transformers 5.23 decides by the largest position of the whole
+batch, so one long row changes every other row; and after a long row a dynamic model keeps its frequencies for rows
 that are shorter but still long.
 """
 
@@ -10,7 +10,7 @@ import types
 
 
 def use_row_rope(model) -> None:
-    """Has every rotary embedding of such a kind go through a step row by row.
+    """Replaces the forward of every rotary embedding of such a kind by one that computes row by row.
 
     Args:
         model: transformers' model, before PEFT wraps it; a model without such embeddings stays as it is.
@@ -19,12 +19,12 @@ def use_row_rope(model) -> None:
     for module in found:
         module.forward = types.MethodType(_row_by_row, module)
     if found:
-        # the rows' own lengths are lost in positions that only count up to the longest
+        # the default positions count up to the longest row, for every row
         model.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
 
 
 def depends_on_length(config) -> bool:
-    """Whether a row's position codes change with the longest row of its batch, as these kinds of RoPE do."""
+    """Whether a model's RoPE frequencies depend on the longest row of a batch."""
     rope = str(getattr(config, "rope_parameters", None))
     return "longrope" in rope or "dynamic" in rope
 
@@ -36,7 +36,11 @@ def _depends_on_length(module) -> bool:
 
 
 def _row_by_row(self, x, position_ids, *args, **kwargs):
-    """The class's own forward for each row; `position_ids` [1, T], starting again at 0 with each row, or [B, L]."""
+    """Calls the class's own forward for each row.
+
+    Args:
+        position_ids: [1, T], starting again at 0 with each row, or [B, L].
+    """
     import torch
 
     plain = type(self).forward
@@ -55,14 +59,14 @@ def _row_by_row(self, x, position_ids, *args, **kwargs):
 
 
 def _forget_longer_rows(module) -> None:
-    """A dynamic embedding keeps the frequencies of the longest row so far; each row begins with the original ones."""
+    """Resets a dynamic embedding, which keeps the frequencies of the longest row so far."""
     if getattr(module, "max_seq_len_cached", None) != getattr(module, "original_max_seq_len", None):
         module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
         module.max_seq_len_cached = module.original_max_seq_len
 
 
 def _add_positions(module, args, kwargs):
-    """Positions by the mask of padded rows: 0 where there is padding."""
+    """Adds `position_ids` computed from the mask of padded rows: 0 where there is padding."""
     mask = kwargs.get("attention_mask")
     if (
         kwargs.get("position_ids") is None
