@@ -99,13 +99,6 @@ FAULTS = [
         "tests/patches/test_contracts.py -k cast_as_peft_does",
     ),
     Fault(
-        "imports: PEFT goes on without bitsandbytes",
-        "utils/patches/lazy_imports.py",
-        "        cached.cache_clear()",
-        "        pass",
-        "tests/patches/test_contracts.py -k knows_of_bitsandbytes",
-    ),
-    Fault(
         "imports: a quantised layer is not known",
         "utils/patches/lazy_imports.py",
         'lambda: "bitsandbytes" in sys.modules',

@@ -16,14 +16,10 @@ def import_peft() -> None:
     if absent:
         sys.modules["bitsandbytes"] = None  # the import fails, as where it is not installed
     try:
-        import peft.import_utils
         import peft.tuners.lora.model as lora
-        from transformers.utils import import_utils
     finally:
         if absent:
             del sys.modules["bitsandbytes"]
-    for cached in (peft.import_utils.is_bnb_available, import_utils.is_bitsandbytes_available):
-        cached.cache_clear()  # they would answer that it is not installed
     gc.freeze()  # imported modules are never freed; later collections need not visit their million objects
     # a model with quantised layers has imported bitsandbytes already
     lora.is_bnb_available = lora.is_bnb_4bit_available = lambda: "bitsandbytes" in sys.modules
