@@ -1,0 +1,157 @@
+"""Finds the texts of a conversation that a chat template does not render."""
+
+import copy
+import functools
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from utils.runtime.errors import UserError
+from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS, Message
+
+# tags around reasoning within a content
+_REASONING_TAG = re.compile(r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|<\|channel>|<channel\|>")
+_MARKERS = range(0xE100, 0xF8FF)  # private-use characters, which no chat format contains
+
+
+class TextPosition(NamedTuple):
+    """The end of a piece of text in a conversation.
+
+    Attributes:
+        turn: index of the message.
+        path: keys and indices that lead to the text, `("tool_calls", 0, "function", "name")`.
+        end: where in that text the piece ends.
+        field: name of the field; `<think>` for reasoning within a content.
+    """
+
+    turn: int
+    path: tuple
+    end: int
+    field: str
+
+
+def hidden_fields(messages: list[Message], render: Callable[[list[Message]], str], text: str) -> list[tuple[int, str]]:
+    """Finds the fields that a rendering does not show.
+
+    A unique character is inserted at the end of every text. A text is hidden if its character is missing from the new
+    rendering and the rendering with another one there is unchanged.
+
+    Args:
+        messages: one conversation.
+        render: messages → rendering; raises UserError.
+        text: the rendering of `messages`.
+
+    Returns:
+        (index of the message, name of the field) of each; reasoning within a content is named `<think>`.
+    """
+    positions = [position for turn, message in enumerate(messages) for position in _positions(turn, message)]
+    dumped = json.dumps(messages, ensure_ascii=False)
+    unused = (char for char in map(chr, _MARKERS) if char not in dumped)
+    markers = dict(zip(positions, unused, strict=False))
+    try:
+        marked = render(_insert(messages, markers))
+    except UserError:
+        marked = ""
+    missing = [position for position in positions if position not in markers or markers[position] not in marked]
+    hidden = [
+        (position.turn, position.field) for position in _without_effect(missing, _insert_x, messages, render, text)
+    ]
+    others = [(turn, name) for turn, message in enumerate(messages) for name, value in _extra_fields(message)
+              if not isinstance(value, str)]  # fmt: skip
+    hidden += _without_effect(others, _drop_extra_fields, messages, render, text)
+    return list(dict.fromkeys(hidden))
+
+
+def remove_fields(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
+    """Returns the conversation without contents and reasoning that its rendering does not show.
+
+    Args:
+        messages: one conversation.
+        hidden: some of what `hidden_fields` returned.
+    """
+    kept = list(messages)
+    for turn, field in hidden:
+        message = dict(kept[turn])
+        if field == "<think>":
+            message["content"] = _REASONING_TAG.split(message["content"])[-1].lstrip("\n")
+        elif field == "content":
+            message["content"] = ""
+        elif field in REASONING_FIELDS:
+            message.pop(field, None)
+            message["extra"] = {key: value for key, value in message.get("extra", {}).items() if key != field}
+        kept[turn] = message
+    return kept
+
+
+def _without_effect(items: list, change: Callable, messages: list[Message], render, text: str) -> list:
+    """Returns the items whose change leaves the rendering as it is; all are tried together first, then one by one."""
+
+    def is_unchanged(some: list) -> bool:
+        try:
+            return render(change(messages, some)) == text
+        except UserError:
+            return False  # the template refuses the change, so it reads the item
+
+    if not items or is_unchanged(items):
+        return items
+    return [item for item in items if is_unchanged([item])]
+
+
+def _positions(turn: int, message: Message) -> Iterator[TextPosition]:
+    """Yields the end of every text of a message; a content with reasoning has several."""
+    content = message["content"]
+    start = 0
+    ends = [match.start() for match in _REASONING_TAG.finditer(content)] if message["role"] == "assistant" else []
+    for number, end in enumerate([*ends, len(content)]):
+        piece = content[start:end].rstrip()
+        if piece and not _REASONING_TAG.fullmatch(piece):
+            yield TextPosition(turn, ("content",), start + len(piece), "content" if number == len(ends) else "<think>")
+        start = end
+    named = ("name", *REASONING_FIELDS) if message["role"] != "tool" else ()
+    for key, value in message.items():
+        if key in named and isinstance(value, str) and value.strip():
+            yield TextPosition(turn, (key,), len(value.rstrip()), key)
+    for key, value in _extra_fields(message):
+        if isinstance(value, str):
+            yield TextPosition(turn, ("extra", key), len(value.rstrip()), key)
+    for path, value in _texts(message.get("tool_calls") or [], ("tool_calls",)):
+        if value.strip() and path[-1] not in ("id", "type"):
+            yield TextPosition(turn, path, len(value.rstrip()), "tool_calls")
+
+
+def _extra_fields(message: Message) -> list[tuple[str, Any]]:
+    """The additional fields that may have been meant for the model."""
+    return [(key, value) for key, value in message.get("extra", {}).items() if key not in METADATA_FIELDS]
+
+
+def _texts(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
+    """Yields path and text of every text in nested lists and objects."""
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _texts(item, (*path, key))
+
+
+def _insert(messages: list[Message], markers: dict[TextPosition, str]) -> list[Message]:
+    """Returns a copy of the messages with a character inserted at each position."""
+    copied = copy.deepcopy(messages)
+    for position, char in sorted(markers.items(), key=lambda item: -item[0].end):
+        *parents, last = position.path
+        holder = functools.reduce(operator.getitem, parents, copied[position.turn])
+        holder[last] = holder[last][: position.end] + char + holder[last][position.end :]
+    return copied
+
+
+def _insert_x(messages: list[Message], positions: list[TextPosition]) -> list[Message]:
+    return _insert(messages, dict.fromkeys(positions, "x"))
+
+
+def _drop_extra_fields(messages: list[Message], fields: list[tuple[int, str]]) -> list[Message]:
+    changed = list(messages)
+    for turn, field in fields:
+        extra = {key: value for key, value in changed[turn]["extra"].items() if key != field}
+        changed[turn] = {**changed[turn], "extra": extra}
+    return changed
