@@ -518,14 +518,14 @@ FAULTS = [
     Fault(
         "auto: a short answer is looked for in what the template writes",
         "utils/template/spans.py",
-        "if found < 0 or found == answer.rfind(said):",
+        "if found < 0 or found == answer.rfind(stripped):",
         "if True:",
         "tests/template/test_official.py -k short_answer",
     ),
     Fault(
         "auto: the space before an answer is trained",
         "utils/template/spans.py",
-        "return begin + _space_before(shown, messages[turn]), begin + size",
+        "return begin + _leading_space(shown, messages[turn]), begin + size",
         "return begin, begin + size",
         "tests/template/test_auto.py -k spaces_that_a_format_sets",
     ),

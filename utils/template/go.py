@@ -1,14 +1,14 @@
 """A template in Go's text/template syntax, as Ollama evaluates it.
 
-Ollama calls the template with `.Messages`, each with `.Role` and `.Content`, system messages among them; one role's
-messages in a row reach it joined to one. It evaluates the template for a prompt, so the opening of an answer ends it;
-where an assistant's message stands last, that answer is to be gone on with and stays open.
+Ollama calls the template with `.Messages`, system messages included, each with `.Role` and `.Content`; it joins
+consecutive messages of one role beforehand. The rendering is a prompt, so it ends with the opening of an answer; if
+the last message is the assistant's, the model continues that answer, which is rendered without its stop token.
 
-Ollama cuts a conversation that is too long from its front, so that it may begin with an answer. Such turns are
-rendered as they come; only a system message that the format has no place for is refused.
+Ollama removes the first turns of a conversation that is too long, so it may begin with an answer. Such turns are
+rendered like any other; only a system message that the format does not support is refused.
 """
 
-# what `str.strip` removes, by the number of bytes in UTF-8: Go's `slice` counts bytes, and there is no trim function
+# the characters that `str.strip` removes, by their length in UTF-8: Go's `slice` counts bytes and there is no trim
 _SPACES = {
     1: "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f ",
     2: "\x85\xa0",
@@ -21,8 +21,8 @@ def to_go(template, leave_out: str = "") -> str:
 
     Args:
         template: utils.template.format.Template
-        leave_out: the BOS token, where the program that tokenises adds it by itself. A rendering that begins with it
-            is written without; two would be one more than was trained.
+        leave_out: the BOS token, if the program that tokenises adds it itself. It is then removed from the beginning
+            of the rendering, since training had only one.
 
     Returns:
         the text for a Modelfile's TEMPLATE.
@@ -59,7 +59,7 @@ def _system(template) -> str:
         return _wrapped(template, template.system, ".Content")
     if template.system_with_user is not None:
         return "{{ $system = .Content }}{{ $waits = true }}"
-    # an index that is a text: the error that Go then makes shows it
+    # indexing with a text makes Go raise an error that shows the text
     return "{{ index $.Messages " + quoted(f"the format {template.name} has no system message") + " }}"
 
 
@@ -84,7 +84,7 @@ def _content(template, expression: str) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as it stands, or as a Go string where the template's or the Modelfile's syntax would take it for its own.
+    """Returns a text unchanged, or as a quoted Go string if it contains syntax of templates or Modelfiles.
 
     `"<|im_start|>"` → `"<|im_start|>"`, `"{{"` → `'{{ "{{" }}'`
     """
@@ -93,7 +93,7 @@ def literal(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """`'a"\\n'` → `"a\\"\\n"`, a string of Go on one line and of printed characters alone."""
+    """Quotes a text as a Go string on one line, of printable characters only: `'a"\\n'` → `"a\\"\\n"`."""
     return '"' + "".join(map(_escaped, text)) + '"'
 
 
@@ -106,11 +106,11 @@ def _escaped(char: str) -> str:
 
 
 def _strip() -> str:
-    """A template that says a text without the spaces around it, by calling itself with one less."""
+    """Builds a Go template that outputs a text without the spaces around it, by recursion on a text with one less."""
     cases = []
     for size, chars in _SPACES.items():
         spaces = " ".join(map(quoted, chars))
-        # `slice . n` is a text less its first n bytes, so its length is where the last n begin
+        # `slice . n` drops the first n bytes, so its length is the offset of the last n bytes
         for end, rest in (
             (f"(slice . 0 {size})", f"(slice . {size})"),
             (f"(slice . (len (slice . {size})))", f"(slice . 0 (len (slice . {size})))"),

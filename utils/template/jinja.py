@@ -1,11 +1,11 @@
-"""A template as Jinja, in the dialect of transformers' `apply_chat_template`."""
+"""Writes a `Template` as a Jinja chat template for transformers' `apply_chat_template`."""
 
 
 def to_jinja(template) -> str:
     """Writes a `Template` as a Jinja chat template with the same rendering.
 
-    `{% generation %}` marks what is trained, so that `apply_chat_template(...,
-    return_assistant_tokens_mask=True)` gives our labels.
+    `{% generation %}` marks what is trained: `apply_chat_template(..., return_assistant_tokens_mask=True)` returns
+    the same mask as our labels.
 
     Args:
         template: utils.template.format.Template
@@ -41,7 +41,7 @@ def to_jinja(template) -> str:
 
 
 def _checks(template) -> str:
-    """Refuses what `Template.check` refuses."""
+    """Writes the checks of `Template.check`, which raise an exception."""
     has_system = template.system is not None or template.system_with_user is not None
     roles = ["user", "assistant", *(["system"] if has_system else [])]
     text = "{% for message in messages %}{% if message['role'] not in " + repr(roles) + " %}"
@@ -78,7 +78,7 @@ def _wrapped(form: str, content: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """`"a\\n"` → `"{{ 'a\\n' }}"`: as an expression, since Jinja drops a line feed after a block."""
+    """Writes a text as an expression, since Jinja drops a line feed after a block: `"a\\n"` → `"{{ 'a\\n' }}"`."""
     return "{{ " + _quoted(text) + " }}" if text else ""
 
 
