@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ------------------------------------------------------------------ template and tokenizer
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
 
     # ------------------------------------------------------------------ datasets
     data = task.load_datasets(args, train_args, template, tokenizer)

@@ -93,7 +93,7 @@ def watch(report: str, peak: bool):
         report: a file's name, to which the process's number is added.
         peak: whether to profile the second step.
     """
-    import utils.tasks.dpo as dpo
+    import utils.tasks.dpo_trainer as dpo
     import utils.tasks.sft as sft
     from utils.tasks.trainer import make_trainer
 

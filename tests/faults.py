@@ -214,7 +214,7 @@ FAULTS = [
     ),
     Fault(
         "prove: the plain loss counts a token too many",
-        "utils/prove/plain.py",
+        "utils/tasks/plain_loss.py",
         'for row in rows for label in row["labels"][1:])',
         'for row in rows for label in row["labels"]) + 1',
         "tests/prove/test_prove.py -k all_hold",
@@ -673,14 +673,14 @@ FAULTS = [
     ),
     Fault(
         "dpo: batches count once in the figures, not pairs",
-        "utils/tasks/dpo.py",
+        "utils/tasks/dpo_trainer.py",
         "values.extend([values[-1]] * (pairs - 1))",
         "pass",
         "tests/tasks/test_dpo.py -k each_pair_counts_once",
     ),
     Fault(
         "dpo: a short micro-batch counts as a whole one",
-        "utils/tasks/dpo.py",
+        "utils/tasks/dpo_trainer.py",
         "return result * self._weight if self.model.training and not return_outputs else result",
         "return result",
         "tests/tasks/test_accumulation.py -k short_micro_batch",
@@ -694,7 +694,7 @@ FAULTS = [
     ),
     Fault(
         "dpo: a kept reference of another precision is taken",
-        "utils/tasks/dpo.py",
+        "utils/tasks/dpo_trainer.py",
         'f"-{args.precision}-{train_args.ld_alpha}"',
         'f"-{train_args.ld_alpha}"',
         "tests/tasks/test_dpo.py -k another_precision",
@@ -1338,7 +1338,7 @@ FAULTS = [
     ),
     Fault(
         "best: less accuracy is better",
-        "utils/tasks/facts.py",
+        "utils/tasks/sft.py",
         '"token_accuracy": True}',
         '"token_accuracy": False}',
         "tests/train/test_eval_metrics.py -k more_is_better",
@@ -1790,15 +1790,15 @@ FAULTS = [
     ),
     Fault(
         "flags: what dpo_single does not read is taken",
-        "utils/tasks/dpo_checks.py",
-        "            if getattr(train_args, name) != neutral\n",
-        "            if False\n",
+        "utils/tasks/dpo_single.py",
+        "refused=_OF_TRL,",
+        "refused={},",
         "tests/tasks/test_dpo_checks.py -k would_do_nothing",
     ),
     Fault(
         "flags: what does nothing alone is taken",
-        "utils/tasks/dpo_checks.py",
-        "if value != neutral and not counts",
+        "utils/tasks/no_effect.py",
+        "if getattr(settings, name) != allowed and row.when(settings)",
         "if False",
         "tests/tasks/test_dpo_checks.py -k would_do_nothing",
     ),
@@ -1812,7 +1812,7 @@ FAULTS = [
     Fault(
         "flags: packing without padding-free",
         "utils/config/validate.py",
-        'if getattr(train_args, "packing", False) and not train_args.padding_free:',
+        'if getattr(train_args, "packing", False) and not getattr(train_args, "padding_free", False):',
         "if False:",
         "tests/config/test_flags.py -k 'what_is_refused and packing'",
     ),
@@ -1834,8 +1834,8 @@ FAULTS = [
     Fault(
         "memory: a pair is one row",
         "utils/memory/planner.py",
-        "(2 if pairs else 1)",
-        "1",
+        " * len(task.row_type.sequence_columns)",
+        "",
         "tests/memory/test_memory.py -k pairs_count",
     ),
     Fault(

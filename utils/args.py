@@ -6,7 +6,8 @@ from typing import Literal
 
 from utils.config.flags import arg
 from utils.config.parse import parse
-from utils.tasks.facts import FACTS
+from utils.tasks import TASKS, get_task
+from utils.tasks.task import Task
 
 
 @dataclass
@@ -43,7 +44,7 @@ class CommonArgs:
         "Without --eval_data_path: how much of the training rows to hold back for validation, "
         "a share below 1 or a number of rows.",
     )
-    task_type: Literal["pretrain", "sft", "dpo_multi", "dpo_single"] | None = arg(
+    task_type: Literal[tuple(TASKS)] | None = arg(
         None, "The task. Default: the recipe's own; another one is refused by a recipe that cannot do it."
     )
     train_mode: Literal["full", "lora", "qlora"] = arg(
@@ -125,6 +126,11 @@ class CommonArgs:
         "auto: of those that the base never trained, told by their norms.",
     )
 
+    @property
+    def task(self) -> Task:
+        """The task of `--task_type`."""
+        return get_task(self.task_type)
+
 
 def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
     """Reads the recipe and the flags, and checks everything that needs no model.
@@ -144,4 +150,4 @@ def parse_args(argv: list[str] | None = None, needs_weights: bool = True):
 
 def parse_with_sources(argv: list[str] | None = None, needs_weights: bool = True):
     """As `parse_args`; returns (CommonArgs, TrainArgument, Sources), the last says where each value came from."""
-    return parse(list(sys.argv[1:] if argv is None else argv), CommonArgs, FACTS, needs_weights)
+    return parse(list(sys.argv[1:] if argv is None else argv), CommonArgs, TASKS, needs_weights)

@@ -31,7 +31,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from utils.data.conversations import BadRow, looks_like, to_messages
+from utils.data.conversations import BadRow, to_messages
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import to_pair
 from utils.model.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ BATCH = 1000  # rows tokenised at once
 def conversations(row, template) -> list[list[dict]]:
     """What a row brings to training: one conversation, two of a preference pair, none where it cannot be used."""
     try:
-        if isinstance(row, dict) and looks_like(row) == "dpo":
+        if isinstance(row, dict) and {"chosen", "rejected", "reject"} & row.keys():
             pair = to_pair(row)
             found = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
         else:

@@ -4,10 +4,11 @@ import pytest
 import tiny
 from conftest import write_rows
 
+from utils.data import row_types
 from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
-from utils.data.fields import unread_fields
 from utils.data.files import RawRow
 from utils.data.pairs import to_pair
+from utils.data.row_types import CONVERSATION, PLAIN_TEXT
 from utils.evaluate.multiple_choice import read_choices
 from utils.infer.prompts import to_prompt
 from utils.template.messages import METADATA_FIELDS
@@ -113,9 +114,9 @@ def test_a_row_of_empty_columns_is_told_by_the_column_that_is_not_null():
 
 def test_unread_fields_are_those_neither_read_nor_descriptive():
     row = {**PLAIN, "id": 3, "source": "web", "score": 4.5, "notes": None, "hint": ""}
-    assert unread_fields("sft", row) == ["score"]
-    assert unread_fields("dpo", {**PAIR, "margin": 2}) == ["margin"]
-    assert unread_fields("pretrain", {**TEXT, "label": 0, "url": "x"}) == ["label"]
+    assert CONVERSATION.unread(row) == ["score"]
+    assert row_types.PAIR.unread({**PAIR, "margin": 2}) == ["margin"]
+    assert PLAIN_TEXT.unread({**TEXT, "label": 0, "url": "x"}) == ["label"]
     assert not METADATA_FIELDS & {"messages", "output", "images", "label", "score"}
 
 

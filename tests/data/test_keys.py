@@ -40,7 +40,7 @@ from utils.model.tokenizer import tokenizer_of
 for argv in json.loads(sys.argv[1]):
     args, train_args = parse_args(argv)
     tokenizer, task = tokenizer_of(args), get_task(args.task_type)
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     print(json.dumps([data.report.files, run_settings(args, train_args, data)["must"]]))
 """

@@ -7,8 +7,8 @@ import tiny
 from conftest import write_rows
 
 from utils.data.conversations import BadRow, to_messages
-from utils.data.fields import unread_fields
 from utils.data.files import files_left_out, find_files, read_rows
+from utils.data.row_types import CONVERSATION
 
 TRAIN, EVAL = "--train_data_path", "--eval_data_path"
 ROWS = [{"messages": [{"role": "user", "content": f"Q{i}\n"}, {"role": "assistant", "content": "A"}]} for i in range(3)]
@@ -138,7 +138,7 @@ def test_a_table_with_other_columns_than_it_seems_is_one_sentence(tmp_path, name
 def test_spaces_in_a_header_and_an_index_of_pandas_are_no_fields(tmp_path):
     (tmp_path / "a.csv").write_text(",instruction, output\n0,Hi,Hello\n")
     (row,) = read_rows(str(tmp_path / "a.csv"))
-    assert to_messages(row.value)[1]["content"] == "Hello" and unread_fields("sft", row.value) == []
+    assert to_messages(row.value)[1]["content"] == "Hello" and CONVERSATION.unread(row.value) == []
 
 
 # ------------------------------------------------------------------ folders and files

@@ -18,8 +18,10 @@ from utils.args import parse_with_sources
 from utils.config.recipe import REPLACED_FLAGS
 from utils.explain.explain import explain
 from utils.explain.report import text_of
-from utils.explain.unused import TABLE, Case, idle_settings
+from utils.explain.unused import TABLE, without_effect
 from utils.script.explain import main
+from utils.tasks import TASKS, get_task
+from utils.tasks.no_effect import RunSettings
 from utils.train.plan import first_epoch, measure
 
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
@@ -117,7 +119,7 @@ def test_the_plan_is_what_a_run_does(explained, trained, flags):
 def test_rows_are_counted_as_they_lie_in_the_dataset(explained):
     for flags in ([], ["--packing", "true", "--max_len", "64"], [*DPO, "--max_len", "64"], [*PRETRAIN]):
         found = explained(*flags)
-        dataset, counted = found.data.train, measure(found.data.train)
+        dataset, counted = found.data.train, measure(found.data.train, found.args.task.row_type)
         pairs = DPO[1] in flags
         sides = ("chosen", "rejected")
         for place, row in enumerate(dataset):
@@ -136,8 +138,8 @@ def test_padding_is_what_the_collator_adds(explained):
     for flags in (["--padding_free", "false"], [], [*DPO, "--max_len", "64"], [*SINGLE, "--max_len", "64"]):
         found = explained("--per_device_train_batch_size", "3", *flags)
         collate = get_task(found.args.task_type).build_collator(found.args, found.train_args, tokenizer_of(found.args))
-        passes = [batch for update in first_epoch(found.train_args, measure(found.data.train), 1)
-                  for one in update for batch in one]  # fmt: skip
+        rows = measure(found.data.train, found.args.task.row_type)
+        passes = [batch for update in first_epoch(found.train_args, rows, 1) for one in update for batch in one]
         sizes = [collate([found.data.train[row] for row in batch])["input_ids"].numel() for batch in passes]
         computed = found.plan["computed_per_pass"]
         assert (computed["largest"], computed["mean"]) == (max(sizes), pytest.approx(sum(sizes) / len(sizes)))
@@ -147,7 +149,7 @@ def test_several_processes_share_the_rows(explained):
     """8 rows in batches of 3: [3, 3, 2] → two passes for each of two processes, the last of one of them empty."""
     found = explained("--per_device_train_batch_size", "3", "--num_train_epochs", "1", processes=2)
     assert (found.plan["steps"], found.plan["rows_repeated"]) == (2, 0)
-    (first,), (second,) = first_epoch(found.train_args, measure(found.data.train), 2)
+    (first,), (second,) = first_epoch(found.train_args, measure(found.data.train, found.args.task.row_type), 2)
     begun = [*first[0], *first[1]]
     assert len(set(begun)) == 6 and set(second[0][:2]) == set(range(8)) - set(begun)
     assert [len(batch) for one in (first, second) for batch in one] == [3, 3, 2, 0]
@@ -200,9 +202,10 @@ def test_no_row_left_for_a_batch(explained):
 NOT_IDLE = [
     ("lora_rank", "--train_mode full", FULL, []),
     ("lora_target_modules", "it is for a new adapter", FULL, []),
-    ("max_prompt_length", "only the tasks", [], DPO),
-    ("template_name", "the task pretrain", PRETRAIN, []),
-    ("train_on", "only the task sft", DPO, []),
+    ("max_prompt_length", "only preference pairs", [], DPO),
+    ("template_name", "plain text", PRETRAIN, []),
+    ("train_on", "DPO compares", DPO, []),
+    ("train_on", "every token", PRETRAIN, []),
     ("overlong", "packed text", PRETRAIN, [*PRETRAIN, "--packing", "false"]),
     ("padding_free", "TRL's DPO", DPO, SINGLE),
     ("length_column_name", "only --train_sampling", [], ["--train_sampling_strategy", "group_by_length"]),
@@ -219,11 +222,11 @@ NOT_IDLE = [
     ("label_smoothing_factor", "DPO's own", DPO, []),
     ("loss_type", "the loss of dpo_single", SINGLE, DPO),
     ("beta", "--loss_type sft", [*DPO, "--loss_type", "sft"], DPO),
-    ("label_smoothing", "this --loss_type", DPO, [*DPO, "--loss_type", "robust", "--label_smoothing", "0.1"]),
+    ("label_smoothing", "only --loss_type", DPO, [*DPO, "--loss_type", "robust", "--label_smoothing", "0.1"]),
     ("discopop_tau", "it is for", DPO, [*DPO, "--loss_type", "discopop"]),
     ("f_alpha_divergence_coef", "it is for", DPO, [*DPO, "--f_divergence_type", "alpha_divergence"]),
-    ("ref_model_sync_steps", "--sync_ref_model", DPO, [*DPO, *FULL, "--sync_ref_model", "true"]),
-    ("precompute_ref_batch_size", "--precompute", DPO, [*DPO, "--precompute_ref_log_probs", "true"]),
+    ("ref_model_sync_steps", "it is for --sync_ref_model", DPO, [*DPO, *FULL, "--sync_ref_model", "true"]),
+    ("precompute_ref_batch_size", "it is for --precompute", DPO, [*DPO, "--precompute_ref_log_probs", "true"]),
     ("eval_steps", "nothing is evaluated every", [*EVAL, "--eval_strategy", "epoch"], EVAL),
     ("eval_delay", "nothing is evaluated during", [], EVAL),
     ("per_device_eval_batch_size", "nothing", [], [*EVAL, "--eval_strategy", "no", "--eval_on_start", "true"]),
@@ -247,6 +250,8 @@ NOT_IDLE = [
     ("fsdp_config", "--fsdp", [], {"fsdp": "full_shard"}),
     ("do_eval", "--eval_strategy", [], EVAL),
 ]  # fmt: skip
+TABLES = [TABLE, *(get_task(name).settings_without_effect for name in TASKS)]
+ROWS = list({id(row): row for table in TABLES for row in table}.values())
 ALWAYS = {"remove_unused_columns", "do_train", *REPLACED_FLAGS}
 
 
@@ -254,37 +259,41 @@ def case_of(flags_for, given):
     """A combination as the table sees it; what cannot be a flag on this machine is set afterwards."""
     flags = given if isinstance(given, list) else []
     args, train_args, _ = parse_with_sources(flags_for(*flags))
-    case = Case(args, train_args, rows_to_evaluate=bool(args.eval_data_path or args.val_size))
+    case = RunSettings(args, train_args, rows_to_evaluate=bool(args.eval_data_path or args.val_size))
     for name, value in {} if isinstance(given, list) else given.items():
-        own = name in {field.name for field in dataclasses.fields(Case)}
+        own = name in {field.name for field in dataclasses.fields(RunSettings)}
         setattr(case if own else train_args, name, value)
     return case
 
 
+def holds(row, settings):
+    return row in (*TABLE, *settings.args.task.settings_without_effect) and row.when(settings)
+
+
 def row_of(name, why):
-    found = [row for row in TABLE if row.names[0] == name and row.why.startswith(why)]
+    found = [row for row in ROWS if row.names[0] == name and row.why.startswith(why)]
     assert len(found) == 1, (name, why)
     return found[0]
 
 
 def test_every_row_of_the_table_is_tried():
     tried = {id(row_of(name, why)) for name, why, *_ in NOT_IDLE}
-    assert {row.names[0] for row in TABLE if id(row) not in tried} == ALWAYS
+    assert {row.names[0] for row in ROWS if id(row) not in tried} == ALWAYS
 
 
 @pytest.mark.parametrize(("name", "why", "idle", "active"), NOT_IDLE, ids=[f"{one[0]}: {one[1]}" for one in NOT_IDLE])
 def test_a_row_is_idle_in_one_combination_and_not_in_another(flags_for, name, why, idle, active):
     row = row_of(name, why)
-    assert row.when(case_of(flags_for, idle))
-    assert not row.when(case_of(flags_for, active))
-    found = idle_settings(case_of(flags_for, idle))
+    assert holds(row, case_of(flags_for, idle))
+    assert not holds(row, case_of(flags_for, active))
+    found = without_effect(case_of(flags_for, idle))
     for one in row.names:
         assert one in found or one in ("loss_weights",) or not hasattr(case_of(flags_for, idle), one), one
 
 
 def test_names_in_the_table_are_settings(flags_for):
     holders = [parse_with_sources(flags_for(*flags))[:2] for flags in ([], DPO)]
-    for name in {name for row in TABLE for name in row.names}:
+    for name in {name for row in ROWS for name in row.names}:
         assert any(hasattr(one, name) for pair in holders for one in pair), name
 
 

@@ -8,10 +8,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from utils.data.collate import build_collator, build_pair_collator
+from utils.data.row_types import CONVERSATION, PAIR
 from utils.model.layout import choose_layout
 from utils.model.probe import NOT_INPUTS, Probe, example_rows, probe
 from utils.model.small import small_model
 from utils.runtime.errors import UserError
+from utils.tasks import get_task
 
 LAYOUTS = {"padded": build_collator(0, False), "end_to_end": build_collator(0, True)}
 # heed positions; ignore them; carry a state; raise for want of a kernel; see what comes
@@ -30,20 +32,20 @@ def small(kind):
 
 @pytest.mark.parametrize("kind", RIGHT)
 def test_end_to_end_is_right(kind, tokenizer):
-    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, "sft"))
+    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert (found.fails, found.not_causal, found.padded, found.end_to_end) == (None,) * 4
     assert found.differences["end_to_end"] < 1e-5
 
 
 @pytest.mark.parametrize("kind", LEAKS + RAISES)
 def test_end_to_end_is_wrong(kind, tokenizer):
-    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, "sft"))
+    found = probe(small(kind), LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert found.padded is None
     assert ("see each other" if kind in LEAKS else "cannot compute") in found.end_to_end
 
 
 def test_a_model_that_sees_what_comes_is_refused(tokenizer):
-    assert "not causal" in probe(small("bert"), LAYOUTS, example_rows(tokenizer, "sft")).not_causal
+    assert "not causal" in probe(small("bert"), LAYOUTS, example_rows(tokenizer, CONVERSATION)).not_causal
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -54,7 +56,7 @@ def test_a_router_that_draws_its_experts_is_no_leak(seed, jitter, tokenizer, mon
         monkeypatch.setattr("utils.model.probe_state._RATES", ())
     model = small("phimoe")
     torch.manual_seed(seed)
-    found = probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    found = probe(model, LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert (found.fails, found.not_causal, found.padded, found.end_to_end) == (None,) * 4
     assert [layer.mlp.router.router_jitter_noise for layer in model.model.layers] == [0.01, 0.01]  # put back
 
@@ -62,7 +64,7 @@ def test_a_router_that_draws_its_experts_is_no_leak(seed, jitter, tokenizer, mon
 @pytest.mark.parametrize("kind", ["gpt_oss", "mamba", "qwen2"])
 def test_pairs_are_laid_out_by_their_own_collator(kind, tokenizer):
     layouts = {"padded": build_pair_collator(0, False), "end_to_end": build_pair_collator(0, True)}
-    found = probe(small(kind), layouts, example_rows(tokenizer, "dpo_single"))
+    found = probe(small(kind), layouts, example_rows(tokenizer, PAIR))
     assert found.padded is None
     assert (found.end_to_end is None) == (kind == "qwen2")
 
@@ -74,7 +76,7 @@ def test_a_small_leak_is_seen_in_bf16(tokenizer, monkeypatch):
     for name, weight in model.named_parameters():
         if name.endswith("self_attention.dense.weight"):
             weight.data.mul_(0.01)  # attention adds little, and so does what leaks through it
-    rows = example_rows(tokenizer, "sft")
+    rows = example_rows(tokenizer, CONVERSATION)
     batch = {name: value for name, value in LAYOUTS["end_to_end"](rows).items() if name not in NOT_INPUTS}
     with torch.no_grad():
         found = model(**batch, use_cache=False).logits[0, 9:23]
@@ -86,7 +88,7 @@ def test_a_small_leak_is_seen_in_bf16(tokenizer, monkeypatch):
 def test_bf16_does_not_count_as_a_leak(tokenizer, monkeypatch):
     monkeypatch.setattr("utils.model.probe_state.FLOAT32_UP_TO", 0)
     for kind in ("qwen2", "mixtral"):
-        found = probe(small(kind).bfloat16(), LAYOUTS, example_rows(tokenizer, "sft"))
+        found = probe(small(kind).bfloat16(), LAYOUTS, example_rows(tokenizer, CONVERSATION))
         assert (found.not_causal, found.padded, found.end_to_end) == (None,) * 3
 
 
@@ -96,7 +98,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_were(tokenizer):
     )
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = torch.random.get_rng_state()
-    probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    probe(model, LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, weight in model.state_dict().items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
@@ -111,7 +113,7 @@ def test_windows_are_reached_by_short_rows(tokenizer):
     seen = []
     forward = model.forward
     model.forward = lambda *args, **kwargs: seen.append(model.config.sliding_window) or forward(*args, **kwargs)
-    probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    probe(model, LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert set(seen) == {4096, 4} and model.config.sliding_window == 4096
 
 
@@ -120,7 +122,7 @@ def test_sparse_attention_chooses_among_the_rows_of_a_step(kind, tokenizer):
     """Its indexer takes the best of all tokens that are there, also of those it may not see."""
     model = small(kind)
     span = model.config.index_topk if kind == "axk2" else model.config.keep_window_size
-    found = probe(model, LAYOUTS, example_rows(tokenizer, "sft"))
+    found = probe(model, LAYOUTS, example_rows(tokenizer, CONVERSATION))
     assert found.padded is None and found.not_causal is None
     assert f"where they are more than {span:,}" in found.end_to_end and found.longest == span
 
@@ -131,6 +133,10 @@ class Args:
 
     def __init__(self, **changes):
         vars(self).update(changes)
+
+    @property
+    def task(self):
+        return get_task(self.task_type)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ class Args:
 )  # fmt: skip
 def test_what_is_chosen(changes, found, eager, expected):
     args = Args(**changes)
-    problem, padding_free, _ = choose_layout(args, args, found, eager)
+    problem, padding_free, _ = choose_layout(args, args, args.task, found, eager)
     assert (expected[0] in problem) if expected[0] else problem is None
     assert padding_free == expected[1]
 
@@ -223,7 +229,7 @@ def test_packing_a_model_that_lets_rows_see_each_other_is_refused(saved, train):
 
 def test_the_right_hand_side_of_not_inputs():
     """What a collator adds is no input of the model, and all else is."""
-    batch = build_pair_collator(0, True)(example_rows(tiny.byte_level_tokenizer(), "dpo_single"))
+    batch = build_pair_collator(0, True)(example_rows(tiny.byte_level_tokenizer(), PAIR))
     assert set(batch) - NOT_INPUTS == {
         "input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
     }  # fmt: skip

@@ -19,6 +19,7 @@ import main_train
 import utils.run.samples
 import utils.run.save
 from utils.args import CommonArgs, parse_args
+from utils.data.row_types import CONVERSATION, PAIR
 from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
 from utils.run.samples import Sample, split_row
 from utils.runtime.text import code_block, escape_markdown, inline_code, settings_table
@@ -281,7 +282,9 @@ def test_preferences_and_plain_text_have_answers_too(train, tmp_path):
     ],
 )
 def test_where_a_row_is_cut(row, parts):
-    assert split_row(row) == parts
+    row_type = PAIR if "prompt_ids" in row else CONVERSATION
+    empty = {name: [] for name in row_type.columns}
+    assert split_row({**empty, **row}, row_type) == parts
 
 
 @pytest.mark.parametrize("when", [1, 2])

@@ -22,7 +22,7 @@ def load(tiny_models, tmp_path, tokenizer):
         argv = ["--train_args_path", f"train_args/{task}/base.py", "--model_name_or_path", tiny_models(), *fixed]
         args, train_args = parse_args([*argv, "--max_len", "64", *flags])
         kind = get_task(args.task_type)
-        template = get_template(args.template_name, tokenizer) if kind.USES_TEMPLATE else None
+        template = get_template(args.template_name, tokenizer) if kind.uses_template else None
         data = kind.load_datasets(args, train_args, template, tokenizer)
         run.findings = quick_findings(args, train_args, data, template, tokenizer, 1, memory=False, rows=100_000)
         return data

@@ -16,7 +16,7 @@ from benchmarks.matrix import two_processes
 from utils.data.conversations import to_messages
 from utils.run.summary import evaluation_summary
 from utils.storage.run_folder import checkpoints_of, mark_complete
-from utils.tasks.facts import FACTS
+from utils.tasks import TASKS, get_task
 from utils.template import get_template
 from utils.train.callbacks import FindBest
 
@@ -398,14 +398,14 @@ def test_what_cannot_be_is_refused_with_the_remedy(parse, flags, parts):
     assert all(part in str(told[0]) for part in parts), told
 
 
-@pytest.mark.parametrize("task", FACTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_every_figure_of_the_table_is_one_a_run_has(task, train, tiny_models, tmp_path):
     kind = task.split("_")[0]
     rows = {"pretrain": [{"text": row["output"]} for row in tiny.ROWS], "sft": tiny.ROWS, "dpo": tiny.PAIRS}[kind]
     data = write_rows(tmp_path / "data.jsonl", rows)
     flags = ["--train_args_path", f"train_args/{kind}/base.py", "--task_type", task, "--eval_data_path", data]
     (found,) = evaluations(train(*flags, "--max_steps", "1", "--eval_steps", "1", data=data))
-    assert {f"eval_{name}" for name in FACTS[task].metrics} <= found.keys()
+    assert {f"eval_{name}" for name in get_task(task).metrics} <= found.keys()
 
 
 def launch(launcher, *flags):

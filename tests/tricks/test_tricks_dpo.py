@@ -27,7 +27,7 @@ class Trainer(DPOTrainer):
         return dataset
 
 
-class WrittenOut(dpo_single.WrittenOutTrainer):
+class WrittenOut(dpo_single.WrittenOutLoss, DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset
 

@@ -49,6 +49,11 @@ def validate(settings) -> list[Problem]:
             "task_type",
             "train_args_path",
         )
+    if settings.task is not None and common.train_data_path is None:
+        problems += refusal(
+            f"--train_data_path is missing, and the task {settings.task.name} has no sample data; give data files",
+            "train_data_path",
+        )
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
     return problems

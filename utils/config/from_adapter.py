@@ -33,7 +33,7 @@ def resolve(settings) -> None:
             for name, key in _SETTINGS.items():
                 if name not in given and common.train_mode != "full":
                     setattr(common, name, config[key])
-    _resolve_template(common, given)
+    _resolve_template(settings)
 
 
 def validate(settings) -> list[Problem]:
@@ -206,15 +206,19 @@ def _settings_of_run(folder: Path) -> dict:
     return json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["common"]
 
 
-def _resolve_template(common, given: frozenset[str]) -> None:
+def _resolve_template(settings) -> None:
     """Takes the chat template of the run that this one starts from, unless another is given."""
+    common, given = settings.common, settings.given
+    if settings.task is None:
+        return
     for folder in filter(None, (common.adapter_name_or_path, common.model_name_or_path)):
         try:
             trained = _settings_of_run(Path(folder))
             name = trained["template_name"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if trained.get("task_type") == "pretrain" or common.task_type == "pretrain":
+        tasks = settings.task, settings.tasks.get(trained.get("task_type"), settings.task)
+        if not all(task.uses_template for task in tasks):
             return
         if "template_name" in given and common.template_name != name:
             logger.warning(

@@ -39,7 +39,10 @@ class Step(NamedTuple):
 
 
 def _validate_task(settings: Settings) -> list[Problem]:
-    return settings.task.check(settings.common, settings.train_args) if settings.task else []
+    task = settings.task
+    # with the recipe of another task, which is refused, the values that the task checks are missing
+    fits = task is not None and task.name in settings.recipe.task_types
+    return task.check(settings.common, settings.train_args) if fits else []
 
 
 # a step reads what those before it have resolved

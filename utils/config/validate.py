@@ -33,7 +33,7 @@ def validate(settings) -> list[Problem]:
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)
     problems += _check_reports(train_args) + _check_optimizer(train_args)
-    if getattr(train_args, "packing", False) and not train_args.padding_free:
+    if getattr(train_args, "packing", False) and not getattr(train_args, "padding_free", False):
         problems += refusal(
             "--packing true needs --padding_free true: only positions keep the rows within a row apart",
             "packing",

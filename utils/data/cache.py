@@ -59,10 +59,20 @@ def rows_key(dataset) -> str:
     for name in sorted(set(dataset.column_names) - {"source"}):
         lengths, values = hashlib.sha256(name.encode()), hashlib.sha256()
         for chunk in dataset.data.column(name).chunks:
+            if not _is_list_of_integers(chunk.type):
+                values.update("".join(f"{json.dumps(value)}\n" for value in chunk.to_pylist()).encode())
+                continue
             lengths.update(pyarrow.compute.list_value_length(chunk).to_numpy(zero_copy_only=False))
             values.update(chunk.flatten().to_numpy(zero_copy_only=False))
         digest.update(lengths.digest() + values.digest())
     return digest.hexdigest()
+
+
+def _is_list_of_integers(kind) -> bool:
+    import pyarrow
+
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    return is_list and pyarrow.types.is_integer(kind.value_type)
 
 
 def check_unchanged(hashes: dict[str, str]) -> None:

@@ -1,8 +1,9 @@
 """Raw rows → conversations: the formats people have, and what is wrong with a row."""
 
+from pathlib import Path
 from typing import Any
 
-from utils.data.fields import conversation_kind, field_problem, is_empty
+from utils.data.fields import RECOGNISED_BY, conversation_kind, field_problem, is_empty
 from utils.data.turns import BadRow, kind_name, read_text, read_turn
 from utils.template.messages import is_empty_answer
 
@@ -40,24 +41,19 @@ class WrongTask(BadRow):
     """The row is one for another task."""
 
     def __init__(self, row: dict, needed: str):
-        task = looks_like(row)
-        if task is None:
+        recipe = recipe_for(row)
+        if recipe is None:
             super().__init__(f"has the fields {sorted(map(str, row))}; needed is {needed}")
         else:
             super().__init__(
-                f"looks like a row for {task}, not for this task; use --train_args_path train_args/{task}/base.py, "
+                f"looks like a row for {Path(recipe).parent.name}, not for this task; use --train_args_path {recipe}, "
                 f"or rows of {needed}"
             )
 
 
-def looks_like(row: dict) -> str | None:
-    """The task whose fields a row has: `{"text": …}` → `"pretrain"`; None where it has those of none."""
-    fields = {
-        "dpo": ("chosen", "rejected", "reject"),
-        "sft": ("messages", "conversations", "output"),
-        "pretrain": ("text",),
-    }
-    return next((task for task, names in fields.items() if any(name in row for name in names)), None)
+def recipe_for(row: dict) -> str | None:
+    """The recipe for the fields of a row: `{"text": …}` → `"train_args/pretrain/base.py"`; None if there is none."""
+    return next((recipe for recipe, names in RECOGNISED_BY.items() if any(name in row for name in names)), None)
 
 
 def to_messages(row: Any) -> list[Message]:
@@ -77,7 +73,7 @@ def to_messages(row: Any) -> list[Message]:
         messages = read_turns(row["messages"], "messages", "role", "content")
     elif kind == "conversations":
         messages = read_turns(row["conversations"], "conversations", "from", "value")
-    elif kind == "instruction" or ("instruction" in row and looks_like(row) is None):
+    elif kind == "instruction" or ("instruction" in row and recipe_for(row) is None):
         messages = _from_instruction(row)
         check_fields(row, "instruction", messages)
         return with_tools(messages, row.get("tools"))

@@ -16,6 +16,7 @@ from utils.data.files import RawRow, parse_row
 from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import encode_source
 from utils.data.report import Dropped
+from utils.data.row_types import IDS, LABELS, arrow_type
 from utils.data.turns import BrokenUnicode, unreadable
 from utils.template.messages import UNTRAINED_ANSWER
 from utils.template.tokenize import IGNORE_INDEX
@@ -30,7 +31,7 @@ class RowKind:
         read: raw row → what `encode` takes; raises BadRow or EmptyRow.
         encode: what was read → for each its columns, `shortened` and `notes`, or why it is dropped.
         key: everything `encode` depends on, for the cache.
-        columns: lists of token ids, named `…ids`, and of labels, named `…labels`, -100 where nothing is trained.
+        columns: name → kind of each column, as in `RowType`.
         pack: what is done with the whole encoded dataset at the end, if anything.
         refuse_long: whether a row that is too long stops the run.
         unread: raw row → the names of its fields that are not read, to be named in the log.
@@ -40,7 +41,7 @@ class RowKind:
     read: Callable[[Any], Any]
     encode: Callable[[list[Any]], list[dict | Dropped]]
     key: dict[str, Any]
-    columns: tuple[str, ...] = ("input_ids", "labels")
+    columns: dict[str, str] = field(default_factory=lambda: {"input_ids": IDS, "labels": LABELS})
     pack: Callable[[Any], Any] | None = None
     refuse_long: bool = False
     unread: Callable[[Any], list[str]] = lambda row: []
@@ -125,13 +126,14 @@ def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Pa
                 part.untrained.append((line, note.reason))
             else:
                 part.unread[note.reason] += 1
-        for name in kind.columns:
-            if name.endswith("ids"):
+        for name, column in kind.columns.items():
+            if column == IDS:
                 part.tokens += len(row[name])
-            else:
+            elif column == LABELS:
                 part.trained_tokens += len(row[name]) - row[name].count(IGNORE_INDEX)
     if kept:
-        arrays = [pyarrow.array([row[name] for row in kept], pyarrow.list_(pyarrow.int32())) for name in kind.columns]
+        columns = kind.columns.items()
+        arrays = [pyarrow.array([row[name] for row in kept], arrow_type(column)) for name, column in columns]
         arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))
         part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
 

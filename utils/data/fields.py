@@ -1,5 +1,6 @@
 """The fields of a row: those that are read, those that only describe it, and those that must not be left unread."""
 
+from collections.abc import Collection
 from typing import Any
 
 from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS
@@ -34,6 +35,12 @@ READ = {
         "rejected", "reject", "output", "reference",
     ),
 }  # fmt: skip
+# the recipe of each type of rows → fields by which such a row is recognised where another type is needed
+RECOGNISED_BY = {
+    "train_args/dpo/base.py": ("chosen", "rejected", "reject"),
+    "train_args/sft/base.py": ("messages", "conversations", "output"),
+    "train_args/pretrain/base.py": ("text",),
+}
 _MAIN = {"instruction": "output", "pair": "chosen"}  # row type → the field named in a message, where it is another
 # fields that hold a question, an answer or both; beside the ones that are read they are a second conversation
 _CONVERSATION = (
@@ -81,22 +88,19 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
     return None
 
 
-def unread_fields(task: str, row: Any) -> list[str]:
+def unread_fields(row: dict, read: Collection[str]) -> list[str]:
     """The fields of a row without a `field_problem` that are neither read nor known to be descriptive.
 
-    `unread_fields("sft", {"instruction": "Hi", "output": "Hello", "id": 3, "quality": 5})` → `["quality"]`
+    `unread_fields({"text": "Hi", "id": 3, "quality": 5}, ("text",))` → `["quality"]`
 
     Args:
-        task: `pretrain`, `sft` or `dpo`.
         row: as it stands in its file.
+        read: the names of the fields that are read.
     """
-    if not isinstance(row, dict):
-        return []
-    kind = {"pretrain": "text", "dpo": "pair"}.get(task) or conversation_kind(row) or "instruction"
     return [
         str(name)
         for name, value in row.items()
-        if name not in READ[kind] and name not in METADATA_FIELDS and not is_empty(value)
+        if name not in read and name not in METADATA_FIELDS and not is_empty(value)
     ]
 
 

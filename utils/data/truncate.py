@@ -11,7 +11,6 @@ from utils.template.messages import count_answers
 from utils.template.tokenize import IGNORE_INDEX
 
 _SIDES = ("chosen", "rejected")
-COLUMNS = ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
 _SLACK = 16  # tokens by which a rendering may be counted longer than what the pair is made of
 
 
@@ -219,7 +218,7 @@ def encode_pairs_within(
         allow_special: as in `Template.encode`.
 
     Returns:
-        for each the columns of `COLUMNS` and `shortened`, or why the pair cannot be trained.
+        for each the columns of a preference pair (`row_types.PAIR`) and `shortened`, or why the pair cannot be trained.
     """
 
     def surplus(row: dict) -> int:

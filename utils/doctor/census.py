@@ -2,28 +2,20 @@
 
 import functools
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from utils.data.conversations import BadRow, to_messages, to_text
-from utils.data.files import SUFFIXES, TEXT_SUFFIXES, find_files, parse_row
-from utils.data.pairs import to_pair
+from utils.data.conversations import BadRow
+from utils.data.files import find_files, parse_row
 from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import RowLocations, encode_source, locate_sources
 from utils.data.report import RowRecord
+from utils.data.row_types import RowType
 from utils.data.turns import unreadable
 from utils.doctor.text import broken_unicode, invisible, script_of
 from utils.runtime.errors import UserError
-from utils.template.messages import REASONING_FIELDS
-
-
-class Reading(NamedTuple):
-    """A row's texts: what is asked, and each answer."""
-
-    question: list[str]
-    answers: list[str]
+from utils.tasks.task import Task
 
 
 @dataclass
@@ -65,37 +57,13 @@ class Census:
         )
 
 
-def read_texts(task: str, value: Any) -> Reading:
-    """A raw row → its texts.
-
-    Raises:
-        BadRow: as the task's own reader.
-    """
-    if task == "pretrain":
-        return Reading([], [to_text(value)])
-    if task == "sft":
-        messages = to_messages(value)
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return Reading([_said(m) for m in messages[:last]], [_said(m) for m in messages[last:]])
-    pair = to_pair(value)
-    return Reading(
-        [_said(m) for m in pair["prompt"]], ["\n".join(_said(m) for m in pair[side]) for side in ("chosen", "rejected")]
-    )
-
-
-def _said(message: dict) -> str:
-    more = [message[key] for key in REASONING_FIELDS if message.get(key)]
-    more += [json.dumps(message[key], ensure_ascii=False) for key in ("tool_calls", "tools") if message.get(key)]
-    return "\n".join([message["content"], *more])
-
-
 def _hash(texts: list[str]) -> int:
     """Of the words alone: rows that differ in spaces say the same."""
     words = "\x1e".join(" ".join(text.split()) for text in texts)
     return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=8).digest())
 
 
-def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> Census:
+def census_chunk(row_type: RowType, special: re.Pattern | None, chunk: Chunk) -> Census:
     """Collects the census of one chunk of rows."""
     census = Census([], [], [], [], [])
     for raw in chunk.rows:
@@ -104,7 +72,7 @@ def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> Census:
         try:
             if row.problem:
                 raise unreadable(row)
-            reading = read_texts(task, row.value)
+            reading = row_type.texts(row_type.read(row.value))
         except BadRow as error:
             census.problems.append(RowRecord(chunk.file, row.line, error.kind, str(error)))
             continue
@@ -123,13 +91,13 @@ def census_chunk(task: str, special: re.Pattern | None, chunk: Chunk) -> Census:
     return census
 
 
-def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = None, workers: int | None = None):
+def take_census(paths: str, flag: str, task: Task, special: re.Pattern | None = None, workers: int | None = None):
     """Looks at the texts of all rows, with a progress bar where it takes long.
 
     Args:
         paths: as given to `flag`.
         flag: the flag's name.
-        task: `pretrain`, `sft`, or one that begins with `dpo`.
+        task: of the rows.
         special: matches what must not stand in a content.
         workers: processes; None for a number that suits.
 
@@ -141,11 +109,11 @@ def take_census(paths: str, flag: str, task: str, special: re.Pattern | None = N
     """
     import numpy
 
-    files, problems = find_files(paths, flag, TEXT_SUFFIXES if task == "pretrain" else SUFFIXES)
+    files, problems = find_files(paths, flag, task.file_suffixes)
     if problems:
         raise UserError(*problems)
     whole = Census(files, [], [], [], [])
-    for part in map_chunks(functools.partial(census_chunk, task, special), files, workers, "reading texts"):
+    for part in map_chunks(functools.partial(census_chunk, task.row_type, special), files, workers, "reading texts"):
         for name in ("sources", "rows", "questions", "scripts", "problems"):
             getattr(whole, name).extend(getattr(part, name))
         for code, found in part.flags.items():

@@ -26,7 +26,6 @@ from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import Problem, UserError, first_line, in_one_line
 from utils.runtime.log import is_main_process
 from utils.storage.weights import read_header, weight_files
-from utils.tasks import get_task
 from utils.template import get_template
 from utils.template.tokenize import special_token_pattern
 from utils.train.plan import steps_of
@@ -66,20 +65,20 @@ def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
     examined = Examined()
     found = examined.findings
     data = template = tokenizer = None
-    task = get_task(args.task_type)
+    task = args.task
     if aside & _MODEL_FLAGS:
         examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
     else:
         tokenizer = _try_check(examined, "the tokens", lambda: tokenizer_of(args))
         with whole_models(train_args):
             _try_check(examined, "lengths, disk and memory", lambda: _check_model(args))
-    if tokenizer is not None and task.USES_TEMPLATE and "template_name" not in aside:
+    if tokenizer is not None and task.uses_template and "template_name" not in aside:
         try:
             template = get_template(args.template_name, tokenizer, args.template_date)
         except UserError as error:
             found += findings_of(error.problems)
             examined.not_examined("the tokens", "the template does not fit the tokenizer")
-    readable = tokenizer is not None and (template is not None or not task.USES_TEMPLATE)
+    readable = tokenizer is not None and (template is not None or not task.uses_template)
     if "train_data_path" in aside:
         examined.not_examined("the rows", "--train_data_path cannot be used")
     else:
@@ -127,7 +126,7 @@ def _check_model(args) -> None:
     config = try_load_config(args)
     if config is None:
         return
-    model = without_weights(args.model_name_or_path, args.trust_remote_code, config)
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, args.task.auto_class)
     if quantisation_of(args.model_name_or_path) is not None:
         return  # packed weights have other shapes
     asked = {name: list(weight.shape) for name, weight in model.state_dict().items()}
@@ -173,7 +172,7 @@ def _preparation_finding(problem: Problem) -> Finding:
 def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -> None:
     """The rows' texts, and the rows themselves where there is no preparation to tell of them."""
     special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
-    options = (args.task_type.partition("_")[0], special)
+    options = (args.task, special)
     train = _try_check(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
     if train is None:
         return
@@ -203,7 +202,7 @@ def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:
 
 def _special_text_pattern(args, tokenizer):
     """What is not to stand in a content: where it may be the token, only what begins and ends a plain text."""
-    if get_task(args.task_type).USES_TEMPLATE or not args.allow_special_tokens_in_content:
+    if args.task.uses_template or not args.allow_special_tokens_in_content:
         return special_token_pattern(tokenizer)
     ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and len(token) > 1}
     return re.compile("|".join(map(re.escape, sorted(ends)))) if ends else None
@@ -280,7 +279,7 @@ def quick_findings(
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
         checks["the tokens"] = lambda: prepared_rows_findings(args, seen, template, tokenizer)
         if data.eval is not None:
-            checks["the validation rows"] = lambda: eval_in_train_findings(data, rows)
+            checks["the validation rows"] = lambda: eval_in_train_findings(data, rows, args.task.row_type)
     with whole_models(train_args):
         return [finding for name, check in checks.items() for finding in _run_check(name, check)]
 

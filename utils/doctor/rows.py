@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Callable
 
-from utils.data.conversations import EmptyRow, to_messages, to_text
+from utils.data.conversations import EmptyRow
 from utils.data.files import parse_row, raw_rows
-from utils.data.pairs import EqualPair, to_pair
+from utils.data.pairs import EqualPair
 from utils.data.places import RowLocations
 from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
-from utils.data.truncate import count_tokens
 from utils.doctor.census import Census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
@@ -136,7 +135,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
     empty = ERROR if args.on_bad_row == "error" else WARNING
     codes = _codes(unreadable, empty) | {TOO_LONG: ("ROW_TOO_LONG", ERROR if args.overlong == "error" else WARNING)}
     rows = [
-        (*codes[group.kind], group.file, group.reason, RowLocations(group.lines, group.count))
+        (*codes.get(group.kind, codes[EmptyRow.kind]), group.file, group.reason, RowLocations(group.lines, group.count))
         for group in report.dropped_groups()
     ]
     findings = left_out(rows, report.rows)
@@ -149,7 +148,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
         places = {group.file: RowLocations(group.lines, group.count) for group in shortened}
         count = format_count(report.shortened, "row")
         message = f"{count} of {report.rows:,} are longer than --max_len {args.max_len} allows"
-        if args.task_type.startswith("dpo"):
+        if args.task.row_type.has_prompt_limit:
             message += f", or than --max_prompt_length {args.max_prompt_length}"
         message += f", and are cut at their beginning{measure(shortened)}"
         findings.append(Finding("ROW_SHORTENED", message, places))
@@ -179,7 +178,8 @@ def problem_findings(census: Census, args) -> list[Finding]:
         empty=WARNING if args.on_bad_row != "error" and others else ERROR,
     )
     rows = [
-        (*codes[record.kind], record.file, record.reason, RowLocations([record.line], 1)) for record in census.problems
+        (*codes.get(record.kind, codes[EmptyRow.kind]), record.file, record.reason, RowLocations([record.line], 1))
+        for record in census.problems
     ]
     return left_out(rows, len(census.sources) + len(census.problems))
 
@@ -239,33 +239,25 @@ def describe_lengths(groups: list[RowGroup], args, template, tokenizer) -> str:
         template: the chat template; None for plain text.
         tokenizer: the rows' own.
     """
+    if args.task.row_type.token_counts is None:
+        return ""
     counts = []
     for group in groups:
         counts += _count_tokens_of_rows(group.file, set(group.lines), args, template, tokenizer)
     rows = [total for total, _ in counts]
     said = f"; {len(rows):,} of them measured: {min(rows):,} to {max(rows):,} tokens"
-    if args.task_type.startswith("dpo"):
+    if args.task.row_type.has_prompt_limit:
         said += f", prompts of up to {max(prompt for _, prompt in counts):,}"
     return said
 
 
 def _count_tokens_of_rows(file: str, lines: set[int], args, template, tokenizer) -> list[tuple[int, int]]:
-    """Tokens of each row, and of its prompt where it is a pair."""
+    """Tokens of each row, and of its prompt where that has a limit of its own."""
     values = []
     for row in raw_rows(file):
         if row.line in lines:
             values.append(parse_row(row).value)
         if row.line >= max(lines):
             break
-    if args.task_type == "pretrain":
-        encoded = tokenizer([to_text(value) for value in values], return_attention_mask=False)["input_ids"]
-        return [(len(ids) + 1, 0) for ids in encoded]  # each ends with the eos token
-    if args.task_type == "sft":
-        return [(count_tokens(template.render(to_messages(value)), tokenizer), 0) for value in values]
-    pairs = [to_pair(value) for value in values]
-    counts = []
-    for pair in pairs:
-        sides = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
-        prompt, *whole = (count_tokens(template.render(turns), tokenizer) for turns in (pair["prompt"], *sides))
-        counts.append((max(whole), prompt))
-    return counts
+    row_type = args.task.row_type
+    return [row_type.token_counts(row_type.read(value), template, tokenizer) for value in values]

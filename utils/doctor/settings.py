@@ -9,15 +9,6 @@ from utils.model.adapter import ADAPTERS
 from utils.model.meta import shape_of
 from utils.train.plan import passes_per_epoch, steps_of
 
-# task and whether an adapter is trained → learning rates that AdamW is used with, on models of billions of weights
-_USUAL_RATES = {
-    ("sft", True): (1e-5, 1e-3),
-    ("sft", False): (5e-7, 1e-4),
-    ("dpo", True): (2e-7, 2e-4),
-    ("dpo", False): (2e-8, 1e-5),
-    ("pretrain", True): (1e-5, 1e-3),
-    ("pretrain", False): (1e-6, 1e-3),
-}
 _SMALL = 300_000_000  # weights; smaller models take larger rates
 _SMALL_MODELS_RATE = 2e-2
 _FEW_STEPS = 20  # an epoch of fewer steps feels its last one
@@ -48,15 +39,17 @@ def _learning_rate(args, train_args) -> list[Finding]:
     optimizer = str(getattr(train_args.optim, "value", train_args.optim))
     if "adam" not in optimizer:
         return []
-    task, lora = args.task_type.partition("_")[0], ADAPTERS[args.train_mode].lora
-    low, high = _USUAL_RATES[task, lora]
+    task, lora = args.task, ADAPTERS[args.train_mode].lora
+    if lora not in task.usual_learning_rates:
+        return []
+    low, high = task.usual_learning_rates[lora]
     shape = shape_of(args)
     if shape is not None and shape.weights < _SMALL:
         high = _SMALL_MODELS_RATE
     if low <= train_args.learning_rate <= high:
         return []
     what = "adapters" if lora else "all weights"
-    message = f"--learning_rate {train_args.learning_rate:g} for {task} of {what}; usual is {low:g} to {high:g}"
+    message = f"--learning_rate {train_args.learning_rate:g} for {task.family} of {what}; usual is {low:g} to {high:g}"
     return [Finding("LEARNING_RATE_UNUSUAL", message)]
 
 
@@ -98,7 +91,7 @@ def _positions(args, config, data) -> list[Finding]:
     import numpy
 
     parts = [data.train] + ([data.eval] if data.eval_report is not None else [])
-    rows = numpy.concatenate([row_lengths(part, args.task_type.startswith("dpo")) for part in parts])
+    rows = numpy.concatenate([row_lengths(part, args.task.row_type) for part in parts])
     over = int((rows > there).sum())
     if not over:
         return []

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from utils.data.places import locate_sources
+from utils.data.row_types import RowType, SequenceColumns
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.template.tokenize import IGNORE_INDEX
@@ -46,24 +47,23 @@ def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None)
         tokenizer: the rows' own.
         stop: the token that ends an answer; None for plain text.
     """
-    pairs = args.task_type.startswith("dpo")
-    labels = ("chosen_labels", "rejected_labels") if pairs else ("labels",)
-    findings = _bos(dataset, files, "prompt_ids" if pairs else "input_ids", tokenizer)
+    row_type = args.task.row_type
+    findings = _bos(dataset, files, row_type.sequence_columns[0].ids[0], tokenizer)
     if stop is None:
-        findings += _ends(dataset, tokenizer)
+        findings += _ends(dataset, row_type, tokenizer)
     else:
-        for name in labels:
-            findings += _stops(dataset, files, name, tokenizer, stop)
-    return findings + (_length_bias(dataset) if pairs else [])
+        for columns in row_type.sequence_columns:
+            findings += _stops(dataset, files, columns, tokenizer, stop)
+    return findings + (_length_bias(dataset, row_type) if row_type.compares_answers else [])
 
 
-def _stops(dataset, files, name: str, tokenizer, stop: str) -> list[Finding]:
+def _stops(dataset, files, columns: SequenceColumns, tokenizer, stop: str) -> list[Finding]:
     """The last trained token of each row must be the stop token."""
     import numpy
 
     (stop_id,) = tokenizer.convert_tokens_to_ids([stop])
     without = []
-    for values, offsets in arrays(dataset, name):
+    for values, offsets in arrays(dataset, columns.labels):
         trained = numpy.where(values != IGNORE_INDEX, numpy.arange(len(values)), -1)
         last = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
         has = (last >= offsets[:-1]) & (last >= 0)
@@ -72,7 +72,7 @@ def _stops(dataset, files, name: str, tokenizer, stop: str) -> list[Finding]:
     total = dataset.data.num_rows
     if not len(rows):
         return []
-    side = f" ({name.removesuffix('_labels')})" if name != "labels" else ""
+    side = f" ({columns.name})" if columns.name else ""
     message = f"{len(rows):,} of {total:,} rows{side} have a last trained token other than {stop!r}"
     # a few such rows teach little; where all are, the model never stops
     return [
@@ -80,9 +80,10 @@ def _stops(dataset, files, name: str, tokenizer, stop: str) -> list[Finding]:
     ]
 
 
-def _ends(dataset, tokenizer) -> list[Finding]:
+def _ends(dataset, row_type: RowType, tokenizer) -> list[Finding]:
     """Plain text, packed and split, must have its end somewhere."""
-    if any((values == tokenizer.eos_token_id).any() for values, _ in arrays(dataset, "labels")):
+    columns = [columns.labels for columns in row_type.sequence_columns]
+    if any((values == tokenizer.eos_token_id).any() for name in columns for values, _ in arrays(dataset, name)):
         return []
     return [Finding("STOP_NOT_TRAINED", f"no row has the trained token {tokenizer.eos_token!r}, which ends a text")]
 
@@ -111,43 +112,44 @@ def _bos(dataset, files, name: str, tokenizer) -> list[Finding]:
     return findings
 
 
-def _length_bias(dataset) -> list[Finding]:
-    chosen, rejected = lengths(dataset, "chosen_ids"), lengths(dataset, "rejected_ids")
-    if len(chosen) < _PAIRS:
+def _length_bias(dataset, row_type: RowType) -> list[Finding]:
+    """Of the two answers that are compared, one must not always be the longer one."""
+    (name_a, ids_a, _), (name_b, ids_b, _) = row_type.sequence_columns
+    first, second = lengths(dataset, ids_a[-1]), lengths(dataset, ids_b[-1])
+    if len(first) < _PAIRS:
         return []
     findings = []
-    for name, longer, shorter in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+    for name, longer, shorter in ((name_a, first, second), (name_b, second, first)):
         share = (longer > shorter).mean()
         if share >= _BIASED:
             message = (
-                f"in {100 * share:.0f} % of {len(chosen):,} pairs the {name} answer is the longer one; on average "
-                f"chosen has {chosen.mean():.0f} tokens and rejected {rejected.mean():.0f}"
+                f"in {100 * share:.0f} % of {len(first):,} pairs the {name} answer is the longer one; on average "
+                f"{name_a} has {first.mean():.0f} tokens and {name_b} {second.mean():.0f}"
             )
             findings.append(Finding("PAIR_LENGTH_BIAS", message))
     return findings
 
 
-def row_lengths(dataset, pairs: bool):
+def row_lengths(dataset, row_type: RowType):
     """How many positions each row takes, [rows]; of packed rows, each of those within, [rows within]."""
     import numpy
 
-    if pairs:
-        sides = [lengths(dataset, f"{side}_ids") for side in ("chosen", "rejected")]
-        return lengths(dataset, "prompt_ids") + numpy.maximum(*sides)
     if "seq_lengths" in dataset.column_names:
         return numpy.concatenate([values for values, _ in arrays(dataset, "seq_lengths")])
-    return lengths(dataset, "input_ids")
+    each = [sum(lengths(dataset, name) for name in ids) for _, ids, _ in row_type.sequence_columns]
+    return numpy.maximum.reduce(each)
 
 
-def eval_in_train_findings(data, rows: int | None) -> list[Finding]:
+def eval_in_train_findings(data, rows: int | None, row_type: RowType) -> list[Finding]:
     """Validation rows whose ids are those of a training row; of packed rows, the rows within.
 
     Args:
         data: of a task's `load_datasets`.
         rows: so many of the training and of the validation rows are looked at, the first; None for all.
+        row_type: of the rows.
     """
-    trained = {ids for ids, _ in _identities(data.train, rows)}
-    held_back = list(_identities(data.eval, rows))
+    trained = {ids for ids, _ in _identities(data.train, rows, row_type)}
+    held_back = list(_identities(data.eval, rows, row_type))
     found = [source for ids, source in held_back if ids in trained]
     if not found:
         return []
@@ -159,9 +161,9 @@ def eval_in_train_findings(data, rows: int | None) -> list[Finding]:
     return [Finding("EVAL_IN_TRAIN", message, {} if packed else locate_sources(found, files))]
 
 
-def _identities(dataset, rows: int | None) -> Iterator[tuple[int, int]]:
+def _identities(dataset, rows: int | None, row_type: RowType) -> Iterator[tuple[int, int]]:
     """A hash of each row's ids, and where the row stands; a packed row gives one for each row within."""
-    names = [name for name in dataset.column_names if name.endswith("ids")]
+    names = row_type.id_columns()
     packed = "seq_lengths" in dataset.column_names
     first = dataset.select(range(len(dataset) if rows is None else min(rows, len(dataset))))
     columns = [*names, "source", *(["seq_lengths"] if packed else [])]

@@ -9,14 +9,14 @@ from typing import Any
 
 from utils.config.deepspeed import short_name
 from utils.config.provenance import Source, Sources, unannotated
-from utils.explain.unused import Case, idle_settings
+from utils.explain.unused import without_effect
 from utils.model.layout import expected_layout
 from utils.model.meta import weights
 from utils.model.options import CHECKPOINTING_FROM, resolve_checkpointing
 from utils.model.tokenizer import tokenizer_of
 from utils.run.record import effective_args
 from utils.runtime.errors import UserError
-from utils.tasks import get_task
+from utils.tasks.no_effect import RunSettings
 from utils.tasks.trainer import Data
 from utils.template import get_template
 from utils.train.plan import measure, plan
@@ -89,19 +89,19 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     Raises:
         UserError: rows or tokenizer that a run would refuse.
     """
-    task = get_task(args.task_type)
+    task = args.task
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.USES_TEMPLATE else None
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
     _expect_layout(args, train_args, task, tokenizer, sources)
-    padded = args.task_type == "dpo_multi" or not train_args.padding_free
-    planned = plan(train_args, measure(data.train), evaluated, processes, padded)
+    padded = not task.lays_end_to_end(train_args)
+    planned = plan(train_args, measure(data.train, task.row_type), evaluated, processes, padded)
     if counted is not None and resolve_checkpointing(counted["all"], train_args):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
             sources[name] = Source("derived", where, sources[name])
-    case = Case(args, train_args, processes, rows_to_evaluate=evaluated > 0)
+    case = RunSettings(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
     values = json.loads(json.dumps(settings["trainer"] | settings["common"], default=str))
     return Explained(
@@ -110,7 +110,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
         data,
         values,
         {name: source for name, source in sources.items() if name in values},
-        {name: why for name, why in idle_settings(case).items() if name in values},
+        {name: why for name, why in without_effect(case).items() if name in values},
         unannotated(type(train_args)),
         planned,
         counted,
@@ -127,7 +127,7 @@ def _expect_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
     problem, padding_free, reason = expected_layout(args, train_args, task, tokenizer)
     if problem:
         raise UserError(problem)
-    if padding_free != train_args.padding_free:
+    if padding_free != getattr(train_args, "padding_free", False):
         train_args.padding_free = padding_free
         sources["padding_free"] = Source("derived", reason, sources["padding_free"])
 

@@ -103,7 +103,7 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
             hidden = inner.base_model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
             saved, forward_peak = live.now, live.peak
             live.restart_peaks()
-            loss = loss_of(args, inner, hidden, batch)
+            loss = loss_of(args.task, inner, hidden, batch)
         del hidden
         head_peak = live.peak
         loss.backward()

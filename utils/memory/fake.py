@@ -146,10 +146,9 @@ def _unpacked(layer):
     return layer.weight.clone() if type(layer).__name__ == "Linear4bit" else layer.weight
 
 
-def loss_of(args, model, hidden, batch: Batch):
+def loss_of(task, model, hidden, batch: Batch):
     """The head and the loss as the task computes them, on the trained positions alone."""
     import torch
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     head = model.get_output_embeddings()
     states = hidden.reshape(-1, hidden.shape[-1])
@@ -162,16 +161,32 @@ def loss_of(args, model, hidden, batch: Batch):
         return loss
     states = states[torch.empty(batch.labelled, dtype=torch.long)]  # as a mask picks them: a copy
     targets = torch.empty(batch.labelled, dtype=torch.long)
-    if args.task_type == "dpo_single":
-        logits = head(states).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none").sum()
-    if not batch.on_gpu and not head.weight.requires_grad and args.task_type != "dpo_multi":
-        from utils.patches import lm_head as ours
+    if task.memory_loss is not None:
+        return task.memory_loss(model, states, targets, batch)
+    return torch.nn.functional.cross_entropy(head(states).float(), targets, reduction="none").sum()
 
-        with patch.object(ours, "_score", _score_shapes):
-            return ours.frozen_head(states, head.weight, targets)[0].sum()
+
+# ------------------------------------------------------------------ for `Task.memory_loss`
+def frozen_head_loss(model, states, targets):
+    """The log-probabilities of `utils.patches.lm_head`, whose head is not trained.
+
+    Args:
+        model: on fake tensors.
+        states: hidden states of the labelled positions, [positions, width].
+        targets: [positions].
+    """
+    from utils.patches import lm_head as ours
+
+    with patch.object(ours, "_score", _score_shapes):
+        return ours.frozen_head(states, model.get_output_embeddings().weight, targets)[0].sum()
+
+
+def chunked_loss(model, states, targets):
+    """TRL's log-probabilities in chunks of the vocabulary; arguments as for `frozen_head_loss`."""
     from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+    head = model.get_output_embeddings()
     outputs = ("log_probs", "entropy", "is_top1")
     weight, bias = head.weight, getattr(head, "bias", None)
     given = (states, weight, bias, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)

@@ -70,11 +70,11 @@ def setting_of(args, train_args, weights: int) -> Setting:
 
 def batch_of(args, train_args, on_gpu: bool = True, whole_logits: bool = False) -> Batch:
     """The longest step of a run: every row of `max_len` tokens, each of them trained."""
-    pairs = args.task_type.startswith("dpo")
+    task = args.task
     return Batch(
-        rows=train_args.per_device_train_batch_size * (2 if pairs else 1),
+        rows=train_args.per_device_train_batch_size * len(task.row_type.sequence_columns),
         tokens=args.max_len,
-        end_to_end=train_args.padding_free and args.task_type != "dpo_multi",
+        end_to_end=task.lays_end_to_end(train_args),
         on_gpu=on_gpu,
         whole_logits=whole_logits,
     )
@@ -160,8 +160,8 @@ class Planner:
         return self._steps[key]
 
     def _reference(self, args, model, layout: Layout, size: int) -> tuple[int, str]:
-        """DPO's frozen copy of what is trained, which the reference's log-probabilities come from."""
-        if not args.task_type.startswith("dpo") or getattr(self.train_args, "precompute_ref_log_probs", False):
+        """The frozen copy of what is trained, which the reference's log-probabilities come from."""
+        if not args.task.needs_reference or getattr(self.train_args, "precompute_ref_log_probs", False):
             return 0, ""
         if ADAPTERS[args.train_mode].lora and not args.adapter_name_or_path:
             return 0, ""  # the same model with the adapter off

@@ -62,7 +62,7 @@ def build_adapter(args, model, tokenizer, template: Template | None):
     targets = find_targets(model, args.lora_target_modules)
     tell(targets, model, args.lora_target_modules)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType[args.task.peft_task_type],
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,

@@ -4,6 +4,7 @@ import copy
 
 from loguru import logger
 
+from utils.data.collate import build_collator
 from utils.model.meta import whole_models
 from utils.model.probe import Probe, example_rows, probe
 from utils.model.small import small_model
@@ -19,7 +20,7 @@ def resolve_layout(args, train_args, task, model, tokenizer) -> Probe:
     Args:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
-        task: the task's module, whose collators lay the rows out.
+        task: of the run; its collators lay the rows out.
         model: as loaded, with an adapter or without.
         tokenizer: the run's.
 
@@ -29,12 +30,13 @@ def resolve_layout(args, train_args, task, model, tokenizer) -> Probe:
     # every process must choose the same, so all go by what the first one finds
     with whole_models(train_args):
         found = broadcast_object(probe_for_task(args, train_args, task, model, tokenizer))
-    problem, chosen, reason = choose_layout(args, train_args, found, uses_eager(model))
+    problem, chosen, reason = choose_layout(args, train_args, task, found, uses_eager(model))
     if problem:
         raise UserError(problem)
     if reason:
         logger.warning("{}", reason)
-    train_args.padding_free = chosen
+    if task.supports_padding_free:
+        train_args.padding_free = chosen
     return found
 
 
@@ -42,19 +44,21 @@ def probe_for_task(args, train_args, task, model, tokenizer) -> Probe:
     """Probes a model with a task's own collators."""
     settings = copy.copy(train_args)
     collators = {}
-    # TRL's preference loss takes padded rows only
-    end_to_end = train_args.padding_free and args.task_type != "dpo_multi"
-    for name in ("padded", "end_to_end") if end_to_end else ("padded",):
+    for name in ("padded", "end_to_end") if task.lays_end_to_end(train_args) else ("padded",):
         settings.padding_free = name == "end_to_end"
         collators[name] = task.build_collator(args, settings, tokenizer)
-    return probe(model, collators, example_rows(tokenizer, args.task_type))
+    rows = example_rows(tokenizer, task.row_type)
+    if not isinstance(collators["padded"](rows), dict):  # the trainer lays its rows out itself, and may pad them
+        collators = {"padded": build_collator(tokenizer.pad_token_id, padding_free=False)}
+        rows = [one._asdict() for row in rows for one in task.row_type.sequences(row)]
+    return probe(model, collators, rows)
 
 
-def choose_layout(args, train_args, found: Probe, eager: bool) -> tuple[str | None, bool, str | None]:
+def choose_layout(args, train_args, task, found: Probe, eager: bool) -> tuple[str | None, bool, str | None]:
     """Decides by what a probe found.
 
     Args:
-        args, train_args: of the run.
+        args, train_args, task: of the run.
         found: the probe's result.
         eager: whether the model's attention computes every pair of tokens of a step.
 
@@ -65,7 +69,7 @@ def choose_layout(args, train_args, found: Probe, eager: bool) -> tuple[str | No
     if found.longest and args.max_len > found.longest:
         what = f"the model lets the tokens of a row of more than {found.longest:,} see those after them"
         return f"{name}: {what}; give --max_len {found.longest}", False, None
-    packing = bool(getattr(train_args, "packing", False))
+    packing, padding_free = task.packs(train_args), bool(getattr(train_args, "padding_free", False))
     if found.fails or found.not_causal:
         return f"{name}: the model {found.fails or found.not_causal}; choose another model", False, None
     if packing:
@@ -76,21 +80,22 @@ def choose_layout(args, train_args, found: Probe, eager: bool) -> tuple[str | No
                 None,
             )
         return None, True, None
-    free = train_args.padding_free and args.task_type != "dpo_multi"
+    free = task.lays_end_to_end(train_args)
     slower = eager and train_args.per_device_train_batch_size > 1 and not found.padded
     if free and not found.end_to_end and not slower:
         return None, True, None
     if found.padded:
         alone = train_args.per_device_train_batch_size == train_args.per_device_eval_batch_size == 1
-        if args.task_type.startswith("dpo") or not alone:
+        several = len(task.row_type.sequence_columns) > 1
+        if several or not alone:
             remedy = (
                 "choose another model"
-                if args.task_type.startswith("dpo")
+                if several
                 else "give --per_device_train_batch_size 1 --per_device_eval_batch_size 1, which needs no padding"
             )
             return f"{name}: the model {found.padded}; {remedy}", False, None
     if not free:
-        return None, train_args.padding_free, None
+        return None, padding_free, None
     if found.end_to_end:
         return None, False, f"rows are padded: the model {found.end_to_end}"
     return None, False, "rows are padded: the model's attention is eager, which is slower on rows laid end to end"
@@ -115,12 +120,12 @@ def expected_layout(args, train_args, task, tokenizer) -> tuple[str | None, bool
     with whole_models(train_args):
         model = small_model(config, **options)
         if model is None:
-            return None, train_args.padding_free, None
+            return None, bool(getattr(train_args, "padding_free", False)), None
         use_row_rope(model)
         found = probe_for_task(args, train_args, task, model, tokenizer)
     if found.fails:  # maybe only at this size
-        return None, train_args.padding_free, None
-    return choose_layout(args, train_args, found, uses_eager(model))
+        return None, bool(getattr(train_args, "padding_free", False)), None
+    return choose_layout(args, train_args, task, found, uses_eager(model))
 
 
 def uses_eager(model) -> bool:

@@ -33,7 +33,7 @@ def load_model(args, train_args):
         UserError: the weights cannot be loaded, or are not safetensors.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     _settle_quantised_base(args, train_args)
     adapter = ADAPTERS[args.train_mode]
@@ -54,8 +54,9 @@ def load_model(args, train_args):
         refuse_unloadable(
             args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
         )
+    auto_class = getattr(transformers, args.task.auto_class)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
+        model, info = auto_class.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
     _refuse_incomplete(info, args.model_name_or_path)

@@ -16,7 +16,9 @@ from utils.runtime.errors import UserError, load_failure
 from utils.storage.weights import read_header
 
 
-def without_weights(path: str, trust_remote_code: bool, config=None, **options):
+def without_weights(
+    path: str, trust_remote_code: bool, config=None, auto_class: str = "AutoModelForCausalLM", **options
+):
     """Builds the model that a config.json asks for on the meta device: every shape, and not one weight.
 
     The random numbers of the run stay as they were.
@@ -25,18 +27,20 @@ def without_weights(path: str, trust_remote_code: bool, config=None, **options):
         path: a folder, or a hub's name.
         trust_remote_code: whether Python code beside the model may run.
         config: to read it no second time.
+        auto_class: of transformers, as a task names it.
         **options: for `from_config`.
 
     Raises:
         UserError: there is no such model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     try:
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+            return getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the hub, and each model's code, raise their own
         raise UserError(load_failure("model", "--model_name_or_path", path, error)) from error
 
@@ -114,7 +118,7 @@ def meta_base(args, train_args, config=None):
     }  # fmt: skip
     options["dtype"] = dtype if kind.lora else torch.float32
     config = config or load_config(args)
-    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, **options)
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, config, args.task.auto_class, **options)
     if kind.quantised:
         _quantise(model, _how_quantised(args, train_args, dtype))
     return model
@@ -129,7 +133,7 @@ def _adapter(args, model):
         adapter.inference_mode = False
         return adapter
     tokenizer = template = None
-    if args.train_special_tokens == "on" and args.task_type != "pretrain" and ADAPTERS[args.train_mode].lora:
+    if args.train_special_tokens == "on" and args.task.uses_template and ADAPTERS[args.train_mode].lora:
         from utils.model.tokenizer import tokenizer_of
         from utils.template import get_template
 
@@ -254,7 +258,8 @@ def weights(args, train_args) -> dict | None:
 
     with whole_models(train_args):
         try:
-            model = without_weights(args.model_name_or_path, args.trust_remote_code)
+            path, code = args.model_name_or_path, args.trust_remote_code
+            model = without_weights(path, code, auto_class=args.task.auto_class)
         except UserError:
             if args.trust_remote_code:  # its code may want more than shapes
                 return None

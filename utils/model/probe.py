@@ -13,6 +13,7 @@ from typing import Any
 from loguru import logger
 
 from utils.data.collate import NOT_INPUTS
+from utils.data.row_types import RowType
 from utils.model.probe_state import as_for_probing, is_whole, random_states, short_spans
 from utils.model.small import small_model
 from utils.patches.rope import use_row_rope
@@ -52,8 +53,8 @@ class Probe:
     small: bool = False
 
 
-def example_rows(tokenizer, task_type: str) -> list[dict]:
-    """Rows of plain tokens, in the columns that the task's collator takes; pairs where it trains pairs."""
+def example_rows(tokenizer, row_type: RowType) -> list[dict]:
+    """Prepared rows of plain tokens, for a task's collator."""
     special = set(tokenizer.added_tokens_decoder)
     size = min(len(tokenizer), 20_000)
     plain = [token for token in range(size) if token not in special] or list(range(size))
@@ -61,16 +62,7 @@ def example_rows(tokenizer, task_type: str) -> list[dict]:
     rows = []
     for length in LENGTHS:
         row, ids = ids[:length], ids[length:]
-        if task_type.startswith("dpo"):
-            other = [*row[4:], row[0], row[1]]
-            rows.append(
-                {
-                    "prompt_ids": row[:4], "chosen_ids": row[4:], "chosen_labels": row[4:],
-                    "rejected_ids": other, "rejected_labels": other,
-                }
-            )  # fmt: skip
-        else:
-            rows.append({"input_ids": row, "labels": row})
+        rows.append(row_type.example(row))
     return rows
 
 
@@ -241,6 +233,14 @@ def _difference(found, expected, largest: float) -> float:
 def _within_vocabulary(rows: list[dict], model) -> list[dict]:
     """The same rows, with ids that a small model has too."""
     size = model.get_input_embeddings().weight.shape[0]
-    if all(token < size for row in rows for ids in row.values() for token in ids):
+    lists = [value for row in rows for value in row.values() if _are_ids(value)]
+    if all(token < size for ids in lists for token in ids):
         return rows
-    return [{name: [5 + token % (size - 5) for token in ids] for name, ids in row.items()} for row in rows]
+    return [
+        {name: [5 + token % (size - 5) for token in value] if _are_ids(value) else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def _are_ids(value) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) for token in value)

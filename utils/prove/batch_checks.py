@@ -23,16 +23,16 @@ def padded(subject: Subject) -> list[Measure]:
 
 def padding_free(subject: Subject) -> list[Measure]:
     """Rows end to end against each row alone."""
-    if subject.args.task_type == "dpo_multi":
-        raise DoesNotApply("TRL's preference loss takes padded rows only; --task_type dpo_single has both forms")
+    if not subject.task.supports_padding_free:
+        raise DoesNotApply(f"--task_type {subject.args.task_type} takes padded rows only")
     _needs_end_to_end(subject)
     return compare(subject.reference, subject.step([subject.collator(padding_free=True)(subject.rows)]))
 
 
 def packed(subject: Subject) -> list[Measure]:
     """Rows that `--packing true` puts into one, against each row alone."""
-    if subject.prefers:
-        raise DoesNotApply("pairs are not packed")
+    if not subject.task.supports_packing:
+        raise DoesNotApply(f"rows of --task_type {subject.args.task_type} are not packed")
     _needs_end_to_end(subject)
     rows = _pack(subject)
     collate = build_collator(subject.tokenizer.pad_token_id, padding_free=True)
@@ -48,9 +48,9 @@ def _needs_end_to_end(subject: Subject) -> None:
 def _pack(subject: Subject) -> list[dict]:
     """The same rows, packed as the task packs them."""
     length = subject.args.max_len
-    if subject.args.task_type == "pretrain":
+    if subject.task.packing_splits_rows:
         # texts may go on in the next row, which is meant to be another loss; here all of them fit
-        length = sum(len(row["input_ids"]) for row in subject.rows)
+        length = sum(map(subject.task.row_type.length, subject.rows))
     args = dataclasses.replace(
         subject.args, max_len=length, train_data_path=subject.rows_file(), eval_data_path=None, val_size=0.0,
         cache_dir=str(subject.scratch / "packed"),
@@ -64,7 +64,7 @@ def _pack(subject: Subject) -> list[dict]:
 
 def accumulation(subject: Subject) -> list[Measure]:
     """Rows one at a time, their gradients accumulated, against one batch of all of them."""
-    collate = subject.collator(subject.train_args.padding_free)
+    collate = subject.collator(subject.task.lays_end_to_end(subject.train_args))
     return compare(subject.reference, subject.step([collate([row]) for row in subject.rows]))
 
 

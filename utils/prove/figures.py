@@ -92,15 +92,14 @@ class Gradients:
         return sum(float(gradient.double().square().sum()) for gradient in self.of.values()) ** 0.5
 
 
-def logits_of(model, rows: list[dict]) -> list:
-    """The logits of each row's last positions, row by row, on the CPU, [at most `POSITIONS`, vocabulary] each."""
+def logits_of(model, rows: list[list[int]]) -> list:
+    """The logits of the last positions of each row of token ids, on the CPU, [at most `POSITIONS`, vocabulary] each."""
     import torch
 
     was_training, found = model.training, []
     model.eval()
     with torch.no_grad():
-        for row in rows:
-            ids = row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]
+        for ids in rows:
             inputs = torch.tensor([ids], device=model.device)
             found.append(model(input_ids=inputs, use_cache=False).logits[0, -POSITIONS:].float().cpu())
     model.train(was_training)

@@ -16,8 +16,9 @@ from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.infer.prompts import to_prompt
 from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
-from utils.prove.subject import Subject, length_of, trained
+from utils.prove.subject import Subject, trained
 from utils.run.save import save_weights
+from utils.template.tokenize import IGNORE_INDEX
 
 MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
 STEPS, SECONDS = 200, 600  # the most that a model is trained to know rows by heart
@@ -33,8 +34,8 @@ def adapter_off(subject: Subject) -> list[Measure]:
         raise DoesNotApply("with a PiSSA adapter off the layers give (W0 - s B0 A0) x, not what the base gives")
     model = subject.trainer.model
     with model.disable_adapter():
-        off = logits_of(model, subject.rows)
-    on = logits_of(model, subject.rows)
+        off = logits_of(model, subject.sequences())
+    on = logits_of(model, subject.sequences())
     moved = same_logits("", subject.base_logits, on, 0.0).difference
     return [
         same_logits("largest logit, off", subject.base_logits, off, 0.0),
@@ -57,7 +58,7 @@ def merged(subject: Subject) -> list[Measure]:
     folder = Path(trainer.args.output_dir)
     quantised = subject.args.train_mode == "qlora"
     # a 4-bit base is another model than the one an adapter is merged into
-    expected = None if quantised else logits_of(trainer.model, subject.rows)
+    expected = None if quantised else logits_of(trainer.model, subject.sequences())
     save_weights(trainer, subject.args, folder)
     args = TrainedArgs(model_path=str(folder), trust_remote_code=subject.args.trust_remote_code)
     parts = Parts(base, (str(folder),))
@@ -77,7 +78,7 @@ def merged(subject: Subject) -> list[Measure]:
 
 def _logits(model, subject: Subject) -> list:
     model.config._attn_implementation = subject.trainer.model.config._attn_implementation
-    return logits_of(model, subject.rows)
+    return logits_of(model, subject.sequences())
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def _out_of_the_way(model, stays: bool):
 
 def stops(subject: Subject) -> list[Measure]:
     """Whether a model that was just taught a few rows ends its answers to them by the template's stop token."""
-    if subject.prefers:
+    if not subject.task.imitates:
         raise DoesNotApply("preferences do not teach a format; prove it with the recipe that does")
     if subject.template is None:
         raise DoesNotApply("plain text has no answers")
@@ -110,7 +111,7 @@ def stops(subject: Subject) -> list[Measure]:
     subject.unstir()
     loss, steps, seconds = _learn(subject, rows)
     subject.trainer.model.eval()
-    limits = [sum(label != -100 for label in row["labels"]) + _MARGIN for row in rows]
+    limits = [_trained(subject, row) + _MARGIN for row in rows]
     stopped = sum(_stops(subject, raw, limit) for (_, raw), limit in zip(asked, limits, strict=True))
     if stopped < len(rows) and loss > BY_HEART and seconds >= SECONDS:
         raise DoesNotApply(
@@ -134,7 +135,12 @@ def _askable(subject: Subject) -> list[tuple[dict, dict]]:
             continue
         if answer and row_location(row) not in shortened:
             found.append((row, raw))
-    return sorted(found, key=lambda pair: length_of(pair[0]))
+    return sorted(found, key=lambda pair: subject.task.row_type.length(pair[0]))
+
+
+def _trained(subject: Subject, row: dict) -> int:
+    """How many tokens of a row are trained."""
+    return sum(label != IGNORE_INDEX for one in subject.task.row_type.sequences(row) for label in one.labels)
 
 
 def _stops(subject: Subject, raw: dict, limit: int) -> bool:
@@ -151,7 +157,7 @@ def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
     import torch
     from tqdm import tqdm
 
-    batch = subject.collator(subject.train_args.padding_free)(rows)
+    batch = subject.collator(subject.task.lays_end_to_end(subject.train_args))(rows)
     weights = list(trained(subject.trainer.model).values())
     width = subject.trainer.model.config.get_text_config().hidden_size
     # a rate that suits the width, as the recipe's comments have it: 2e-3 at 256, 1e-4 at 4,096 under LoRA

@@ -20,9 +20,7 @@ from utils.model.load import load_model, with_trained_adapter
 from utils.model.probe_state import leave_dropout_out
 from utils.model.tokenizer import tokenizer_of
 from utils.prove.figures import Gradients, logits_of
-from utils.prove.plain import plain_loss
 from utils.runtime.errors import UserError
-from utils.tasks import get_task
 from utils.tasks.trainer import Data
 from utils.template import get_template
 from utils.train.trainer import prepare_trainer
@@ -46,10 +44,10 @@ class Subject:
     def __init__(self, args, train_args, count: int, dropout: float, flags: list[str], scratch: Path):
         self.args, self.train_args = args, train_args
         self.dropout, self.flags, self.scratch = dropout, flags, scratch
-        self.task = get_task(args.task_type)
+        self.task = args.task
         self.tokenizer = tokenizer_of(args)
         template = (args.template_name, self.tokenizer, args.template_date)
-        self.template = get_template(*template) if self.task.USES_TEMPLATE else None
+        self.template = get_template(*template) if self.task.uses_template else None
         self.data = self._choose(count)
         self.rows: list[dict] = list(self.data.train)
         self.base_logits: list = []
@@ -64,7 +62,7 @@ class Subject:
                 f"--train_data_path {self.args.train_data_path!r} has one row to train on, and the proofs need two at "
                 "least; give more rows"
             )
-        lengths = [length_of(row) for row in data.train]
+        lengths = [self.task.row_type.length(row) for row in data.train]
         places = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
         count = min(count, len(places))
         chosen = sorted(places[round(i * (len(places) - 1) / (count - 1))] for i in range(count))
@@ -103,6 +101,10 @@ class Subject:
         file.write_text("".join(lines), encoding="utf-8")
         return str(file)
 
+    def sequences(self) -> list[list[int]]:
+        """The token ids of the first sequence of each row, [rows, tokens]."""
+        return [self.task.row_type.sequences(row)[0].input_ids for row in self.rows]
+
     # ------------------------------------------------------------------ model
     @functools.cached_property
     def trainer(self):
@@ -115,17 +117,17 @@ class Subject:
         if self.has_adapter and args.init_lora_weights != "pissa":
             if not ADAPTERS[args.train_mode].quantised:
                 model.to(train_args.device)
-            self.base_logits = logits_of(model, self.rows)
+            self.base_logits = logits_of(model, self.sequences())
         if args.adapter_name_or_path:
             model = with_trained_adapter(model, args)
         self.layout = resolve_layout(args, train_args, self.task, model, self.tokenizer)
         adapter = build_adapter(args, model, self.tokenizer, self.template)
-        collator = self.collator(train_args.padding_free)
+        collator = self.collator(self.task.lays_end_to_end(train_args))
         trainer = self.task.build_trainer(args, train_args, model, adapter, self.data, collator, self.tokenizer)
         prepare_trainer(trainer, self.tokenizer, self.template, args)
         if train_args.gradient_checkpointing:
             trainer.model.gradient_checkpointing_enable(train_args.gradient_checkpointing_kwargs)
-        if trainer.aux_loss_enabled:
+        if getattr(trainer, "aux_loss_enabled", False):
             logger.info("the balance of the model's experts is left out: it is of a whole batch, and not of its tokens")
             trainer.aux_loss_enabled = False
         leave_dropout_out(trainer.model)
@@ -136,16 +138,11 @@ class Subject:
     def has_adapter(self) -> bool:
         return ADAPTERS[self.args.train_mode].lora
 
-    @property
-    def prefers(self) -> bool:
-        """Whether pairs are trained."""
-        return self.args.task_type.startswith("dpo")
-
     def _stir(self, model) -> None:
         """Adds noise to what is trained: LoRA's B begins at zero, and DPO's policy as its reference."""
         import torch
 
-        if not self.has_adapter and not self.prefers:
+        if not self.has_adapter and not self.task.needs_reference:
             return
         generator = torch.Generator().manual_seed(self.train_args.seed)
         share = 0.1 if self.has_adapter else 0.01
@@ -182,11 +179,11 @@ class Subject:
     def reference(self) -> Gradients:
         """Each row alone through the plain model.
 
-        A loss that is not written out in `utils/prove/plain.py` is the trainer's own, of all rows in one padded batch.
+        A task without a `plain_loss` has the trainer's own, of all rows in one padded batch.
         """
         trainer = self.trainer
         trainer.model.zero_grad(set_to_none=True)
-        loss = plain_loss(trainer, self.rows)
+        loss = self.task.plain_loss(trainer, self.rows) if self.task.plain_loss else None
         self.reference_is_plain = loss is not None
         if loss is None:
             found = self.step([self.collator(padding_free=False)(self.rows)])
@@ -209,13 +206,6 @@ class Subject:
         loss = sum(float(trainer.training_step(trainer.model, batch, items)) for batch in samples)
         weights = trained(trainer.model)
         return Gradients(loss, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
-
-
-def length_of(row: dict) -> int:
-    """A row's tokens, or those of a pair's longer side."""
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def trained(model) -> dict:

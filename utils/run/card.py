@@ -19,6 +19,7 @@ from utils.runtime.text import (
     markdown_table,
     settings_table,
 )
+from utils.tasks import get_task
 
 CARD = "README.md"
 _MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
@@ -148,7 +149,7 @@ def _front_matter(common: dict) -> str:
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir() else None,
         library_name="transformers" if common["train_mode"] == "full" else "peft",
         pipeline_tag="text-generation",
-        tags=["llm-dojo", "trl", common["task_type"].partition("_")[0], common["train_mode"]],
+        tags=["llm-dojo", "trl", get_task(common["task_type"]).family, common["train_mode"]],
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -181,7 +182,8 @@ def _base(record: dict) -> list[tuple]:
     rows = [("base", _with_weights(record["base"]))]
     if "adapter" in record:
         rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
-    template = "none: plain text" if common["task_type"] == "pretrain" else inline_code(common["template_name"])
+    uses_template = get_task(common["task_type"]).uses_template
+    template = inline_code(common["template_name"]) if uses_template else "none: plain text"
     return [*rows, ("chat template", template)]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loguru import logger
 
+from utils.data.row_types import RowType
 from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
 from utils.runtime.distributed import uses_fsdp, zero_stage
 from utils.template.tokenize import IGNORE_INDEX
@@ -44,7 +45,7 @@ def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Samp
     try:
         rows = data.train if data.eval is None else data.eval
         places = [number * len(rows) // args.card_samples for number in range(args.card_samples)]
-        samples = [_sample(*split_row(rows[place]), tokenizer) for place in dict.fromkeys(places)]
+        samples = [_sample(*split_row(rows[place], args.task.row_type), tokenizer) for place in dict.fromkeys(places)]
         chosen = [sample for sample in samples if sample.ids and room_for(trainer.model, sample.ids, _HOW) > 0]
         if not _begins_as_base(trainer.model, args):
             _answer(trainer, tokenizer, chosen, "before")
@@ -82,15 +83,16 @@ def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
 _HOW = GenerateArgs(max_new_tokens=LONGEST)  # greedy: the same run has the same answers
 
 
-def split_row(row: dict) -> tuple[list[int], list[int]]:
+def split_row(row: dict, row_type: RowType) -> tuple[list[int], list[int]]:
     """A prepared row → what is asked, and the first answer that is trained.
 
     `{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, -100]}` → `([1, 2], [3])`; of a plain text its beginning.
     """
-    if "prompt_ids" in row:
-        return row["prompt_ids"], row["chosen_ids"]
-    length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]  # packed rows: the first one
-    ids, labels = row["input_ids"][:length], row["labels"][:length]
+    first = row_type.sequences(row)[0]
+    if first.prompt_length:
+        return first.input_ids[: first.prompt_length], first.input_ids[first.prompt_length :]
+    length = (row.get("seq_lengths") or [len(first.input_ids)])[0]  # packed rows: the first one
+    ids, labels = first.input_ids[:length], first.labels[:length]
     start = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
     if start == 0:
         start = min(_BEGINNING, length // 2)

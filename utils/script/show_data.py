@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from utils.args import parse_args
 from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.data.row_types import Sequence
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
+from utils.template.tokenize import IGNORE_INDEX
 
 _COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green, as far as the terminal has it
 _BARS = 40
@@ -26,34 +28,21 @@ class ShowDataArgs:
     ids: bool = arg(False, "Show the token ids and labels as well.")
 
 
-def mark_trained(row: dict, tokenizer, colour: bool) -> str:
-    """A row's text, with what is trained in colour, or in brackets where there is none.
+def mark_trained(row: Sequence, tokenizer, colour: bool) -> str:
+    """The text of a sequence, with what is trained in colour, or in brackets where there is none.
 
     `"…assistant\\n[[Hello!<|im_end|>]]\\n"`
     """
     before, after = (_COLOUR, _PLAIN) if colour else ("[[", "]]")
     parts, start = [], 0
-    trained = [label != -100 for label in row["labels"]]
+    trained = [label != IGNORE_INDEX for label in row.labels]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[start]:
             # by difference: some tokenizers drop a space where a text begins
-            text = tokenizer.decode(row["input_ids"][:end])[len(tokenizer.decode(row["input_ids"][:start])) :]
+            text = tokenizer.decode(row.input_ids[:end])[len(tokenizer.decode(row.input_ids[:start])) :]
             parts.append(f"{before}{text}{after}" if trained[start] else text)
             start = end
     return "".join(parts)
-
-
-def parts_of(row: dict) -> dict[str, dict]:
-    """What the model sees of a row: the row itself, or each answer of a pair after the prompt."""
-    if "prompt_ids" not in row:
-        return {"": row}
-    return {
-        f", {side}": {
-            "input_ids": row["prompt_ids"] + row[f"{side}_ids"],
-            "labels": [-100] * len(row["prompt_ids"]) + row[f"{side}_labels"],
-        }
-        for side in ("chosen", "rejected")
-    }
 
 
 def census(lengths: list[int], max_len: int) -> str:
@@ -84,21 +73,24 @@ def main(argv: list[str] | None = None) -> None:
 
     from utils.model.tokenizer import tokenizer_of
     from utils.runtime.log import route_library_logs
-    from utils.tasks import get_task
     from utils.template import get_template
 
     route_library_logs()
     tokenizer = tokenizer_of(args)
-    template = get_template(args.template_name, tokenizer, args.template_date)
-    data = get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
+    task, row_type = args.task, args.task.row_type
+    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
+    data = task.load_datasets(args, train_args, template, tokenizer)
     for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):
-        for name, part in parts_of(row).items():
-            trained = sum(label != -100 for label in part["labels"])
-            print(f"--- row {number}{name}: {len(part['input_ids'])} tokens, {trained} trained")
+        for part in row_type.sequences(row):
+            trained = sum(label != IGNORE_INDEX for label in part.labels)
+            name = f", {part.name}" if part.name else ""
+            print(f"--- row {number}{name}: {len(part.input_ids)} tokens, {trained} trained")
             print(mark_trained(part, tokenizer, sys.stdout.isatty()))
             if shown.ids:
-                print("ids   ", part["input_ids"])
-                print("labels", part["labels"])
+                print("ids   ", part.input_ids)
+                print("labels", part.labels)
+        for name, value in row_type.other_columns(row).items():
+            print(f"{name}: {value}")
     print(
         f"--- {data.report.kept:,} of {data.report.rows:,} rows are trained on, {data.report.dropped_rows():,} left out"
     )
@@ -106,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"answers of these rows that are not trained: {data.report.untrained:,}")
     share = 100 * data.report.trained_tokens / max(data.report.tokens, 1)
     print(f"tokens: {data.report.tokens:,}, of them trained {data.report.trained_tokens:,} ({share:.0f} %)")
-    lengths = [max(len(part["input_ids"]) for part in parts_of(row).values()) for row in data.train]
+    lengths = [row_type.length(row) for row in data.train]
     print(census(lengths, args.max_len))
 
 

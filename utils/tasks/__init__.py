@@ -1,16 +1,16 @@
-"""The tasks: one module each, loaded only when it is run.
+"""The tasks, a file each, and the table they are found by.
 
-A task module has
-
-- `USES_TEMPLATE`: whether its rows are conversations
-- `load_datasets(args, train_args, template, tokenizer) -> Data`
-- `build_collator(args, train_args, tokenizer) -> collator`
-- `build_trainer(args, train_args, model, adapter, data, collator, tokenizer) -> Trainer`
+In reading order: task (what can be asked of a task), no_effect, sft, pretrain, dpo, dpo_checks, dpo_trainer, dpo_multi,
+dpo_single, plain_loss, trainer.
 """
 
 import importlib
+from collections.abc import Iterator, Mapping
 
-TASKS = {
+from utils.tasks.task import Task
+
+# name of a task → the module that ends with its TASK; a new task is a row here
+MODULES = {
     "pretrain": "utils.tasks.pretrain",
     "sft": "utils.tasks.sft",
     "dpo_multi": "utils.tasks.dpo_multi",
@@ -18,6 +18,22 @@ TASKS = {
 }
 
 
-def get_task(name: str):
-    """Imports the task's module."""
-    return importlib.import_module(TASKS[name])
+class _Tasks(Mapping[str, Task]):
+    """Every task by its name; the module of a task is imported when the task is looked up."""
+
+    def __getitem__(self, name: str) -> Task:
+        return importlib.import_module(MODULES[name]).TASK
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODULES)
+
+    def __len__(self) -> int:
+        return len(MODULES)
+
+
+TASKS = _Tasks()
+
+
+def get_task(name: str) -> Task:
+    """The task of a name, as `TASKS[name]`."""
+    return TASKS[name]

@@ -3,6 +3,7 @@
 import math
 
 from utils.runtime.errors import Problem, nearest, refusal
+from utils.tasks.no_effect import NoEffect
 
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -11,23 +12,28 @@ LOSS_TYPES = (
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 READ_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 _ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
-# dpo_single's loss is its own: what would change TRL's does nothing there
-FOR_MULTI = {
-    "loss_type": ["sigmoid"],
-    "loss_weights": None,
-    "label_smoothing": 0.0,
-    "ld_alpha": None,
-    "f_divergence_type": "reverse_kl",
-    "use_weighting": False,
-}
+NO_EFFECT = (
+    NoEffect(("train_on",), lambda s: True, "DPO compares the answers after the prompt",
+             refused={"train_on": "all_turns"}),
+    NoEffect(("discopop_tau",), lambda s: "discopop" not in s.loss_type, "it is for --loss_type discopop",
+             refused={"discopop_tau": 0.05}, flags=("loss_type",)),
+    NoEffect(("f_alpha_divergence_coef",), lambda s: s.f_divergence_type != "alpha_divergence",
+             "it is for --f_divergence_type alpha_divergence",
+             refused={"f_alpha_divergence_coef": 0.5}, flags=("f_divergence_type",)),
+    NoEffect(("ref_model_sync_steps", "ref_model_mixup_alpha"), lambda s: not s.sync_ref_model,
+             "it is for --sync_ref_model true",
+             refused={"ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6}, flags=("sync_ref_model",)),
+    NoEffect(("precompute_ref_batch_size",), lambda s: not s.precompute_ref_log_probs,
+             "it is for --precompute_ref_log_probs true",
+             refused={"precompute_ref_batch_size": None}, flags=("precompute_ref_log_probs",)),
+    NoEffect(("label_smoothing_factor",), lambda s: True, "DPO's own is --label_smoothing",
+             refused={"label_smoothing_factor": 0.0}, flags=("label_smoothing",)),
+)  # fmt: skip
 
 
 def check_dpo(common, train_args) -> list[Problem]:
-    """Checks the DPO recipe against itself and the common arguments; returns the problems."""
-    # with the recipe of another task, which is refused, its values are not there
-    if not common.task_type.startswith("dpo") or not hasattr(train_args, "beta"):
-        return []
-    problems = _check_lengths(common) + _check_reference(common, train_args) + _check_idle(common, train_args)
+    """Checks what both modes of DPO need of the recipe and the common arguments; returns the problems."""
+    problems = _check_lengths(common) + _check_reference(common, train_args)
     if not 0 < train_args.beta < math.inf:
         problems += refusal(f"--beta {train_args.beta} is not allowed; give a number above 0", "beta")
     # an adapter that was trained with dropout before goes on without
@@ -43,17 +49,7 @@ def check_dpo(common, train_args) -> list[Problem]:
             "lora_dropout",
             "disable_dropout",
         )
-    if common.task_type == "dpo_single":
-        return problems + [
-            Problem(
-                f"--{name} {getattr(train_args, name)} has no effect in dpo_single, whose loss is written out in "
-                "utils/tasks/dpo_single.py; use --task_type dpo_multi, or change preference_loss there",
-                flags=(name, "task_type"),
-            )
-            for name, neutral in FOR_MULTI.items()
-            if getattr(train_args, name) != neutral
-        ]
-    return problems + _check_losses(train_args)
+    return problems
 
 
 def _check_lengths(common) -> list[Problem]:
@@ -93,37 +89,8 @@ def _check_reference(common, train_args) -> list[Problem]:
     return problems
 
 
-def _check_idle(common, train_args) -> list[Problem]:
-    """Values that only count together with another one."""
-    sync = train_args.sync_ref_model
-    # flag, value, neutral value, whether it counts here, the flag that would make it count, what is said of that
-    together = [
-        ("train_on", common.train_on, "all_turns", False, None, "DPO compares the answers after the prompt"),
-        ("discopop_tau", train_args.discopop_tau, 0.05, "discopop" in train_args.loss_type,
-         "loss_type", "--loss_type discopop"),
-        ("f_alpha_divergence_coef", train_args.f_alpha_divergence_coef, 0.5,
-         train_args.f_divergence_type == "alpha_divergence",
-         "f_divergence_type", "--f_divergence_type alpha_divergence"),
-        ("ref_model_sync_steps", train_args.ref_model_sync_steps, 512, sync,
-         "sync_ref_model", "--sync_ref_model true"),
-        ("ref_model_mixup_alpha", train_args.ref_model_mixup_alpha, 0.6, sync,
-         "sync_ref_model", "--sync_ref_model true"),
-        ("precompute_ref_batch_size", train_args.precompute_ref_batch_size, None, train_args.precompute_ref_log_probs,
-         "precompute_ref_log_probs", "--precompute_ref_log_probs true"),
-        ("label_smoothing_factor", train_args.label_smoothing_factor, 0.0, False,
-         "label_smoothing", "DPO's own is --label_smoothing"),
-    ]  # fmt: skip
-    return [
-        Problem(
-            f"--{name} {value} has no effect here ({needed}); leave it out",
-            flags=(name, other) if other else (name,),
-        )
-        for name, value, neutral, counts, other, needed in together
-        if value != neutral and not counts
-    ]
-
-
-def _check_losses(train_args) -> list[Problem]:
+def check_losses(common, train_args) -> list[Problem]:
+    """Checks the settings of TRL's losses; returns the problems."""
     losses, smoothing = train_args.loss_type, train_args.label_smoothing
     problems = [
         Problem(
@@ -146,13 +113,6 @@ def _check_losses(train_args) -> list[Problem]:
             )
             for name in sorted(set(losses) & _ONLY_REVERSE_KL)
         ]
-    if smoothing and not READ_SMOOTHING & set(losses):
-        problems += refusal(
-            f"--label_smoothing {smoothing} has no effect with --loss_type {' '.join(losses)}; it is read by "
-            f"{', '.join(sorted(READ_SMOOTHING))}",
-            "label_smoothing",
-            "loss_type",
-        )
     if not 0 <= smoothing < 0.5:
         problems += refusal(
             f"--label_smoothing {smoothing} is not allowed; give at least 0 and below 0.5", "label_smoothing"

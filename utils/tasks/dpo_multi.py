@@ -1,12 +1,10 @@
 """DPO by TRL: its collator, its trainer and all its losses, on pairs of one turn or many."""
 
 from utils.data.collate import build_trl_pair_collator
-from utils.tasks.dpo import load_datasets, make_dpo_trainer
+from utils.tasks.dpo import pair_task
+from utils.tasks.dpo_checks import READ_SMOOTHING, check_losses
+from utils.tasks.no_effect import NoEffect
 from utils.tasks.trainer import Data
-
-__all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
-
-USES_TEMPLATE = True
 
 
 def build_collator(args, train_args, tokenizer):
@@ -18,4 +16,30 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     """TRL's DPOTrainer on pairs that are prepared already."""
     from trl import DPOTrainer
 
+    from utils.tasks.dpo_trainer import make_dpo_trainer
+
     return make_dpo_trainer(DPOTrainer, args, train_args, model, adapter, data, collator, tokenizer)
+
+
+def memory_loss(model, states, targets, batch):
+    """The head as TRL's DPOTrainer computes it."""
+    from utils.memory.fake import chunked_loss
+
+    return chunked_loss(model, states, targets)
+
+
+TASK = pair_task(
+    "dpo_multi",
+    build_trainer,
+    build_collator,
+    check_more=check_losses,
+    settings_without_effect=(
+        NoEffect(("padding_free",), lambda s: True, "TRL's DPO pads its rows; dpo_single need not"),
+        NoEffect(("beta",), lambda s: s.loss_type == ["sft"],
+                 "--loss_type sft does not look at the reference; it only scales the logged rewards"),
+        NoEffect(("label_smoothing",), lambda s: not READ_SMOOTHING & set(s.loss_type),
+                 f"only --loss_type {', '.join(sorted(READ_SMOOTHING))} read it",
+                 refused={"label_smoothing": 0.0}, flags=("loss_type",)),
+    ),
+    memory_loss=memory_loss,
+)  # fmt: skip

@@ -8,19 +8,13 @@ from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
-from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from utils.data.collate import NOT_INPUTS, build_pair_collator
 from utils.model.head import keep_logits
-from utils.tasks.dpo import load_datasets, make_dpo_trainer
+from utils.tasks.dpo import pair_task
+from utils.tasks.no_effect import NoEffect
 from utils.tasks.trainer import Data
 from utils.template.tokenize import IGNORE_INDEX
-
-__all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets", "preference_loss"]
-
-USES_TEMPLATE = True
 
 
 def preference_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float):
@@ -70,8 +64,8 @@ def sequence_log_probs(model, batch: dict, **options):
     return losses.new_zeros(int(batch["row"][-1, -1]) + 1).index_add(0, rows, -losses), output
 
 
-class WrittenOutTrainer(DPOTrainer):
-    """TRL's trainer with the loss of this file."""
+class WrittenOutLoss:
+    """A mix-in for TRL's DPOTrainer: the loss of this file in place of TRL's."""
 
     own_forward = True  # the auxiliary loss of a mixture is the model's own
 
@@ -103,6 +97,9 @@ class WrittenOutTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of chosen and rejected, [pairs] each, without gradients."""
+        from trl.models.utils import disable_gradient_checkpointing
+        from trl.trainer.utils import use_adapter
+
         unwrapped, adapter = self.accelerator.unwrap_model(self.model), nullcontext()
         if self.ref_model is None and hasattr(unwrapped, "peft_config"):
             # a copy of the adapter the policy began with, or none for a policy that began as the base
@@ -125,4 +122,37 @@ def build_collator(args, train_args, tokenizer):
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
     """TRL's DPOTrainer with the loss of this file."""
+    from trl import DPOTrainer
+
+    from utils.tasks.dpo_trainer import make_dpo_trainer
+
+    class WrittenOutTrainer(WrittenOutLoss, DPOTrainer):
+        pass
+
     return make_dpo_trainer(WrittenOutTrainer, args, train_args, model, adapter, data, collator, tokenizer)
+
+
+_OF_TRL = {  # settings of TRL's loss → their defaults
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "label_smoothing": 0.0,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "use_weighting": False,
+}
+TASK = pair_task(
+    "dpo_single",
+    build_trainer,
+    build_collator,
+    supports_padding_free=True,
+    settings_without_effect=(
+        NoEffect(
+            tuple(_OF_TRL),
+            lambda s: True,
+            "the loss of dpo_single is written out in utils/tasks/dpo_single.py",
+            refused=_OF_TRL,
+            flags=("task_type",),
+            remedy="use --task_type dpo_multi, or change preference_loss there",
+        ),
+    ),
+)

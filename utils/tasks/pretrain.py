@@ -3,13 +3,13 @@
 from utils.data.conversations import to_text
 from utils.data.files import TEXT_SUFFIXES
 from utils.data.report import TOO_LONG, Dropped
-from utils.tasks.sft import build_collator, build_trainer
+from utils.data.row_types import PLAIN_TEXT
+from utils.tasks.no_effect import NoEffect
+from utils.tasks.plain_loss import cross_entropy
+from utils.tasks.sft import METRICS, SMOOTHING, build_collator, build_trainer, memory_loss
+from utils.tasks.task import Task
 from utils.tasks.trainer import Data, load_both, row_kind
 from utils.template.tokenize import Segment, encode_segments
-
-__all__ = ["USES_TEMPLATE", "build_collator", "build_trainer", "load_datasets"]
-
-USES_TEMPLATE = False  # plain text: the chat format of the model stays what it was
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -36,7 +36,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
 
     key = {"task": "pretrain", "allow_special": allow_special}
-    kind = row_kind(args, train_args, tokenizer, "bfd_split", TEXT_SUFFIXES, to_text, encode, **key)
+    options = {"strategy": "bfd_split", "suffixes": TEXT_SUFFIXES}
+    kind = row_kind(args, train_args, tokenizer, PLAIN_TEXT, to_text, encode, **options, **key)
     return load_both(args, train_args, kind)
 
 
@@ -46,3 +47,30 @@ def _ends(tokenizer) -> tuple[list[int], list[int]]:
     if tokenizer("a")["input_ids"][:1] != begin:
         begin = []
     return begin, [tokenizer.eos_token_id]
+
+
+TASK = Task(
+    "pretrain",
+    PLAIN_TEXT,
+    load_datasets,
+    build_trainer,
+    build_collator,
+    file_suffixes=TEXT_SUFFIXES,
+    sample_data=("data/pretrain_data.jsonl", None),
+    sample_settings={"allow_special_tokens_in_content": True},  # some of its texts are chats, written out
+    metrics=METRICS,
+    usual_learning_rates={True: (1e-5, 1e-3), False: (1e-6, 1e-3)},
+    uses_template=False,  # plain text: the chat format of the model stays what it was
+    supports_packing=True,
+    supports_padding_free=True,
+    packing_splits_rows=True,
+    imitates=True,
+    settings_without_effect=(
+        SMOOTHING,
+        NoEffect(("template_name", "train_special_tokens"), lambda s: True, "plain text has no chat format"),
+        NoEffect(("train_on",), lambda s: True, "every token of a text is trained"),
+        NoEffect(("overlong",), lambda s: s.packing, "packed text goes on in the next row, so that none is too long"),
+    ),
+    memory_loss=memory_loss,
+    plain_loss=cross_entropy,
+)

@@ -4,16 +4,13 @@ import dataclasses
 
 from utils.data.collate import build_collator as _collator
 from utils.data.conversations import BadRow, to_messages
-from utils.data.files import SUFFIXES
+from utils.data.row_types import CONVERSATION
 from utils.data.truncate import check_all, cut_far, encode_within
-from utils.patches.lm_head import use_trained_positions
 from utils.runtime.errors import UserError
+from utils.tasks.no_effect import NoEffect
+from utils.tasks.plain_loss import cross_entropy
+from utils.tasks.task import Task
 from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
-from utils.train.eval_metrics import TokenWeightedEvalMixin, fill_up
-from utils.train.filler import FillLastStepMixin
-from utils.train.trainer import FaultTolerantTrainerMixin
-
-USES_TEMPLATE = True
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -36,7 +33,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
     key = {"task": "sft", "template": template.key, **options}
-    kind = row_kind(args, train_args, tokenizer, "bfd", SUFFIXES, read, encode, **key)
+    kind = row_kind(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
     return load_both(args, train_args, kind)
 
 
@@ -49,10 +46,43 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     """TRL's SFTTrainer on rows that are prepared already."""
     from trl import SFTTrainer
 
+    from utils.patches.lm_head import use_trained_positions
+    from utils.train.eval_metrics import TokenWeightedEvalMixin, fill_up
+    from utils.train.filler import FillLastStepMixin
+    from utils.train.trainer import FaultTolerantTrainerMixin
+
     use_trained_positions()
 
     class Trainer(TokenWeightedEvalMixin, FillLastStepMixin, FaultTolerantTrainerMixin, SFTTrainer):
         pass
 
-    data = dataclasses.replace(data, eval=fill_up(data.eval, train_args))
+    data = dataclasses.replace(data, eval=fill_up(data.eval, train_args, TASK.row_type))
     return make_trainer(Trainer, args, train_args, model, adapter, data, collator, tokenizer)
+
+
+def memory_loss(model, states, targets, batch):
+    """The head as SFT computes it: in chunks on a GPU, and by `utils.patches.lm_head` under adapters on the CPU."""
+    from utils.memory.fake import chunked_loss, frozen_head_loss
+
+    frozen = not model.get_output_embeddings().weight.requires_grad
+    return (frozen_head_loss if frozen and not batch.on_gpu else chunked_loss)(model, states, targets)
+
+
+METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
+SMOOTHING = NoEffect(("label_smoothing_factor",), lambda s: s.loss_type == "dft", "--loss_type dft has no smoothing")
+TASK = Task(
+    "sft",
+    CONVERSATION,
+    load_datasets,
+    build_trainer,
+    build_collator,
+    sample_data=("data/sft_data.jsonl", "data/sft_eval_data.jsonl"),
+    metrics=METRICS,
+    usual_learning_rates={True: (1e-5, 1e-3), False: (5e-7, 1e-4)},
+    supports_packing=True,
+    supports_padding_free=True,
+    imitates=True,
+    settings_without_effect=(SMOOTHING,),
+    memory_loss=memory_loss,
+    plain_loss=cross_entropy,
+)

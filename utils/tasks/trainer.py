@@ -1,8 +1,8 @@
 """What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
 
 import copy
-import functools
 import importlib.metadata
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from loguru import logger
 
 from utils.data.cache import tokenizer_key
-from utils.data.fields import unread_fields
+from utils.data.files import SUFFIXES
 from utils.data.prepare import DataReport, RowKind, load_rows
+from utils.data.row_types import RowType
 from utils.model.adapter import adapter_weights, settle_trainable
 from utils.model.adapter_start import check_new_adapter
 from utils.model.experts import leave_router_logits_out, settle_balance
@@ -47,13 +48,16 @@ class Data:
         return self.report.kept - self.held_back
 
 
-def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, encode, columns=None, **key) -> RowKind:
+def row_kind(
+    args, train_args, tokenizer, row_type: RowType, read, encode, strategy: str | None = None, suffixes=SUFFIXES, **key
+) -> RowKind:
     """What the tasks' ways with rows have in common: lengths, packing, and the cache's key.
 
     Args:
+        row_type: of the task.
+        read, encode, suffixes: as in RowKind.
         strategy: TRL's packing strategy, `bfd` for whole rows or `bfd_split` for text that may go on in the next;
             None for rows that cannot be packed.
-        suffixes, read, encode, columns: as in RowKind.
         **key: what else the rows depend on.
     """
 
@@ -67,7 +71,7 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
         marked = [part.map(_mark, batched=True, fn_kwargs={"held": held}) for held, part in enumerate(parts)]
         return concatenate_datasets(marked)
 
-    packing = strategy is not None and train_args.packing
+    packing = strategy is not None and getattr(train_args, "packing", False)
     return RowKind(
         suffixes=suffixes,
         read=read,
@@ -80,10 +84,10 @@ def row_kind(args, train_args, tokenizer, strategy: str | None, suffixes, read, 
             "held_back": (args.val_size, train_args.seed) if packing and args.val_size else None,
             **key,
         },
-        columns=columns or RowKind.columns,
+        columns=row_type.columns,
         pack=pack if packing else None,
         refuse_long=args.overlong == "error",
-        unread=functools.partial(unread_fields, key["task"]),
+        unread=row_type.unread,
     )
 
 
@@ -157,12 +161,14 @@ def for_trl(train_args):
         # the trainer pickles its arguments into every checkpoint, and pushes them; the hub's client reads this instead
         os.environ["HF_TOKEN"] = settled.hub_token
     settled.hub_token = None
-    settled.packing = settled.padding_free = False
-    settled.max_length = None
+    prepared = {"packing": False, "padding_free": False, "max_length": None}
+    prepared |= {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    for name, value in prepared.items():
+        if hasattr(settled, name):  # not every trainer prepares rows
+            setattr(settled, name, value)
     settled.remove_unused_columns = False  # the rows hold what the collators take, and no more
     if settled.ddp_find_unused_parameters is None:
         settled.ddp_find_unused_parameters = False  # every trained weight has its part in every step
-    settled.dataset_kwargs = {"skip_prepare_dataset": True}
     return settled
 
 
@@ -172,11 +178,17 @@ def wants_one_type(args, train_args) -> bool:
     return bool(laid_out) and args.precision != "fp32"
 
 
+def takes_adapter(trainer_class: type) -> bool:
+    """Whether a trainer adds the adapter to the model itself, as those of TRL do and transformers' own does not."""
+    classes = [kind for kind in trainer_class.__mro__ if "__init__" in vars(kind)]
+    return "peft_config" in inspect.signature(classes[0].__init__).parameters
+
+
 def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer, **more):
     """Builds one of TRL's trainers on rows that are prepared already.
 
     Args:
-        trainer_class: TRL's, extended by `utils.train.trainer.FaultTolerantTrainerMixin`.
+        trainer_class: TRL's or transformers', extended by `utils.train.trainer.FaultTolerantTrainerMixin`.
         args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
         **more: for the trainer's constructor.
 
@@ -190,7 +202,16 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     base_config = copy.deepcopy(model.config)  # before TRL and transformers fit it to the training
     leave_router_logits_out(model, more.get("ref_model"))
 
+    if takes_adapter(trainer_class):
+        more["peft_config"] = adapter
+    elif adapter is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter)
+
     class Trainer(trainer_class):
+        row_type = args.task.row_type
+
         def settle_weights(self):
             settle_trainable(self.model, one_type, start)
 
@@ -202,7 +223,6 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
             eval_dataset=data.eval,
             data_collator=collator,
             processing_class=tokenizer,
-            peft_config=adapter,
             **more,
         )
     except (ValueError, ImportError, NotImplementedError) as error:

@@ -2,8 +2,8 @@
 
 import math
 
+from utils.data.row_types import RowType
 from utils.runtime.distributed import all_gather_objects
-from utils.train.filler import empty_row
 
 
 class TokenWeightedEvalMixin:
@@ -53,7 +53,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 709 else math.inf
 
 
-def fill_up(rows, train_args):
+def fill_up(rows, train_args, row_type: RowType):
     """Adds rows of one token without a label, so that every process has equally many batches of different rows.
 
     accelerate would give the first rows a second time, and `--dataloader_drop_last` would leave the last ones out.
@@ -61,12 +61,13 @@ def fill_up(rows, train_args):
     Args:
         rows: the validation rows, a dataset, or None.
         train_args: the recipe's TrainArgument.
+        row_type: of the rows.
     """
     step = train_args.eval_batch_size * train_args.world_size
     if rows is None or not len(rows) % step or not (train_args.world_size > 1 or train_args.dataloader_drop_last):
         return rows
     from datasets import Dataset, concatenate_datasets
 
-    one = empty_row(rows.column_names)
+    one = row_type.filler(rows[0])
     missing = -len(rows) % step
     return concatenate_datasets([rows, Dataset.from_list([one] * missing, features=rows.features)])

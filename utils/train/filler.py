@@ -3,18 +3,7 @@
 from loguru import logger
 from torch.utils.data import BatchSampler, Dataset
 
-from utils.template.tokenize import IGNORE_INDEX
-
-
-def empty_row(columns: list[str]) -> dict:
-    """A row of one token without a label, and of no file."""
-    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "source": [], "seq_lengths": [1]}
-    return {name: empty[name] for name in columns}
-
-
-def empty_pair(pair: dict) -> dict:
-    """A pair that any loss can take, of no file: by that it is known as one that does not count."""
-    return {**pair, "source": []}
+from utils.data.row_types import RowType
 
 
 class WithEmptyRow(Dataset):
@@ -22,11 +11,11 @@ class WithEmptyRow(Dataset):
 
     Args:
         rows: a datasets.Dataset of N rows; index N is the empty one.
+        row_type: of the rows.
     """
 
-    def __init__(self, rows):
-        pairs = "prompt_ids" in rows.column_names
-        self.rows, self._empty = rows, empty_pair(rows[0]) if pairs else empty_row(rows.column_names)
+    def __init__(self, rows, row_type: RowType):
+        self.rows, self._empty = rows, row_type.filler(rows[0])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +59,12 @@ class FillLastStepMixin:
     """A mix-in for TRL's trainers: an epoch trains each row once, on however many processes.
 
     accelerate would give the epoch's first rows a second time, and count them in the loss of the last step.
+
+    Attributes:
+        row_type: of the rows.
     """
+
+    row_type: RowType
 
     def get_train_dataloader(self):
         rows = self.train_dataset
@@ -90,7 +84,8 @@ class FillLastStepMixin:
             sampler_of: makes a sampler of the rows.
             training: whether it is trained.
         """
-        loader = self._get_dataloader(WithEmptyRow(rows), what, size, lambda _: sampler_of(rows), training)
+        filled = WithEmptyRow(rows, self.row_type)
+        loader = self._get_dataloader(filled, what, size, lambda _: sampler_of(rows), training)
         shard = loader.batch_sampler
         inner = shard.batch_sampler
         shard.batch_sampler = FullBatches(inner.sampler, inner.batch_size, shard.num_processes, len(rows))

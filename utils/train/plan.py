@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from utils.data.row_types import RowType
 from utils.runtime.errors import UserError
 from utils.template.tokenize import IGNORE_INDEX
 
@@ -16,14 +17,14 @@ _POINTS = 10_000  # steps of the schedule looked at for its highest rate
 
 @dataclass
 class Rows:
-    """What is counted of prepared rows, an entry for each; of a pair, over its two rows.
+    """What is counted of prepared rows, an entry for each, over all of its sequences.
 
     Attributes:
         tokens: all tokens, [rows].
         trained: those with a label, [rows].
         longest: what padding would fill each up to, or more, [rows].
         examples: how many rows of the files are in it: several where they are packed, [rows].
-        sequences: how many sequences a row becomes: 2 for a pair.
+        sequences: how many sequences a row becomes: 2 for a preference pair.
     """
 
     tokens: numpy.ndarray
@@ -33,27 +34,22 @@ class Rows:
     sequences: int
 
 
-def measure(dataset) -> Rows:
+def measure(dataset, row_type: RowType) -> Rows:
     """Counts the tokens of prepared rows.
 
     Args:
-        dataset: `datasets.Dataset` with `input_ids` and `labels`, or `prompt_ids`, `chosen_ids` and so on.
+        dataset: `datasets.Dataset` with the columns of `row_type`.
+        row_type: of the rows.
     """
-    pairs = "prompt_ids" in dataset.column_names
-    answers = ("chosen", "rejected")
     parts: list[list[numpy.ndarray]] = []
     for batch in dataset.with_format("arrow").iter(_PARTS):
-        if pairs:
-            prompt = _lengths(batch, "prompt_ids")
-            sides = [prompt + _lengths(batch, f"{side}_ids") for side in answers]
-            trained = sum(_labelled(batch, f"{side}_labels") for side in answers)
-            parts.append([sum(sides), trained, numpy.maximum(*sides), numpy.ones_like(prompt)])
-        else:
-            tokens = _lengths(batch, "input_ids")
-            packed = "seq_lengths" in batch.column_names
-            examples = _lengths(batch, "seq_lengths") if packed else numpy.ones_like(tokens)
-            parts.append([tokens, _labelled(batch, "labels"), tokens, examples])
-    return Rows(*(numpy.concatenate(column) for column in zip(*parts, strict=True)), sequences=2 if pairs else 1)
+        each = [sum(_lengths(batch, name) for name in ids) for _, ids, _ in row_type.sequence_columns]
+        trained = sum(_labelled(batch, labels) for _, _, labels in row_type.sequence_columns)
+        packed = "seq_lengths" in batch.column_names
+        examples = _lengths(batch, "seq_lengths") if packed else numpy.ones_like(each[0])
+        parts.append([sum(each), trained, numpy.maximum.reduce(each), examples])
+    columns = (numpy.concatenate(column) for column in zip(*parts, strict=True))
+    return Rows(*columns, sequences=len(row_type.sequence_columns))
 
 
 def _lengths(batch, name: str) -> numpy.ndarray:

@@ -1,26 +1,16 @@
-"""The reference of the proofs: each row alone through the plain model, its loss written out in PyTorch."""
+"""Losses in plain PyTorch, which `utils.script.prove` compares a step with.
+
+Each row goes through the model alone, without collator, layout, fused head or trainer. Both functions take the trainer,
+of which they use the models, the settings and β, and prepared rows. They return a tensor of one number with a graph for
+the gradients, or None for settings whose loss is not written out here.
+"""
 
 from contextlib import nullcontext
 
 from utils.template.tokenize import IGNORE_INDEX
 
 
-def plain_loss(trainer, rows: list[dict]):
-    """The loss of a step without collator, layout, fused head or trainer, with a graph for the gradients.
-
-    Args:
-        trainer: of the task; only its models and its β are used.
-        rows: prepared rows, or pairs.
-
-    Returns:
-        the loss, a tensor of one number; None for a loss that is not written out here.
-    """
-    if "input_ids" in rows[0]:
-        return _cross_entropy(trainer, rows)
-    return _preference(trainer, rows)
-
-
-def _cross_entropy(trainer, rows: list[dict]):
+def cross_entropy(trainer, rows: list[dict]):
     """L = -Σ_t log p(y_t | y_<t) / number of trained tokens, over the tokens t with a label."""
     settings = trainer.args
     if settings.loss_type != "nll" or settings.label_smoothing_factor or any("seq_lengths" in row for row in rows):
@@ -29,7 +19,7 @@ def _cross_entropy(trainer, rows: list[dict]):
     return -sum(_log_prob(trainer.model, row["input_ids"], row["labels"]) for row in rows) / count
 
 
-def _preference(trainer, rows: list[dict]):
+def preference(trainer, rows: list[dict]):
     """L = -log σ(β (log π(y_c|x)/π_ref(y_c|x) - log π(y_r|x)/π_ref(y_r|x))), the mean over pairs (arXiv 2305.18290)."""
     from torch.nn.functional import logsigmoid
 

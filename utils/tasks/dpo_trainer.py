@@ -1,0 +1,168 @@
+"""TRL's DPOTrainer on prepared pairs, with the reference that fits."""
+
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pyarrow
+import torch
+
+from utils.model.head import check_head
+from utils.model.load import load_model
+from utils.model.meta import whole_models
+from utils.model.pissa import with_pissa
+from utils.runtime.distributed import wait_for_everyone
+from utils.tasks.trainer import Data, make_trainer, wants_one_type
+from utils.train.filler import FillLastStepMixin, fills_up
+from utils.train.trainer import FaultTolerantTrainerMixin
+
+
+class PreparedPairs(FillLastStepMixin, FaultTolerantTrainerMixin):
+    """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
+
+    TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short
+    last one would count more. Here, of an update of N pairs on all processes, each of whose gradients DDP averages,
+
+        loss of a micro-batch of n pairs = mean over its pairs · n · processes / N
+    """
+
+    loss_is_scaled_for_ga = True  # tells transformers not to divide by the number of micro-batches
+    _weight: float = 1.0
+    _pairs: int | None = None  # of the batch at hand, where a trainer's step or evaluation has counted them
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None or not fills_up(self.args, self.accelerator.num_processes):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.filled_loader(rows, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        pairs = torch.tensor([sum(map(count_pairs, batch_samples))], device=device)
+        return self.accelerator.gather(pairs).sum()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._pairs = count_pairs(inputs)
+        self._weight = self._pairs * self.accelerator.num_processes / num_items_in_batch
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self._pairs = count_pairs(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return result * self._weight if self.model.training and not return_outputs else result
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _precompute_ref_logps(self, *inputs):
+        self.settle_weights()  # TRL comes here before its constructor ends
+        with whole_models(self.args):
+            check_head(self.model)
+        if self.args.should_save:  # one process for all: each of them reads the same file
+            _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
+        wait_for_everyone()
+        return super()._precompute_ref_logps(*inputs)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        pairs = count_pairs(inputs) if self._pairs is None else self._pairs
+        counts = self.accelerator.gather(torch.tensor([pairs], device=self.accelerator.device)).tolist()
+        gather = functools.partial(gather_uneven, self.accelerator.gather, counts, count_pairs(inputs))
+        uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
+        with uneven:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        _weigh_figures(self, sum(counts))
+        self._pairs = None
+        return result
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
+
+
+def _remove_cut_off(folder: Path) -> None:
+    """Removes log-probabilities of the reference that were not kept whole, which TRL would fail on for good."""
+    import datasets
+
+    for kept in folder.glob("cache-*.arrow"):
+        try:
+            datasets.Dataset.from_file(str(kept))
+        except pyarrow.ArrowInvalid:
+            kept.unlink(missing_ok=True)
+
+
+def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer):
+    """Builds a DPOTrainer, with the reference that fits: what the policy is at the start.
+
+    - under a new adapter, the same model with the adapter off
+    - under an adapter that was trained before, a frozen copy of it, `ref`, on the same base
+    - trained in full, a frozen copy of the model; none with `--precompute_ref_log_probs true`
+
+    Args:
+        trainer_class: TRL's DPOTrainer, or a class that extends it.
+        args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
+    """
+    from peft import PeftModel
+
+    class Trainer(PreparedPairs, trainer_class):
+        pass
+
+    if adapter is not None and args.init_lora_weights == "pissa":
+        # with the adapter off the layers give (W0 - s B0 A0) x, so the reference needs a copy of the start
+        model, adapter = with_pissa(model, adapter, wants_one_type(args, train_args)), None
+    has_copy = isinstance(model, PeftModel)
+    if has_copy:
+        # the trainer fills the copy; PEFT's own PiSSA start would overwrite W0 with a rounded residual
+        config = model.peft_config["default"]
+        start, config.init_lora_weights = config.init_lora_weights, True
+    if train_args.precompute_ref_log_probs:
+        # TRL keeps log-probabilities by rows and weights alone, but they depend on these as well
+        for dataset in filter(None, (data.train, data.eval)):
+            dataset._fingerprint += f"-{args.precision}-{train_args.ld_alpha}"
+    needs_model = args.train_mode == "full" and not train_args.precompute_ref_log_probs
+    reference = load_model(args, train_args) if needs_model else None
+    parts = (args, train_args, model, adapter, data, collator, tokenizer)
+    trainer = make_trainer(Trainer, *parts, ref_model=reference)
+    if has_copy:
+        trainer.model.peft_config["default"].init_lora_weights = start  # checkpoints say how to be read
+        # the reference can be had from the folder it came from
+        save = trainer.model.save_pretrained
+        trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
+    return trainer
+
+
+def _weigh_figures(trainer, pairs: int) -> None:
+    """Lets each pair count once in the figures: TRL takes the mean of batches, the last of which may be smaller."""
+    figures = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, values in figures.items():
+        if name.startswith(("rewards/", "logps/")):
+            values.extend([values[-1]] * (pairs - 1))
+
+
+def gather_uneven(gather, counts: list[int], here: int, values):
+    """As accelerate's `gather`, for figures of pairs where the processes do not have equally many.
+
+    Args:
+        gather: accelerate's, which needs one size.
+        counts: how many pairs of each process count, [processes].
+        here: how many pairs this one's batch has.
+        values: a figure of each pair, [here]; anything else is gathered as it is.
+
+    Returns:
+        [sum of counts]
+    """
+    if values.ndim != 1 or len(values) != here:
+        return gather(values)
+    padded = values.new_zeros(max(counts))
+    padded[:here] = values
+    parts = gather(padded).view(len(counts), -1)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def count_pairs(batch: dict) -> int:
+    """How many pairs of a batch of either collator count: none in one that only fills a step up."""
+    if batch.get("source") == []:
+        return 0
+    rows = len(batch["completion_mask"]) if "completion_mask" in batch else int(batch["row"][-1, -1]) + 1
+    return rows // 2
