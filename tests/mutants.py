@@ -20,6 +20,7 @@ The libraries are imported once: each run of tests is a fork of this process, wi
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -132,10 +133,8 @@ def _wait(child: int) -> int:
             time.sleep(0.05)
         return -1
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what the tests started as well
-        except ProcessLookupError:
-            pass
 
 
 _tree: Path | None = None

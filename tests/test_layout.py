@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from pic import draw
+
 # a package may import those before it, never those after
 ORDER = (
     "runtime", "patches", "storage", "template", "data", "model", "config", "train", "infer", "memory", "tasks", "run",
@@ -72,3 +74,14 @@ def test_top_level_names():
         ".ci",
     }
     assert wanted <= {path.name for path in ROOT.iterdir()}
+
+
+def test_the_picture_shows_the_packages_there_are(tmp_path):
+    assert draw.drawn_in(draw.PICTURE) == draw.layers(), "pic/architecture.png is stale: run python -m pic.draw"
+    draw.draw_architecture(tmp_path / "again.png")
+    assert draw.drawn_in(tmp_path / "again.png") == draw.layers()
+
+
+def test_the_picture_has_the_order_of_the_imports():
+    assert [package.name.removesuffix(".py") for layer in draw.layers() for package in layer] == list(ORDER)
+    assert all(package.does for layer in draw.layers() for package in layer)

@@ -260,22 +260,3 @@ def test_the_linter_is_one_version_everywhere():
     assert set(re.findall(r"ruff==([\d.]+)", read(".pre-commit-config.yaml"))) == {version}
     ci = read(".ci/run")
     assert ci.index("ruff check .") < ci.index("ruff format --check .") < ci.index("python -m pytest")
-
-
-# ---------------------------------------------------------------------- the picture
-def test_the_picture_shows_the_packages_there_are(tmp_path):
-    """Where this fails, `python -m pic.draw` draws it anew."""
-    from pic import draw
-
-    assert draw.drawn_in(draw.PICTURE) == draw.layers()
-    draw.draw_architecture(tmp_path / "anew.png")
-    assert draw.drawn_in(tmp_path / "anew.png") == draw.layers()
-
-
-def test_the_picture_has_the_order_of_the_imports():
-    from test_layout import ORDER
-
-    from pic import draw
-
-    assert [package.name.removesuffix(".py") for line in draw.layers() for package in line] == list(ORDER)
-    assert all(package.does for line in draw.layers() for package in line)

@@ -121,7 +121,8 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
 def booking(arguments):
     call = {"id": "abcdef123", "type": "function", "function": {"name": "book_table", "arguments": arguments}}
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
-             {"role": "tool", "tool_call_id": "abcdef123", "name": "book_table", "content": "done"}, ANSWER]  # fmt: skip
+             {"role": "tool", "tool_call_id": "abcdef123", "name": "book_table", "content": "done"},
+            ANSWER]  # fmt: skip
     return {"messages": turns, "tools": TOOLS}
 
 

@@ -1,4 +1,4 @@
-"""A run's weights can be loaded again: of a larger model, whose language model no class would find, they are not saved."""
+"""A run's weights can be loaded again; language models of larger models that no class would load are not saved."""
 
 import pytest
 import tiny

@@ -548,7 +548,12 @@ def test_pissa_in_bf16_is_saved_as_it_was_trained(task, train, tiny_models, tmp_
 
     kept = {}
     finish = utils.run.save.finish_run
-    monkeypatch.setattr(utils.run.save, "finish_run", lambda trainer, *rest: (kept.update(trainer=trainer), finish(trainer, *rest))[1])  # fmt: skip
+
+    def finish_and_keep(trainer, *rest):
+        kept["trainer"] = trainer
+        return finish(trainer, *rest)
+
+    monkeypatch.setattr(utils.run.save, "finish_run", finish_and_keep)
     kind = task.split("_")[0]
     rows = {"sft": tiny.ROWS, "dpo": tiny.PAIRS}[kind]
     data = tmp_path / "data.jsonl"

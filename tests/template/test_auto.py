@@ -172,7 +172,8 @@ def test_of_exact_answers_those_that_are_marked_are_trained():
     form = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' and loop.last %}"
         "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     plain = form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
@@ -248,8 +249,9 @@ def test_a_run_with_auto_saves_the_template_it_was_given(train, tmp_path):
 def test_earlier_answers_are_found_without_the_empty_thought_that_the_last_has(opening):
     """As Qwen3 sets it after the last question, here with two tokens that end an answer and with no opening of one."""
     tokenizer = with_template(
-        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-        "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{{ '" + opening + "' }}"
+        "{% set ns = namespace(last=0) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '" + opening + "' }}"
         "{% if loop.index0 > ns.last %}{{ '(think)' }}{% endif %}{{ m.content + '<|endoftext|><|im_end|>\\n' }}"
         "{% else %}{{ '[' + m.role + ']' + m.content + '[/]' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '" + opening + "' }}{% endif %}"

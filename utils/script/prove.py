@@ -149,7 +149,8 @@ def as_json(outcomes: list, subject) -> dict:
         "holds": all(outcome.verdict.holds is not False for outcome in outcomes),
         "model": subject.args.model_name_or_path,
         "rows": [
-            {"file": subject.data.report.files[number], "line": line} for number, line in map(row_location, subject.rows)
+            {"file": subject.data.report.files[number], "line": line}
+            for number, line in map(row_location, subject.rows)
         ],
         "proofs": [
             {

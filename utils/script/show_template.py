@@ -61,9 +61,9 @@ def catalogue() -> str:
     head = [
         "# Chat templates · 对话模板",
         "",
-        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template/catalogue.py`; a",
-        "test fails when this page is stale. In `default`, BOS and the stop token are the tokenizer's own, shown here as",
-        "`<s>` and `</s>`.",
+        "Written by `python -m utils.script.show_template --write` from the registry in `utils/template/catalogue.py`.",
+        "A test fails when this page is stale. In `default`, BOS and the stop token are those of the tokenizer, shown",
+        "here as `<s>` and `</s>`.",
         "",
         "由 `python -m utils.script.show_template --write` 根据 `utils/template/catalogue.py` 里的注册表生成；",
         "页面过期时测试会失败。",
