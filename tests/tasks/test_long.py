@@ -168,10 +168,10 @@ def test_a_system_message_with_no_other_place_stops_the_cut(tokenizers):
     template.check(messages)
     for conversation in (messages, cut_far(messages, template, tokenizer, 90)):
         (row,) = encode_within([conversation], template, tokenizer, 90)
-        assert "has a system message among the turns that would have to go" in row.reason
+        assert "has a system message among the turns to drop" in row.reason
     pair = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": said("assistant: c")}
     (row,) = encode_pairs_within([pair], template, tokenizer, 120, 90)
-    assert "has a system message among the turns that would have to go" in row.reason
+    assert "has a system message among the turns to drop" in row.reason
 
 
 def test_what_is_wrong_is_told_by_the_turns_of_the_row(tokenizers):

@@ -1,8 +1,8 @@
-"""Rows → the tensors of a step."""
+"""Collators: prepared rows → the tensors of a step."""
 
 from utils.template.tokenize import IGNORE_INDEX
 
-# what a collator adds to the model's own inputs
+# what collators add that is no input of the model
 NOT_INPUTS = frozenset(("labels", "source", "row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"))
 
 
@@ -16,23 +16,23 @@ def build_collator(pad_token_id: int, padding_free: bool):
           labels         [[-100, 2, 3], [-100, 5, -100]]
           attention_mask [[1, 1, 1], [1, 1, 0]]
 
-    Padding-free, the rows stand end to end in one, and positions that start again at 0
-    tell the attention where a row begins, so that none sees another:
+    Padding-free, the rows are concatenated, and position ids that restart at 0 mark where a row
+    begins, so that rows do not attend to each other:
 
         → input_ids    [[1, 2, 3, 4, 5]]
           labels       [[-100, 2, 3, -100, 5]]
           position_ids [[0, 1, 2, 0, 1]]
 
-    A packed row brings `seq_lengths`, the lengths of the rows within it, and becomes
-    positions in the same way. Both forms have the same loss and the same gradients.
+    A packed row has `seq_lengths`, the lengths of the rows within it, which become position ids in the same way.
+    Both forms have the same loss and the same gradients.
 
     Args:
-        pad_token_id: fills rows up; it is never trained, whatever token it is.
-        padding_free: which of the two forms.
+        pad_token_id: id of the padding; never trained, even if it is also another token.
+        padding_free: whether rows are concatenated rather than padded.
 
     Returns:
-        TRL's `DataCollatorForLanguageModeling`, which also adds the row boundaries that
-        flash attention's variable-length kernels take, and `source`, the rows' places.
+        TRL's `DataCollatorForLanguageModeling`, which also adds the row boundaries for the variable-length kernels of
+        flash attention, with the column `source` added.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -40,17 +40,17 @@ def build_collator(pad_token_id: int, padding_free: bool):
 
 
 def _with_sources(collate):
-    """The collator, which also says where the rows of a step come from, to name them if one breaks the training.
+    """Adds `source` to a collator's output, so that a row that breaks the training can be named.
 
-    `source` is a list of numbers from `places.encode_source`, not a tensor: no model sees it. Rows of no source only
-    fill a step up (utils/train/filler.py), and are left out where there are others.
+    It is a list of numbers as from `places.encode_source`; the trainer removes it from the model's inputs. Rows
+    without a source only fill up a step (utils/train/filler.py) and are dropped if there are others.
     """
 
     def collate_with_sources(rows: list[dict]) -> dict:
         if "source" not in rows[0]:
             return collate(rows)
-        there = [row for row in rows if row["source"]] or rows[:1]
-        return {**collate(there), "source": sorted({source for row in there for source in row["source"]})}
+        real = [row for row in rows if row["source"]] or rows[:1]
+        return {**collate(real), "source": sorted({source for row in real for source in row["source"]})}
 
     return collate_with_sources
 
@@ -63,8 +63,8 @@ def build_trl_pair_collator(pad_token_id: int):
           attention_mask  [[1, 1, 1, 1], [1, 1, 1, 0]]
           completion_mask [[0, 0, 1, 1], [0, 0, 1, 0]]
 
-    TRL counts everything after the prompt as the answer. The labels say better where an answer
-    is of several turns: what a user or a tool says between them is not trained.
+    TRL's own mask covers everything after the prompt. This one follows the labels: in an answer of several turns, those
+    of the user or a tool are not trained.
     """
     import torch
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -82,7 +82,7 @@ def build_trl_pair_collator(pad_token_id: int):
 
 
 def build_pair_collator(pad_token_id: int, padding_free: bool):
-    """Makes the collator of `dpo_single`; each pair becomes two rows, all chosen before all rejected.
+    """Makes the collator of `dpo_single`: each pair becomes two rows, all chosen before all rejected ones.
 
         prompt_ids [1, 2], chosen_ids [3, 4], chosen_labels [3, 4], rejected_ids [5], rejected_labels [5]
 
@@ -93,16 +93,15 @@ def build_pair_collator(pad_token_id: int, padding_free: bool):
           attention_mask [[1, 1, 1, 1], [1, 1, 1, 0]]
           row            [[0, 0, 0, 0], [1, 1, 1, 1]]
 
-    Padding-free, end to end, told apart by positions that start again:
+    Padding-free, concatenated:
 
         → input_ids    [[1, 2, 3, 4, 1, 2, 5]]
           labels       [[-100, -100, 3, 4, -100, -100, 5]]
           position_ids [[0, 1, 2, 3, 0, 1, 2]]
           row          [[0, 0, 0, 0, 1, 1, 1]]
 
-    `row` says to which row a token belongs, so that the loss can add up each row's
-    log-probabilities in either form. Log-probabilities of a reference that were computed
-    beforehand pass through. The inputs of the model are those of `build_collator`.
+    `row` is the index of each token's row, by which the loss sums log-probabilities in either form. Precomputed
+    log-probabilities of the reference model are passed through. The other tensors are as from `build_collator`.
     """
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

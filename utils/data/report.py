@@ -1,4 +1,4 @@
-"""What became of the rows: how many are trained on, which are left out, and why."""
+"""The report of prepared rows: how many are trained on, which are dropped, and why."""
 
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -11,21 +11,21 @@ from utils.template.messages import UNTRAINED_ANSWER
 
 MAX_LINES_KEPT = 100  # line numbers kept for the rows of one file with one reason
 
-# kinds of rows that are left out, as they are counted for the user
+# kinds of dropped rows, as they are counted in messages
 MALFORMED = "malformed"
 BROKEN_UNICODE = "malformed Unicode"
 TOO_LONG = "too long"
 _COUNTED_AS = {BROKEN_UNICODE: MALFORMED}
-# kinds of rows that are kept
+# a kind of rows that are kept
 SHORTENED = "shortened"
 
 
 class Dropped(NamedTuple):
-    """Why a row is left out.
+    """Why a row is dropped.
 
     Attributes:
         reason: completes "line N …".
-        kind: how such rows are counted.
+        kind: the kind that it is counted as.
     """
 
     reason: str
@@ -33,10 +33,10 @@ class Dropped(NamedTuple):
 
 
 class RowRecord(NamedTuple):
-    """A row that is left out, or kept in part.
+    """A row that is dropped or only partly used.
 
     Attributes:
-        file, line: where it stands.
+        file, line: where it is.
         kind: `MALFORMED`, `BROKEN_UNICODE`, `TOO_LONG`, that of an EmptyRow, `SHORTENED`, or `UNTRAINED_ANSWER` for a
             kept row with an answer that is not trained.
         reason: completes "line N …".
@@ -49,7 +49,7 @@ class RowRecord(NamedTuple):
 
 
 class RowGroup(NamedTuple):
-    """The rows of one file with the same kind and reason: the lines of the first hundred, and how many there are."""
+    """The rows of one file with the same kind and reason: the lines of the first hundred, and the number of all."""
 
     file: str
     kind: str
@@ -60,21 +60,21 @@ class RowGroup(NamedTuple):
 
 @dataclass
 class DataReport:
-    """What became of the rows of one set of files.
+    """What preparing the rows of one set of files resulted in.
 
     Attributes:
-        rows: how many rows the files hold.
-        kept: how many are trained on.
-        tokens: all their tokens; `trained_tokens` those with a label.
-        dropped: kind, as it is counted for the user → how many rows.
-        records: the rows that are left out or kept in part, the first hundred of each file, kind and reason.
-        totals: (file, kind, reason) → how many such rows there are.
+        rows: number of rows in the files.
+        kept: number of rows that are trained on.
+        tokens: number of their tokens; `trained_tokens` of those with a label.
+        dropped: kind, as it is counted in messages → number of rows.
+        records: the rows that are dropped or only partly used, the first hundred of each file, kind and reason.
+        totals: (file, kind, reason) → number of all such rows.
         key: a hash of the prepared ids and labels.
         files: the files, in the order of their indices in `source`.
         hashes: file → its sha256; `bytes_of` its size in bytes.
-        unread: file → field that is not read → how many rows have it.
-        untrained: how many answers of kept rows are not trained.
-        shortened: how many rows lost their oldest turns to fit.
+        unread: file → field that is not read → number of rows with it.
+        untrained: number of answers in kept rows that are not trained.
+        shortened: number of rows that were truncated.
     """
 
     rows: int = 0
@@ -93,18 +93,18 @@ class DataReport:
     shortened: int = 0
 
     def drop(self, file: str, line: int, reason: str, kind: str) -> None:
-        """Counts a row that is left out, and keeps where it stands."""
+        """Counts a dropped row and records where it is."""
         counted = _COUNTED_AS.get(kind, kind)
         self.dropped[counted] = self.dropped.get(counted, 0) + 1
         self._keep(RowRecord(file, line, kind, reason))
 
     def shorten(self, file: str, line: int) -> None:
-        """Counts a row that lost its oldest turns, and keeps where it stands."""
+        """Counts a truncated row and records where it is."""
         self.shortened += 1
         self._keep(RowRecord(file, line, SHORTENED, "was shortened"))
 
     def leave_untrained(self, file: str, line: int, reason: str) -> None:
-        """Counts an answer of a kept row that is not trained, and keeps where it stands."""
+        """Counts an answer in a kept row that is not trained and records where it is."""
         self.untrained += 1
         self._keep(RowRecord(file, line, UNTRAINED_ANSWER, reason))
 
@@ -115,7 +115,7 @@ class DataReport:
             self.records.append(record)
 
     def groups(self, *kinds: str) -> list[RowGroup]:
-        """The records by file, kind and reason, in the order in which they were found; of some kinds or of all."""
+        """Groups the records, of the given kinds or of all, by file, kind and reason, in order."""
         lines: dict[tuple[str, str, str], list[int]] = {}
         for record in self.records:
             if not kinds or record.kind in kinds:
@@ -123,11 +123,11 @@ class DataReport:
         return [RowGroup(*group, found, self.totals[group]) for group, found in lines.items()]
 
     def dropped_groups(self) -> list[RowGroup]:
-        """The groups of the rows that are left out."""
+        """Groups the records of dropped rows."""
         return [group for group in self.groups() if group.kind not in (SHORTENED, UNTRAINED_ANSWER)]
 
     def note_unread(self, file: str, fields: dict[str, int]) -> None:
-        """Counts fields of the rows that are not read."""
+        """Counts the rows that have fields which are not read."""
         for name, count in fields.items():
             counts = self.unread.setdefault(file, {})
             counts[name] = counts.get(name, 0) + count
@@ -140,7 +140,11 @@ class DataReport:
         return sum(self.dropped.values())
 
     def log(self, name: str) -> None:
-        """Says in the log what was kept and, by file and line, what was not."""
+        """Logs how many rows are kept and, by file and line, which are not.
+
+        Args:
+            name: names the data, `train data`.
+        """
         share = 100 * self.trained_tokens / max(self.tokens, 1)
         logger.info(
             "{}: {:,} of {:,} rows, {:,} tokens, {:.0f} % of them trained",
@@ -157,7 +161,7 @@ class DataReport:
             logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED_ANSWER)))
         if self.shortened:
             places = _name_groups(self.groups(SHORTENED))
-            logger.warning("{}: {:,} rows were too long and have lost their beginning:{}", name, self.shortened, places)
+            logger.warning("{}: {:,} rows were too long and are truncated:{}", name, self.shortened, places)
         if self.dropped:
             logger.warning(
                 "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()
@@ -168,25 +172,25 @@ class DataReport:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.dropped.items())
 
     def named_places(self) -> str:
-        """A line for each file and reason, with line numbers."""
+        """Lists the dropped rows: one line for each file and reason, with line numbers."""
         return _name_groups(self.dropped_groups())
 
 
 def to_stored(report: DataReport) -> dict:
-    """A report as it is kept beside prepared rows, in JSON: there the keys of an object are texts."""
+    """Converts a report to JSON, whose keys must be texts, to store it with prepared rows."""
     totals = [[*group, count] for group, count in report.totals.items()]
     return {**asdict(report), "records": [[*record] for record in report.records], "totals": totals}
 
 
 def from_stored(kept: dict, files: list[str]) -> DataReport:
-    """The report that `to_stored`, or an earlier version of this project, has kept.
+    """Reads a report that `to_stored`, or an earlier version of this project, made.
 
     Args:
         kept: as read from JSON.
         files: the files that were prepared.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none.
+        KeyError, TypeError, ValueError: it is not a report.
     """
     kept = _from_places(kept, files) if "places" in kept else kept
     records = [RowRecord(*record) for record in kept["records"]]
@@ -194,12 +198,12 @@ def from_stored(kept: dict, files: list[str]) -> DataReport:
     return DataReport(**{**kept, "records": records, "totals": totals})
 
 
-# how an earlier version's reasons begin where a row's Unicode is broken, which it kept as any malformed row
+# how the reasons for malformed Unicode begin in reports of an earlier version, which had no kind of its own for them
 _EARLIER_BROKEN = ("is not UTF-8; save the file as UTF-8", "has half a Unicode character (a lone surrogate)")
 
 
 def _from_places(kept: dict, files: list[str]) -> dict:
-    """The form before there were records: `"file reason"` → lines, kinds and counts by the same keys."""
+    """Converts the format of earlier versions: `"file reason"` → lines, with kinds and counts under the same keys."""
     kept = dict(kept)
     counted, kinds = kept.pop("counted"), kept.pop("kinds")
     records, totals = [], []
@@ -225,7 +229,7 @@ def _name_fields(counts: dict[str, int]) -> str:
 
 
 def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None:
-    """Raises a `UserError` where no row is left to train on."""
+    """Raises a `UserError` if no row is left to train on."""
     if left:
         return
     if not report.rows:
@@ -234,6 +238,6 @@ def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None
     code = next((code for kind, code in codes.items() if kind in report.dropped), "ROW_NOTHING_TRAINED")
     message = (
         f"none of the {report.rows:,} rows keeps a trained token ({report.counts()}):{report.named_places()}\n"
-        "   Raise --max_len (and --max_prompt_length) if they are too long, or mend the rows"
+        "   Raise --max_len (and --max_prompt_length) if they are too long, or correct the rows"
     )
     raise UserError(Problem(message, code, ("max_len", "max_prompt_length")))

@@ -1,4 +1,4 @@
-"""Fitting a conversation into `max_len`: the oldest turns go first, an answer is never cut."""
+"""Truncates conversations and preference pairs to `max_len`: the oldest turns first, never an answer."""
 
 import bisect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from utils.template.messages import count_answers
 from utils.template.tokenize import IGNORE_INDEX
 
 _SIDES = ("chosen", "rejected")
-_SLACK = 16  # tokens by which a rendering may be counted longer than what the pair is made of
+_SLACK = 16  # tokens by which the estimate of a pair's length may exceed its encoded length
 
 
 def encode_within(
@@ -20,15 +20,15 @@ def encode_within(
     """Encodes conversations so that none is longer than `max_len`.
 
     Args:
-        conversations: messages each, which the template can hold; those of `cut_far` count as shortened.
+        conversations: lists of messages that the template supports; those from `cut_far` count as shortened.
         template: renders them.
         tokenizer: a fast one.
         max_len: tokens.
-        truncate: whether a longer one is shortened rather than left out.
-        **options: of `Template.encode`.
+        truncate: whether a longer one is truncated rather than dropped.
+        **options: further arguments of `Template.encode_batch`.
 
     Returns:
-        for each `{"input_ids", "labels", "shortened", "notes"}`, or the reason why it cannot be trained.
+        for each `{"input_ids", "labels", "shortened", "notes"}`, or why it is dropped.
     """
 
     def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
@@ -51,19 +51,20 @@ def encode_within(
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
 
 
-_MANY = 32  # from so many questions on, even short ones, one turn after the other takes long
-_CHARACTERS = 4  # from so many characters a token on a conversation is rendered to see whether it is far too long
+# a conversation is truncated in advance if it has more questions than this, or more characters for each token allowed
+_MANY_QUESTIONS = 32
+_CHARACTERS_PER_TOKEN = 4
 
 
 class Shortened(list):
-    """The messages of a conversation that has lost its oldest turns."""
+    """The messages of a conversation without its oldest turns."""
 
 
 def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int) -> list[Message]:
-    """Drops the oldest turns of a conversation that is far too long, so that no template has to read all of it.
+    """Drops the oldest turns of a conversation that is far too long, before it is encoded.
 
-    One turn after the other, each with a rendering, its tokens and its labels anew, would take time that grows with
-    the square of the length, or worse. No turn is dropped that `encode_within` would keep.
+    Dropping them one by one, each time with a new rendering and tokenisation, would take time at least quadratic in
+    the number of turns. No turn is dropped that `encode_within` would keep.
 
     Args:
         messages: ending with an answer.
@@ -76,19 +77,22 @@ def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int
     """
     if not is_far(messages, max_len):
         return messages
-    # as plain text: where a special token's text stands in a content, its encoding is longer
+    # without escaping: a special token's text in a content makes the encoding longer than this count
     return first_fit(messages, lambda rest: count_tokens(template.render(rest), tokenizer) > max_len)
 
 
 def is_far(messages: list[Message], max_len: int) -> bool:
-    """Whether a conversation is worth a rendering of its own to see whether it is far too long."""
+    """Whether a conversation may be so long that it is worth one more rendering to truncate it in advance."""
     questions = sum(message["role"] == "user" for message in messages)
     characters = sum(len(message["content"]) for message in messages)
-    return questions > _MANY or (questions > 1 and characters > _CHARACTERS * max_len)
+    return questions > _MANY_QUESTIONS or (questions > 1 and characters > _CHARACTERS_PER_TOKEN * max_len)
 
 
 def check_all(template: Template, kept: list[Message], messages: list[Message]) -> None:
-    """Raises a `UserError` where a template cannot hold what is kept of a conversation, by the turns of the whole."""
+    """Raises a `UserError` if the template does not support a truncated conversation.
+
+    The error numbers the turns as in the whole conversation if that is not supported either.
+    """
     try:
         template.check(kept)
     except UserError:
@@ -97,11 +101,11 @@ def check_all(template: Template, kept: list[Message], messages: list[Message]) 
 
 
 def first_fit(messages: list[Message], too_long: Callable[[list[Message]], bool]) -> list[Message]:
-    """The conversation without its oldest turns, as few as it takes that it is not too long, or all that can go.
+    """Drops as few of the oldest turns as make a conversation fit, or all that may be dropped.
 
     Args:
         messages: ending with an answer.
-        too_long: what holds of a conversation holds of every longer one.
+        too_long: messages → whether they are too long; must be monotonic in their number.
 
     Returns:
         the messages themselves, or `Shortened`.
@@ -110,34 +114,34 @@ def first_fit(messages: list[Message], too_long: Callable[[list[Message]], bool]
     try:
         if not starts or not too_long(messages):
             return messages
-        # from the last question back: how many of the starts leave little enough
+        # binary search from the last question back: how many of the starts make it fit
         fitting = bisect.bisect_left(starts[::-1], True, key=lambda start: too_long(_from(messages, start)))
     except UserError:
-        return messages  # what the template cannot hold is told by its check, turn by turn
+        return messages  # the template's check names the turn it does not support
     return Shortened(_from(messages, starts[-max(1, fitting)]))
 
 
 def count_tokens(text: str, tokenizer) -> int:
-    """How many tokens a rendering has."""
+    """Counts the tokens of a text, special tokens in it included."""
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def shorter(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
-    """The conversation without its oldest turn, or with a shorter question; None where neither can go.
+    """Drops the oldest turn, or else truncates the only question; returns None if neither is possible.
 
     Args:
         messages: ending with an answer.
-        surplus: how many tokens it is too long.
+        surplus: the number of tokens above the limit.
         tokenizer: a fast one.
     """
     return _without_oldest_turn(messages) or _with_shorter_question(messages, surplus, tokenizer)
 
 
-SYSTEM_STAYS = "has a system message among the turns that would have to go, which the template has no other place for"
+SYSTEM_STAYS = "has a system message among the turns to drop, which the template supports nowhere else"
 
 
 def can_move_system(template: Template, messages: list[Message], kept: list[Message]) -> bool:
-    """Whether a template has a form for what is kept, where later system messages have come to stand at its start."""
+    """Whether a template supports a truncated conversation whose later system messages have moved to its start."""
     if _count_head(kept) == _count_head(messages):
         return True
     try:
@@ -148,7 +152,7 @@ def can_move_system(template: Template, messages: list[Message], kept: list[Mess
 
 
 def _count_head(messages: list[Message]) -> int:
-    """With how many system messages a conversation begins."""
+    """Counts the system messages at the beginning."""
     return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
@@ -158,34 +162,34 @@ def _split_head(messages: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def _without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """Drops the turns before the second question, but no system message; None if there is no second."""
+    """Drops the turns before the second question except system messages; None if there is no second question."""
     starts = _starts(messages)
     return _from(messages, starts[0]) if starts else None
 
 
 def _starts(messages: list[Message]) -> list[int]:
-    """The questions a shortened conversation may begin with: all but the first, as long as an answer follows."""
+    """Returns the questions that a truncated conversation may begin with: all but the first that an answer follows."""
     turns = _split_head(messages)[1]
     last = max((i for i, message in enumerate(turns) if message["role"] == "assistant"), default=0)
     return [i for i, message in enumerate(turns[:last]) if message["role"] == "user" and i > 0]
 
 
 def _from(messages: list[Message], start: int) -> list[Message]:
-    """The turns from `start` on, after every system message that stands before them."""
+    """Returns the turns from `start` on, after all system messages before them."""
     head, turns = _split_head(messages)
     later = [message for message in turns[:start] if message["role"] == "system"]
     return _keep_tools([*head, *later, *turns[start:]], messages)
 
 
 def _keep_tools(shorter: list[Message], messages: list[Message]) -> list[Message]:
-    """The tools of a conversation stand with its first message."""
+    """Moves the tools of a conversation to its new first message."""
     if "tools" not in messages[0] or "tools" in shorter[0]:
         return shorter
     return [{**shorter[0], "tools": messages[0]["tools"]}, *shorter[1:]]
 
 
 def _with_shorter_question(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
-    """Cuts the beginning of the only question left by `surplus` tokens; None if nothing would be left of it."""
+    """Removes `surplus` tokens from the start of the only question; None if nothing would be left of it."""
     head, turns = _split_head(messages)
     if turns[0]["role"] != "user":
         return None
@@ -206,15 +210,15 @@ def encode_pairs_within(
     truncate: bool = True,
     allow_special: bool = False,
 ) -> list[dict | Dropped]:
-    """Encodes pairs so that no prompt and no prompt with its answer is too long.
+    """Encodes pairs so that neither a prompt nor a prompt with its answer is too long.
 
     Args:
-        pairs: from `to_pair`, which the template can hold; the prompts of `cut_pair_far` count as shortened.
+        pairs: from `to_pair`, supported by the template; prompts from `cut_pair_far` count as shortened.
         template: renders them, exactly as for SFT.
         tokenizer: a fast one.
         max_len: tokens of the prompt and the longer answer.
-        max_prompt_length: tokens of the prompt, the opening of the answer included.
-        truncate: whether a longer prompt is shortened rather than the pair left out.
+        max_prompt_length: tokens of the prompt, including the opening of the answer.
+        truncate: whether a longer prompt is truncated rather than the pair dropped.
         allow_special: as in `Template.encode`.
 
     Returns:
@@ -241,7 +245,7 @@ def encode_pairs_within(
             row = _encode([pair], template, tokenizer, allow_special)[0]
         if isinstance(row, Dropped):
             return row
-        # every answer of a pair is trained; fields that are not read are named
+        # all answers of a pair are trained, so its notes are about fields only
         notes = template.notes(pair["prompt"] + pair["chosen"], train_on=count_answers(pair["chosen"]))
         return {**row, "shortened": shortened, "notes": notes}
 
@@ -249,7 +253,7 @@ def encode_pairs_within(
 
 
 def cut_pair_far(pair: Pair, template: Template, tokenizer, max_len: int, max_prompt_length: int) -> Pair:
-    """As `cut_far`, for the prompt of a pair: no turn is dropped that `encode_pairs_within` would keep."""
+    """As `cut_far`, for the prompt of a pair; drops no turn that `encode_pairs_within` would keep."""
     if not is_far(pair["prompt"], min(max_len, max_prompt_length)):
         return pair
 
@@ -267,7 +271,7 @@ def cut_pair_far(pair: Pair, template: Template, tokenizer, max_len: int, max_pr
 
 
 def _encode(pairs: list[Pair], template: Template, tokenizer, allow_special: bool) -> list[dict | Dropped]:
-    """Each conversation in one tokenisation, only the answers after the prompt labelled."""
+    """Tokenises prompt and answer of each side together and labels only the answer."""
     sides = [(pair["prompt"] + pair[side], count_answers(pair[side])) for pair in pairs for side in _SIDES]
     encoded: list[dict] = [{}] * len(sides)
     for answers in {count for _, count in sides}:
@@ -280,9 +284,9 @@ def _encode(pairs: list[Pair], template: Template, tokenizer, allow_special: boo
 
 
 def _joined(chosen: dict, rejected: dict) -> dict | Dropped:
-    """Two encoded conversations → the ids they share, and what each goes on with up to its last label.
+    """Splits two encoded conversations into the ids they share and the rest of each, up to its last label.
 
-    What stands after the last stop token, a line feed say, no trained token sees.
+    Tokens after the last stop token, such as a line feed, are dropped, since no trained token attends to them.
     """
     trained = [[i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX] for row in (chosen, rejected)]
     if not all(trained):
