@@ -1,4 +1,4 @@
-"""Settings that have no effect: the rows of the table in which a task lists its own."""
+"""RunSettings that have no effect: the rows of the table in which a task lists its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from utils.runtime.errors import Problem
 
 
 @dataclass
-class Settings:
+class RunSettings:
     """All settings of a run, each by its name as a flag.
 
     Attributes:
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Settings that have no effect under a condition.
+    """RunSettings that have no effect under a condition.
 
     Attributes:
         names: of the settings.
@@ -57,7 +57,7 @@ class NoEffect:
     """
 
     names: tuple[str, ...]
-    when: Callable[[Settings], Any]
+    when: Callable[[RunSettings], Any]
     why: str
     refused: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class NoEffect:
 
 def refuse_without_effect(table: tuple[NoEffect, ...], common, train_args) -> list[Problem]:
     """The problems with settings that were given a value and have no effect."""
-    settings = Settings(common, train_args)
+    settings = RunSettings(common, train_args)
     return [
         Problem(
             f"--{name} {_as_flag(getattr(settings, name))} has no effect here ({row.why}); {row.remedy}",

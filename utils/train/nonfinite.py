@@ -28,7 +28,7 @@ class NonFiniteStepMixin:
     _bad_sources: list[int] = []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        sources = inputs.pop("source", [])
+        inputs, sources = without_sources(inputs)
         self._step_sources = self._step_sources + sources
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
@@ -80,8 +80,21 @@ class NonFiniteStepMixin:
         )
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs.pop("source", None)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        return super().prediction_step(model, without_sources(inputs)[0], *args, **kwargs)
+
+
+def without_sources(inputs: dict | list[dict]) -> tuple[dict | list[dict], list[int]]:
+    """The inputs of a step without the column `source`, and the sources of its rows.
+
+    Args:
+        inputs: from a collator, or the list of prepared rows of a task without one. Of a list, the rows that only fill
+            up the step are left out if there are others.
+    """
+    if isinstance(inputs, list):
+        rows = [row for row in inputs if row.get("source")] or inputs[:1]
+        sources = sorted({source for row in rows for source in row.get("source", [])})
+        return [{name: value for name, value in row.items() if name != "source"} for row in rows], sources
+    return {name: value for name, value in inputs.items() if name != "source"}, inputs.get("source", [])
 
 
 def check_weights_finite(trainer) -> None:
