@@ -92,6 +92,20 @@ FAULTS = [
         "tests/patches/test_lm_head.py -k far_from_zero",
     ),
     Fault(
+        "files: a failed write leaves its half",
+        "utils/storage/files.py",
+        "            part.unlink(missing_ok=True)",
+        "            pass",
+        "tests/storage/test_files.py -k failed_write",
+    ),
+    Fault(
+        "files: a folder is refused without a try",
+        "utils/storage/files.py",
+        "        with tempfile.TemporaryDirectory(dir=existing):\n            return None",
+        "        return None",
+        "tests/storage/test_files.py -k refused",
+    ),
+    Fault(
         "adapters: an input is not cast outside autocast",
         "utils/patches/layers.py",
         "else x.to(dtype)",

@@ -1,10 +1,10 @@
 """Checks whether a run may write into its folder, and finds the checkpoint that it resumes from."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from utils.runtime.errors import Problem, refusal
+from utils.storage.files import write_refusal
 from utils.storage.pickles import check_pickles
 from utils.storage.run_files import WRITTEN, foreign_files
 from utils.storage.run_folder import (
@@ -198,12 +198,5 @@ def _check_kind(common, checkpoint: Path) -> list[Problem]:
 
 
 def _check_writable(flag: str, value: str, folder: Path) -> list[Problem]:
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
-    try:
-        # permissions, a read-only disk and a full one show only in a real attempt
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        return refusal(f"--{flag} {value!r} cannot be written: {reason} ({existing}); give another folder", flag)
-    return []
+    reason = write_refusal(folder)
+    return refusal(f"--{flag} {value!r} cannot be written: {reason}; give another folder", flag) if reason else []

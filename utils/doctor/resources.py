@@ -14,6 +14,7 @@ from utils.memory.layout import quantised_bytes
 from utils.model.meta import Shape, is_quantised, meta_base, shape_of, trained_weights
 from utils.runtime.errors import UserError
 from utils.runtime.text import format_size
+from utils.storage.files import existing_parent
 from utils.storage.run_folder import checkpoints_of
 
 _SHARE = 0.01  # of the weights, from which it is worth a line; a mixture's experts are nine tenths
@@ -52,8 +53,7 @@ def disk_findings(args, train_args, steps: int) -> list[Finding]:
     one, finished = checkpoint_bytes(args, train_args, shape)
     count = _checkpoints_on_disk(train_args, steps)
     needed = count * one + finished
-    folder = Path(train_args.output_dir).resolve()
-    free = shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
+    free = shutil.disk_usage(existing_parent(Path(train_args.output_dir))).free
     if needed <= _TIGHT_SHARE * free:
         return []
     message = (

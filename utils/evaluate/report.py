@@ -3,8 +3,6 @@
 import importlib.metadata
 import importlib.util
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from utils.evaluate.metrics import Figure, signatures
 from utils.evaluate.models import EvalModel
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.runtime.text import markdown_table
+from utils.storage.files import write_refusal, write_text
 
 # module → package
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "sacrebleu": "sacrebleu",
@@ -44,12 +43,9 @@ def check_output(path: str | None, overwrite: bool, read: list[str]) -> list[str
             return [f"{flag}: {str(one)!r} is a folder; give another file"]
         if one.exists() and not overwrite:
             return [f"{flag}: {str(one)!r} exists; give another file, or --overwrite true to replace it"]
-    existing = next(parent for parent in output.resolve().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):  # only a real attempt tells
-            return []
-    except OSError as error:
-        return [f"{flag} cannot be written: {error.strerror} ({existing}); give another file"]
+    if reason := write_refusal(output.parent):
+        return [f"{flag} cannot be written: {reason}; give another file"]
+    return []
 
 
 def table(figures: dict[str, list[Figure]]) -> str:
@@ -83,9 +79,7 @@ def write(path: str, lines: list[dict], summary: dict) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for file, content in ((output, text), (summary_of(output), told)):
-            part = file.with_name(f".{file.name}.part")
-            part.write_text(content, encoding="utf-8")
-            os.replace(part, file)
+            write_text(file, content)
     except OSError as error:
         what = "the disk is full" if is_disk_error(error) and error.errno == 28 else error.strerror
         raise UserError(f"--output {path!r} cannot be written: {what}; make room, or give another file") from error

@@ -1,9 +1,6 @@
 """Adapters merged into their base: each layer in float32, whatever the files hold, and rounded once at the end."""
 
-import json
-import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,9 @@ from utils.model.merge_check import compare, logits_in_float32, refuse_differenc
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
 from utils.patches.lazy_imports import import_peft
 from utils.runtime.errors import UserError, load_failure
+from utils.storage.files import existing_parent, write_refusal
 from utils.storage.run_folder import MERGED
-from utils.storage.weights import read_header, weight_files
-
-# type → bytes of a weight
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from utils.storage.weights import weights_size
 
 
 def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Merged:
@@ -106,14 +101,6 @@ def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code:
     return compare(merged.base, merged.adapter, found).text()
 
 
-def size_of(base: str, dtype: str | None) -> int:
-    """The bytes of a base's weights in another type, or in their own; 0 where they are not on this machine."""
-    entries = [entry for file in weight_files(base) for entry in read_header(file)[0].values()]
-    if dtype:
-        return sum(DTYPES[dtype] * math.prod(entry["shape"]) for entry in entries)
-    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
-
-
 def check_output_dir(path: str | None, overwrite: bool, parts: Parts, dtype: str | None, sized: bool) -> list[str]:
     """The problems of a folder to write a merged model into.
 
@@ -142,22 +129,15 @@ def check_output_dir(path: str | None, overwrite: bool, parts: Parts, dtype: str
             f"{flag} holds {foreign[0]!r}, which no merge wrote, or which was changed since, and --overwrite true "
             "replaces nothing but a merge; move it away, or give another folder"
         ]
-    existing = next(parent for parent in folder.parents if parent.is_dir())
-    try:
-        # only a real attempt tells: permissions, a read-only disk, a full one
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        return [f"{flag} cannot be written: {error.strerror} ({existing}); give another folder"]
-    needed, free = size_of(parts.base, dtype) if sized else 0, shutil.disk_usage(existing).free
+    if reason := write_refusal(folder.parent):
+        return [f"{flag} cannot be written: {reason}; give another folder"]
+    needed, free = (
+        weights_size(parts.base, dtype) if sized else 0,
+        shutil.disk_usage(existing_parent(folder.parent)).free,
+    )
     if needed > free:
         return [
             f"{flag} needs about {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; make room, give a "
             "folder on another disk, or a smaller --dtype"
         ]
     return []
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Writes a file for people to read."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

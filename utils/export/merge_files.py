@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from utils.storage.files import replace_file
 from utils.storage.weights import read_header, weight_files
 
 # safetensors' names of the types that weights are computed in → torch's
@@ -66,9 +67,8 @@ def keep_types(folder: Path, base: str, main: str | None) -> None:
             original = _read(stored[name][0], name)
             same = original.to(tensors[name].dtype).equal(tensors[name])
             tensors[name] = original if same else tensors[name].to(original.dtype)
-        part = file.with_name(file.name + ".part")
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(file)
+        with replace_file(file) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
     _correct_index(folder)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.runtime.errors import UserError, raise_if_any
+from utils.storage.files import replace_file
 
 _BEGIN = b'{"settings": '
 
@@ -133,14 +134,9 @@ class AnswerFile:
         self._file.seek(0)
         entries = [json.loads(line) for line in self._file][1:]
         entries.sort(key=lambda entry: entry["number"])
-        whole = self.path.with_name(f".{self.path.name}.sorted")
         try:
-            with whole.open("w", encoding="utf-8") as file:
-                for entry in entries:
-                    file.write(json.dumps(entry["row"], ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(whole, self.path)
+            with replace_file(self.path) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry["row"], ensure_ascii=False) + "\n" for entry in entries)
         except OSError as error:
             raise self._full(error) from error
         self.partial.unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.data.conversations import BadRow
 from utils.data.places import row_location
 from utils.data.report import SHORTENED
-from utils.export.merge import load_merged, size_of
+from utils.export.merge import load_merged
 from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids
 from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.infer.prompts import to_prompt
@@ -18,6 +18,7 @@ from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.prove.subject import Subject, trained
 from utils.run.save import save_weights
+from utils.storage.weights import weights_size
 from utils.template.tokenize import IGNORE_INDEX
 
 MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
@@ -48,7 +49,7 @@ def merged(subject: Subject) -> list[Measure]:
     """The logits of the merged model, saved and loaded again, against those of base and adapter."""
     _needs_adapter(subject)
     base = subject.args.model_name_or_path
-    needed, free = 2 * size_of(base, "float32"), shutil.disk_usage(subject.scratch).free
+    needed, free = 2 * weights_size(base, "float32"), shutil.disk_usage(subject.scratch).free
     if needed > free:
         raise DoesNotApply(
             f"merging needs {needed / 1e9:.1f} GB in {str(subject.scratch.parent)!r}, which has {free / 1e9:.1f} GB "

@@ -10,13 +10,13 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from utils.export.merge import size_of
 from utils.prove.batch_checks import GRADIENTS, LOSS
 from utils.prove.figures import DoesNotApply, Measure, ProofFailed, relative, worst
 from utils.prove.subject import Subject
 from utils.runtime.errors import ERROR_FILE, read_problems
 from utils.storage.files import ROOT
 from utils.storage.run_folder import STATE, checkpoints_of
+from utils.storage.weights import weights_size
 
 STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
 # the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small
@@ -56,7 +56,7 @@ def ranks(subject: Subject) -> list[Measure]:
     if getattr(config, "output_router_logits", False):
         raise DoesNotApply("the model's config.json sets output_router_logits: experts are balanced within a process")
     cpu = len(_gpus()) == 1
-    if cpu and size_of(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
+    if cpu and weights_size(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
         raise DoesNotApply("there is one GPU, and the model is too large to train on the CPU in minutes")
     _needs_room(subject)
     none = ["--lora_dropout", "0.0"]
@@ -176,7 +176,7 @@ def _free_port() -> str:
 
 def _needs_room(subject: Subject) -> None:
     """Checkpoints with an optimizer's two moments are three times the weights that are trained."""
-    base = size_of(subject.args.model_name_or_path, "float32")
+    base = weights_size(subject.args.model_name_or_path, "float32")
     needed = base * 11 if not subject.has_adapter else base // 5
     free = shutil.disk_usage(subject.scratch).free
     if needed > free:

@@ -1,8 +1,9 @@
 """The pictures: a run's figures over its steps, and several runs in one."""
 
 import math
-import os
 from pathlib import Path
+
+from utils.storage.files import replace_file
 
 # what is drawn, one panel each, where a run has it: figure → (title, unit, height in inches)
 _PANELS = {
@@ -234,13 +235,11 @@ def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]
 
 
 def _save(figure, panels: dict, path: Path) -> None:
-    """Writes beside and renames, so that a full disk leaves no half of a picture."""
+    """Writes the picture completely or not at all, as when the disk is full."""
     from matplotlib import pyplot
 
-    temporary = Path(f"{path}.part")
     try:
-        figure.savefig(temporary, dpi=150, format="png")
-        os.replace(temporary, path)
+        with replace_file(path) as part:
+            figure.savefig(part, dpi=150, format="png")
     finally:
         pyplot.close(figure)
-        temporary.unlink(missing_ok=True)

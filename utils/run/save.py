@@ -18,7 +18,7 @@ from utils.run.summary import summarise
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import Problem, UserError, is_disk_error, raise_if_any
 from utils.runtime.log import is_main_process, log_to_file, route_library_logs
-from utils.storage.files import write_record
+from utils.storage.files import replace_file, write_json
 from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
 from utils.storage.run_folder import (
     RECORD_FILE,
@@ -106,7 +106,7 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
     if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
         record["resumed"] = resumed
     try:
-        write_record(record, folder / RECORD_IN_PROGRESS)  # first: killed from here on, it is known as a run's folder
+        write_json(folder / RECORD_IN_PROGRESS, record)  # first: killed from here on, it is known as a run's folder
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             clear_run(folder, is_own_card(folder / CARD))
         (folder / RECORD_FILE).unlink(missing_ok=True)  # until this run is finished, too
@@ -128,12 +128,10 @@ def keep_figures(trainer):
         if is_main_process() and trainer.state.log_history:
             folder = Path(trainer.args.output_dir)
             try:
-                trainer.state.save_to_json(str(folder / (STATE + ".part")))
-                os.replace(folder / (STATE + ".part"), folder / STATE)
+                with replace_file(folder / STATE) as part:
+                    trainer.state.save_to_json(str(part))
                 plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
             except Exception as error:
-                with contextlib.suppress(OSError):
-                    (folder / (STATE + ".part")).unlink(missing_ok=True)
                 logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
         if not ended:
             release(run_lock_path(trainer.args.output_dir))
@@ -171,7 +169,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         if args.train_mode != "full":
             trainer.model.generation_config.save_pretrained(folder)
         _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
-        write_record(record | {"files": written_here(folder)}, folder / RECORD_IN_PROGRESS)
+        write_json(folder / RECORD_IN_PROGRESS, record | {"files": written_here(folder)})
         os.replace(folder / RECORD_IN_PROGRESS, folder / RECORD_FILE)
     except OSError as error:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Literal
 from loguru import logger
 
 from utils.config.flags import arg, make_parser, read_flags
-from utils.export.merge import check_output_dir, compare_saved, load_merged, write_json
+from utils.export.merge import check_output_dir, compare_saved, load_merged
 from utils.export.merge_files import keep_types, main_type
 from utils.export.merge_folder import read_merged, whole_or_nothing
 from utils.export.modelfile import NAME, template_in, write_modelfile
@@ -28,7 +28,7 @@ from utils.patches.lazy_imports import skip_deepspeed_import
 from utils.runtime.command import run_command
 from utils.runtime.errors import UserError, raise_if_any
 from utils.runtime.log import route_library_logs, setup_logging
-from utils.storage.files import sha256_of
+from utils.storage.files import sha256_of, write_json
 from utils.storage.run_folder import MERGED, RECORD_FILE, files_in, read_run_note
 from utils.storage.run_lock import hold_lock, lock_path_for
 from utils.storage.weights import weights_fingerprint

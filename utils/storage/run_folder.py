@@ -7,9 +7,10 @@ its place: with it, and without the list, a folder is a torso. Only what a run w
 
 import contextlib
 import json
-import os
 import re
 from pathlib import Path
+
+from utils.storage.files import write_json
 
 MANIFEST = "complete.json"
 INCOMPLETE = "incomplete.json"
@@ -63,7 +64,7 @@ def mark_incomplete(folder: Path) -> None:
     own = {*(_read(folder / MANIFEST).get("files") or ()), *_MARKERS}
     begun = _read(folder / INCOMPLETE).get("foreign")
     foreign = sorted(files_in(folder).keys() - own) if begun is None else begun
-    _write(folder / INCOMPLETE, {"foreign": foreign})
+    write_json(folder / INCOMPLETE, {"foreign": foreign})
     (folder / MANIFEST).unlink(missing_ok=True)  # no checkpoint until it is written again
 
 
@@ -76,7 +77,7 @@ def mark_complete(folder: Path, settings: dict) -> None:
     """
     foreign = {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}
     sizes = {name: size for name, size in files_in(folder).items() if name not in foreign}
-    _write(folder / MANIFEST, {"settings": settings, "files": sizes})
+    write_json(folder / MANIFEST, {"settings": settings, "files": sizes})
     (folder / INCOMPLETE).unlink(missing_ok=True)
 
 
@@ -86,12 +87,6 @@ def _read(file: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, values: dict) -> None:
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def read_manifest(folder: Path) -> dict | None:

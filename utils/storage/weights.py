@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from utils.runtime.errors import Problem, refusal
+
+# type → bytes of a weight
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _SAMPLE = 64  # bytes read at three places of each tensor
 
@@ -88,3 +92,11 @@ def weights_fingerprint(folder: str | Path) -> str | None:
                     sample += opened.read(min(_SAMPLE, end - place))
                 parts.append(f"{name} {entry['dtype']} {entry['shape']} {sample.hex()}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16] if parts else None
+
+
+def weights_size(base: str, dtype: str | None) -> int:
+    """The bytes of a base's weights in another type, or in their own; 0 where they are not on this machine."""
+    entries = [entry for file in weight_files(base) for entry in read_header(file)[0].values()]
+    if dtype:
+        return sum(DTYPES[dtype] * math.prod(entry["shape"]) for entry in entries)
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
