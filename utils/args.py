@@ -1,4 +1,4 @@
-"""The arguments that every recipe shares, and `parse_args`, which reads them together with the recipe's own."""
+"""The arguments: one dataclass for every recipe, parsed together with the recipe's own."""
 
 import sys
 from dataclasses import dataclass
@@ -12,83 +12,94 @@ from utils.tasks.task import Task
 
 @dataclass
 class CommonArgs:
-    """What every recipe needs. Edit a default here, or give the flag of the same name."""
+    """Arguments of every recipe. Edit a default here, or give the flag of the same name."""
 
     _argument_group_name = "common arguments (utils/args.py)"
 
     config: str | None = arg(
         None,
-        "Repeat a run: its train_args.json, whose settings count as flags. Flags given as well replace them; "
-        "output_dir, resume_from_checkpoint, push_to_hub, cache_dir and trust_remote_code are not taken over, and a "
-        "recipe outside of train_args/ only if it is typed as well. Also a JSON object of flags.",
+        "Repeat a run: its train_args.json, whose settings are read as flags. Flags of the command line replace them. "
+        "output_dir, resume_from_checkpoint, push_to_hub, cache_dir and trust_remote_code are ignored, and a recipe "
+        "outside of train_args/ must be given as a flag. A JSON object of flags is accepted, too.",
     )
-    train_args_path: str = arg("train_args/sft/base.py", "The recipe: a file with a dataclass TrainArgument.")
+    train_args_path: str = arg("train_args/sft/base.py", "The recipe: a Python file with a dataclass TrainArgument.")
     model_name_or_path: str = arg(
         "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
     )
     adapter_name_or_path: str | None = arg(
-        None, "A trained adapter to go on from, with its base and settings; --train_mode full merges it first."
+        None, "A LoRA adapter to continue training, with its base and settings; --train_mode full merges it first."
     )
     train_data_path: str | None = arg(
         None,
-        "Files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. Of a folder "
-        "whose files are named after splits, as on the hub, the training split is taken. "
-        "Default: the task's own sample in data/.",
+        "Training data: files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
+        "In a folder whose files are named after splits, as on the hub, only the training split is read. "
+        "Default: the task's sample in data/.",
     )
     eval_data_path: str | None = arg(
         None,
-        "The validation rows, given as for --train_data_path; of a folder its validation split, else its test split.",
+        "Evaluation data, in the same form as --train_data_path; in a folder with splits, the validation split, "
+        "else the test split.",
     )
     val_size: float = arg(
         0.0,
-        "Without --eval_data_path: how much of the training rows to hold back for validation, "
-        "a share below 1 or a number of rows.",
+        "Without --eval_data_path: how many training rows to hold out for evaluation, a share below 1 or a number of "
+        "rows.",
     )
     task_type: Literal[tuple(TASKS)] | None = arg(
-        None, "The task. Default: the recipe's own; another one is refused by a recipe that cannot do it."
+        None, "The task; it must be one of the recipe's task_types. Default: the first of these."
     )
     train_mode: Literal["full", "lora", "qlora"] = arg(
-        "lora", "What is trained: every weight, low-rank adapters, or adapters on a base quantised to 4 bits (NF4)."
+        "lora",
+        "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
     )
-    template_name: str = arg("qwen", "The chat format; it must be the one the base model knows.")
+    template_name: str = arg(
+        "qwen", "The chat template, the one the base model was trained with; auto: the tokenizer's own."
+    )
     template_date: str | None = arg(
-        None, "The day, as 2026-01-31, that a template of `auto` prints. Default: today, and of a resumed run its own."
+        None,
+        "The date, as 2026-01-31, that a template of `auto` prints. Default: today; when resuming, the run's date.",
     )
-    max_len: int = arg(1024, "The longest row in tokens; see --overlong.")
-    max_prompt_length: int = arg(512, "The longest prompt of a preference pair in tokens (dpo).")
+    max_len: int = arg(1024, "The maximum length of a row in tokens; see --overlong.")
+    max_prompt_length: int = arg(512, "The maximum length of the prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(
         "auto",
-        "auto: a malformed row stops the run, a row with an empty answer is dropped and named. "
-        "error: both stop it. drop: both are dropped and named.",
+        "auto: a malformed row stops the run, a row with an empty answer is dropped and reported. "
+        "error: both stop the run. drop: both are dropped and reported.",
     )
-    train_on: Literal["all_turns", "last_turn"] = arg("all_turns", "Which answers of a conversation are trained.")
+    train_on: Literal["all_turns", "last_turn"] = arg(
+        "all_turns", "Which answers of a conversation are trained: every one, or only the last."
+    )
     overlong: Literal["truncate", "drop", "error"] = arg(
         "truncate",
-        "A row longer than --max_len. truncate: it loses its oldest turns, then the beginning of its last question; "
-        "an answer is never cut, and a row that still does not fit is dropped. drop: left out. error: stops the run.",
+        "What to do with a row longer than --max_len. truncate: remove its oldest turns, then the start of its last "
+        "question; answers are never cut, and a row that still does not fit is dropped. drop: leave it out. "
+        "error: stop the run.",
     )
     allow_special_tokens_in_content: bool = arg(
         False,
-        "Let a special token's text within a row, such as <|im_end|>, become that token. "
+        "Tokenise a special token's text in a row, such as <|im_end|>, as that token. "
         "Off: it stays plain text, so that data cannot forge a turn.",
     )
     cache_dir: str | None = arg(
-        None, "Where tokenised rows are kept. Default: llm_dojo in the datasets library's cache."
+        None, "The folder of tokenised rows. Default: llm_dojo in the datasets library's cache."
     )
     on_nan: Literal["stop", "skip"] = arg(
-        "stop", "A loss or gradients that are not finite. stop: names the step and its rows. skip: leaves the step out."
+        "stop",
+        "What to do when the loss or a gradient is NaN or infinite. stop: stop the run and name the step and its rows. "
+        "skip: skip the step.",
     )
     early_stopping_patience: int | None = arg(
         None,
-        "Stop after so many evaluations in a row that were no better than the best; 0 or none: never. "
+        "Stop after this many evaluations in a row without improvement; 0 or none: never. "
         "The best weights are kept (--load_best_model_at_end, --metric_for_best_model).",
     )
     early_stopping_threshold: float = arg(
-        0.0, "How much better than the best an evaluation must be to count (--early_stopping_patience)."
+        0.0, "The least improvement of an evaluation that counts (--early_stopping_patience)."
     )
     card_samples: int = arg(
         3,
-        "How many questions of the validation rows (else the training rows) README.md shows with answers; 0 for none.",
+        "How many questions of the evaluation rows (else of the training rows) the run's README.md shows with answers; "
+        "0 for none.",
     )
     doctor: Literal["on", "off"] = arg(
         "on",
@@ -96,34 +107,35 @@ class CommonArgs:
     )
     overwrite_output_dir: bool = arg(False, "Train into a folder that already holds a finished run, replacing it.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
-        "auto", "The arithmetic. auto: bf16 where the device has it, else fp16 on CUDA, else fp32."
+        "auto", "Mixed precision. auto: bf16 where the device supports it, else fp16 on CUDA, else fp32."
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = arg(
-        "auto", "The attention code. auto: flash attention where GPU, package and model have it, else mostly SDPA."
+        "auto",
+        "auto: flash attention where GPU, package and model support it, else SDPA or eager.",
     )
-    trust_remote_code: bool = arg(False, "Run Python code that comes with the model. Off: such code is never run.")
+    trust_remote_code: bool = arg(False, "Run Python code that comes with the model. Off: it is never run.")
 
     use_dora: bool = arg(False, "DoRA: also train the magnitude of each adapted weight (arXiv 2402.09353).")
     lora_rank: int = arg(16, "The rank r of the adapters.")
-    lora_alpha: float = arg(32, "The adapters' scale: their output counts alpha / r times.")
+    lora_alpha: float = arg(32, "The scale of the adapters: their output is multiplied by alpha / r.")
     lora_dropout: float = arg(0.0, "Dropout on the adapters' input.")
     lora_target_modules: str | None = arg(
         None,
         "The modules that get an adapter, names separated by commas. "
-        "Default: every linear layer that text goes through and PEFT can adapt, except the head and the routers of a "
+        "Default: every linear layer of the language model that PEFT can adapt, except the head and the routers of a "
         "mixture of experts.",
     )
     use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     init_lora_weights: Literal["default", "pissa"] = arg(
-        "default", "How adapters start. pissa: from the base's main singular vectors (arXiv 2404.02948)."
+        "default", "How adapters are initialised. pissa: from the base's principal singular vectors (arXiv 2404.02948)."
     )
     loraplus_lr_ratio: float | None = arg(
-        None, "LoRA+: B learns this many times faster than A, 16 in the paper (arXiv 2402.12354)."
+        None, "LoRA+: the learning rate of B divided by that of A; 16 in the paper (arXiv 2402.12354)."
     )
     train_special_tokens: Literal["auto", "on", "off"] = arg(
         "auto",
         "Whether LoRA also trains the embeddings of the template's special tokens. "
-        "auto: of those that the base never trained, told by their norms.",
+        "auto: only of those that the base never trained, recognised by their norms.",
     )
 
     @property

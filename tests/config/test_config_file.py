@@ -152,7 +152,7 @@ def test_problems_of_file_and_flags_come_together(changed, refused):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "is no file"),
+        (None, "is not a file"),
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
         ('{"common": {}}', "must be an object"),

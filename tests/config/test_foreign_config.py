@@ -105,8 +105,8 @@ def test_remote_code_is_not_taken_over(theirs, warnings):
     args, _ = parse_args(["--config", path])
     assert args.trust_remote_code is False and args.cache_dir is None
     text = "".join(warnings)
-    assert "trust_remote_code is not taken over; give --trust_remote_code true to set it" in text
-    assert "cache_dir is not taken over; give --cache_dir their/cache to set it" in text
+    assert "trust_remote_code is ignored; give --trust_remote_code true to set it" in text
+    assert "cache_dir is ignored; give --cache_dir their/cache to set it" in text
     warnings.clear()
     args, _ = parse_args(["--config", path, "--trust_remote_code", "true", "--cache_dir", "mine"])
     assert args.trust_remote_code is True and args.cache_dir == "mine" and warnings == []

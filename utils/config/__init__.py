@@ -1,5 +1,6 @@
-"""Flags, a recipe and `--config` → checked arguments. `utils.args.parse_args` runs the steps.
+"""Flags, a recipe and `--config` → checked arguments.
 
-In reading order: flags, recipe, config_file, provenance, precision, defaults, from_adapter, deepspeed, best_model,
-replaced, validate.
+In reading order: parse (the steps and their order), settings (what the steps work on), flags, recipe, config_file,
+provenance; then the steps: defaults, from_adapter, model_path, best_model, deepspeed, trainer_args, output_dir,
+validate.
 """

@@ -1,4 +1,4 @@
-"""`--config`: the settings of a run, out of its train_args.json, as if given as flags."""
+"""`--config`: reads the settings of a run from its train_args.json, as if they were given as flags."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 from loguru import logger
 
-from utils.config.flags import fits, type_in_words, what_is_meant
+from utils.config.flags import fits, suggest_flag, type_in_words
 from utils.data.files import TEXT_SUFFIXES, find_files
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest
@@ -16,25 +16,25 @@ from utils.storage.files import ROOT, project_path, sha256_of
 from utils.storage.run_folder import RECORD_FILE, RECORD_IN_PROGRESS
 from utils.storage.weights import weights_fingerprint
 
-# of a run, not of its settings: where it went, what it went on from, what it was to replace, whom it was shown to
+# about that run alone: its folder, its checkpoint, what it replaced, where it was published
 _LEFT_OUT = ("config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "push_to_hub")
 _CONFIG = ("config",)  # the flag that a problem with the file is about
 _RECIPES = ROOT / "train_args"
-# run code, send the result away, or replace files: a file from elsewhere must not decide that, so they are typed
+# run code, publish the result or replace files: a file from elsewhere must not decide that
 _TYPED_ONLY = ("trust_remote_code", "push_to_hub", "overwrite_output_dir")
-# the machine's own place for prepared rows, which anyone who wrote the file could have filled with others
+# whoever wrote the file could have filled its cache_dir with other rows
 _TYPED_ONLY_OF_A_RUN = ("trust_remote_code", "cache_dir")
-# follow from the machine where it has no GPU
-_OF_THE_CPU = ("use_cpu", "dataloader_pin_memory")
-# several names of one thing: one of them on the command line replaces all of the file's
-_ONE_THING = (
+# set automatically on a machine without a GPU
+_CPU_ONLY = ("use_cpu", "dataloader_pin_memory")
+# settings of the same thing: one of them on the command line replaces all of the file's
+_SAME_SETTING = (
     ("precision", "bf16", "fp16"),
     ("activation_checkpointing", "gradient_checkpointing"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
     ("num_train_epochs", "max_steps"),
     ("eval_data_path", "val_size"),
 )
-# what a default stands for depends on other values, so that these count as given also where they are the default
+# these count as given even at their default, because the default depends on the flags listed
 _ALWAYS_GIVEN = {"template_name": ("adapter_name_or_path", "model_name_or_path"), "max_prompt_length": ("max_len",)}
 
 
@@ -45,9 +45,9 @@ class ConfigFile:
     Attributes:
         path: the file.
         values: flag → value.
-        record: everything the run noted of itself; empty for a plain list of flags.
+        record: the run's whole record; empty for a plain object of flags.
         given: the flags of the command line, which replace the file's.
-        typed_only: what the file sets and is not taken over, since it must be typed.
+        typed_only: settings of the file that are ignored, because they must be given on the command line.
     """
 
     path: str = ""
@@ -57,12 +57,12 @@ class ConfigFile:
     typed_only: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self) -> str | None:
-        """The recipe that the file names, which is Python and runs: only one of this project's own.
+        """The recipe that the file names. It is Python code that is run, so it must be in this project's train_args/.
 
-        A relative path is one below this project, whatever lies in the current folder.
+        A relative path starts at the project's root, not at the current folder.
 
         Raises:
-            UserError: it lies elsewhere, by its real path.
+            UserError: its real path is elsewhere.
         """
         named = self.values.get("train_args_path")
         if named is None and "train_args_path" not in self.values:
@@ -82,48 +82,48 @@ class ConfigFile:
         return named
 
     def apply(self, values: dict, given: set[str], hints: dict[str, list]) -> list[Problem]:
-        """Puts the file's settings where no flag was given.
+        """Takes the file's settings where no flag was given.
 
         Args:
             values: every value by name; changed.
-            given: the names that were given; those that the file sets to another value than the default are added.
+            given: the names that were given; those that the file sets to other than their default are added.
             hints: flag → the types it may have, from `hints_of`.
 
         Returns:
-            the problems: names that are none, values of another type.
+            the problems: unknown names, values of the wrong type.
         """
         self.given = frozenset(given)
-        replaced = {name for group in _ONE_THING if given & set(group) for name in group}
+        replaced = {name for group in _SAME_SETTING if given & set(group) for name in group}
         if given & {"eval_data_path", "val_size"} and not (
             self.values.get("eval_data_path") or self.values.get("val_size")
         ):
-            replaced.add("eval_strategy")  # "no" followed from there being nothing to evaluate
+            replaced.add("eval_strategy")  # it was "no" because the run had no evaluation rows
         problems = []
         for name, value in self.values.items():
             if name not in hints:
-                message = f"--config {self.path!r}: {name!r} is not a flag.{what_is_meant(name, hints)}"
+                message = f"--config {self.path!r}: {name!r} is not a flag.{suggest_flag(name, hints)}"
                 problems.append(Problem(message, flags=_CONFIG))
             elif not any(fits(value, hint) for hint in hints[name]):
                 allowed = " or ".join(dict.fromkeys(type_in_words(hint) for hint in hints[name]))
                 message = f"--config {self.path!r}: {name} is {json.dumps(value)}; give {allowed}"
                 problems.append(Problem(message, flags=_CONFIG))
             elif name not in given and name not in replaced:
-                on_top = not given & set(_ALWAYS_GIVEN.get(name, (name,)))
-                if values.get(name) != value or (name in _ALWAYS_GIVEN and on_top):
+                depends_on_file = not given & set(_ALWAYS_GIVEN.get(name, (name,)))
+                if values.get(name) != value or (name in _ALWAYS_GIVEN and depends_on_file):
                     self._give(name, value, values, given)
         return problems
 
     def _give(self, name: str, value, values: dict, given: set[str]) -> None:
         values[name] = value
-        if not (self.record and name in ("bf16", "fp16")):  # of a run, these follow from `precision`
+        if not (self.record and name in ("bf16", "fp16")):  # in a run's record they follow from `precision`
             given.add(name)
 
     def warn(self, common) -> None:
-        """Says in the log what is not taken over, and in what machine, data and libraries differ from the run's."""
+        """Logs which settings are ignored, and how machine, data and libraries differ from the run's."""
         for name, value in self.typed_only.items():
             if name not in self.given:
                 flag = f"--{name} {json.dumps(value) if isinstance(value, bool) else shlex.quote(str(value))}"
-                logger.warning("--config {}: {} is not taken over; give {} to set it", self.path, name, flag)
+                logger.warning("--config {}: {} is ignored; give {} to set it", self.path, name, flag)
         if not self.record:
             return
         changed = sorted({name for one in self.record.get("resumed") or [] for name in one["changed"]})
@@ -143,7 +143,7 @@ class ConfigFile:
                 found.append(f"{name} was {machine[name] or 'none'}, is {here[name] or 'none'}")
         count, processes = self.record["start"].get("processes"), launcher()["processes"]
         if count not in (None, processes):
-            found.append(f"it had {count} processes, now {processes}, so a step has other rows")
+            found.append(f"it had {count} processes, now {processes}, so a step has different rows")
         return found
 
     def _other_data(self, common) -> list[str]:
@@ -156,23 +156,26 @@ class ConfigFile:
             if now not in (None, then):
                 found.append(f"the {part} {path!r} had the weights {then}, has {now}")
         for part in ("train", "eval"):
-            name = f"{part}_data_path"
-            then = {entry["file"]: entry["sha256"] for entry in self._files(part)}
-            if name in self.given or not then or not getattr(common, name):
-                continue
-            files = find_files(getattr(common, name), f"--{name}", TEXT_SUFFIXES)[0]
-            now = {file: sha256_of(file) for file in files}
-            for file, sha in now.items():
-                if file in then and then[file] != sha:
-                    found.append(f"{file!r} has changed since (sha256 {then[file][:12]} then, {sha[:12]} now)")
-                elif sha not in then.values():
-                    found.append(f"{file!r} was not among the rows then")
-            found += [
-                f"{file!r} is not there any more"
-                for file, sha in then.items()
-                if file not in now and sha not in now.values()
-            ]
+            path = getattr(common, f"{part}_data_path")
+            if f"{part}_data_path" not in self.given and path:
+                found += self._other_files(part, path)
         return found
+
+    def _other_files(self, part: str, path: str) -> list[str]:
+        """How the data files of `train` or `eval` differ from those of the run."""
+        then = {entry["file"]: entry["sha256"] for entry in self._files(part)}
+        if not then:
+            return []
+        now = {file: sha256_of(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
+        found = []
+        for file, sha in now.items():
+            if file in then and then[file] != sha:
+                found.append(f"{file!r} has changed since (sha256 {then[file][:12]} then, {sha[:12]} now)")
+            elif sha not in then.values():
+                found.append(f"{file!r} was not part of the data then")
+        return found + [
+            f"{file!r} no longer exists" for file, sha in then.items() if file not in now and sha not in now.values()
+        ]
 
     def _files(self, part: str) -> list[dict]:
         return (self.record["data"].get(part) or {}).get("files") or []
@@ -198,10 +201,26 @@ def read_config(path: str | None, flag: str = "config") -> ConfigFile:
     """
     if path is None:
         return ConfigFile()
+    content = _read_object(path, flag)
+    if "common" not in content and "trainer" not in content:
+        flags = {name.removeprefix("--"): value for name, value in content.items() if name != "config"}
+        return _without_typed_only(ConfigFile(path, flags), _TYPED_ONLY)
+    content = dict.fromkeys(("base", "adapter", "data", "hardware", "start", "versions"), {}) | content
+    for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
+        if not isinstance(content.get(name), dict):
+            raise _unusable(path, flag, f": {name!r} must be an object; give a run's unchanged train_args.json")
+    if not isinstance(content.get("resumed", []), list):
+        raise _unusable(path, flag, ": 'resumed' must be a list; give a run's unchanged train_args.json")
+    left_out = _LEFT_OUT if content["hardware"].get("gpus") else _LEFT_OUT + _CPU_ONLY
+    settings = content["trainer"] | content["common"]
+    values = {name: value for name, value in settings.items() if name not in left_out}
+    if values.get("pad_to_multiple_of", 0) is None:
+        del values["pad_to_multiple_of"]  # what TRL makes of its default "auto"; as a flag it would be refused
+    return _without_typed_only(ConfigFile(path, values, content), _TYPED_ONLY_OF_A_RUN)
 
-    def refused(what: str) -> UserError:
-        return UserError(Problem(f"--{flag} {path!r}{what}", flags=(flag,)))
 
+def _read_object(path: str, flag: str) -> dict:
+    """The JSON object in a file, or in the record of a run's folder."""
     file = Path(path).expanduser()
     if file.is_dir():
         file = next(
@@ -209,32 +228,24 @@ def read_config(path: str | None, flag: str = "config") -> ConfigFile:
         )
     if not file.is_file():
         siblings = [str(found) for found in file.parent.glob("*")] if file.parent.is_dir() else []
-        raise refused(f" is no file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json")
+        message = f" is not a file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json"
+        raise _unusable(path, flag, message)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise refused(f" is not JSON ({error}); give a run's train_args.json, or an object of flags") from error
+        message = f" is not JSON ({error}); give a run's train_args.json, or an object of flags"
+        raise _unusable(path, flag, message) from error
     if not isinstance(content, dict):
-        raise refused(" is not a JSON object; give a run's train_args.json, or an object of flags")
-    if "common" not in content and "trainer" not in content:
-        flags = {name.removeprefix("--"): value for name, value in content.items() if name != "config"}
-        return _without_typed_only(ConfigFile(path, flags), _TYPED_ONLY)
-    parts = [content.get(name) for name in ("trainer", "common")]
-    content = dict.fromkeys(("base", "adapter", "data", "hardware", "start", "versions"), {}) | content
-    for name in ("common", "trainer", "base", "adapter", "data", "hardware", "start", "versions"):
-        if not isinstance(content.get(name), dict):
-            raise refused(f": {name!r} must be an object; give a run's whole train_args.json")
-    if not isinstance(content.get("resumed", []), list):
-        raise refused(": 'resumed' must be a list; give a run's whole train_args.json")
-    left_out = _LEFT_OUT if content["hardware"].get("gpus") else _LEFT_OUT + _OF_THE_CPU
-    values = {name: value for part in parts for name, value in part.items() if name not in left_out}
-    if values.get("pad_to_multiple_of", 0) is None:
-        del values["pad_to_multiple_of"]  # TRL's "auto" has become this, and nothing here takes it
-    return _without_typed_only(ConfigFile(path, values, content), _TYPED_ONLY_OF_A_RUN)
+        raise _unusable(path, flag, " is not a JSON object; give a run's train_args.json, or an object of flags")
+    return content
+
+
+def _unusable(path: str, flag: str, what: str) -> UserError:
+    return UserError(Problem(f"--{flag} {path!r}{what}", flags=(flag,)))
 
 
 def _without_typed_only(config: ConfigFile, names: tuple[str, ...]) -> ConfigFile:
-    """Sets aside what must be typed; a value that changes nothing is set aside without a line."""
+    """Moves settings that must be given on the command line to `typed_only`; those that are off are dropped."""
     found = {name: config.values.pop(name) for name in names if name in config.values}
     config.typed_only = {name: value for name, value in found.items() if value not in (None, False)}
     return config

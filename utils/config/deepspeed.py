@@ -14,8 +14,8 @@ from utils.storage.pickles import use_safe_deepspeed_load
 CONFIGS = ROOT / "train_args" / "deepspeed_config"
 NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 ALLOWED = ", ".join((*NAMES, "none"))
-DEFAULT = "zero2"  # of DeepSpeed's launcher
-_ACCELERATES = "the DeepSpeed configuration of accelerate"
+DEFAULT = "zero2"  # with DeepSpeed's launcher
+_FROM_ACCELERATE = "the DeepSpeed configuration of accelerate"
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -54,7 +54,7 @@ def _file_problems(given, values: dict) -> list[Problem]:
 
 
 def short_name(given):
-    """The short name of one of this project's own files; anything else as it is."""
+    """The short name of one of this project's own files; anything else unchanged."""
     own = isinstance(given, str) and Path(given).parent == CONFIGS
     return Path(given).stem.removeprefix("ds_config_") if own else given
 
@@ -67,7 +67,7 @@ def _read(given) -> tuple[dict, Problem | None]:
         file = Path(project_path(text)).expanduser()
         if not file.is_file():
             return {}, Problem(
-                f"--deepspeed {text!r} is no file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
+                f"--deepspeed {text!r} is not a file.{nearest(text, NAMES)} Allowed: a file, {ALLOWED}",
                 flags=("deepspeed",),
             )
         text = file.read_bytes()
@@ -84,7 +84,7 @@ def _wrong_sections(config: dict, given) -> list[Problem]:
     zero = config.get("zero_optimization")
     if zero is None:
         return refusal(
-            f'--deepspeed {given!r} has no zero_optimization; give it, {{"stage": 0}} where nothing is to be split',
+            f'--deepspeed {given!r} has no zero_optimization; add it, {{"stage": 0}} to split nothing',
             "deepspeed",
         )
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
@@ -125,14 +125,14 @@ def resolve_plugin(settings) -> None:
         return
     init_deepspeed()
     use_safe_deepspeed_load()
-    _adopt_accelerates(train_args)
-    _gather_at_saving(train_args)
+    _fill_in_accelerate_config(train_args)
+    _gather_when_saving(train_args)
 
 
-def _adopt_accelerates(train_args) -> None:
-    """Treats the DeepSpeed configuration of `accelerate launch` as that of `--deepspeed`, filled in and kept alike.
+def _fill_in_accelerate_config(train_args) -> None:
+    """Fills in the DeepSpeed configuration of `accelerate launch` and keeps it like that of `--deepspeed`.
 
-    transformers would fill it in only once the trainer is made, after the weights are loaded.
+    transformers would fill it in only when the trainer is built, after the weights are loaded.
     """
     plugin = train_args.deepspeed_plugin
     if getattr(train_args, "hf_deepspeed_config", None) is not None:
@@ -145,8 +145,8 @@ def _adopt_accelerates(train_args) -> None:
     plugin.deepspeed_config = config.config
 
 
-def _gather_at_saving(train_args) -> None:
-    """Has ZeRO-3 put the split weights together when they are saved; otherwise a run would end without weights."""
+def _gather_when_saving(train_args) -> None:
+    """Makes ZeRO-3 gather the split weights when they are saved; otherwise a run would end without weights."""
     if zero_stage(train_args) != 3:
         return
     zero = train_args.hf_deepspeed_config.config["zero_optimization"]
@@ -157,10 +157,10 @@ def _gather_at_saving(train_args) -> None:
 
 
 def _read_mismatch(text: str) -> tuple[str, str, str, str]:
-    """A key of the configuration, its value, the flag that says something else, and that flag's value.
+    """Parses transformers' text on a mismatch: (key of the configuration, its value, flag, that flag's value).
 
     transformers (5.x, HfTrainerDeepSpeedConfig.fill_match) keeps only a text: `"- ds fp16.enabled=True vs hf
-    fp16|fp16_full_eval+fp16_backend(amp)=False"`. The flag is empty where no single one decides.
+    fp16|fp16_full_eval+fp16_backend(amp)=False"`. The flag is empty where several decide the value.
     """
     theirs, _, ours = text.removeprefix("- ds ").partition(" vs hf ")
     key, _, value = theirs.partition("=")
@@ -187,14 +187,14 @@ def _mismatches(train_args) -> list[Problem]:
     if config is None:
         return []
     # a key of accelerate's configuration came by no flag
-    source, flags = ("--deepspeed", ("deepspeed",)) if train_args.deepspeed else (_ACCELERATES, ())
+    source, flags = ("--deepspeed", ("deepspeed",)) if train_args.deepspeed else (_FROM_ACCELERATE, ())
     code = "DEEPSPEED_SHADOWS" if train_args.deepspeed else "ARGUMENTS"
     problems = []
     for mismatch in config.mismatches:
         key, value, flag, flag_value = _read_mismatch(mismatch)
         ours = f"--{flag} is {flag_value}" if flag else f"the flags make it {flag_value}"
         problems += refusal(
-            f'{source} says {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same',
+            f'{source} has {key} {value}, and {ours}; write "auto" for {key} in the file, or give the same',
             *flags,
             *filter(None, [flag]),
             code=code,

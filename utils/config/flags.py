@@ -1,4 +1,4 @@
-"""Command-line flags out of dataclasses: every flag is read before anything is said."""
+"""Command-line flags from dataclasses; every flag is read before problems are reported."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ def arg(default, help: str):
 
 
 class _FlagError(Exception):
-    """argparse's `error`, caught so that every flag is looked at before anything is said."""
+    """Raised instead of argparse's exit, so that all flags are read before problems are reported."""
 
 
 def make_parser(dataclass_types: list[type], prog: str, description: str):
@@ -41,7 +41,7 @@ def make_parser(dataclass_types: list[type], prog: str, description: str):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description's lines as they are."""
+    """Shows the defaults, and keeps the description's line breaks."""
 
 
 def split_flags(argv: list[str]) -> list[list[str]]:
@@ -70,7 +70,7 @@ def flag_of(group: list[str]) -> str:
 
 
 def flags_in(error: Exception) -> tuple[str, ...]:
-    """The flags that another library's error names, which only its text tells.
+    """The flags that another library's error names; they are nowhere but in its text.
 
     transformers 5.x, when a recipe's values do not fit together (`TrainingArguments.__post_init__`):
     `"--load_best_model_at_end requires the save and eval strategy to match, …"`.
@@ -79,7 +79,7 @@ def flags_in(error: Exception) -> tuple[str, ...]:
 
 
 def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
-    """Parts the flags of a command that takes those of main_train.py as well.
+    """Separates a command's own flags from those of main_train.py, which it takes as well.
 
     Args:
         argv: the flags; the command line's by default.
@@ -96,7 +96,7 @@ def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
 
 
 def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], list[Problem]]:
-    """Reads each flag by itself, so that one wrong flag does not hide the next.
+    """Parses each flag by itself, so that one wrong flag does not hide the next.
 
     Args:
         parser: from `make_parser`.
@@ -120,7 +120,7 @@ def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], l
             continue
         if name not in options:
             unknown_flag = name if name.startswith("--") else " ".join(group)
-            wanted = what_is_meant(name.replace("-", "_").replace("__", "--", 1), known)
+            wanted = suggest_flag(name.replace("-", "_").replace("__", "--", 1), known)
             problems += refusal(f"{unknown_flag} is not a flag.{wanted} See --help for all", *flags)
         elif unknown:
             problems += refusal(f"{name} does not take {' '.join(unknown)!r}", *flags)
@@ -129,14 +129,14 @@ def read_flags(parser, argv: list[str] | None = None) -> tuple[dict, set[str], l
     return vars(namespace), given, problems
 
 
-# flags of older versions of transformers → what they are now
+# flags of older versions of transformers → their replacement
 _RENAMED = {"group_by_length": "train_sampling_strategy group_by_length"}
 
 
-def what_is_meant(name: str, known: Iterable[str]) -> str:
-    """The flag that an unknown one stands for, as a sentence after a space; an empty text where none is near.
+def suggest_flag(name: str, known: Iterable[str]) -> str:
+    """Suggests a flag for an unknown one, as a sentence after a space; an empty text where none is similar.
 
-    `what_is_meant("--lora_rnak", ["--lora_rank"])` → `" Did you mean '--lora_rank'?"`
+    `suggest_flag("--lora_rnak", ["--lora_rank"])` → `" Did you mean '--lora_rank'?"`
     """
     known = list(known)
     now = _RENAMED.get(name.removeprefix("--"))
@@ -146,7 +146,7 @@ def what_is_meant(name: str, known: Iterable[str]) -> str:
 
 
 def _flag_reason(error: Exception, action, group: list[str]) -> str:
-    """argparse's words, with the value, and the nearest choice where there are choices."""
+    """argparse's reason, with the value and the nearest of the allowed choices."""
     value = group[1] if len(group) > 1 else group[0].partition("=")[2]
     if action is not None and action.choices:
         return f"{value!r} is not allowed.{nearest(value, map(str, action.choices))} Allowed: " + ", ".join(
@@ -158,7 +158,7 @@ def _flag_reason(error: Exception, action, group: list[str]) -> str:
 
 
 def hints_of(types: tuple[type, ...]) -> dict[str, list]:
-    """What each flag may be: a recipe says `str` of a field that its parent also takes as a list."""
+    """flag → its types, in the dataclasses and their parents: a recipe may narrow the type of a field."""
     found: dict[str, list] = {}
     for dataclass_type in types:
         for parent in dataclass_type.__mro__:
@@ -170,7 +170,7 @@ def hints_of(types: tuple[type, ...]) -> dict[str, list]:
 
 
 def fits(value, hint) -> bool:
-    """Whether a value out of a JSON file is of a flag's type."""
+    """Whether a value from a JSON file has a flag's type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)

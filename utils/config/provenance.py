@@ -1,4 +1,4 @@
-"""Where each value of a run comes from: a default and its line, a flag, a file, or another value."""
+"""Records where each value of a run comes from: a default and its line, a flag, a file, or another value."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ _REASONS = {
     ("defaults", "output_dir"): "the task {task_type} and the time",
     ("defaults", "eval_strategy"): "neither --eval_data_path nor --val_size gives rows",
     ("defaults", "max_prompt_length"): "half of --max_len {max_len}, which is less than the default",
-    ("defaults", "resume_from_checkpoint"): "the word that was given",
+    ("defaults", "resume_from_checkpoint"): "the word given",
     ("from_adapter", "model_name_or_path"): _ADAPTER,
     ("from_adapter", "template_name"): "the chat format of the run that this one starts from",
     **{("from_adapter", f"lora_{name}"): _ADAPTER for name in ("rank", "alpha", "dropout")},
@@ -72,7 +72,7 @@ class Source:
     Attributes:
         kind: `library` (a default of TRL's or transformers'), `default` (of utils/args.py), `recipe`, `flag`,
             `config` (the file of `--config`), `launcher`, or `derived` from other values.
-        where: the file and line, the flag as it was typed, the file and key, or what it is derived from.
+        where: the file and line, the flag as typed, the file and key, or what it is derived from.
         before: of a derived value, where the value that it replaced came from.
         automatic: of a derived value, whether the machine or TrainingArguments alone decides it.
     """
@@ -89,7 +89,7 @@ class Source:
 
     @property
     def internal(self) -> bool:
-        """Whether it follows a library's default without anyone asking for it."""
+        """Whether nobody set it: a library's default, or what the machine makes of one."""
         return self.kind == "library" or (self.automatic and self.before.kind == "library")
 
 
@@ -97,7 +97,7 @@ class Sources(dict):
     """name → Source, collected while the arguments are parsed.
 
     Args:
-        *types: the dataclasses whose fields are the flags; of a name that several have, the last counts.
+        *types: the dataclasses whose fields are the flags; of fields with the same name, the last counts.
     """
 
     def __init__(self, *types: type):
@@ -108,7 +108,7 @@ class Sources(dict):
                 self[field.name] = default_source(dataclass_type, field.name)
 
     def note_flags(self, parser, argv: list[str], values: dict, given: set[str]) -> None:
-        """Notes the flags that were given, as they were typed."""
+        """Records the flags that were given, as typed."""
         names = {option: action.dest for action in parser._actions for option in action.option_strings}
         for group in split_flags(argv):
             name = names.get(group[0].partition("=")[0])
@@ -117,7 +117,7 @@ class Sources(dict):
         self._values = dict(values)
 
     def note_config(self, config, values: dict) -> None:
-        """Notes what the file of `--config` set."""
+        """Records what the file of `--config` set."""
         for name in config.values:
             if name in self._values and not same(self._values[name], values[name]):
                 part = next((part for part in ("common", "trainer") if name in config.record.get(part, ())), None)
@@ -125,33 +125,33 @@ class Sources(dict):
         self._values = dict(values)
 
     def note_step(self, step: str, *holders) -> None:
-        """Notes the values that a step of parsing has changed.
+        """Records the values that a step of parsing has changed.
 
         Args:
             step: its name, a key of the table of reasons.
-            *holders: dicts or objects with the values by name; of several that have a name, the last counts.
+            *holders: dicts or objects with the values by name; where several have a name, the last counts.
         """
         now = dict(self._values)
         for holder in holders:
             held = holder if isinstance(holder, dict) else vars(holder)
             now |= {name: held[name] for name in now.keys() & held.keys()}
-        told = {name: _as_flag(value) for name, value in now.items()}
+        as_flags = {name: _as_flag(value) for name, value in now.items()}
         for name in self.keys() & now.keys():
             if not same(self._values[name], now[name]):
-                text = self._precision(step, name) or _REASONS.get((step, name), _OTHERWISE[step]).format_map(told)
+                text = self._precision(step, name) or _REASONS.get((step, name), _OTHERWISE[step]).format_map(as_flags)
                 kind = "launcher" if step == "deepspeed" and started_by_deepspeed() else "derived"
                 automatic = step == _AUTOMATIC_STEP or name in _AUTOMATIC_NAMES
                 self[name] = Source(kind, text, self[name], automatic)
         self._values = now
 
     def _precision(self, step: str, name: str) -> str | None:
-        """The flag or line that says the precision by the trainer's own names."""
-        asked = [self[one].where for one in ("bf16", "fp16") if one in self and self[one].chosen]
-        return asked[0] if asked and (step, name) == ("defaults", "precision") else None
+        """The flag or line that sets the precision by the trainer's `bf16` or `fp16`."""
+        found = [self[field].where for field in ("bf16", "fp16") if field in self and self[field].chosen]
+        return found[0] if found and (step, name) == ("defaults", "precision") else None
 
 
 def default_source(dataclass_type: type, name: str) -> Source:
-    """Where the default of a field stands: a file and line, or the class of a library."""
+    """Where the default of a field is defined: a file and line, or the class of a library."""
     owner = next(c for c in dataclass_type.__mro__ if name in c.__dict__.get("__annotations__", {}))
     library = _LIBRARIES.get(owner.__module__.partition(".")[0])
     if library:
@@ -161,7 +161,7 @@ def default_source(dataclass_type: type, name: str) -> Source:
 
 
 def unannotated(recipe: type) -> dict[str, str]:
-    """Fields that a recipe assigns without a type, which a dataclass takes no notice of: name → file and line."""
+    """Fields that a recipe assigns without a type, which a dataclass ignores: name → file and line."""
     fields, found = {field.name for field in dataclasses.fields(recipe)}, {}
     for owner in recipe.__mro__:
         if owner.__module__.partition(".")[0] in (*_LIBRARIES, "builtins"):
@@ -182,7 +182,7 @@ def _place(owner: type, name: str) -> str:
 
 @functools.cache
 def _lines_of(owner: type) -> dict[str, int]:
-    """The line on which each attribute of a class is assigned; empty where there is no file to read."""
+    """name → the line on which a class assigns it; empty if its file cannot be read."""
     try:
         tree = ast.parse(Path(sys.modules[owner.__module__].__file__).read_bytes())
     except (KeyError, AttributeError, TypeError, OSError, SyntaxError, ValueError):
@@ -201,7 +201,7 @@ def _as_flag(value) -> str:
 
 
 def same(one, other) -> bool:
-    """Whether two forms say the same: `"epoch"` and its enum, `"a"` and `["a"]`, `'{"b": 1}'` and its dict."""
+    """Whether two forms are the same value: `"epoch"` and its enum, `"a"` and `["a"]`, `'{"b": 1}'` and its dict."""
     one, other = _plain(one), _plain(other)
     if isinstance(one, str) and isinstance(other, str):
         return one == other or other.endswith("/" + one.removeprefix("~/"))  # found below home, or below the project

@@ -46,7 +46,7 @@ def settings_of(args, train_args, own: Setting, gpus: int) -> list[Setting]:
 
 
 def _can_run(args, mode: str, layout: str) -> bool:
-    """What `check_deepspeed`, `check_adapter` and `quantised_base` of utils refuse is no choice."""
+    """What utils/config/deepspeed.py, utils/config/from_adapter.py and utils/model/quantised.py refuse is no choice."""
     train_mode = MODES.get(mode, ("qlora", True))[0]
     saved = quantisation_of(args.model_name_or_path)
     if saved and (train_mode == "qlora") != (method_of(saved) == "bitsandbytes_4bit"):
