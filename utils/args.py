@@ -1,4 +1,4 @@
-"""The arguments: one dataclass for every recipe, parsed together with the recipe's own."""
+"""The arguments that every recipe shares, and `parse_args`, which reads them together with the recipe's own."""
 
 import sys
 from dataclasses import dataclass
