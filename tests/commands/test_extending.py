@@ -1,6 +1,10 @@
 """docs/extending.md: each addition is made as the page says, and does what it says."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 import textwrap
 import types
 
@@ -10,8 +14,15 @@ from conftest import ROOT, write_rows
 from pages import blocks, commands, section
 
 PAGE = "docs/extending.md"
-COMMANDS = [command for command in commands(PAGE) if "zephyr" in command or "contains" in command]
-COMMANDS = [command for command in COMMANDS if "utils.script" in command]
+
+
+def typed(word: str) -> list[str]:
+    """The commands of the page with a word of one of its examples; pytest's are left out."""
+    return [command for command in commands(PAGE) if word in command and "pytest" not in command]
+
+
+OF_TEMPLATE, OF_METRIC, OF_ADAPTER, OF_TASK = map(typed, ("zephyr", "contains", "gaussian", "backward"))
+COMMANDS = [*OF_TEMPLATE, *OF_METRIC, *OF_ADAPTER, *OF_TASK]
 # the chat template of HuggingFaceH4/zephyr-7b-beta
 ZEPHYR = textwrap.dedent(
     """\
@@ -76,7 +87,7 @@ def test_the_commands_with_the_template(zephyr, monkeypatch, tmp_path, capsys):
     from utils.script import show_data, show_template
 
     monkeypatch.chdir(tmp_path)
-    show, data = COMMANDS[:2]
+    show, data = OF_TEMPLATE
     show_template.main(show.split()[3:])
     assert "<|user|>\nHi</s>" in capsys.readouterr().out
     tokenizer = tiny.tokenizer_for(zephyr, tiny.byte_level_tokenizer)
@@ -123,7 +134,69 @@ def test_the_command_with_the_metric(run_folder, monkeypatch, tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "sft").symlink_to(run_folder)
-    command = COMMANDS[2].replace("data/sft_eval_data.jsonl", "rows.jsonl")
+    command = OF_METRIC[0].replace("data/sft_eval_data.jsonl", "rows.jsonl")
     evaluate.main([*command.split()[3:], "--compare_base", "false"])
     figures = json.loads((tmp_path / "eval.summary.json").read_text(encoding="utf-8"))["figures"]
     assert "contains" in json.dumps(figures)
+
+
+# ---------------------------------------------------------------------- an adapter, and a task
+def test_the_places_of_an_option_of_lora_are_those_on_the_page():
+    rows = [line for line in section(PAGE, "## Add an adapter").splitlines() if line.startswith("| `utils/")]
+    assert len(rows) == 6
+    for row in rows:
+        file, *names = re.findall(r"`([A-Za-z_/.]+)`", row.rpartition(" | ")[0])
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert "use_rslora" in source, file
+        assert [name for name in names if name not in source] == [], file
+    # and no other module names the option, but those that convert a finished adapter
+    named = {str(path.relative_to(ROOT)) for path in (ROOT / "utils").rglob("*.py") if "use_rslora" in path.read_text()}
+    assert named - {"utils/model/pissa.py"} == {re.search(r"`([\w/.]+)`", row)[1] for row in rows}
+
+
+TYPE_IN = """
+import json, sys
+from importlib import import_module
+for words in json.load(sys.stdin):
+    name = words[1].removesuffix(".py") if words[1] != "-m" else words[2]
+    code = import_module(name).main(words[2:] if words[1] != "-m" else words[3:])
+    assert code in (None, 0, 1) or isinstance(code, dict), words
+"""
+
+
+@pytest.mark.slow
+def test_the_adapter_and_the_task_are_added_as_the_page_says(tmp_path):
+    """In a copy of the project: the page's lines, each put where it says, and its commands."""
+    for name in ("utils", "train_args"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "main_train.py", tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (choices,) = of("## Add an adapter")
+    file, recipe, row = of("## Add a task")
+    edit(tmp_path / "utils/args.py", r"^ +init_lora_weights: .*\n", choices)
+    (tmp_path / "utils/tasks/backward.py").write_text(file, encoding="utf-8")
+    shutil.copytree(tmp_path / "train_args/sft", tmp_path / "train_args/backward")
+    edit(tmp_path / "train_args/backward/base.py", r"^ +task_types: .*\n", recipe)
+    edit(tmp_path / "utils/tasks/__init__.py", r"(?<=^MODULES = \{\n)", row)
+
+    short = ["--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    words = [command.split() for command in [*OF_ADAPTER, *OF_TASK]]
+    words = [[*line, *short, "--output_dir", f"output/{at}"] if line[1] == "main_train.py" else line
+             for at, line in enumerate(words)]  # fmt: skip
+    command, lines = [sys.executable, "-c", TYPE_IN], json.dumps(words)
+    done = subprocess.run(command, cwd=tmp_path, input=lines, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads((ROOT / "data/sft_data.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert f"[[{first['instruction']}" in done.stdout and f"user\n{first['output']}" in done.stdout
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("output/*/train_args.json"))
+    ]
+    assert [record["common"]["task_type"] for record in records] == ["sft", "backward"]
+    assert records[0]["common"]["init_lora_weights"] == "gaussian"
+
+
+def edit(path, pattern: str, text: str) -> None:
+    """Puts a text in place of the one match of a pattern."""
+    source, count = re.subn(pattern, lambda _: text, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert count == 1, f"{path} has {count} of {pattern}"
+    path.write_text(source, encoding="utf-8")

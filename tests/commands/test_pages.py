@@ -212,6 +212,7 @@ FOLDERS = "utils|tests|docs|train_args|data|benchmarks|chat_template|llm_tricks|
 def test_every_path_on_the_pages_exists(page):
     path = re.compile(rf"(?<![\w/<.])(?:{FOLDERS})/[\w./*-]+")
     named = {name for code in inline_code(page) for name in path.findall(code)}
+    named -= {"train_args/backward/base.py"}  # which docs/extending.md adds
     assert sorted(name for name in named if not any(ROOT.glob(name.rstrip("/.")))) == []
 
 
