@@ -23,7 +23,7 @@ import utils.data.collate
 import utils.tasks.sft
 from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict, same_logits, worst
 from utils.prove.registry import PROOFS
-from utils.prove.run_checks import end, ranks, resumed, train
+from utils.prove.run_checks import kill_tree, ranks, resumed, run_training
 from utils.runtime.errors import UserError
 from utils.script import prove
 
@@ -50,8 +50,8 @@ def proved(flags, capsys):
         code = 0
         try:
             prove.main([*flags, *more, "--only", *only, "--json"])
-        except SystemExit as end:
-            code = end.code
+        except SystemExit as stop:
+            code = stop.code
         told = json.loads(capsys.readouterr().out)
         assert (code == 0) == told["holds"]
         return {proof["name"]: proof for proof in told["proofs"]}, code
@@ -164,7 +164,7 @@ def test_a_base_that_training_changes_is_seen(proved, monkeypatch):
 
 
 def test_an_adapter_that_does_nothing_proves_nothing(proved, monkeypatch):
-    monkeypatch.setattr("utils.prove.subject.Subject._stir", lambda *_: None)
+    monkeypatch.setattr("utils.prove.subject.Subject.perturb_weights", lambda *_: None)
     assert holding(proved(only=["adapter_off"])[0]) == {"adapter_off": False}
 
 
@@ -250,7 +250,7 @@ def test_runs_of_their_own(try_one, function, fault):
 @pytest.mark.slow
 def test_a_run_that_fails_says_why(runs):
     with pytest.raises(ProofFailed, match="exit code 2: error: --lora_rank 0 is not allowed"):
-        train(runs, "wrong", ["--lora_rank", "0"])
+        run_training(runs, "wrong", ["--lora_rank", "0"])
 
 
 def ends(process: psutil.Process) -> bool:
@@ -289,7 +289,7 @@ def test_workers_in_sessions_of_their_own_end_too():
     with subprocess.Popen([sys.executable, "-c", WORKER]) as launcher:
         while not (workers := psutil.Process(launcher.pid).children()):
             time.sleep(0.05)
-        end(launcher.pid)
+        kill_tree(launcher.pid)
     assert launcher.returncode == -signal.SIGKILL
     assert ends(workers[0])
 

@@ -1,20 +1,26 @@
-"""Proofs that a step is that of the plain model however its rows are laid out: padded, end to end, packed."""
+"""Proofs that a training step equals the plain model's: padded, padding-free, packed and accumulated batches."""
 
 import copy
 import dataclasses
 
 from utils.data.collate import build_collator
-from utils.prove.figures import DoesNotApply, Gradients, Measure, ProofFailed, relative, worst
+from utils.prove.figures import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    DoesNotApply,
+    Gradients,
+    Measure,
+    ProofFailed,
+    relative,
+    worst,
+)
 from utils.prove.subject import Subject, quiet
 
-# float32 has 7 digits, and a sum of a thousand terms in another order loses one or two of them
-LOSS = 1e-5
-GRADIENTS = 1e-4  # of all weights, and of each: through all layers, forward and back
-_SMALL = 1e-3  # of the whole gradient's norm; what is smaller than that is measured against it
+_SMALL = 1e-3  # share of the norm of all gradients; smaller gradients are compared relative to it
 
 
 def padded(subject: Subject) -> list[Measure]:
-    """Rows padded against each row alone through the plain model."""
+    """Compares a padded batch with each row alone through the plain model."""
     reference = subject.reference
     if not subject.reference_is_plain:
         raise DoesNotApply("this loss is not written out; the other proofs compare with the trainer's own, padded")
@@ -22,7 +28,7 @@ def padded(subject: Subject) -> list[Measure]:
 
 
 def padding_free(subject: Subject) -> list[Measure]:
-    """Rows end to end against each row alone."""
+    """Compares a padding-free batch with each row alone."""
     if not subject.task.supports_padding_free:
         raise DoesNotApply(f"--task_type {subject.args.task_type} takes padded rows only")
     _needs_end_to_end(subject)
@@ -30,7 +36,7 @@ def padding_free(subject: Subject) -> list[Measure]:
 
 
 def packed(subject: Subject) -> list[Measure]:
-    """Rows that `--packing true` puts into one, against each row alone."""
+    """Compares the rows of `--packing true` with each row alone."""
     if not subject.task.supports_packing:
         raise DoesNotApply(f"rows of --task_type {subject.args.task_type} are not packed")
     _needs_end_to_end(subject)
@@ -40,16 +46,16 @@ def packed(subject: Subject) -> list[Measure]:
 
 
 def _needs_end_to_end(subject: Subject) -> None:
-    subject.trainer  # noqa: B018  builds it: the model is probed on the way
+    subject.trainer  # noqa: B018  the property builds it, which also probes the model
     if reason := subject.layout.end_to_end:
         raise DoesNotApply(f"rows are always padded, since the model {reason}")
 
 
 def _pack(subject: Subject) -> list[dict]:
-    """The same rows, packed as the task packs them."""
+    """Packs the rows as the task does."""
     length = subject.args.max_len
     if subject.task.packing_splits_rows:
-        # texts may go on in the next row, which is meant to be another loss; here all of them fit
+        # split texts have another loss by design, so the rows are made long enough for all texts
         length = sum(map(subject.task.row_type.length, subject.rows))
     args = dataclasses.replace(
         subject.args, max_len=length, train_data_path=subject.rows_file(), eval_data_path=None, val_size=0.0,
@@ -63,13 +69,13 @@ def _pack(subject: Subject) -> list[dict]:
 
 
 def accumulation(subject: Subject) -> list[Measure]:
-    """Rows one at a time, their gradients accumulated, against one batch of all of them."""
+    """Compares batches of one row with accumulated gradients with one batch of all rows."""
     collate = subject.collator(subject.task.lays_end_to_end(subject.train_args))
     return compare(subject.reference, subject.step([collate([row]) for row in subject.rows]))
 
 
 def compare(expected: Gradients, found: Gradients) -> list[Measure]:
-    """Loss, norm of the gradients, and the gradient of the weight that differs most, |g' - g| / |g|."""
+    """Compares loss, norm of all gradients, and the gradient of the weight that differs most, |g' - g| / |g|."""
     if other := sorted(expected.of.keys() ^ found.of.keys()):
         raise ProofFailed(f"only one of the two ways gives {other[0]} a gradient")
     whole = expected.norm()
@@ -78,9 +84,9 @@ def compare(expected: Gradients, found: Gradients) -> list[Measure]:
     for name, gradient in expected.of.items():
         ours, size = found.of[name].detach().cpu(), float(gradient.norm())
         difference = float((ours - gradient).norm()) / max(size, least)
-        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, GRADIENTS))
+        each.append(Measure(f"gradient of {name}", size, float(ours.norm()), difference, GRADIENT_TOLERANCE))
     return [
-        relative("loss", expected.loss, found.loss, LOSS),
-        relative("norm of all gradients", whole, found.norm(), GRADIENTS),
+        relative("loss", expected.loss, found.loss, LOSS_TOLERANCE),
+        relative("norm of all gradients", whole, found.norm(), GRADIENT_TOLERANCE),
         worst(each),
     ]

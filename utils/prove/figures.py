@@ -1,30 +1,36 @@
-"""The figures of a proof: come to in two ways, and how far they are apart."""
+"""Measurements of a proof: a value computed in two ways, and how far the results are apart."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-POSITIONS = 64  # of each row so many logits are compared, the last ones: a large vocabulary makes them large
+# float32 has 7 digits; a sum of a thousand terms in another order changes the last one or two
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4  # of all weights and of each one, through all layers forward and backward
+
+POSITIONS = (
+    64  # the last positions of each row whose logits are compared; with a large vocabulary they take much memory
+)
 
 
 class DoesNotApply(Exception):
-    """A proof that says nothing in this setting; its text completes "does not apply: …"."""
+    """Raised by a proof that does not apply to this setting; its text completes "does not apply: …"."""
 
 
 class ProofFailed(Exception):
-    """A proof that could not be brought to its end; its text says why."""
+    """Raised by a proof that could not be completed; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure, come to in two ways.
+    """A value computed in two ways.
 
     Attributes:
-        what: the figure's name.
-        expected: the one way's; `found` the other's.
+        what: the value's name.
+        expected: the value computed in the reference way; `found`: in the other way.
         difference: between the two, in the unit of `tolerance`.
         tolerance: the largest difference that rounding explains.
-        unit: "relative", or what the figures count.
+        unit: "relative", or what is counted.
     """
 
     what: str
@@ -36,32 +42,32 @@ class Measure:
 
     @property
     def holds(self) -> bool:
-        return self.difference <= self.tolerance  # not for nan
+        return self.difference <= self.tolerance  # False for nan
 
 
 class Count(Measure):
-    """How many of some things hold, with a unit such as "of 4"."""
+    """A number of cases that hold, with a unit such as "of 4"."""
 
 
 def relative(what: str, expected: float, found: float, tolerance: float) -> Measure:
-    """Two figures, by |found - expected| / |expected|."""
+    """Compares two values by |found - expected| / |expected|."""
     difference = abs(found - expected) / abs(expected) if expected else abs(found)
     return Measure(what, expected, found, difference, tolerance)
 
 
 def worst(measures: list[Measure]) -> Measure:
-    """The one that differs most; one that is no number before all."""
+    """Returns the measure with the largest difference; nan counts as the largest."""
     return max(measures, key=lambda one: math.inf if math.isnan(one.difference) else one.difference)
 
 
 @dataclass
 class Verdict:
-    """What a proof came to.
+    """The result of a proof.
 
     Attributes:
-        measures: the figures; none where it does not apply.
+        measures: empty if it does not apply.
         why_not: why it does not apply.
-        failure: why it could not be brought to its end.
+        failure: why it could not be completed.
     """
 
     measures: list[Measure] = field(default_factory=list)
@@ -70,7 +76,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        """None where it does not apply."""
+        """Whether all measures hold; None if the proof does not apply."""
         if self.why_not is not None:
             return None
         return self.failure is None and bool(self.measures) and all(measure.holds for measure in self.measures)
@@ -78,7 +84,7 @@ class Verdict:
 
 @dataclass
 class Gradients:
-    """What a step comes to.
+    """The result of a training step.
 
     Attributes:
         loss: the mean over the trained tokens, or pairs.
@@ -93,7 +99,7 @@ class Gradients:
 
 
 def logits_of(model, rows: list[list[int]]) -> list:
-    """The logits of the last positions of each row of token ids, on the CPU, [at most `POSITIONS`, vocabulary] each."""
+    """Computes the logits of each row's last positions, on the CPU, [at most `POSITIONS`, vocabulary] for each row."""
     import torch
 
     was_training, found = model.training, []
@@ -107,7 +113,7 @@ def logits_of(model, rows: list[list[int]]) -> list:
 
 
 def same_logits(what: str, expected: list, found: list, tolerance: float) -> Measure:
-    """The largest difference of any logit, relative to the largest logit."""
+    """Compares logits by their largest difference, relative to the largest logit."""
     import torch
 
     theirs, ours = torch.cat(expected), torch.cat(found)

@@ -21,16 +21,16 @@ from utils.run.save import save_weights
 from utils.storage.weights import weights_size
 from utils.template.tokenize import IGNORE_INDEX
 
-MERGED = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
-STEPS, SECONDS = 200, 600  # the most that a model is trained to know rows by heart
-BY_HEART = 0.05  # nats a token: the right one is 95 % likely
-_ASKED = 4  # so many rows are learned and asked
-_MARGIN = 16  # tokens that an answer may be longer than what was trained
+MERGE_TOLERANCE = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
+STEPS, MAX_SECONDS = 200, 600  # the most that a model is trained to know rows by heart
+MEMORISED_LOSS = 0.05  # nats a token: the right one is 95 % likely
+_MAX_ROWS = 4  # so many rows are learned and asked
+_EXTRA_TOKENS = 16  # tokens that an answer may be longer than what was trained
 
 
 def adapter_off(subject: Subject) -> list[Measure]:
     """The logits with the adapter switched off against the base's, from before there was an adapter."""
-    _needs_adapter(subject)
+    _require_adapter(subject)
     if subject.args.init_lora_weights == "pissa":
         raise DoesNotApply("with a PiSSA adapter off the layers give (W0 - s B0 A0) x, not what the base gives")
     model = subject.trainer.model
@@ -47,7 +47,7 @@ def adapter_off(subject: Subject) -> list[Measure]:
 
 def merged(subject: Subject) -> list[Measure]:
     """The logits of the merged model, saved and loaded again, against those of base and adapter."""
-    _needs_adapter(subject)
+    _require_adapter(subject)
     base = subject.args.model_name_or_path
     needed, free = 2 * weights_size(base, "float32"), shutil.disk_usage(subject.scratch).free
     if needed > free:
@@ -63,7 +63,7 @@ def merged(subject: Subject) -> list[Measure]:
     save_weights(trainer, subject.args, folder)
     args = TrainedArgs(model_path=str(folder), trust_remote_code=subject.args.trust_remote_code)
     parts = Parts(base, (str(folder),))
-    with _out_of_the_way(trainer.model, quantised):
+    with _moved_to_cpu(trainer.model, quantised):
         if expected is None:
             expected = _logits(load_trained(args, parts, "float32"), subject)
         whole = subject.scratch / "merged"
@@ -74,7 +74,7 @@ def merged(subject: Subject) -> list[Measure]:
         model = load_trained(dataclasses.replace(args, model_path=str(whole)), Parts(str(whole), ()), "float32")
         found = _logits(model, subject)
         shutil.rmtree(whole)
-    return [same_logits("largest logit", expected, found, MERGED)]
+    return [same_logits("largest logit", expected, found, MERGE_TOLERANCE)]
 
 
 def _logits(model, subject: Subject) -> list:
@@ -83,7 +83,7 @@ def _logits(model, subject: Subject) -> list:
 
 
 @contextmanager
-def _out_of_the_way(model, stays: bool):
+def _moved_to_cpu(model, stays: bool):
     """Moves the model into the CPU's memory for a while; a quantised one cannot be moved, and is small."""
     import torch
 
@@ -105,26 +105,26 @@ def stops(subject: Subject) -> list[Measure]:
         raise DoesNotApply("preferences do not teach a format; prove it with the recipe that does")
     if subject.template is None:
         raise DoesNotApply("plain text has no answers")
-    asked = _askable(subject)[:_ASKED]
+    asked = _rows_with_answer(subject)[:_MAX_ROWS]
     if not asked:
         raise DoesNotApply("none of the rows has a question and, at its end, an answer that is trained whole")
     rows = [row for row, _ in asked]
-    subject.unstir()
-    loss, steps, seconds = _learn(subject, rows)
+    subject.restore_initial_weights()
+    loss, steps, seconds = _train_on(subject, rows)
     subject.trainer.model.eval()
-    limits = [_trained(subject, row) + _MARGIN for row in rows]
-    stopped = sum(_stops(subject, raw, limit) for (_, raw), limit in zip(asked, limits, strict=True))
-    if stopped < len(rows) and loss > BY_HEART and seconds >= SECONDS:
+    limits = [_trained(subject, row) + _EXTRA_TOKENS for row in rows]
+    stopped = sum(_ends_with_stop(subject, raw, limit) for (_, raw), limit in zip(asked, limits, strict=True))
+    if stopped < len(rows) and loss > MEMORISED_LOSS and seconds >= MAX_SECONDS:
         raise DoesNotApply(
             f"{steps} steps in {seconds:.0f} s did not teach the model {len(rows)} rows (loss {loss:.2f}), so how it "
             "ends them says nothing"
         )
-    known = "known by heart" if loss <= BY_HEART else "not yet known by heart"
+    known = "known by heart" if loss <= MEMORISED_LOSS else "not yet known by heart"
     what = f"answers that end within {max(limits)} tokens, after {steps} steps {known} (loss {loss:.3f})"
     return [Count(what, len(rows), stopped, len(rows) - stopped, 0, f"of {len(rows)}")]
 
 
-def _askable(subject: Subject) -> list[tuple[dict, dict]]:
+def _rows_with_answer(subject: Subject) -> list[tuple[dict, dict]]:
     """Rows that end with an answer and were not shortened, as prepared and as they stand, the shortest first."""
     report = subject.data.report
     shortened = {(report.files.index(row.file), row.line) for row in report.records if row.kind == SHORTENED}
@@ -144,7 +144,7 @@ def _trained(subject: Subject, row: dict) -> int:
     return sum(label != IGNORE_INDEX for one in subject.task.row_type.sequences(row) for label in one.labels)
 
 
-def _stops(subject: Subject, raw: dict, limit: int) -> bool:
+def _ends_with_stop(subject: Subject, raw: dict, limit: int) -> bool:
     """Whether an answer to a row's question, not an empty one, ends by the stop token within `limit` tokens."""
     model, tokenizer = subject.trainer.model, subject.tokenizer
     messages, tools, _ = to_prompt(raw)
@@ -153,7 +153,7 @@ def _stops(subject: Subject, raw: dict, limit: int) -> bool:
     return tokenizer.eos_token_id in answer[1:]
 
 
-def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
+def _train_on(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
     """Trains on all the rows in every step until they are known by heart; returns loss, steps and seconds."""
     import torch
     from tqdm import tqdm
@@ -165,7 +165,7 @@ def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
     optimizer = torch.optim.AdamW(weights, lr=(0.5 if subject.has_adapter else 0.2) / width, weight_decay=0.0)
     started, loss, steps = time.monotonic(), float("inf"), 0
     with tqdm(total=STEPS, desc="learning a few rows", leave=False) as bar:
-        while loss > BY_HEART and steps < STEPS and time.monotonic() - started < SECONDS:
+        while loss > MEMORISED_LOSS and steps < STEPS and time.monotonic() - started < MAX_SECONDS:
             loss = subject.step([dict(batch)]).loss
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -175,6 +175,6 @@ def _learn(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
     return loss, steps, time.monotonic() - started
 
 
-def _needs_adapter(subject: Subject) -> None:
+def _require_adapter(subject: Subject) -> None:
     if not subject.has_adapter:
         raise DoesNotApply("--train_mode full has no adapter")

@@ -1,6 +1,6 @@
-"""What can be proved of a user's own model and data before money is spent on them: a table, and how it is gone through.
+"""The table of proofs about a user's own model and data, and the function that runs them.
 
-Each proof comes to the same figures in two ways. In float32, so that a difference beyond rounding is a fault.
+Each proof computes the same values in two ways, in float32, so that any difference beyond rounding is a fault.
 """
 
 import time
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from loguru import logger
 
-from utils.prove.batch_checks import GRADIENTS, LOSS, accumulation, packed, padded, padding_free
-from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict
-from utils.prove.model_checks import BY_HEART, MERGED, STEPS, adapter_off, merged, stops
-from utils.prove.run_checks import SAVED, ranks, resumed
+from utils.prove.batch_checks import accumulation, packed, padded, padding_free
+from utils.prove.figures import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DoesNotApply, Measure, ProofFailed, Verdict
+from utils.prove.model_checks import MEMORISED_LOSS, MERGE_TOLERANCE, STEPS, adapter_off, merged, stops
+from utils.prove.run_checks import SAVE_STEP, ranks, resumed
 from utils.prove.subject import Subject
 from utils.runtime.errors import UserError, in_one_line
 
@@ -22,10 +22,10 @@ class Proof(NamedTuple):
     """A row of the table.
 
     Attributes:
-        says: what holds.
-        how: by what it is shown.
-        tolerance: how far the figures may be apart, and why.
-        function: comes to the figures; raises `DoesNotApply`, or `ProofFailed`.
+        says: what is proved.
+        how: what is compared.
+        tolerance: how far the values may be apart, and why.
+        function: computes the values; raises `DoesNotApply` or `ProofFailed`.
     """
 
     says: str
@@ -34,8 +34,8 @@ class Proof(NamedTuple):
     function: Callable[[Subject], list[Measure]]
 
 
-_SUMS = f"{LOSS:g} of the loss, {GRADIENTS:g} of the gradients: float32 sums in another order"
-# what runs processes of its own comes last: the model has left the memory by then
+_SUMS = f"{LOSS_TOLERANCE:g} of the loss, {GRADIENT_TOLERANCE:g} of the gradients: float32 sums in another order"
+# proofs that start processes come last, since they release the model before
 PROOFS = {
     "padded": Proof(
         "plain transformers = padded",
@@ -70,18 +70,18 @@ PROOFS = {
     "merged": Proof(
         "adapter = merged",
         "the logits of base and adapter, and of the merged model, saved and loaded again",
-        f"{MERGED:g} of the largest logit: each layer rounds once instead of twice",
+        f"{MERGE_TOLERANCE:g} of the largest logit: each layer rounds once instead of twice",
         merged,
     ),
     "stops": Proof(
         "what is generated stops",
-        f"a few rows are trained until the loss is below {BY_HEART:g}, {STEPS} steps at most, and then asked",
+        f"a few rows are trained until the loss is below {MEMORISED_LOSS:g}, {STEPS} steps at most, and then asked",
         "0: every answer ends by the template's stop token",
         stops,
     ),
     "resumed": Proof(
         "undisturbed = resumed",
-        f"main_train.py to its end, and again from its checkpoint of step {SAVED}: losses and saved weights",
+        f"main_train.py to its end, and again from its checkpoint of step {SAVE_STEP}: losses and saved weights",
         "0 on a CPU: the same sums in the same order; 1e-4 on a GPU, whose kernels have no fixed order",
         resumed,
     ),
@@ -96,7 +96,7 @@ PROOFS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A proof that was tried."""
+    """A proof that was run, with its result."""
 
     name: str
     proof: Proof
@@ -105,12 +105,12 @@ class Outcome:
 
 
 def run_proofs(names: list[str], subject: Subject, begins: Callable[[str], object]) -> Iterator[Outcome]:
-    """Tries proofs in the order of the table, and yields what each came to as soon as it is known.
+    """Runs proofs in the order of the table and yields each result as soon as it is known.
 
     Args:
         names: of `PROOFS`.
         subject: the model, rows and settings.
-        begins: told the name of each before it is tried.
+        begins: called with the name of each proof before it runs.
 
     Raises:
         UserError: the model cannot be loaded, or does not fit the memory.
@@ -138,6 +138,6 @@ def _try(proof: Proof, subject: Subject) -> Verdict:
             f"{len(subject.rows)} rows of {subject.args.model_name_or_path!r} in float32 do not fit the GPU's memory; "
             "give a smaller --rows or a smaller --max_len, or leave these proofs out with --only"
         ) from error
-    except Exception as error:  # a model's own code raises its own, and the other proofs may hold
+    except Exception as error:  # a model's own code may raise anything, and the other proofs still run
         logger.opt(exception=error).debug("{}", proof.says)
         return Verdict(failure=f"{type(error).__name__}: {in_one_line(error, 300)}")

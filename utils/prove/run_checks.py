@@ -1,4 +1,4 @@
-"""Proofs by whole runs of main_train.py, each in processes of its own: resumed, and on two ranks."""
+"""Proofs that compare whole runs of main_train.py, started as processes: a resumed run, and a run on two ranks."""
 
 import contextlib
 import json
@@ -10,85 +10,96 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from utils.prove.batch_checks import GRADIENTS, LOSS
-from utils.prove.figures import DoesNotApply, Measure, ProofFailed, relative, worst
+from utils.prove.figures import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DoesNotApply, Measure, ProofFailed, relative, worst
 from utils.prove.subject import Subject
 from utils.runtime.errors import ERROR_FILE, read_problems
 from utils.storage.files import ROOT
 from utils.storage.run_folder import STATE, checkpoints_of
 from utils.storage.weights import weights_size
 
-STEPS, SAVED = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
-# the rate rises over all steps: Adam's first ones go by a gradient's sign alone, which rounding turns where it is small
+STEPS, SAVE_STEP = 6, 3  # optimizer steps of a run, and the one after which it saves a checkpoint
+# the rate rises over all steps: Adam's first updates depend on the signs of gradients, which rounding flips near 0
 WARMUP = STEPS
-RESUMED = 0.0  # the same sums in the same order
-RESUMED_GPU = 1e-4  # kernels of a GPU add up in an order of their own each time
-_ON_CPU_AT_MOST = 4e9  # bytes of weights in float32 with which a CPU trains in minutes
+RESUMED_TOLERANCE = 0.0  # a CPU adds up in the same order
+RESUMED_GPU_TOLERANCE = 1e-4  # GPU kernels have no fixed order of summation
+_ON_CPU_AT_MOST = 4e9  # bytes of float32 weights that a CPU trains in minutes
 
 
 def resumed(subject: Subject) -> list[Measure]:
-    """A run that goes on from its third step's checkpoint against one that was never interrupted."""
-    _needs_room(subject)
+    """Compares a run resumed from the checkpoint of step 3 with an uninterrupted one."""
+    _require_disk_space(subject)
     dropout = ["--lora_dropout", str(subject.dropout)]
-    whole = _undisturbed(subject, dropout)
-    checkpoint = next((path for path in checkpoints_of(whole) if path.name == f"checkpoint-{SAVED}"), None)
+    whole = baseline_run(subject, dropout)
+    checkpoint = next((path for path in checkpoints_of(whole) if path.name == f"checkpoint-{SAVE_STEP}"), None)
     if checkpoint is None:
-        raise ProofFailed(f"it left no checkpoint of step {SAVED}")
-    again = train(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
-    tolerance = RESUMED_GPU if _gpus() else RESUMED
+        raise ProofFailed(f"it left no checkpoint of step {SAVE_STEP}")
+    again = run_training(subject, "resumed", [*dropout, "--resume_from_checkpoint", str(checkpoint)])
+    tolerance = RESUMED_GPU_TOLERANCE if _visible_gpus() else RESUMED_TOLERANCE
     return [
-        *_same_history("loss", whole, again, tolerance, first=SAVED + 1),
+        *_same_history("loss", whole, again, tolerance, first=SAVE_STEP + 1),
         _same_weights(whole, again, tolerance),
     ]
 
 
 def ranks(subject: Subject) -> list[Measure]:
-    """A run of two processes against one of a single process, on the same rows a step."""
+    """Compares a run of two processes with a run of one, on the same rows in each step."""
     import torch
 
-    if not torch.distributed.is_available() or not (torch.distributed.is_gloo_available() or len(_gpus()) > 1):
-        raise DoesNotApply("this PyTorch has no torch.distributed with gloo, by which processes of a CPU talk")
-    if getattr(subject.train_args, "use_liger_kernel", False) and not _gpus():
+    if not torch.distributed.is_available() or not (torch.distributed.is_gloo_available() or len(_visible_gpus()) > 1):
+        raise DoesNotApply("this PyTorch has no torch.distributed with gloo, the backend for processes on a CPU")
+    if getattr(subject.train_args, "use_liger_kernel", False) and not _visible_gpus():
         raise DoesNotApply("--use_liger_kernel true needs a GPU for each process")
     config = _config_of(subject)
-    if dropout := _own_dropout(config):
+    if dropout := _model_dropout(config):
         raise DoesNotApply(f"the model's config.json sets {dropout}, and each process draws its own random numbers")
     if getattr(config, "output_router_logits", False):
         raise DoesNotApply("the model's config.json sets output_router_logits: experts are balanced within a process")
-    cpu = len(_gpus()) == 1
+    cpu = len(_visible_gpus()) == 1
     if cpu and weights_size(subject.args.model_name_or_path, "float32") > _ON_CPU_AT_MOST:
         raise DoesNotApply("there is one GPU, and the model is too large to train on the CPU in minutes")
-    _needs_room(subject)
+    _require_disk_space(subject)
     none = ["--lora_dropout", "0.0"]
-    whole = _undisturbed(subject, none, cpu)
-    two = train(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
-    return [*_same_history("loss", whole, two, LOSS), *_same_history("grad_norm", whole, two, GRADIENTS)]
+    whole = baseline_run(subject, none, cpu)
+    two = run_training(subject, "ranks", [*none, "--save_strategy", "no"], processes=2, cpu=cpu)
+    return [
+        *_same_history("loss", whole, two, LOSS_TOLERANCE),
+        *_same_history("grad_norm", whole, two, GRADIENT_TOLERANCE),
+    ]
 
 
-def _undisturbed(subject: Subject, flags: list[str], cpu: bool = False) -> Path:
-    """The run of one process that others are compared with, made once for each dropout and device."""
+def baseline_run(subject: Subject, flags: list[str], cpu: bool = False) -> Path:
+    """Returns the folder of the single-process run to compare with, trained once per dropout and device."""
     name = f"undisturbed-{flags[-1]}{'-cpu' if cpu else ''}"
     folder = subject.scratch / name
-    return folder if (folder / STATE).is_file() else train(subject, name, flags, cpu=cpu)
+    return folder if (folder / STATE).is_file() else run_training(subject, name, flags, cpu=cpu)
 
 
-def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
-    """Runs main_train.py with the user's flags on the rows chosen, two a step; returns the run's folder.
+def run_training(subject: Subject, name: str, more: list[str], processes: int = 1, cpu: bool = False) -> Path:
+    """Runs main_train.py with the user's flags on the chosen rows, two per step; returns the run's folder.
+
+    Args:
+        subject: gives flags, rows and the folder for scratch files.
+        name: of the run's folder.
+        more: further flags.
+        processes: 1 or 2.
+        cpu: whether to hide the GPUs.
 
     Raises:
-        ProofFailed: with the last lines it printed.
+        ProofFailed: the run failed; with its problems or the last error it printed.
     """
     from tqdm import tqdm
 
     subject.release()
     folder = subject.scratch / name
-    even = len(subject.rows) // 2 * 2  # a last step of one row would be filled up on two ranks
+    even = (
+        len(subject.rows) // 2 * 2
+    )  # with an odd number, the last step of two ranks would be padded with an empty row
     flags = [
         *subject.flags, "--train_data_path", subject.rows_file(even), "--cache_dir", str(subject.scratch / "cache"),
         "--output_dir", str(folder), "--max_steps", str(STEPS), "--per_device_train_batch_size", str(2 // processes),
         "--gradient_accumulation_steps", "1", "--logging_strategy", "steps", "--logging_steps", "1",
-        "--save_strategy", "steps", "--save_steps", str(SAVED), "--save_total_limit", "0", "--save_only_model", "false",
-        "--warmup_steps", str(WARMUP), "--disable_tqdm", "true", *more,
+        "--save_strategy", "steps", "--save_steps", str(SAVE_STEP), "--save_total_limit", "0",
+        "--save_only_model", "false", "--warmup_steps", str(WARMUP), "--disable_tqdm", "true", *more,
     ]  # fmt: skip
     launcher = [sys.executable, str(ROOT / "main_train.py")]
     if processes > 1:
@@ -99,7 +110,7 @@ def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu:
     errors.unlink(missing_ok=True)
     with tqdm(total=STEPS, desc=f"run: {name}", leave=False) as bar:
         environment = {**_environment(processes, cpu), ERROR_FILE: str(errors)}
-        code = _run([*launcher, *flags], environment, tail, bar)
+        code = _run_command([*launcher, *flags], environment, tail, bar)
     if code:
         error = read_problems(errors)
         said = _in_one_line(str(error)) if error else _error_in(list(tail))
@@ -107,24 +118,24 @@ def train(subject: Subject, name: str, more: list[str], processes: int = 1, cpu:
     return folder
 
 
-def _run(command: list[str], environment: dict, tail: deque, bar) -> int:
-    """Runs a command to its end, its steps shown; whatever ends this process ends that one and its children too."""
+def _run_command(command: list[str], environment: dict, tail: deque, bar) -> int:
+    """Runs a command with a progress bar; if this process is interrupted, the command and its children are killed."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     ) as process:  # fmt: skip
         try:
             for line in process.stdout:
                 tail.append(line.rstrip())
-                if "'loss'" in line:  # of transformers' PrinterCallback, which prints what each step logs
+                if "'loss'" in line:  # printed by transformers' PrinterCallback at each step
                     bar.update()
             return process.wait()
         except BaseException:
-            end(process.pid)
+            kill_tree(process.pid)
             raise
 
 
-def end(pid: int) -> None:
-    """Ends a process and all that it started; a launcher's workers are in sessions of their own."""
+def kill_tree(pid: int) -> None:
+    """Kills a process and its descendants; the workers of a launcher are in sessions of their own."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -135,22 +146,22 @@ def end(pid: int) -> None:
 
 
 def _in_one_line(text: str) -> str:
-    """The first lines of a message in one."""
+    """Joins the first lines of a message into one."""
     return " ".join(line.strip() for line in text.splitlines()[:6])
 
 
 def _error_in(lines: list[str]) -> str:
-    """What a run that crashed said last that tells a reader something.
+    """Finds the error message in the output of a crashed run.
 
-    Python ends a traceback with the error's name; torch.distributed.run adds one of its own after that.
+    Python ends a traceback with the error's name; torch.distributed.run prints one of its own after that.
     """
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
-    return (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1].strip()
+    return (errors or [line for line in lines if line.strip()] or ["it printed nothing"])[-1].strip()
 
 
 def _environment(processes: int, cpu: bool) -> dict:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    gpus = [] if cpu else _gpus()
+    gpus = [] if cpu else _visible_gpus()
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:processes])
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -159,8 +170,8 @@ def _environment(processes: int, cpu: bool) -> dict:
     return environment
 
 
-def _gpus() -> list[str]:
-    """The GPUs this process may use, by the names its environment gives them."""
+def _visible_gpus() -> list[str]:
+    """Returns the GPUs this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
     import torch
 
     count = torch.cuda.device_count()
@@ -174,8 +185,8 @@ def _free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _needs_room(subject: Subject) -> None:
-    """Checkpoints with an optimizer's two moments are three times the weights that are trained."""
+def _require_disk_space(subject: Subject) -> None:
+    """Raises `DoesNotApply` if the runs' checkpoints, with two moments for each trained weight, do not fit the disk."""
     base = weights_size(subject.args.model_name_or_path, "float32")
     needed = base * 11 if not subject.has_adapter else base // 5
     free = shutil.disk_usage(subject.scratch).free
@@ -193,8 +204,8 @@ def _config_of(subject: Subject):
     return AutoConfig.from_pretrained(path, trust_remote_code=code).get_text_config()
 
 
-def _own_dropout(config) -> str | None:
-    """The first dropout that the model's own configuration sets, `"attention_dropout 0.1"`."""
+def _model_dropout(config) -> str | None:
+    """Returns the first dropout that the model's configuration sets: `"attention_dropout 0.1"`; None without any."""
     names = [name for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")]
     return next((f"{name} {getattr(config, name)}" for name in names if getattr(config, name)), None)
 
@@ -204,22 +215,22 @@ def _history(folder: Path) -> list[dict]:
 
 
 def _same_history(figure: str, expected: Path, found: Path, tolerance: float, first: int = 1) -> list[Measure]:
-    """The step whose logged figure differs most; none where no step logged it."""
+    """Compares a logged value of two runs and returns the step that differs most; empty if no step logged it."""
     theirs, ours = (
         {entry["step"]: entry[figure] for entry in _history(folder) if figure in entry and entry["step"] >= first}
         for folder in (expected, found)
     )
     if theirs.keys() != ours.keys():
         raise ProofFailed(f"the one run logged the {figure} of the steps {sorted(theirs)}, the other {sorted(ours)}")
-    words = {"grad_norm": "norm of all gradients"}
+    titles = {"grad_norm": "norm of all gradients"}
     each = [
-        relative(f"{words.get(figure, figure)} of step {step}", theirs[step], ours[step], tolerance) for step in ours
+        relative(f"{titles.get(figure, figure)} of step {step}", theirs[step], ours[step], tolerance) for step in ours
     ]
     return [worst(each)] if each else []
 
 
 def _same_weights(expected: Path, found: Path, tolerance: float) -> Measure:
-    """All that was saved: the norm of the difference, relative to the norm of the weights."""
+    """Compares the saved weights: the norm of their difference, relative to the norm of the weights."""
     from safetensors import safe_open
 
     names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in (expected, found)]

@@ -1,4 +1,4 @@
-"""What is proved on: a user's own model, rows and settings, in float32, and the figures that two ways give of them."""
+"""The model, rows and settings that proofs run on, in float32, and the training steps they compare."""
 
 import copy
 import dataclasses
@@ -27,14 +27,14 @@ from utils.train.trainer import prepare_trainer
 
 
 class Subject:
-    """A user's model, rows and settings. The model is loaded once, when a first proof asks for it.
+    """A user's model, rows and settings. The model is loaded once, when the first proof needs it.
 
     Args:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
         count: how many rows are used.
-        dropout: of the adapters, as the user has it; `args` has none, or no two steps could be compared.
-        flags: of main_train.py, for proofs that run it.
+        dropout: of the adapters, as set by the user; in `args` it is 0, so that two steps can be compared.
+        flags: of main_train.py, for proofs that start it.
         scratch: a folder that is removed afterwards.
 
     Raises:
@@ -55,7 +55,7 @@ class Subject:
 
     # ------------------------------------------------------------------ rows
     def _choose(self, count: int) -> Data:
-        """Rows of all lengths there are, the shortest and the longest among them, in the order of the files."""
+        """Chooses rows spread over all lengths, with the shortest and the longest, in the order of the files."""
         data = self.task.load_datasets(self.args, self.train_args, self.template, self.tokenizer)
         if len(data.train) < 2:
             raise UserError(
@@ -80,7 +80,7 @@ class Subject:
 
     @functools.cached_property
     def raw_rows(self) -> list[Any]:
-        """The rows as they stand in their files, one for each of `rows`."""
+        """The raw rows from the data files, one for each of `rows`."""
         places = [row_location(row) for row in self.rows]
         found: dict = {}
         for number in {number for number, _ in places}:
@@ -94,7 +94,7 @@ class Subject:
         return [found[place] for place in places]
 
     def rows_file(self, count: int | None = None) -> str:
-        """A file of the first `count` of the rows, all by default."""
+        """Writes the first `count` raw rows to a file, all by default; returns its path."""
         rows = self.raw_rows[:count]
         file = self.scratch / f"rows-{len(rows)}.jsonl"
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
@@ -108,7 +108,7 @@ class Subject:
     # ------------------------------------------------------------------ model
     @functools.cached_property
     def trainer(self):
-        """The task's own trainer; what it trains stands a little away from its start, so that nothing in it is zero."""
+        """The task's own trainer. Trainable weights are perturbed so that no gradient is trivially zero."""
         from transformers import set_seed
 
         set_seed(self.train_args.seed)
@@ -131,15 +131,15 @@ class Subject:
             logger.info("the balance of the model's experts is left out: it is of a whole batch, and not of its tokens")
             trainer.aux_loss_enabled = False
         leave_dropout_out(trainer.model)
-        self._stir(trainer.model)
+        self.perturb_weights(trainer.model)
         return trainer
 
     @property
     def has_adapter(self) -> bool:
         return ADAPTERS[self.args.train_mode].lora
 
-    def _stir(self, model) -> None:
-        """Adds noise to what is trained: LoRA's B begins at zero, and DPO's policy as its reference."""
+    def perturb_weights(self, model) -> None:
+        """Adds noise to the trainable weights: LoRA's B starts at zero, and DPO's policy equals its reference."""
         import torch
 
         if not self.has_adapter and not self.task.needs_reference:
@@ -153,14 +153,14 @@ class Subject:
             noise = torch.randn(weight.shape, generator=generator) * (share * size or 0.02)
             weight.data.add_(noise.to(weight))
 
-    def unstir(self) -> None:
-        """Gives an adapter the weights it begins a training with."""
+    def restore_initial_weights(self) -> None:
+        """Gives an adapter the weights that its training starts with."""
         for name, weight in trained(self.trainer.model).items():
             if name in self._start:
                 weight.data.copy_(self._start[name])
 
     def release(self) -> None:
-        """Lets go of the model: processes of their own will need the memory."""
+        """Frees the model's memory for processes that a proof starts."""
         import torch
 
         self.__dict__.pop("trainer", None)
@@ -170,14 +170,14 @@ class Subject:
 
     # ------------------------------------------------------------------ steps
     def collator(self, padding_free: bool):
-        """The task's own collator, in the one form or the other."""
+        """Builds the task's own collator for padded or padding-free batches."""
         settled = copy.copy(self.train_args)
         settled.padding_free = padding_free
         return self.task.build_collator(self.args, settled, self.tokenizer)
 
     @functools.cached_property
     def reference(self) -> Gradients:
-        """Each row alone through the plain model.
+        """Loss and gradients of the rows, each computed alone through the plain model.
 
         A task without a `plain_loss` has the trainer's own, of all rows in one padded batch.
         """
@@ -194,10 +194,10 @@ class Subject:
         return Gradients(found.loss, {name: gradient.cpu().clone() for name, gradient in found.of.items()})
 
     def step(self, batches: list[dict]) -> Gradients:
-        """Forward and backward of a step by the trainer's own functions, its batches accumulated.
+        """Computes forward and backward of one step with the trainer's own functions, accumulating its batches.
 
         Returns:
-            the loss, and the gradients as they stand in the model until the next step.
+            the loss, and the gradients, which are the model's own until the next step.
         """
         trainer = self.trainer
         trainer.model.zero_grad(set_to_none=True)
@@ -209,13 +209,13 @@ class Subject:
 
 
 def trained(model) -> dict:
-    """name → weight of all that is trained."""
+    """Returns the trainable weights by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out what the preparing of rows says, where rows are prepared that were prepared before."""
+    """Disables the log of data preparation, for rows that were prepared before."""
     names = ("utils.data.cache", "utils.data.prepare", "utils.data.report")
     for name in names:
         logger.disable(name)
