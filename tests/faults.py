@@ -635,6 +635,28 @@ FAULTS = [
         "if False:",
         "tests/data/test_pairs.py -k makes_equal",
     ),
+    # ------------------------------------------------------------------ tasks
+    Fault(
+        "tasks: a comparison with the name of a task",
+        "utils/memory/planner.py",
+        "if not args.task.needs_reference or",
+        'if args.task_type == "sft" or',
+        "tests/tasks/test_added_task.py -k only_tasks_know",
+    ),
+    Fault(
+        "tasks: the doctor fails on a task without usual learning rates, and says so in a note",
+        "utils/doctor/settings.py",
+        "if lora not in task.usual_learning_rates:",
+        "if False:",
+        "tests/tasks/test_added_task.py -k swallows",
+    ),
+    Fault(
+        "tasks: the rows of a step without a collator keep their source",
+        "utils/train/nonfinite.py",
+        "if isinstance(inputs, list):",
+        "if False:",
+        "tests/tasks/test_added_task.py -k saves_and_resumes",
+    ),
     # ------------------------------------------------------------------ preferences
     Fault(
         "dpo: the rejected answer is preferred",

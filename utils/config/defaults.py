@@ -49,7 +49,7 @@ def validate(settings) -> list[Problem]:
             "task_type",
             "train_args_path",
         )
-    if settings.task is not None and common.train_data_path is None:
+    if settings.needs_weights and settings.task is not None and common.train_data_path is None:
         problems += refusal(
             f"--train_data_path is missing, and the task {settings.task.name} has no sample data; give data files",
             "train_data_path",

@@ -33,7 +33,7 @@ def settle_balance(trainer) -> None:
         UserError: `--router_aux_loss_coef` asks for a loss that this model cannot give.
     """
     leave_router_logits_out(trainer.model)
-    if not trainer.aux_loss_enabled:
+    if not getattr(trainer, "aux_loss_enabled", False):
         return
     config = trainer.model.config.get_text_config()
     inner = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model

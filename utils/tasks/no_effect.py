@@ -1,4 +1,4 @@
-"""RunSettings that have no effect: the rows of the table in which a task lists its own."""
+"""Settings that have no effect: the rows of the table in which a task lists its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """RunSettings that have no effect under a condition.
+    """Settings that have no effect under a condition.
 
     Attributes:
         names: of the settings.

@@ -116,6 +116,8 @@ def _each_source_once(batch: dict) -> dict:
 
 def load_both(args, train_args, kind: RowKind) -> Data:
     """Prepares the training rows and the validation rows."""
+    if args.train_data_path is None:
+        raise UserError("--train_data_path is missing; give data files")
     options = (kind, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
     train, report = load_rows(args.train_data_path, "--train_data_path", *options)
     if args.eval_data_path:
