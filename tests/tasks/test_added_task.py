@@ -171,7 +171,8 @@ def project(tmp_path_factory):
 @pytest.mark.slow
 def test_main_train_trains_saves_and_resumes(project):
     out = project.root / "run"
-    flags = ["--output_dir", str(out), "--val_size", "2", "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]  # fmt: skip
+    flags = ["--output_dir", str(out), "--val_size", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--save_steps", "2"]
     project("main_train.py", *flags, "--max_steps", "4")
     assert {"adapter_model.safetensors", "train_args.json", "trainer_state.json", "README.md"} <= set(os.listdir(out))
     history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -211,7 +212,7 @@ def test_plan_memory_plans(project):
 
 @pytest.mark.slow
 def test_prove_proves(project):
-    only = "padded accumulation adapter_off resumed padding_free packed stops".split()
+    only = ["padded", "accumulation", "adapter_off", "resumed", "padding_free", "packed", "stops"]
     found = json.loads(project("-m", "utils.script.prove", "--json", "true", "--rows", "4", "--only", *only))
     holds = {proof["name"]: proof["holds"] for proof in found["proofs"]}
     assert [name for name in only if holds[name]] == ["padded", "accumulation", "adapter_off", "resumed"], found

@@ -102,7 +102,7 @@ def _moved_to_cpu(model, stays: bool):
 def stops(subject: Subject) -> list[Measure]:
     """Whether a model that was just taught a few rows ends its answers to them by the template's stop token."""
     if not subject.task.imitates:
-        raise DoesNotApply("preferences do not teach a format; prove it with the recipe that does")
+        raise DoesNotApply("the loss of this task does not teach a format; prove it with the recipe that does")
     if subject.template is None:
         raise DoesNotApply("plain text has no answers")
     asked = _rows_with_answer(subject)[:_MAX_ROWS]
