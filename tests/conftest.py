@@ -116,6 +116,18 @@ def train(tiny_models, rows_file, tmp_path):
 
 
 @pytest.fixture
+def parse(tiny_models, rows_file, tmp_path):
+    """`parse(*flags)` → (CommonArgs, TrainArgument), with a model, rows and a folder that exist."""
+    from utils.args import parse_args
+
+    def run(*flags):
+        paths = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file]
+        return parse_args([*paths, "--output_dir", str(tmp_path / "run"), *flags])
+
+    return run
+
+
+@pytest.fixture
 def refused(capsys):
     """Runs a command's `main` that must refuse its input; returns what it said."""
     from utils.runtime.command import run_command

@@ -1384,7 +1384,7 @@ FAULTS = [
         "utils/config/best_model.py",
         "return round(save * 1_000_000) % round(evaluate * 1_000_000) == 0",
         "return True",
-        "tests/train/test_eval_metrics.py -k 'what_is_needed_is_set or what_cannot_be'",
+        "tests/config/test_best_model.py",
     ),
     Fault(
         "early stopping: the count begins anew on resume",
@@ -1846,18 +1846,25 @@ FAULTS = [
         "tests/tasks/test_dpo_checks.py -k would_do_nothing",
     ),
     Fault(
+        "parsing: a check sets a value",
+        "utils/config/output_dir.py",
+        "    common = settings.common\n    problems = check_output_dir",
+        "    common = settings.common\n    common.template_date = 'x'\n    problems = check_output_dir",
+        "tests/config/test_parse.py -k changes_nothing",
+    ),
+    Fault(
         "flags: packing without padding-free",
         "utils/config/validate.py",
         'if getattr(train_args, "packing", False) and not getattr(train_args, "padding_free", False):',
         "if False:",
-        "tests/config/test_flags.py -k 'what_is_refused and packing'",
+        "tests/config/test_validate.py -k 'what_is_refused and packing'",
     ),
     Fault(
         "flags: a number is not checked to be finite",
         "utils/config/validate.py",
         "common.lora_alpha > 0 and math.isfinite(common.lora_alpha)",
         "common.lora_alpha > 0",
-        "tests/config/test_flags.py -k 'what_is_refused and lora_alpha'",
+        "tests/config/test_validate.py -k 'what_is_refused and lora_alpha'",
     ),
     # ------------------------------------------------------------------ memory
     Fault(
