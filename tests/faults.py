@@ -2127,7 +2127,7 @@ FAULTS = [
     ),
     Fault(
         "problems: rows that cannot be answered, not in the order of the files",
-        "utils/script/infer.py",
+        "utils/infer/answer_rows.py",
         "(files.index(problem.file), problem.line)",
         "problem.file",
         "tests/script/test_infer.py",

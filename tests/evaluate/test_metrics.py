@@ -5,7 +5,16 @@ import importlib.util
 import pytest
 
 from utils.evaluate import metrics
-from utils.evaluate.metrics import METRICS, Words, check_metrics, cut_of, normalised, score_file, score_row, signatures
+from utils.evaluate.metrics import (
+    METRICS,
+    Words,
+    check_metrics,
+    normalised,
+    score_file,
+    score_row,
+    signatures,
+    tokenization_for,
+)
 
 ALL = list(METRICS)
 
@@ -54,7 +63,7 @@ def test_mixed_text():
     ("The Chinese word for cat is 猫.", "13a"), ("Paris", "13a"), ("", "13a"), ("。", "13a"), ("Größe", "13a"),
 ])  # fmt: skip
 def test_how_a_text_is_cut_is_told_by_the_text(text, cut):
-    assert cut_of(text) == cut
+    assert tokenization_for(text) == cut
 
 
 def test_a_file_equals_the_libraries_at_their_standard_settings():
@@ -116,7 +125,7 @@ def test_what_is_refused(monkeypatch):
     assert check_metrics("rouge_l, exact,exact") == (["exact", "rouge_l"], [])
     said = check_metrics("blue")[1][0]
     assert "'blue'" in said and "Did you mean 'bleu'" in said and "rouge_l" in said
-    assert "names none" in check_metrics(" ,")[1][0]
+    assert "is empty" in check_metrics(" ,")[1][0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = "\n".join(metrics.check_metrics("exact,chrf,bleu,rouge_l")[1])
     assert "bleu,chrf needs the package sacrebleu" in said and "package rouge-score" in said and "pip install" in said

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_merge_lora import load, logits
 from transformers import AutoModelForCausalLM
 
+from utils.export import merge as merging
 from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.model import merge_check
 from utils.model.load import with_trained_adapter
@@ -114,7 +115,7 @@ def test_an_adapter_of_any_kind(kind, tiny_models, tmp_path):
 def test_what_is_no_change_of_weights_is_refused_by_name(kind, tiny_models, tmp_path, refused, monkeypatch):
     config, told = PROBLEMS[kind]
     make_adapter(tiny_models(), tmp_path / "adapter", config)
-    monkeypatch.setattr(merge_lora, "load_merged", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(merging, "load_merged", lambda *_: pytest.fail("loaded"))
     flags = ["--model_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
     said = refused(merge_lora.main, *flags)
     assert told in said and "cannot be merged" in said
@@ -174,7 +175,7 @@ def test_a_merge_with_other_logits_is_refused_and_leaves_nothing(where, tiny_mod
     if where == "layers":
         monkeypatch.setattr("utils.model.merge_layers.separate_head", lambda peft: False)
     else:
-        monkeypatch.setattr(merge_lora, "keep_types", lambda part, *_: spoil(part / "model.safetensors"))
+        monkeypatch.setattr(merging, "keep_types", lambda part, *_: spoil(part / "model.safetensors"))
     flags = ["--model_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
     said = refused(merge_lora.main, *flags)
     assert "other logits" in said and ("loaded from its files" in said) == (where == "files")

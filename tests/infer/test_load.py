@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named_before_anything_loads(tiny_models, tmp_path, da
     ({}, "--model_path is missing"),
     ({"model_path": "nowhere/at/all"}, "does not exist"),
     ({"model_path": "BASE", "adapter": "BASE"}, "no adapter_config.json"),
-    ({"model_path": "BASE", "base_model": "BASE"}, "has whole weights"),
+    ({"model_path": "BASE", "base_model": "BASE"}, "has full weights"),
     ({"model_path": "BASE", "template_name": "qwn"}, "Did you mean 'qwen"),
 ])  # fmt: skip
 def test_what_is_refused(tiny_models, values, told):
@@ -157,7 +157,7 @@ def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_pat
         (run / file).unlink()
     (run / "checkpoint-3" / MANIFEST).unlink()
     said = problems_of(model_path=str(run))
-    assert "has not ended" in said and said.endswith(f"checkpoint {str(run / 'checkpoint-2')!r}")
+    assert "has not finished" in said and said.endswith(f"checkpoint {str(run / 'checkpoint-2')!r}")
     assert not problems_of(model_path=str(run / "checkpoint-2"))
 
 

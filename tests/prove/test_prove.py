@@ -21,6 +21,7 @@ from transformers import Trainer
 
 import utils.data.collate
 import utils.tasks.sft
+from utils.prove.arguments import make_subject
 from utils.prove.figures import DoesNotApply, Measure, ProofFailed, Verdict, same_logits, worst
 from utils.prove.registry import PROOFS
 from utils.prove.run_checks import kill_tree, ranks, resumed, run_training
@@ -217,7 +218,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = write_rows(folder / "rows.jsonl", tiny.ROWS)
     flags = ["--model_name_or_path", tiny.save_tiny_model(folder / "base"), "--train_data_path", data]
-    return prove.settle([*flags, "--cache_dir", str(folder / "kept"), "--learning_rate", "1e-2"], 8, folder)
+    return make_subject([*flags, "--cache_dir", str(folder / "kept"), "--learning_rate", "1e-2"], 8, folder)
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def ends(process: psutil.Process) -> bool:
 @pytest.mark.slow
 def test_a_command_that_is_stopped_takes_its_runs_and_folders_with_it(flags, tmp_path):
     # rows are prepared here, so that the only processes are the runs
-    prove.settle(flags, 4, tmp_path)
+    make_subject(flags, 4, tmp_path)
     words = [sys.executable, "-m", "utils.script.prove", *flags, "--only", "ranks"]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
@@ -301,7 +302,7 @@ def test_workers_in_sessions_of_their_own_end_too():
 def test_ranks_do_not_apply_where_processes_differ_by_themselves(tiny_models, rows_file, tmp_path, setting, said):
     flags = ["--model_name_or_path", tiny_models(**setting), "--train_data_path", rows_file]
     with pytest.raises(DoesNotApply, match=said):
-        ranks(prove.settle([*flags, "--cache_dir", str(tmp_path)], 4, tmp_path))
+        ranks(make_subject([*flags, "--cache_dir", str(tmp_path)], 4, tmp_path))
 
 
 # ---------------------------------------------------------------------- the command
@@ -320,7 +321,7 @@ def test_the_list_names_every_proof_and_its_tolerance(capsys):
 
 def test_bad_input_is_told_at_once(flags, refused, tmp_path):
     said = refused(prove.main, *flags, "--only", "packd", "stops", "--rows", "1")
-    assert "'packd' is no proof. Did you mean 'packed'?" in said and "--rows 1 is not allowed" in said
+    assert "'packd' is not a proof. Did you mean 'packed'?" in said and "--rows 1 is not allowed" in said
     said = refused(prove.main, *flags, "--max_lenn", "3", "--lora_rank", "0")
     assert "--max_lenn is not a flag" in said and "--lora_rank 0" in said
     one = write_rows(tmp_path / "one.jsonl", tiny.ROWS[:1])
@@ -329,7 +330,7 @@ def test_bad_input_is_told_at_once(flags, refused, tmp_path):
 
 def test_a_launcher_is_refused(flags, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start it by plain python"):
+    with pytest.raises(UserError, match="start it with plain python"):
         prove.main(flags)
 
 
@@ -346,7 +347,7 @@ def test_what_is_no_number_never_holds():
 def test_rows_of_all_lengths_are_chosen(tiny_models, tmp_path):
     rows = [{"instruction": "Hi", "output": "x " * n} for n in (5, 90, 3, 40, 3, 3, 20, 3)]
     flags = ["--model_name_or_path", tiny_models(), "--train_data_path", write_rows(tmp_path / "r.jsonl", rows)]
-    subject = prove.settle([*flags, "--cache_dir", str(tmp_path / "kept")], 3, tmp_path)
+    subject = make_subject([*flags, "--cache_dir", str(tmp_path / "kept")], 3, tmp_path)
     lengths = [len(row["input_ids"]) for row in subject.rows]
     assert len(lengths) == 3 and max(lengths) > 90 > min(lengths)
     assert subject.raw_rows == [rows[line - 1] for _, line in map(prove_place, subject.rows)]

@@ -284,7 +284,7 @@ def test_a_failure_to_draw_hides_no_error_and_costs_no_run(train, tmp_path, monk
     monkeypatch.setattr(utils.run.save, "plot_history", fail(OSError(errno.ENOSPC, "No space left on device")))
     folder = train(output="whole")
     assert (folder / "train_args.json").exists() and (folder / "adapter_model.safetensors").exists()
-    assert "cannot be written or drawn" in capsys.readouterr().err
+    assert "cannot be written or plotted" in capsys.readouterr().err
     stop_in_the_third_step(monkeypatch, fail(RuntimeError("the original one")))
     with pytest.raises(RuntimeError, match="the original one"):
         train()

@@ -46,9 +46,9 @@ def test_only_what_differs_is_in_the_table(tmp_path):
         "": ["a", "b"],
         "---": ["---", "---"],
         "steps": ["4", "4"],
-        "training loss at last": ["0.5000", "0.7500"],
-        "evaluation loss at last": ["1.5000", "1.7500"],
-        "evaluation loss at best": ["0.6667 (step 3)", "1.0000 (step 3)"],
+        "last training loss": ["0.5000", "0.7500"],
+        "last evaluation loss": ["1.5000", "1.7500"],
+        "best evaluation loss": ["0.6667 (step 3)", "1.0000 (step 3)"],
         "training time": ["12.5 s", "12.5 s"],
         "learning_rate": ["0.001", "0.002"],
     }
@@ -135,7 +135,7 @@ def test_a_record_of_which_nothing_can_be_read_is_as_none(tmp_path, capsys):
     (tmp_path / "b" / "train_args.json").write_text('{"trainer": [1]}')
     main([a, b, "--output", str(tmp_path / "compare.png")])
     said = capsys.readouterr().out
-    assert "learning_rate" not in said and "noted no settings" in said
+    assert "learning_rate" not in said and "has no settings to compare" in said
 
 
 def test_what_is_damaged_of_a_history_is_passed_over(tmp_path, capsys, refused):
@@ -148,8 +148,8 @@ def test_what_is_damaged_of_a_history_is_passed_over(tmp_path, capsys, refused):
         change(folder, "trainer_state.json", log_history=state["log_history"] + more, max_steps=None)
     main([a, b, "--output", str(tmp_path / "compare.png")])
     found = cells(capsys.readouterr().out)
-    assert found["steps"] == ["4", "4"] and found["training loss at last"] == ["0.5000", "0.5000"]
-    assert found["evaluation loss at best"] == ["0.6667 (step 3)"] * 2 and found["training time"] == ["12.5 s"] * 2
+    assert found["steps"] == ["4", "4"] and found["last training loss"] == ["0.5000", "0.5000"]
+    assert found["best evaluation loss"] == ["0.6667 (step 3)"] * 2 and found["training time"] == ["12.5 s"] * 2
     change(b, "trainer_state.json", log_history=more[:4])
     said = refused(main, a, b, "--output", str(tmp_path / "other.png"))
     assert f"{b!r} logged nothing" in said and "leave it out" in said
@@ -160,7 +160,7 @@ def test_a_picture_that_cannot_be_written_is_told_with_the_remedy(tmp_path, refu
     below_a_file = str(tmp_path / "a" / "train_args.json" / "x.png")
     for path in ("/proc/x.png", str(tmp_path / ("x" * 300 + ".png")), below_a_file):
         said = refused(main, *folders, "--output", path)
-        assert f"--output {path!r} cannot be written" in said and "give a file in a folder" in said
+        assert f"--output {path!r} cannot be written" in said and "give a file in an existing folder" in said
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -263,4 +263,4 @@ def test_runs_as_they_are_made(train, tmp_path, capsys):
     main([str(a), str(b), "--output", str(tmp_path / "compare.png")])
     found = cells(capsys.readouterr().out)
     assert found[""] == ["a", "b"] and found["lora_rank"] == ["16", "4"]
-    assert set(found) - {"", "---"} == {"steps", "training loss at last", "training time", "lora_rank", "learning_rate"}
+    assert set(found) - {"", "---"} == {"steps", "last training loss", "training time", "lora_rank", "learning_rate"}

@@ -184,7 +184,9 @@ def test_the_files_are_written_whatever_the_rows_are_like(rows, said, tiny_model
     """Each score of sacrebleu is as if it were the first one that the process computes."""
     for cached in (metrics._bleu, metrics._chrf, metrics._rouge):
         cached.cache_clear()
-    monkeypatch.setattr(evaluate, "ask", lambda task, one, encoded, args: dict.fromkeys(encoded, said))
+    monkeypatch.setattr(
+        "utils.evaluate.evaluate.answer_with", lambda task, one, encoded, args: dict.fromkeys(encoded, said)
+    )
     lines, summary, out, _ = run(tmp_path, capsys, tiny_models(), rows, "--template_name", "qwen")
     assert len(lines) == summary["rows"] == len(rows)
     figures = summary["figures"][next(iter(summary["figures"]))]
@@ -260,7 +262,7 @@ def test_the_base_of_an_adapter_answers_as_alone(train, tiny_models, tmp_path, c
     folder = train("--learning_rate", "1e-2", "--num_train_epochs", "8")
     rows = [{"instruction": "The dog?", "output": "The lazy dog."}, {"instruction": "Count.", "output": "1 2 3"}]
     lines, summary, _, err = run(tmp_path, capsys, folder, rows, "--max_new_tokens", "6", "--dtype", "float32")
-    assert "asked in the trained model's" in err
+    assert "that of the trained model is used" in err
     assert summary["models"] == {
         "base": {"base": tiny_models(), "adapters": []},
         "trained": {"base": tiny_models(), "adapters": [str(folder)]},
@@ -308,9 +310,9 @@ def test_a_file_that_exists_is_kept_and_replaced_only_by_name(tiny_models, refus
 
 
 @pytest.mark.parametrize(("rows", "flags", "told"), [
-    ([*QUIZ, {"instruction": "Hi", "output": "Hello"}], [], "asked.jsonl:4 has none; evaluate them apart"),
-    (QUIZ, ["--do_sample", "true", "--metrics", "exact"], "--do_sample True has no use"),
-    ([{"instruction": "Hi", "output": "Hello"}], ["--choice_form", "letter"], "--choice_form letter has no use"),
+    ([*QUIZ, {"instruction": "Hi", "output": "Hello"}], [], "asked.jsonl:4 has none; evaluate them separately"),
+    (QUIZ, ["--do_sample", "true", "--metrics", "exact"], "--do_sample True has no effect on rows with choices"),
+    ([{"instruction": "Hi", "output": "Hello"}], ["--choice_form", "letter"], "letter has no effect on rows to"),
     ([{"instruction": "Hi"}], [], "no row of --eval_data_path"),
     (QUIZ, ["--metrics", "blue", "--batch_size", "0", "--max_rows", "0"], "4 errors"),
     (QUIZ, ["--compare_base", "true"], "does not say what it was trained on"),

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, write_rows
 
 from utils.data.conversations import to_messages
+from utils.infer import answer_rows
 from utils.infer.answer_file import AnswerFile
 from utils.infer.load import check_trained
 from utils.infer.prompts import read_prompts
@@ -152,8 +153,8 @@ def test_commands_are_obeyed_and_never_sent(run_folder, capsys, monkeypatch, tmp
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[0]["output"] and [len(row["messages"]) for row in rows[1:]] == [4, 3]
     assert to_messages(rows[1])[1] == {"role": "assistant", "content": "Hello!"}
-    for text in ("no answer to save yet", "Did you mean '/reset'", "'now' stands there", "saved 4 turns", "'notes.txt'",
-                 "the system message 'Be brief.'", "no system message but", "/save FILE"):  # fmt: skip
+    for text in ("no answer to save yet", "Did you mean '/reset'", "'now' was given", "saved 4 turns", "'notes.txt'",
+                 "the system message 'Be brief.'", "the default system message", "/save FILE"):  # fmt: skip
         assert text in told
     assert out.startswith("Hello!\n") and "(" not in out
 
@@ -162,7 +163,7 @@ def test_a_full_context_ends_no_chat(tiny_models, capsys, monkeypatch):
     small = ["--model_path", tiny_models(max_position_embeddings=64), "--template_name", "qwen"]
     lines = "word " * 80 + "\nHi\nHi\n/system Be brief.\n"
     out, told = typed(monkeypatch, capsys, lines, *small, "--max_new_tokens", "400", "--repetition_penalty", "1.2")
-    assert "model's context is 64; shorten it; /reset begins anew" in told
+    assert "model's context is 64; shorten it; /reset starts a new conversation" in told
     assert "cut off: the model's context is full; /reset" in told
     assert "a new conversation, with the system message 'Be brief.'" in told and out
     told = typed(monkeypatch, capsys, "Hi\n", *small, "--max_new_tokens", "2", "--system", "S").err
@@ -198,7 +199,7 @@ def test_a_terminal_with_ctrl_c_and_ctrl_d(run_folder):
     try:
         for sent, *seen in [
             ("Hi\r", "Once upon a"),
-            ("\x03", "this turn is forgotten", "> "),
+            ("\x03", "this turn is dropped", "> "),
             ("/save a.jsonl\r", "no answer to save yet", "> "),
             ("\x03", "Ctrl-D or /exit ends", "> "),
             ("\x04", pexpect.EOF),
@@ -259,12 +260,12 @@ def test_rows_that_cannot_be_answered_are_named_and_left_out(run_folder, tmp_pat
     output = answered(run_folder, tmp_path, rows, "--system", "Be brief.")
     told = capsys.readouterr().err
     file = tmp_path / "rows.jsonl"
-    for line, text in [(2, "has the fields ['text']"), (3, "the model's context is 512"), (4, "no form for tools"),
+    for line, text in [(2, "has the fields ['text']"), (3, "the model's context is 512"), (4, "does not support tools"),
                        (5, "no such role: tool"), (6, "has an empty instruction")]:  # fmt: skip
         assert f"{file}:{line} " in told and text in told
     named = [line.split(" ")[0] for line in told.replace("  ", "").splitlines() if line.strip().startswith(str(file))]
     assert named == [f"{file}:{number}" for number in range(2, 7)]  # too long, or of no form: in the order of the file
-    assert "5 of 7 rows cannot be answered" in told and "2 answers in" in told and "5 rows have none" in told
+    assert "5 of 7 rows cannot be answered" in told and "2 answers in" in told and "5 rows have no answer" in told
     kept = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["line"], row["messages"][0]["content"]) for row in kept] == [(1, "Be brief."), (7, "S")]
     flags = ["--model_path", str(run_folder), "--input", str(file), "--output", str(tmp_path / "b.jsonl")]
@@ -345,7 +346,7 @@ def test_killed_at_a_line_while_sorting_and_at_the_end_it_goes_on_and_nothing_is
         lines.append(Path(f"{output}.partial").read_bytes().splitlines())
     assert len(lines[0]) == 1 + 5 + 1 and lines[1][:6] == lines[0][:6] and len(lines[1]) == 1 + len(ROWS)
     assert lines[2] == lines[1]
-    monkeypatch.setattr(infer, "load_for_inference", None)  # the model is not needed any more
+    monkeypatch.setattr(answer_rows, "load_for_inference", None)  # the model is not needed any more
     infer.main(command)
     assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
     assert output.read_bytes() == whole.read_bytes()
@@ -386,9 +387,9 @@ def test_an_unfinished_file_goes_on_only_with_what_it_was_begun_with(
     held.close()
     Path(f"{tmp_path}/other.jsonl.partial").unlink()
     asked = []
-    answer_all = infer.answer_all
+    answer_all = answer_rows.answer_all
     monkeypatch.setattr(
-        infer, "answer_all", lambda *given, **more: (asked.append(given[2]), answer_all(*given, **more))[1]
+        answer_rows, "answer_all", lambda *given, **more: (asked.append(given[2]), answer_all(*given, **more))[1]
     )
     whole = answered(run_folder, tmp_path, ROWS, "--batch_size", "2").read_bytes()
     assert len(asked[0]) == len(ROWS) - 4
@@ -398,7 +399,7 @@ def test_an_unfinished_file_goes_on_only_with_what_it_was_begun_with(
     assert "exists; give another file" in refused(infer.main, *flags, "--max_new_tokens", "12")
     partial.write_text("notes of mine\n")
     output.unlink()
-    assert "none of this command's" in refused(infer.main, *flags)
+    assert "was not written by infer" in refused(infer.main, *flags)
     assert partial.read_text() == "notes of mine\n"
 
 
@@ -424,7 +425,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path):
     file = AnswerFile(str(tmp_path / "a.jsonl"), {}, {1})
     file._file.close()
     file._file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(UserError, match="No space left on device. Make room; the same command then goes on"):
+    with pytest.raises(UserError, match="No space left on device. Free some space; the same command then continues"):
         file.write(1, {"answer": "x"})
 
 
@@ -432,7 +433,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path):
     (["--input", "ROWS"], "--output is missing"),
     (["--output", "x.jsonl", "--batch_size", "2"], "--output, --batch_size without --input"),
     (["--input", "ROWS", "--output", "ROWS"], "is one of the files of --input"),
-    (["--input", "ROWS", "--output", "x.txt"], "is not a .jsonl file"),
+    (["--input", "ROWS", "--output", "x.txt"], "does not end in .jsonl"),
     (["--input", "ROWS", "--output", "x.jsonl", "--prompt", "Hi"], "--prompt and --input are both given"),
     (["--input", "ROWS", "--output", "x.jsonl", "--batch_size", "0"], "--batch_size 0"),
     (["--input", "ROWS", "--output", "x.jsonl", "--dtype", "float33"], "Did you mean 'float32'"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main_train
 from utils.export import merge as merging
-from utils.export.merge_folder import foreign_to_merge, whole_or_nothing
+from utils.export.merge_folder import atomic_folder, foreign_to_merge
 from utils.infer.load import check_trained
 from utils.runtime.errors import UserError
 from utils.script import merge_lora
@@ -313,7 +313,7 @@ def test_a_full_run_and_a_format_without_a_form_in_go(refused, copied):
     out = copied.parent / "merged"
     flags = ["--model_path", str(copied), "--output_dir", str(out), "--modelfile", "true"]
     said = refused(merge_lora.main, *flags)
-    assert "no form in Go's syntax" in said and "--template_name" in said and "convert_hf_to_gguf.py" in said
+    assert "cannot be written in Go's syntax" in said and "--template_name" in said and "convert_hf_to_gguf.py" in said
     assert not out.exists()
     merge_lora.main(flags[:4])
     assert "!" in AutoTokenizer.from_pretrained(out).chat_template
@@ -324,11 +324,11 @@ def test_a_full_run_and_a_format_without_a_form_in_go(refused, copied):
     (["--model_path", "nowhere/at/all", "--max_shard_size", "5 gigs"], ["does not exist", "'5 gigs'", "5GB"]),
     (["--model_path", "EMPTY"], ["no config.json"]),
     (["--model_path", "RUN"], ["--output_dir is missing"]),
-    (["--model_path", "RUN", "--output_dir", "RUN"], ["is or holds", "another folder"]),
-    (["--model_path", "RUN", "--output_dir", "BASE"], ["is or holds"]),
-    (["--model_path", "RUN", "--output_dir", "RUN/.."], ["is or holds"]),
+    (["--model_path", "RUN", "--output_dir", "RUN"], ["is or contains", "another folder"]),
+    (["--model_path", "RUN", "--output_dir", "BASE"], ["is or contains"]),
+    (["--model_path", "RUN", "--output_dir", "RUN/.."], ["is or contains"]),
     (["--model_path", "RUN", "--output_dir", "RUN/train.log"], ["is a file"]),
-    (["--model_path", "RUN", "--output_dir", "FULL", "--overwrite", "true"], ["'notes.txt'", "no merge has left"]),
+    (["--model_path", "RUN", "--output_dir", "FULL", "--overwrite", "true"], ["'notes.txt'", "no merge wrote"]),
     (["--model_path", "RUN", "--output_dir", "x", "--dtype", "float8"], ["'float8'", "bfloat16"]),
     (["--model_path", "RUN", "--output_dir", "x", "--outputdir", "y"], ["Did you mean '--output_dir'"]),
 ])  # fmt: skip
@@ -392,7 +392,7 @@ def of_another_kind(run):
     (not_finite, ["cannot be merged", "NaN", "checkpoint from before"]),
     (other_base, ["was trained on", "--base_model", "--allow_other_base"]),
     (without_a_weight, ["lacks weights", "up_proj"]),
-    (base_gone, ["is not there", "--base_model"]),
+    (base_gone, ["does not exist", "--base_model"]),
     (quantised, ["quantised (gptq)", "--base_model"]),
     (of_another_kind, ["PROMPT_TUNING", "cannot be merged"]),
 ])  # fmt: skip
@@ -436,11 +436,10 @@ def test_a_disk_too_small_is_told_before(dtype, refused, run, tmp_path, monkeypa
     size = sum(path.stat().st_size for path in (run.parent / "base").glob("*.safetensors")) / (2 if dtype else 1)
     flags = ["--model_path", str(run), "--output_dir", str(tmp_path / "merged"), *(["--dtype", dtype] if dtype else [])]
     monkeypatch.setattr(merging, "load_merged", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(merge_lora, "load_merged", lambda *_: pytest.fail("loaded"))
     room = {"free": 0.9 * size}
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: type("Usage", (), room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), room))
     said = refused(merge_lora.main, *flags)
-    assert "GB free" in said and "make room" in said
+    assert "GB free" in said and "free some space" in said
     room["free"] = 1.1 * size
     merge_lora.parse(flags)
 
@@ -452,9 +451,9 @@ def test_what_fails_leaves_nothing_and_what_was_there(error, refused, run, tmp_p
     assert "--overwrite true" in refused(merge_lora.main, *flags)
     before = listing(tmp_path)
     fails = lambda *_: (_ for _ in ()).throw(error)  # noqa: E731
-    for name in ("_write_origin", "_write_settings"):
+    for name in ("_write_merge_record", "_write_settings"):
         with monkeypatch.context() as patched:
-            patched.setattr(merge_lora, name, fails)
+            patched.setattr(merging, name, fails)
             if isinstance(error, OSError):
                 assert "No space left" in refused(merge_lora.main, *flags, "--overwrite", "true")
             else:
@@ -463,7 +462,7 @@ def test_what_fails_leaves_nothing_and_what_was_there(error, refused, run, tmp_p
         assert listing(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
     (tmp_path / "merged" / "model.gguf").write_text("mine")
     said = refused(merge_lora.main, *flags, "--overwrite", "true")
-    assert "holds 'model.gguf', which no merge wrote" in said and "move it away" in said
+    assert "holds 'model.gguf', which no merge wrote" in said and "move it" in said
     (tmp_path / "merged" / "model.gguf").unlink()
     merge_lora.main([*flags, "--overwrite", "true"])
     assert listing(tmp_path).keys() == before.keys() and len(list(tmp_path.iterdir())) == 1
@@ -478,11 +477,11 @@ def test_what_a_killed_merge_left_is_cleared_and_put_back(tmp_path):
     old.mkdir()
     (old / "earlier").write_text("whole")
     (old / "merged.json").write_text('{"files": {"earlier": 5}}')
-    with pytest.raises(RuntimeError), whole_or_nothing(folder, "--output_dir x") as written:
+    with pytest.raises(RuntimeError), atomic_folder(folder, "--output_dir x") as written:
         assert not (written / "torso").exists() and (folder / "earlier").read_text() == "whole"
         raise RuntimeError
     assert listing(tmp_path).keys() == {"merged/earlier", "merged/merged.json"}
-    with whole_or_nothing(folder, "--output_dir x") as written:
+    with atomic_folder(folder, "--output_dir x") as written:
         (written / "new").write_text("whole")
     assert listing(tmp_path).keys() == {"merged/new"}
 
@@ -504,7 +503,7 @@ def test_a_merged_folder_that_was_changed_is_not_replaced(tmp_path, change):
         (folder / "sub" / "model.gguf").write_text("mine")
     with (
         pytest.raises(UserError, match="which no merge wrote"),
-        whole_or_nothing(folder, "--output_dir x") as written,
+        atomic_folder(folder, "--output_dir x") as written,
     ):
         (written / "new").write_text("whole")
         if change == "while merging":
@@ -518,7 +517,7 @@ def test_a_folder_of_ones_own_by_the_name_a_merge_uses_is_left_alone(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("x")
     (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="cannot be written"), whole_or_nothing(tmp_path / "merged", "--output_dir x"):
+    with pytest.raises(UserError, match="cannot be written"), atomic_folder(tmp_path / "merged", "--output_dir x"):
         pass
     assert listing(tmp_path).keys() == {".merged.part/mine", ".merged.old/mine"}
 

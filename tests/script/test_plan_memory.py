@@ -9,6 +9,7 @@ import tiny
 from utils.args import parse_args
 from utils.memory import Setting
 from utils.memory.activations import step_bytes
+from utils.memory.report import PARTS
 from utils.memory.search import LAYOUTS, command_of
 from utils.model.options import CHECKPOINTING_FROM
 from utils.script import plan_memory
@@ -51,7 +52,7 @@ def test_the_table_the_formula_and_the_command(plan):
     assert "✓" in lines[0]
     weights = 512 * 64 * 2 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64 + 2 * 64) + 64
     assert f"= {weights:,} × 2 B + 26,624 × 4 B" in out
-    for part in plan_memory.PARTS:
+    for part in PARTS:
         assert f"  {part} " in out
     command = out.strip().splitlines()[-1]
     assert command.split()[:3] == ["torchrun", "--nproc_per_node", "2"]
@@ -70,7 +71,7 @@ def test_json_has_the_same_in_bytes_and_parts_add_up(plan):
     assert told["cheapest"] == {"mode": "lora", "layout": "none", "checkpointing": False} == told["own"]
     assert len(told["settings"]) == 4 * 2 * len(LAYOUTS)
     for line in told["settings"]:
-        parts = sum(line[part] for part in plan_memory.PARTS)
+        parts = sum(line[part] for part in PARTS)
         assert line["total"] == parts - line["overlap"]
         assert line["fits"] == (line["total"] + told["reserve"] <= 24e9)
         assert bool(line["host"]) == ("offload" in line["layout"])
@@ -78,9 +79,9 @@ def test_json_has_the_same_in_bytes_and_parts_add_up(plan):
 
 def test_what_does_not_fit_is_said(plan, monkeypatch):
     assert "nothing fits 0.1 GB; the least is" in plan("--gpu_memory", "0.1")
-    monkeypatch.setattr(plan_memory, "_memory_here", lambda: None)
+    monkeypatch.setattr(plan_memory, "_gpu_memory", lambda: None)
     assert "give --gpu_memory" in plan()
-    monkeypatch.setattr(plan_memory, "_memory_here", lambda: 24.0)
+    monkeypatch.setattr(plan_memory, "_gpu_memory", lambda: 24.0)
     assert "cheapest that fits 24 GB" in plan()
 
 

@@ -135,8 +135,8 @@ def test_merging_and_evaluating_are_alone_too(run_folder, train, refused, tmp_pa
     adapter = train("--max_steps", "1", "--card_samples", "0")
     merged, output = tmp_path / "merged", tmp_path / "eval.jsonl"
     rows = write_rows(tmp_path / "eval_rows.jsonl", [{"instruction": "Hi", "output": "Hello!"}])
-    monkeypatch.setattr(merge_lora, "load_merged", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(evaluate, "load_eval_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("utils.export.merge.load_merged", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("utils.evaluate.evaluate.load_eval_models", lambda *_: pytest.fail("loaded"))
     for command, path, argv in (
         (merge_lora, merged, ["--model_path", str(adapter), "--output_dir", str(merged)]),
         (evaluate, output, ["--model_path", str(run_folder), "--eval_data_path", rows, "--output", str(output)]),

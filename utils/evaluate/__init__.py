@@ -1,4 +1,4 @@
-"""Scores of answers and of multiple choice, for one model or several.
+"""Evaluation of one or several models on answers and on multiple choice.
 
-In reading order: metrics, multiple_choice, methods, models, report.
+In reading order: evaluate, models, methods, metrics, multiple_choice, report.
 """

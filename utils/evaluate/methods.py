@@ -1,4 +1,4 @@
-"""The two ways to assess a model: by the answers it generates, and by how likely it finds given choices."""
+"""The two methods of evaluation: scores of generated answers, and likelihoods of given choices."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from utils.runtime.errors import Problem, UserError, raise_if_any
 
 
 class Generation:
-    """Rows that bring an answer: the model's own is compared with it.
+    """Scores generated answers against the answers in the rows.
 
     Args:
         args: how tokens are chosen.
@@ -29,13 +29,13 @@ class Generation:
         self.args, self.metrics = args, metrics
 
     def encode(self, eval_model: EvalModel, row: Prompt) -> list[int]:
-        """The ids to answer from; raises a `UserError` where the row cannot be answered."""
+        """The token ids of the prompt; raises a `UserError` if the row cannot be answered."""
         return prompt_ids(SimpleNamespace(config=eval_model.config), eval_model.tokenizer, row.messages, row.tools)
 
     def answer(
         self, model, eval_model: EvalModel, encoded: dict[int, list[int]], batch_size: int
     ) -> Iterator[tuple[int, str]]:
-        """(number of the row, its answer), as they come."""
+        """Yields (number of the row, its answer), batch by batch."""
         numbers = list(encoded)
         prompts = list(encoded.values())
         for place, text in answer_all(model, eval_model.tokenizer, prompts, self.args, batch_size, seeds=numbers):
@@ -45,10 +45,10 @@ class Generation:
         """The scores of a row."""
         return score_row(answer, row.reference, self.metrics)
 
-    def tell(self, row: Prompt, answers: dict[str, str], scores: dict[str, dict]) -> dict:
+    def output_row(self, row: Prompt, answers: dict[str, str], scores: dict[str, dict]) -> dict:
         """A line of the output."""
-        asked = {"question": row.messages[-1]["content"], "reference": row.reference}
-        return {"file": row.file, "line": row.line, **asked, "answers": answers, "scores": scores}
+        content = {"question": row.messages[-1]["content"], "reference": row.reference}
+        return {"file": row.file, "line": row.line, **content, "answers": answers, "scores": scores}
 
     def figures(self, rows: list[Prompt], answers: list[str], scores: list[dict]) -> list[Figure]:
         """The figures of a file."""
@@ -56,7 +56,7 @@ class Generation:
 
 
 class MultipleChoice:
-    """Rows with choices: right is where the right one is the likeliest.
+    """Scores multiple choice: a row is right if its right choice is the likeliest.
 
     Args:
         form: as in `utils.evaluate.multiple_choice.encode_choices`.
@@ -68,17 +68,19 @@ class MultipleChoice:
         self.form = form
 
     def encode(self, eval_model: EvalModel, row: Choices) -> list[Scored]:
-        """A prompt for each choice; raises a `UserError` where the row cannot be asked."""
+        """A prompt with each choice; raises a `UserError` if the row cannot be encoded."""
         scored = encode_choices(row, eval_model.tokenizer, self.form)
         context, longest = context_of(eval_model.config), max(len(one.ids) for one in scored)
         if context and longest > context:
-            raise UserError(f"with a choice it has {longest:,} tokens, and the model's context is {context:,}")
+            raise UserError(
+                f"with its longest choice it has {longest:,} tokens, and the model's context is {context:,}"
+            )
         return scored
 
     def answer(
         self, model, eval_model: EvalModel, encoded: dict[int, list[Scored]], batch_size: int
     ) -> Iterator[tuple[int, list[float]]]:
-        """(number of the row, log-likelihood of each choice), as they come."""
+        """Yields (number of the row, log-likelihood of each choice), as rows are completed."""
         owners = [(number, place) for number, scored in encoded.items() for place in range(len(scored))]
         flat = [one for scored in encoded.values() for one in scored]
         found: dict[int, dict[int, float]] = {number: {} for number in encoded}
@@ -89,7 +91,7 @@ class MultipleChoice:
                 yield number, [found[number][place] for place in sorted(found[number])]
 
     def score(self, row: Choices, answer: list[float]) -> dict[str, Any]:
-        """The likeliest choice, and the likeliest by byte, with the numbers they were chosen by."""
+        """The likeliest choice, by its sum and by byte, with the log-likelihoods."""
         per_byte = [value / len(text.encode()) for value, text in zip(answer, row.texts, strict=True)]
         values = {"": answer} | ({"_per_byte": per_byte} if self.form == "text" else {})
         scores: dict[str, Any] = {}
@@ -99,14 +101,14 @@ class MultipleChoice:
             scores[f"chosen{ending}"], scores[f"right{ending}"] = row.letters[best], best == row.answer
         return scores
 
-    def tell(self, row: Choices, answers: dict[str, list[float]], scores: dict[str, dict]) -> dict:
+    def output_row(self, row: Choices, answers: dict[str, list[float]], scores: dict[str, dict]) -> dict:
         """A line of the output."""
         choices = dict(zip(row.letters, row.texts, strict=True))
-        asked = {"question": row.messages[-1]["content"], "choices": choices, "answer": row.letters[row.answer]}
-        return {"file": row.file, "line": row.line, **asked, "scores": scores}
+        content = {"question": row.messages[-1]["content"], "choices": choices, "answer": row.letters[row.answer]}
+        return {"file": row.file, "line": row.line, **content, "scores": scores}
 
     def figures(self, rows: list[Choices], answers: list[list[float]], scores: list[dict]) -> list[Figure]:
-        """The figures of a file, and what guessing would have right."""
+        """The accuracies of a file, and that of guessing."""
         labels = {"right": "accuracy", "right_per_byte": "accuracy, likelihood per byte"}
         figures = [
             share_right(f"accuracy{key.removeprefix('right')}", label, [row[key] for row in scores])
@@ -118,20 +120,20 @@ class MultipleChoice:
 
 
 def share_right(key: str, label: str, right: list[bool]) -> Figure:
-    """The share of right answers, with the standard error of a mean, √(p (1 - p) / (n - 1))."""
+    """The share p of right answers with its standard error, √(p (1 - p) / (n - 1))."""
     count, share = len(right), sum(right) / len(right)
     error = 100 * math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
     return Figure(key, label, count, 100 * share, error)
 
 
 def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
-    """Reads rows that can be evaluated; the rows themselves tell the task.
+    """Reads the rows to evaluate, and finds out which method they are for.
 
     Returns:
-        `choices` where any row has choices, else `generation`; the rows; what is wrong with each other row.
+        `choices` if any row has choices, else `generation`; the rows; a problem for each row that cannot be used.
 
     Raises:
-        UserError: a file cannot be read, or rows of both tasks stand together.
+        UserError: a file cannot be read, or has rows for both methods.
     """
     files, problems = find_files(paths, flag)
     raise_if_any(problems)
@@ -158,7 +160,7 @@ def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
         except BadRow as error:
             if _is_prompt(raw.value):
                 raise UserError(
-                    f"{flag} {paths!r} has rows with choices, and {place} has none; evaluate them apart"
+                    f"{flag} {paths!r} has rows with choices, and {place} has none; evaluate them separately"
                 ) from None
             problems.append(Problem(f"{place} {error}", file=raw.file, line=raw.line))
     return "choices", rows, problems

@@ -1,14 +1,14 @@
-"""How near an answer comes to its reference; every score from 0 to 100.
+"""Text-similarity metrics of answers and references; every score is from 0 to 100.
 
-| name | what |
+| name | definition |
 |---|---|
-| `exact` | the same text, white space at both ends aside |
-| `normalised` | the same after Unicode NFKC, in lower case, without the signs that end a sentence, quotes around it |
+| `exact` | equal after stripping white space at both ends |
+| `normalised` | equal after Unicode NFKC, lower-casing, and stripping quotes and closing punctuation |
 | `bleu` | n-grams of words or Chinese characters up to 4 (Papineni et al. 2002), by sacrebleu |
 | `chrf` | n-grams of characters up to 6 (Popović 2015), by sacrebleu |
 | `rouge_l` | F1 of the longest common subsequence (Lin 2004), by rouge-score |
 
-BLEU of a file counts n-grams over all of its rows, and so does chrF; the others are means over the rows.
+BLEU and chrF of a file count n-grams over all its rows; the other scores are means over the rows.
 """
 
 import importlib.util
@@ -32,10 +32,10 @@ class Figure(NamedTuple):
 
     Attributes:
         key: its name in JSON.
-        label: its name in a table, which tells how the text was cut.
-        rows: the rows it was made from.
+        label: its name in a table, with the tokenization.
+        rows: how many rows it was computed from.
         value: 0 to 100.
-        error: its standard error, where there is one.
+        error: its standard error, if it has one.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 
 def check_metrics(text: str) -> tuple[list[str], list[str]]:
-    """Reads `--metrics`, and looks whether its packages are installed.
+    """Reads `--metrics`, and checks that the packages they need are installed.
 
     Returns:
         the names, each once, in the order of `METRICS`; and the problems.
@@ -54,12 +54,12 @@ def check_metrics(text: str) -> tuple[list[str], list[str]]:
     given = [name.strip() for name in text.split(",") if name.strip()]
     allowed = ", ".join(METRICS)
     problems = [
-        f"--metrics {name!r} is not one.{nearest(name, METRICS)} Allowed, separated by commas: {allowed}"
+        f"--metrics {name!r} is not a metric.{nearest(name, METRICS)} Allowed, separated by commas: {allowed}"
         for name in given
         if name not in METRICS
     ]
     if not given:
-        problems.append(f"--metrics names none; give some of {allowed}, separated by commas")
+        problems.append(f"--metrics is empty; give some of {allowed}, separated by commas")
     names = [name for name in METRICS if name in given]
     for package in sorted({METRICS[name] for name in names} - {None}):
         if importlib.util.find_spec(package) is None:
@@ -71,8 +71,8 @@ def check_metrics(text: str) -> tuple[list[str], list[str]]:
     return names, problems
 
 
-def cut_of(text: str) -> str:
-    """How sacrebleu is to cut a text into words, by its share of Chinese among letters and digits.
+def tokenization_for(text: str) -> str:
+    """The tokenization of sacrebleu for a text, by the share of Chinese characters among its letters and digits.
 
     `"法国的首都是巴黎。"` → `"zh"`, `"Paris, 巴黎 in Chinese"` → `"13a"`
     """
@@ -81,13 +81,13 @@ def cut_of(text: str) -> str:
 
 
 class Words:
-    """Words in lower case, each Chinese character one by itself, for rouge-score.
+    """A tokenizer for rouge-score: words in lower case, and Chinese characters one by one.
 
-    Its own tokenizer keeps a-z and 0-9 alone, so that a Chinese answer would have no words. On ASCII both agree.
+    The default one keeps only a-z and 0-9, so that a Chinese answer would have no words. On ASCII both agree.
     """
 
     def tokenize(self, text: str) -> list[str]:
-        """`"我是 Dojo." → ["我", "是", "dojo"]`; a text without any word is taken by its signs."""
+        """`"我是 Dojo." → ["我", "是", "dojo"]`; a text without words is split at white space."""
         return re.findall(f"[{_HAN}]|[^\\W_{_HAN}]+", text.lower()) or text.split()
 
 
@@ -95,7 +95,7 @@ def normalised(text: str) -> str:
     """`' “PARIS”。 '` → `'paris'`"""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     quotes = "\"'“”‘’「」『』 "
-    # a minus or a point before a number says something; the signs that end a sentence do not
+    # only closing punctuation: a minus or a point before a number has a meaning
     return text.strip(quotes).rstrip(".!?,;:。、" + quotes) or text
 
 
@@ -103,14 +103,14 @@ def score_row(answer: str, reference: str, metrics: list[str]) -> dict[str, floa
     """The scores of one answer.
 
     Args:
-        answer: what the model said.
-        reference: what it should say; BLEU cuts both texts as this one asks for.
+        answer: of the model.
+        reference: the right answer; it decides the tokenization of BLEU.
         metrics: names of `METRICS`.
     """
     functions = {
         "exact": lambda: 100.0 * (answer.strip() == reference.strip()),
         "normalised": lambda: 100.0 * (normalised(answer) == normalised(reference)),
-        "bleu": lambda: _bleu(cut_of(reference)).sentence_score(answer, [reference]).score,
+        "bleu": lambda: _bleu(tokenization_for(reference)).sentence_score(answer, [reference]).score,
         "chrf": lambda: _chrf().sentence_score(answer, [reference]).score,
         "rouge_l": lambda: 100.0 * _rouge().score(reference, answer)["rougeL"].fmeasure,
     }
@@ -118,11 +118,11 @@ def score_row(answer: str, reference: str, metrics: list[str]) -> dict[str, floa
 
 
 def score_file(answers: list[str], references: list[str], rows: list[dict[str, float]]) -> list[Figure]:
-    """The figures of a file; BLEU for each way of cutting by itself.
+    """The figures of a file, with a BLEU for each tokenization.
 
     Args:
-        answers: one a row.
-        references: the same.
+        answers: one for each row.
+        references: one for each row.
         rows: the scores of each row, from `score_row`.
     """
     labels = {"exact": "exact match", "normalised": "exact match, normalised", "chrf": "chrF",
@@ -140,17 +140,17 @@ def score_file(answers: list[str], references: list[str], rows: list[dict[str, f
 
 def _bleu_of_file(answers: list[str], references: list[str]) -> list[Figure]:
     figures = []
-    for cut, label in _BLEU_LABELS.items():
-        places = [place for place, reference in enumerate(references) if cut_of(reference) == cut]
+    for name, label in _BLEU_LABELS.items():
+        places = [place for place, reference in enumerate(references) if tokenization_for(reference) == name]
         if places:
             pair = [answers[place] for place in places], [[references[place] for place in places]]
-            figures.append(Figure(f"bleu_{cut}", label, len(places), _bleu(cut).corpus_score(*pair).score))
+            figures.append(Figure(f"bleu_{name}", label, len(places), _bleu(name).corpus_score(*pair).score))
     return figures
 
 
 def signatures(metrics: list[str]) -> dict[str, str]:
-    """How sacrebleu was set, in its own short form, after at least one score was computed."""
-    named = {f"bleu_{cut}": _bleu(cut) for cut in _BLEU_LABELS} if "bleu" in metrics else {}
+    """The signatures of sacrebleu's metrics, after at least one score was computed."""
+    named = {f"bleu_{name}": _bleu(name) for name in _BLEU_LABELS} if "bleu" in metrics else {}
     named |= {"chrf": _chrf()} if "chrf" in metrics else {}
     return {
         name: metric.get_signature().format() for name, metric in named.items() if getattr(metric, "num_refs", -1) != -1
@@ -158,12 +158,12 @@ def signatures(metrics: list[str]) -> dict[str, str]:
 
 
 @cache
-def _bleu(cut: str):
+def _bleu(tokenization: str):
     from sacrebleu.metrics import BLEU
 
-    # effective order: where no answer has four words, BLEU goes as far as there are some, instead of being 0 for a
-    # perfect answer; with one longer answer in the file it is BLEU as ever. force: no warning of " ." at the ends
-    return BLEU(tokenize=cut, effective_order=True, force=True)
+    # effective_order: if no answer has four words, lower orders are used, so that a perfect answer is not 0; any longer
+    # answer in the file makes it ordinary BLEU. force: no warning about texts that end in " ."
+    return BLEU(tokenize=tokenization, effective_order=True, force=True)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The models of an evaluation: a trained one, and beside it the base it was trained on."""
+"""The models of an evaluation: a trained model and the base it was trained from."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from utils.template import get_template
 
 @dataclass(frozen=True)
 class EvalModel:
-    """One model, not loaded yet.
+    """A model to evaluate; its weights are loaded later.
 
     Attributes:
-        name: `base` or `trained`; `model` where there is only one.
-        args: the flags it came by.
+        name: `base` or `trained`; `model` if there is only one.
+        args: the flags that name it.
         parts: its base and adapters.
-        tokenizer: with the chat format it is asked in.
+        tokenizer: with the chat format of its prompts.
         config: its configuration, transformers.PretrainedConfig.
     """
 
@@ -34,7 +34,7 @@ class EvalModel:
     config: Any
 
     def load(self, dtype="auto"):
-        """The weights, in evaluation mode; generation stops at the format's stop token."""
+        """Loads the weights, in evaluation mode; generation stops at the chat format's stop token."""
         model = load_trained(self.args, self.parts, dtype)
         if self.tokenizer.eos_token_id is not None:
             stop_at_eos(model, self.tokenizer)
@@ -44,22 +44,21 @@ class EvalModel:
 def check_eval_models(
     args: TrainedArgs, compare_base: bool, insist: bool
 ) -> tuple[dict[str, Parts], list[str | Problem]]:
-    """Finds the model that the flags mean, and the base it was trained on.
+    """Finds the model that the flags name, and the base it was trained from.
 
-    The base of an adapter is that of its chain; of a run of whole weights the one that the run has noted, or
-    `--base_model`.
+    An adapter names its base; for full weights it is in the run's record, or given as `--base_model`.
 
     Args:
         args: the flags.
-        compare_base: whether a base is wanted.
-        insist: whether a base that cannot be found is a problem; else it is told and left out.
+        compare_base: whether to evaluate the base as well.
+        insist: whether a base that cannot be found is a problem; else that is logged, and the model is evaluated alone.
 
     Returns:
         `{"base": parts, "trained": parts}`, or `{"model": parts}` alone; and the problems.
     """
     path = args.model_path or ""
-    whole = not args.adapter and not (Path(path) / "adapter_config.json").is_file()
-    parts, problems = check_trained(replace(args, base_model=None) if whole else args)
+    full = not args.adapter and not (Path(path) / "adapter_config.json").is_file()
+    parts, problems = check_trained(replace(args, base_model=None) if full else args)
     if problems or parts is None:
         return {}, problems
     if not compare_base:
@@ -74,8 +73,8 @@ def check_eval_models(
 
 
 def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[Problem]]:
-    noted = base_of_run(folder)
-    base = args.base_model or project_path(noted.get("path") or "")
+    recorded = base_of_run(folder)
+    base = args.base_model or project_path(recorded.get("path") or "")
     if not base:
         return None, refusal(
             f"--model_path {args.model_path!r} does not say what it was trained on (it has no train_args.json with a "
@@ -87,9 +86,9 @@ def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[P
     if not problems and Path(base).is_dir():
         problems = check_weight_files("the base", base)
     now = None if problems else weights_fingerprint(base)
-    if now and noted.get("fingerprint") not in (None, now) and not args.allow_other_base:
+    if now and recorded.get("fingerprint") not in (None, now) and not args.allow_other_base:
         problems = refusal(
-            f"{args.model_path!r} was trained on weights {noted['fingerprint']}, and {base!r} has {now}; give those "
+            f"{args.model_path!r} was trained on weights {recorded['fingerprint']}, and {base!r} has {now}; give those "
             "it was trained on, or --allow_other_base true",
             "allow_other_base",
         )
@@ -98,10 +97,10 @@ def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[P
 
 
 def load_eval_models(args: TrainedArgs, models: dict[str, Parts]) -> list[EvalModel]:
-    """Loads the tokenizers and configurations, and settles in which chat format each model is asked.
+    """Loads tokenizers and configurations, and sets the chat format of each model's prompts.
 
-    That is `--template_name`, or else the model's own. A base without one is asked in the trained model's; a model
-    alone without one in plain text, the template `default`.
+    That is `--template_name`, or the model's own format. A base without one gets that of the trained model, a single
+    model without one gets plain text, the template `default`.
 
     Raises:
         UserError: something cannot be loaded.
@@ -109,7 +108,7 @@ def load_eval_models(args: TrainedArgs, models: dict[str, Parts]) -> list[EvalMo
     from transformers import AutoConfig
 
     found: list[EvalModel] = []
-    for name, parts in reversed(models.items()):  # the trained one first, since the base may need its format
+    for name, parts in reversed(models.items()):  # the trained model first, as the base may need its format
         own = replace(args, base_model=None, model_path=parts.base, adapter=None) if name == "base" else args
         tokenizer = _format(own, parts, found[0].tokenizer if found else None)
         config = AutoConfig.from_pretrained(parts.base, trust_remote_code=args.trust_remote_code)
@@ -118,7 +117,7 @@ def load_eval_models(args: TrainedArgs, models: dict[str, Parts]) -> list[EvalMo
 
 
 def _format(args: TrainedArgs, parts: Parts, other):
-    """The tokenizer of a model, with the format it is asked in; `other` is that of the trained one."""
+    """The tokenizer of a model with the chat format of its prompts; `other` is the trained model's tokenizer."""
     if parts.adapters or args.template_name:
         return load_format(args, parts)
     tokenizer = load_tokenizer(parts.base, args.trust_remote_code, flag="--model_path")
@@ -126,8 +125,8 @@ def _format(args: TrainedArgs, parts: Parts, other):
         pass
     elif other is not None:
         tokenizer.chat_template, tokenizer.eos_token = other.chat_template, other.eos_token
-        logger.info("{} has no chat format of its own; it is asked in the trained model's", parts.base)
+        logger.info("{} has no chat format of its own; that of the trained model is used", parts.base)
     else:
         apply_chat_format(tokenizer, get_template("default", tokenizer))
-        logger.info("{} has no chat format of its own; it is asked in plain text, as template 'default'", parts.base)
+        logger.info("{} has no chat format of its own; plain text is used, the template 'default'", parts.base)
     return tokenizer

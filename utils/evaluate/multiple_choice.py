@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: rows → questions → how likely a model finds each choice."""
+"""Multiple choice by log-likelihood: reads questions with choices, encodes them, and computes the likelihoods."""
 
 import json
 from collections.abc import Iterator
@@ -28,11 +28,12 @@ class Choices:
     """A question with its choices.
 
     Attributes:
-        file: the file it came from; `line` the line in it, or the number of the row.
-        messages: the conversation up to the answer; the last turn asks the question.
-        letters: what each choice is called.
+        file: the file it was read from.
+        line: the line in it, or the number of the row in a table.
+        messages: the conversation up to the answer; the last turn is the question.
+        letters: the letter of each choice, or its key.
         texts: the choices.
-        answer: the place of the right one.
+        answer: the index of the right one.
     """
 
     file: str
@@ -44,11 +45,11 @@ class Choices:
 
 
 class Scored(NamedTuple):
-    """A prompt with a choice behind it.
+    """A prompt followed by a choice.
 
     Attributes:
         ids: token ids, [L]; the choice's tokens are the last ones.
-        first: where the choice's tokens begin.
+        first: the index of the choice's first token.
     """
 
     ids: list[int]
@@ -59,10 +60,10 @@ def read_choices(raw: RawRow) -> Choices:
     """Reads one row.
 
     `{"question": "1 + 1?", "choices": ["1", "2"], "answer": "B"}` → answer 1. `choices` may also be an object
-    `{"A": …, "B": …}`, and in a CSV file either stands as JSON. `system` and `history` are read as in training rows.
+    `{"A": …, "B": …}`, and in a CSV file it is JSON. `system` and `history` are read as in training rows.
 
     Raises:
-        BadRow: a field is missing or holds something else, or it cannot be told which choice is the right one.
+        BadRow: a field is missing or of another type, or the right choice is ambiguous.
     """
     row = raw.value
     if raw.problem:
@@ -96,7 +97,7 @@ def _read_texts(choices: Any) -> tuple[list[str], list[str]]:
             raise BadRow(f"has an empty list in 'choices', or one of more than {len(LETTERS)}")
     if not isinstance(choices, dict):
         raise BadRow(f"has {kind_name(choices)} in 'choices', not a list of texts or an object of them")
-    # a table has every column in every row
+    # tables have every column in every row
     choices = {name: choices[name] for name in choices if choices[name] is not None}
     if len(choices) < 2:
         raise BadRow(f"has {len(choices)} in 'choices'; give at least two")
@@ -112,17 +113,17 @@ def _read_texts(choices: Any) -> tuple[list[str], list[str]]:
 
 
 def _find(answer: Any, letters: list[str], texts: list[str], by_index: bool) -> int:
-    """The place of the right choice, by every reading of the answer; they must agree."""
+    """The index of the right choice. The answer may be an index, a letter or a text; all readings of it must agree."""
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         raise BadRow(f"has {kind_name(answer)} in 'answer' ({answer!r}), not an index, a letter or a text")
-    said = str(answer).strip()
+    given = str(answer).strip()
     readings = {}
-    if said in letters or (len(said) == 1 and said.upper() in letters):
-        readings["letter"] = letters.index(said if said in letters else said.upper())
-    if isinstance(answer, str) and said in texts:
-        readings["text"] = texts.index(said)
-    if by_index and said.isdecimal() and int(said) < len(texts):
-        readings["index from 0"] = int(said)
+    if given in letters or (len(given) == 1 and given.upper() in letters):
+        readings["letter"] = letters.index(given if given in letters else given.upper())
+    if isinstance(answer, str) and given in texts:
+        readings["text"] = texts.index(given)
+    if by_index and given.isdecimal() and int(given) < len(texts):
+        readings["index from 0"] = int(given)
     places = sorted(set(readings.values()))
     if not places:
         raise BadRow(
@@ -131,24 +132,24 @@ def _find(answer: Any, letters: list[str], texts: list[str], by_index: bool) -> 
             + f"one of {', '.join(letters)}, or the text of a choice"
         )
     if len(places) > 1:
-        told = " and ".join(f"the {reading} of {letters[place]}" for reading, place in readings.items())
-        raise BadRow(f"has the answer {answer!r}, which is {told}; give a letter that is no choice's text")
+        names = " and ".join(f"the {reading} of {letters[place]}" for reading, place in readings.items())
+        raise BadRow(f"has the answer {answer!r}, which is {names}; give a letter that is not the text of a choice")
     return places[0]
 
 
 def encode_choices(row: Choices, tokenizer, form: str = "text") -> list[Scored]:
-    """Each choice as the answer to the question, in one tokenisation of the whole.
+    """Encodes each choice as the answer to the question, prompt and choice in one tokenisation.
 
-    A choice's tokens are those after the prompt that an answer is generated from, up to the choice's end.
+    A choice's tokens are those after the prompt for generation, up to the end of the choice.
 
     Args:
         row: the question.
         tokenizer: a fast one, with the model's chat template.
-        form: `text`: a choice's text follows the question alone, as in ARC and HellaSwag. `letter`: the question is
-            followed by the choices with their letters, and a letter is the answer, as in MMLU.
+        form: `text`: the prompt is the question, the answer a choice's text, as in ARC and HellaSwag. `letter`: the
+            prompt also lists the choices with their letters, and the answer is a letter, as in MMLU.
 
     Raises:
-        UserError: the format refuses the conversation, or does not show a choice as it is.
+        UserError: the chat format refuses the conversation, or does not render a choice unchanged.
     """
     messages, answers = row.messages, row.texts
     if form == "letter":
@@ -157,18 +158,18 @@ def encode_choices(row: Choices, tokenizer, form: str = "text") -> list[Scored]:
         answers = row.letters
     # a special token's text within a row stays plain text, as in training
     mark = pick_escape_char(json.dumps([messages, answers], ensure_ascii=False))
-    pieces = [_cut(tokenizer, messages, answer, mark) for answer in answers]
+    pieces = [_segments(tokenizer, messages, answer, mark) for answer in answers]
     scored = []
     for encoded in encode_segments(pieces, tokenizer, allow_special=True, escape_chars=[mark] * len(pieces)):
         labelled = [place for place, label in enumerate(encoded["labels"]) if label != IGNORE_INDEX]
         if not labelled or not labelled[0]:
-            raise UserError("the model's tokenizer makes no token of a choice, or none of what stands before it")
+            raise UserError("the model's tokenizer makes no token of a choice, or none of the prompt before it")
         scored.append(Scored(encoded["input_ids"][: labelled[-1] + 1], labelled[0]))
     return scored
 
 
-def _cut(tokenizer, messages: list[Message], answer: str, mark: str) -> list[Segment]:
-    """The rendering, with the answer's text as the one trained piece, and not the stop token after it."""
+def _segments(tokenizer, messages: list[Message], answer: str, mark: str) -> list[Segment]:
+    """The rendered conversation; its trained segment is the answer without the stop token."""
     from jinja2 import TemplateError
 
     breaks = escape_patterns(tokenizer, tokenizer.get_chat_template())
@@ -181,34 +182,34 @@ def _cut(tokenizer, messages: list[Message], answer: str, mark: str) -> list[Seg
         raise UserError(f"the model's chat format refuses the conversation: {error}") from error
     found = text.find(answer, len(prompt)) if text.startswith(prompt) else -1
     if found < 0:
-        raise UserError(f"the model's chat format does not show the choice {answer!r} behind its prompt")
-    # a space that the format sets before an answer is for the model to say; an empty thought is not
+        raise UserError(f"the model's chat format does not render the choice {answer!r} after its prompt")
+    # a space that the format puts before an answer is the model's to predict; an empty thought is not
     start = found if text[len(prompt) : found].strip() else len(prompt)
     end = found + len(answer)
     return [Segment(text[:start]), Segment(text[start:end], trained=True), Segment(text[end:])]
 
 
 def log_likelihoods(model, scored: list[Scored], batch_size: int, pad_id: int) -> Iterator[tuple[int, float]]:
-    """How likely a model finds choices after their prompts, without the stop token that would end them.
+    """The log-likelihoods of choices given their prompts, without a stop token after them.
 
         log p(choice | prompt) = Σ_t log softmax(logits_{t-1})[token_t],  t over the choice's tokens
 
-    This is `loglikelihood` of EleutherAI's evaluation harness. Divided by the choice's bytes in UTF-8 it is what the
-    harness calls byte-length normalised (`acc_norm` there divides by characters), which does not favour short
-    choices and does not depend on how a tokenizer cuts them.
+    This is `loglikelihood` of EleutherAI's evaluation harness. Divided by the choice's bytes in UTF-8, it is what the
+    harness calls byte-length normalised (its `acc_norm` divides by characters): it does not favour short choices, and
+    does not depend on the tokenizer.
 
     Args:
         model: in evaluation mode.
         scored: from `encode_choices`.
-        batch_size: the most that are computed at once; of similar length, the longest first, padded on the right,
-            where nothing looks at the padding.
-        pad_id: the id that fills up.
+        batch_size: the largest number computed at once. Batches are of similar length, the longest first, padded on
+            the right.
+        pad_id: the id of the padding.
 
     Yields:
-        (place in `scored`, natural logarithm of the likelihood), as each batch is done.
+        (index in `scored`, natural logarithm of the likelihood), batch by batch.
 
     Raises:
-        UserError: a batch does not fit the device's memory, or the model computes no finite number.
+        UserError: a batch does not fit the device's memory, or a likelihood is not finite.
     """
     import torch
 
@@ -228,7 +229,7 @@ def log_likelihoods(model, scored: list[Scored], batch_size: int, pad_id: int) -
 
 
 def _of_batch(model, batch: list[Scored], pad_id: int):
-    """The sums, [rows], in float64 on the CPU."""
+    """The log-likelihood of each choice, [rows], in float64 on the CPU."""
     import inspect
 
     import torch
@@ -243,7 +244,7 @@ def _of_batch(model, batch: list[Scored], pad_id: int):
     options = {"input_ids": ids.to(model.device), "attention_mask": seen.to(model.device), "use_cache": False}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        options["logits_to_keep"] = width - first + 1  # the whole vocabulary for every token of a prompt is much
+        options["logits_to_keep"] = width - first + 1  # logits of the prompts would need much memory
     with torch.inference_mode():
         # [rows, width - first, vocabulary]: the logits before each token from `first` on
         logits = model(**options).logits[:, first - width - 1 : -1].float()

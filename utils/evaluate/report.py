@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a table, every row with its scores, and a summary of both."""
+"""The results of an evaluation: a table, a file of all rows with their scores, and a summary."""
 
 import importlib.metadata
 import importlib.util
@@ -24,25 +24,25 @@ def summary_of(output: Path) -> Path:
 
 
 def check_output(path: str | None, overwrite: bool, read: list[str]) -> list[str]:
-    """The problems of the file that the rows are to be written into.
+    """The problems of `--output`, the file for the rows with their scores.
 
     Args:
-        path: its `--output`.
-        overwrite: whether it may exist.
+        path: its value.
+        overwrite: whether it may be replaced.
         read: the files that rows are read from.
     """
     if not path:
         return ["--output is missing; give a .jsonl file for the rows with their scores"]
     flag, output = f"--output {path!r}", Path(path)
     if output.suffix != ".jsonl":
-        return [f"{flag} is not a .jsonl file, and it will be one; give such a name"]
+        return [f"{flag} does not end in .jsonl, the format it is written in; give such a name"]
     if output.resolve() in [Path(file).resolve() for file in read]:
         return [f"{flag} is one of the files of --eval_data_path; give another file"]
-    for one in (output, summary_of(output)):
-        if one.is_dir():
-            return [f"{flag}: {str(one)!r} is a folder; give another file"]
-        if one.exists() and not overwrite:
-            return [f"{flag}: {str(one)!r} exists; give another file, or --overwrite true to replace it"]
+    for file in (output, summary_of(output)):
+        if file.is_dir():
+            return [f"{flag}: {str(file)!r} is a folder; give another file"]
+        if file.exists() and not overwrite:
+            return [f"{flag}: {str(file)!r} exists; give another file, or --overwrite true to replace it"]
     if reason := write_refusal(output.parent):
         return [f"{flag} cannot be written: {reason}; give another file"]
     return []
@@ -52,37 +52,39 @@ def table(figures: dict[str, list[Figure]]) -> str:
     """The figures side by side, as a Markdown table.
 
     Args:
-        figures: of each model by its name; the same ones for each.
+        figures: name of the model → its figures, the same ones for each.
     """
 
-    def told(figure: Figure) -> str:
+    def text(figure: Figure) -> str:
         return f"{figure.value:.2f}" + ("" if figure.error is None else f" ± {figure.error:.2f}")
 
     names = list(figures)
     header = ["0 to 100", "n", *names] + (["difference"] if len(names) == 2 else [])
     rows = []
     for same in zip(*figures.values(), strict=True):
-        row = [same[0].label, f"{same[0].rows:,}", *map(told, same)]
+        row = [same[0].label, f"{same[0].rows:,}", *map(text, same)]
         rows.append(row + ([f"{same[1].value - same[0].value:+.2f}"] if len(names) == 2 else []))
     return markdown_table(header, rows, aligned=True)
 
 
 def write(path: str, lines: list[dict], summary: dict) -> None:
-    """Writes rows and summary, each whole or not at all.
+    """Writes rows and summary, each by an atomic rename.
 
     Raises:
-        UserError: the disk is full, or refuses.
+        UserError: the disk is full or not writable.
     """
     output = Path(path)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    told = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
+    summary_text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in ((output, text), (summary_of(output), told)):
+        for file, content in ((output, text), (summary_of(output), summary_text)):
             write_text(file, content)
     except OSError as error:
         what = "the disk is full" if is_disk_error(error) and error.errno == 28 else error.strerror
-        raise UserError(f"--output {path!r} cannot be written: {what}; make room, or give another file") from error
+        raise UserError(
+            f"--output {path!r} cannot be written: {what}; free some space, or give another file"
+        ) from error
 
 
 def summarise(
@@ -93,15 +95,15 @@ def summarise(
     rows: int,
     problems: list[Problem],
 ) -> dict:
-    """What is written beside the rows.
+    """The content of the summary file.
 
     Args:
         args: the flags, a dataclass.
-        task: the way of assessing.
+        task: the method of evaluation.
         eval_models: the models.
-        figures: of each model by its name.
+        figures: name of the model → its figures.
         rows: how many were evaluated.
-        problems: why each other row was not.
+        problems: of the rows that were not.
     """
     return {
         "task": task.name,

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base, and a Modelfile.
+"""Merging adapters into their base, and a Modelfile for Ollama.
 
-In reading order: merge_files, merge_folder, merge, modelfile.
+In reading order: arguments, merge, tensors, merge_folder, modelfile.
 """

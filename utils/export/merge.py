@@ -1,38 +1,47 @@
-"""Adapters merged into their base: each layer in float32, whatever the files hold, and rounded once at the end."""
+"""Merges adapters into their base: each layer in float32, rounded once at the end, and checked against the adapter."""
 
+import importlib.metadata
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from utils.export.merge_files import load_exactly, main_type
-from utils.export.merge_folder import foreign_to_merge
+from loguru import logger
+
+from utils.export.arguments import MergeArgs
+from utils.export.merge_folder import atomic_folder, read_merged
+from utils.export.modelfile import NAME, template_in, write_modelfile
+from utils.export.tensors import absent_tensors, keep_types, load_exactly, main_type
 from utils.infer.load import Parts, TrainedArgs
 from utils.model.base_config import refuse_unloadable
+from utils.model.load import settle_generation
 from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
-from utils.patches.lazy_imports import import_peft
+from utils.model.tokenizer import load_tokenizer, save_chat_format
+from utils.patches.lazy_imports import import_peft, skip_deepspeed_import
 from utils.runtime.errors import UserError, load_failure
-from utils.storage.files import existing_parent, write_refusal
-from utils.storage.run_folder import MERGED
-from utils.storage.weights import weights_size
+from utils.storage.files import sha256_of, write_json
+from utils.storage.run_folder import MERGED, RECORD_FILE, files_in, read_run_note
+from utils.storage.weights import weights_fingerprint
+from utils.template import get_template
 
 
 def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Merged:
-    """Loads a base and merges its adapters into it, on the CPU; each merge is compared with the adapter unmerged.
+    """Loads a base and merges its adapters into it on the CPU; each merge is compared with the unmerged adapter.
 
-    The layers that an adapter changes are held in float32 until they are compared, where the free memory has room for
-    it; else one layer at a time, so that a 7B in bf16 needs little more than its 14 GB. Of a chain they stay in float32
-    until the last is merged.
+    The layers that an adapter changes are kept in float32 until they are compared if there is enough free memory, else
+    one layer at a time, so that a 7B in bf16 needs little more than its 14 GB. With several adapters they stay in
+    float32 until the last is merged.
 
     Args:
         args: the flags, for the messages.
         parts: from `check_trained`, with at least one adapter.
-        dtype: of the result, a key of `DTYPES`: for the weights that have the base's usual type. Those that its files
-            hold in another, and all without `dtype`, keep their type.
+        dtype: of the result, a key of `utils.storage.weights.DTYPES`, for weights in the base's main dtype. Weights in
+            another dtype keep it, and without `dtype` all do.
 
     Raises:
-        UserError: base or adapter cannot be loaded, do not fit each other, give weights that are not finite, or other
-            logits when they are merged.
+        UserError: base or adapter cannot be loaded, do not fit each other, or merge to weights that are not finite or
+            that give other logits.
     """
     model, main = _load_base(args, parts)
     import torch
@@ -52,7 +61,7 @@ def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Me
 
 
 def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
-    """The base in the type that most of its files' bytes have, with other types where the files have others."""
+    """Loads the base with each tensor in the dtype of its file; returns it with its main dtype."""
     import_peft()
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +75,7 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("base model", flag, parts.base, error)) from error
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        # transformers makes up random ones
+        # transformers would initialise them at random
         raise UserError(f"the base {parts.base!r} lacks weights, such as {lacking[0]}; give a complete one as {flag}")
     loaded = str(model.dtype).removeprefix("torch.")
     load_exactly(model, parts.base)
@@ -78,14 +87,14 @@ def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code:
 
     Args:
         folder: what was saved.
-        merged: from `load_merged`; its `model` may be let go before.
+        merged: from `load_merged`; its `model` is not needed.
         adapter: the last adapter's folder.
 
     Returns:
-        what the comparison gave, for the log.
+        the result, for the log.
 
     Raises:
-        UserError: the logits are others.
+        UserError: the logits differ.
     """
     if merged.adapter is None:
         return "not compared"
@@ -95,49 +104,143 @@ def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code:
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     load_exactly(model, str(folder))
     found = logits_in_float32(model, merged.ids)
-    # the files hold the weights that were compared already, bit by bit, so that nothing is left to rounding
+    # the merged model was compared with these very weights, so only float32 rounding is tolerated
     compared = compare(merged.base, merged.merged, found)
     refuse_difference(compared, "float32", "the merged model, loaded from its files,", adapter)
     return compare(merged.base, merged.adapter, found).text()
 
 
-def check_output_dir(path: str | None, overwrite: bool, parts: Parts, dtype: str | None, sized: bool) -> list[str]:
-    """The problems of a folder to write a merged model into.
+def merge(args: MergeArgs, parts: Parts) -> Path:
+    """Merges the adapters and writes the model into `--output_dir`, completely or not at all.
 
-    Args:
-        path: its `--output_dir`.
-        overwrite: whether an earlier merge there may be replaced.
-        parts: what is merged.
-        dtype: of the result, as for `load_merged`.
-        sized: whether the room it takes can be told.
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: something cannot be loaded, merged or written, or the chat format cannot be written as a Modelfile.
     """
-    if not path:
-        return ["--output_dir is missing; give a new folder for the merged model"]
-    flag, folder = f"--output_dir {path!r}", Path(path).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        return [f"{flag} is a file; give a folder"]
-    for source in map(Path, (parts.base, *parts.adapters)):
-        if source.is_dir() and folder in (source.resolve(), *source.resolve().parents):
-            return [f"{flag} is or holds {str(source)!r}, which is to be merged; give another folder"]
-    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if held and MERGED not in held:
-        return [f"{flag} holds {held[0]!r}, which no merge has left there; give a new or an empty folder"]
-    if held and not overwrite:
-        return [f"{flag} holds a merged model; give another folder, or --overwrite true to replace it"]
-    if foreign := foreign_to_merge(folder):
-        return [
-            f"{flag} holds {foreign[0]!r}, which no merge wrote, or which was changed since, and --overwrite true "
-            "replaces nothing but a merge; move it away, or give another folder"
-        ]
-    if reason := write_refusal(folder.parent):
-        return [f"{flag} cannot be written: {reason}; give another folder"]
-    needed, free = (
-        weights_size(parts.base, dtype) if sized else 0,
-        shutil.disk_usage(existing_parent(folder.parent)).free,
+    skip_deepspeed_import()  # save_pretrained would import it to ask for ZeRO-3
+    folder = Path(args.output_dir).expanduser().resolve()
+    tokenizer = load_tokenizer(_tokenizer_folder(parts), args.trust_remote_code, flag="--model_path")
+    template = _template(args, tokenizer, parts)
+    merged = load_merged(args, parts, args.dtype)
+    model, dtype = merged.model, args.dtype or main_type(parts.base)
+    model.generation_config = _generation_config(parts, model)
+    settle_generation(model)
+    if args.template_name:
+        save_chat_format(tokenizer, get_template(args.template_name, tokenizer), model)
+    with atomic_folder(folder, f"--output_dir {args.output_dir!r}") as part:
+        model.save_pretrained(part, max_shard_size=args.max_shard_size)
+        if absent := absent_tensors(model, part, parts.base):
+            logger.warning(
+                "{:,} tensors of the base are not in the merged model, since transformers does not load them: {}",
+                len(absent),
+                ", ".join(absent[:3]) + ", …" * (len(absent) > 3),
+            )
+        keep_types(part, parts.base, main_type(parts.base) if args.dtype else None)
+        tokenizer.save_pretrained(part)
+        # SentencePiece's file, which converters to GGUF read and transformers does not save
+        if vocabulary := _file_of(parts.base, "tokenizer.model"):
+            shutil.copyfile(vocabulary, part / "tokenizer.model")
+        if args.modelfile:
+            write_modelfile(part, template, tokenizer, model.generation_config.eos_token_id)
+        found = template.name if template else "auto" if tokenizer.chat_template else None
+        _write_settings(parts, part, args.template_name or _trained_template(parts) or found)
+        merged, model = merged._replace(model=None), None  # frees the memory for the saved one
+        compared = compare_saved(part, merged, parts.last(), args.trust_remote_code)
+        _write_merge_record(parts, part, dtype)
+    logger.info("the merged files against base and adapter: {}", compared)
+    return folder
+
+
+def _tokenizer_folder(parts: Parts) -> str:
+    """The folder to load the tokenizer from: the last adapter's if it has one, else the base's."""
+    has_one = (Path(parts.last()) / "tokenizer_config.json").is_file() or not parts.adapters
+    return parts.last() if has_one else parts.base
+
+
+def _template(args: MergeArgs, tokenizer, parts: Parts):
+    """The model's chat format as a Template; None if its Jinja template has no such form.
+
+    Raises:
+        UserError: there is none, and `--modelfile` needs it.
+    """
+    if args.template_name and args.template_name != "auto":
+        return get_template(args.template_name, tokenizer)
+    template = template_in(tokenizer, _trained_template(parts))
+    if args.modelfile and template is None:
+        has = "cannot be written in Go's syntax" if tokenizer.chat_template else "is not saved with it"
+        raise UserError(
+            f"--modelfile true: the chat format of --model_path {args.model_path!r} {has} (it may print a date, leave "
+            "out earlier thinking, or have no special token before a turn). Give a registered format that the model "
+            "was trained on as --template_name, or leave --modelfile out: convert_hf_to_gguf.py of llama.cpp reads the "
+            "format as it is"
+        )
+    return template
+
+
+def _trained_template(parts: Parts) -> str | None:
+    return read_run_note(parts.last(), "common").get("template_name")
+
+
+def _generation_config(parts: Parts, model):
+    """The run's generation config with its stop tokens, or else the base's."""
+    from transformers import GenerationConfig
+
+    if (Path(parts.last()) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(parts.last())
+    return model.generation_config
+
+
+def _file_of(model: str, name: str) -> str | None:
+    """The path of a file of a model, in its folder or in the Hub's cache; None if there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(model, name, local_files_only=True)
+    except OSError:
+        return None
+
+
+def _write_settings(parts: Parts, folder: Path, template_name: str | None) -> None:
+    """Writes the last run's settings: a training that starts from the merged model takes its chat format from them."""
+    file = Path(parts.last()) / RECORD_FILE
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"common": {}}
+    if template_name:
+        values["common"]["template_name"] = template_name
+    write_json(folder / RECORD_FILE, values)
+
+
+def _write_merge_record(parts: Parts, folder: Path, dtype: str) -> None:
+    """Writes the record of the merge: base, adapters and files. It is written last."""
+    adapters = [{"path": path, "sha256": sha256_of(f"{path}/adapter_model.safetensors")} for path in parts.adapters]
+    write_json(
+        folder / MERGED,
+        {
+            "base": {"path": parts.base, "fingerprint": weights_fingerprint(parts.base)},
+            "adapters": adapters,
+            "dtype": dtype,
+            "fingerprint": weights_fingerprint(folder),
+            "files": {name: size for name, size in files_in(folder).items() if not name.startswith(".")},
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        },
     )
-    if needed > free:
-        return [
-            f"{flag} needs about {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; make room, give a "
-            "folder on another disk, or a smaller --dtype"
-        ]
-    return []
+
+
+def add_modelfile(args: MergeArgs, parts: Parts) -> Path:
+    """Writes a Modelfile into a folder of full weights; returns the folder."""
+    folder = Path(parts.base)
+    tokenizer = load_tokenizer(parts.base, args.trust_remote_code, flag="--model_path")
+    file = folder / "generation_config.json"
+    stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    write_modelfile(folder, _template(args, tokenizer, parts), tokenizer, stops)
+    record = read_merged(folder)
+    if isinstance(record.get("files"), dict):
+        changed = (NAME, "tokenizer_config.json")
+        record["files"] |= {name: size for name, size in files_in(folder).items() if name in changed}
+        write_json(folder / MERGED, record)
+    if list(folder.glob("*/model*.safetensors")):
+        logger.warning(
+            "ollama create also reads weights in subfolders of {}; move its checkpoints elsewhere first", folder
+        )
+    return folder

@@ -1,15 +1,14 @@
-"""A Modelfile: what `ollama create` needs to make a model of a folder that speaks as it was trained.
+"""Writes a Modelfile, from which `ollama create` makes a model that uses the chat format it was trained on.
 
-    FROM .                        the folder the file lies in
+    FROM .                        the folder of the file
     TEMPLATE \"""…\"""              the chat format in Go's syntax, from `utils.template.go`
-    SYSTEM \"""…\"""                the system message of a conversation that brings none
-    PARAMETER stop "<|im_end|>"   what ends an answer
+    SYSTEM \"""…\"""                the system message of conversations without one
+    PARAMETER stop "<|im_end|>"   a stop token of an answer
 
-Whoever tokenises a prompt for a GGUF file, Ollama or llama.cpp, sets the BOS token before it where the file's
-`tokenizer.ggml.add_bos_token` says so, and both converters take that from `add_bos_token` in tokenizer_config.json.
-transformers neither reads nor writes that key where there is a tokenizer.json. So it is written here as what was
-trained: true where a rendering begins with the BOS token, which TEMPLATE then leaves out, and false elsewhere, also
-where that token opens every turn.
+With a GGUF file, Ollama and llama.cpp put the BOS token before a prompt if `tokenizer.ggml.add_bos_token` is true, and
+both converters take that from `add_bos_token` in tokenizer_config.json, which transformers neither reads nor writes
+beside a tokenizer.json. So it is written here: true if the chat format begins with the BOS token, which TEMPLATE then
+leaves out; false otherwise, also if that token opens every turn.
 """
 
 import json
@@ -30,7 +29,7 @@ _PROBES = [
         {"role": "assistant", "content": " Yo "},
         {"role": "user", "content": "And {{ so }}?"},
     ],
-    # a template that leaves out earlier thinking is another in its second turn
+    # some templates leave out the thinking of earlier turns
     [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYo"},
@@ -41,14 +40,14 @@ NAME = "Modelfile"
 
 
 def template_in(tokenizer, likely: str | None = None) -> Template | None:
-    """The template that renders as a tokenizer's own chat template does: a registered one, or one read from it.
+    """The Template that renders as a tokenizer's chat template does: a registered one, or one derived from it.
 
     Args:
         tokenizer: with or without a chat template.
         likely: the name to try first.
 
     Returns:
-        None where there is no such template: Jinja is a language, and has no translation to Go's in general.
+        None if there is no such template, as Jinja cannot be translated in general.
     """
     wanted = [_own_rendering(tokenizer, messages) for messages in _PROBES] if tokenizer.chat_template else []
     if not any(wanted):
@@ -64,7 +63,7 @@ def _candidates(tokenizer, likely: str | None) -> Iterator[Template]:
         try:
             yield get_template(name, tokenizer)
         except UserError:
-            continue  # made for a tokenizer with other tokens
+            continue  # for a tokenizer with other tokens
     if derived := derive_template(tokenizer):
         yield derived
         yield replace(derived, strip=True)
@@ -73,7 +72,7 @@ def _candidates(tokenizer, likely: str | None) -> Iterator[Template]:
 def _own_rendering(tokenizer, messages: list[dict]) -> str | None:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # Jinja's own, or whatever the template's code runs into
+    except Exception:  # the template's code can raise anything
         return None
 
 
@@ -85,10 +84,9 @@ def _rendering(template: Template, messages: list[dict]) -> str | None:
 
 
 def leading_bos(template: Template, tokenizer) -> str:
-    """The BOS token that the program which tokenises is to set, since every prompt begins with it; else an empty text.
+    """The BOS token if every prompt begins with it, so that the tokenising program is to set it; else an empty string.
 
-    Where it opens every turn, as `<|im_start|>` does in SmolLM2, it is a part of the turns and stays in their text: a
-    conversation may begin with any of them.
+    If it opens every turn, as `<|im_start|>` does in SmolLM2, it belongs to the turns and stays in TEMPLATE.
     """
     bos = tokenizer.bos_token or ""
     if bos and not template.bos and any((form or "").startswith(bos) for form in (template.system, template.assistant)):
@@ -100,20 +98,20 @@ def modelfile(template: Template, tokenizer, stop_ids: int | list[int] | None) -
     """The text of a Modelfile.
 
     Args:
-        template: the format that was trained, with the tokenizer's tokens in it.
-        tokenizer: names the tokens.
-        stop_ids: what generation ends with, the `eos_token_id` of generation_config.json.
+        template: the chat format, with the tokenizer's tokens in it.
+        tokenizer: the model's.
+        stop_ids: `eos_token_id` of generation_config.json.
     """
     added = leading_bos(template, tokenizer)
     lines = [f"# {template.name}: {template.source}", "FROM .", ""]
     lines += [f'TEMPLATE """{to_go(template, added)}"""', ""]
     system = template.default_system
-    # without a SYSTEM the template says its default by itself; with one, /show and the like know it
+    # TEMPLATE contains the default system message as well; with SYSTEM, /show prints it
     if system and '"""' not in system and all(char.isprintable() or char == "\n" for char in system):
         lines += [f'SYSTEM """{system}"""', ""]
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
     stops = [template.stop_token(), *tokenizer.convert_ids_to_tokens(stop_ids)]
-    # Ollama's parser takes no escapes and drops what is not printed
+    # Ollama's parser knows no escapes and drops characters that are not printable
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop and stop.isprintable()]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""A trained model, loaded again: prompts → answers, and a conversation in the terminal.
+"""Inference with a trained model: answers to the rows of files, and a chat in the terminal.
 
-In reading order: load, prompts, generate, answer_file, chat.
+In reading order: load, generate, prompts, answer_rows, answer_file, chat.
 """

@@ -1,4 +1,4 @@
-"""A file of answers that is written as they come, and gone on with after a kill."""
+"""A file of answers that is written as they come, and continued after an interruption."""
 
 import fcntl
 import json
@@ -14,14 +14,14 @@ _BEGIN = b'{"settings": '
 
 
 def partial_of(path: str) -> Path:
-    """Where the answers stand until all are there."""
+    """The file that holds the answers until all of them are written."""
     return Path(f"{path}.partial")
 
 
 def check_output(path: str, overwrite: bool) -> list[str]:
-    """The problems of a file that answers are to be written into."""
+    """The problems of `--output`, a file to write answers into."""
     if Path(path).suffix != ".jsonl":
-        return [f"--output {path!r} is not a .jsonl file, and it will be one; give such a name"]
+        return [f"--output {path!r} does not end in .jsonl, the format it is written in; give such a name"]
     if Path(path).is_dir():
         return [f"--output {path!r} is a folder; give a file"]
     if Path(path).exists() and not overwrite and not partial_of(path).exists():
@@ -34,22 +34,22 @@ def _exists(path: str) -> str:
 
 
 class AnswerFile:
-    """Answers to numbered rows, in the order they come, and at the end in the order of the rows.
+    """Answers to numbered rows, appended as they come and sorted by row at the end.
 
-    Until all are there they stand in `<path>.partial`: a first line that says what they were made with, then a line
-    for each answer. A second start finds them. At the end they are sorted into `path`, which is whole or not there.
+    They are appended to `<path>.partial`, whose first line holds the settings they were made with; a later start
+    continues that file. When all are written they are sorted into `path`, by an atomic rename.
 
     Args:
         path: the finished file.
-        settings: what all its answers must have in common, by the names that a user knows; values that JSON holds.
-        wanted: the numbers of the rows that are to be answered.
-        overwrite: whether a finished file, or an unfinished one of other settings, may go.
+        settings: what all answers must have in common: name for messages → JSON value.
+        wanted: the numbers of the rows to answer.
+        overwrite: whether to replace a finished file, or an unfinished one of other settings.
 
     Attributes:
-        done: the numbers of the rows that are answered.
+        done: the numbers of the rows already answered.
 
     Raises:
-        UserError: another process writes it, it is finished already, or was begun with other settings.
+        UserError: another process is writing it, it exists already, or it was started with other settings.
     """
 
     def __init__(self, path: str, settings: dict, wanted: set[int], overwrite: bool = False):
@@ -63,7 +63,9 @@ class AnswerFile:
             raise UserError(f"--output {path!r} cannot be written: {error.strerror}; give another file") from error
         try:
             self._begin(settings, overwrite)
-            if self.path.exists() and not overwrite and wanted - self.done:  # else: killed right before its end
+            if (
+                self.path.exists() and not overwrite and wanted - self.done
+            ):  # if none is missing, it was killed before the rename
                 raise UserError(_exists(path))
         except BaseException:
             self.close()
@@ -73,14 +75,16 @@ class AnswerFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{str(self.partial)!r} is being written by another process; wait, or end it") from None
+            raise UserError(
+                f"{str(self.partial)!r} is being written by another process; wait for it, or stop it"
+            ) from None
         self._refuse_foreign(overwrite)
         before, answers, size = self._read()
         if before is not None and before != settings:
             if not overwrite:
                 raise UserError(
-                    f"{str(self.partial)!r} was begun with other settings: {differences(before, settings)}. "
-                    "Give what it was begun with to go on, another --output, or --overwrite true to begin anew"
+                    f"{str(self.partial)!r} was started with other settings: {differences(before, settings)}. "
+                    "Give the same ones to continue it, another --output, or --overwrite true to start anew"
                 )
             before = None
         if before is None:
@@ -88,13 +92,13 @@ class AnswerFile:
             self._write({"settings": settings})
         else:
             if size < os.fstat(self._file.fileno()).st_size:
-                logger.warning("{}: a line that was not written to its end is cut off", self.partial)
+                logger.warning("{}: an incomplete last line is removed", self.partial)
                 self._file.truncate(size)
             self.done = answers
-            logger.info("{}: {:,} answers are there; going on", self.partial, len(answers))
+            logger.info("{}: continuing after {:,} answers", self.partial, len(answers))
 
     def _read(self) -> tuple[dict | None, set[int], int]:
-        """The settings, the numbers of the answers, and how many bytes are whole lines."""
+        """The settings, the numbers of the answered rows, and the length of the complete lines in bytes."""
         self._file.seek(0)
         settings, numbers, size = None, set(), 0
         for line in self._file:
@@ -115,10 +119,10 @@ class AnswerFile:
         self._file.seek(0)
         begin = self._file.read(len(_BEGIN))
         if not _BEGIN.startswith(begin) and not overwrite:
-            raise UserError(f"{str(self.partial)!r} is none of this command's; move it, or give --overwrite true")
+            raise UserError(f"{str(self.partial)!r} was not written by infer; move it, or give --overwrite true")
 
     def write(self, number: int, row: dict) -> None:
-        """Adds the answer to a row; a process that is killed afterwards has not lost it."""
+        """Appends the answer to a row, and flushes it, so that it survives a kill of the process."""
         self._write({"number": number, "row": row})
         self.done.add(number)
 
@@ -127,7 +131,7 @@ class AnswerFile:
             self._file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
             self._file.flush()
         except OSError as error:
-            raise self._full(error) from error
+            raise self._write_failed(error) from error
 
     def finish(self) -> None:
         """Sorts the answers into the finished file."""
@@ -138,17 +142,18 @@ class AnswerFile:
             with replace_file(self.path) as part, part.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry["row"], ensure_ascii=False) + "\n" for entry in entries)
         except OSError as error:
-            raise self._full(error) from error
+            raise self._write_failed(error) from error
         self.partial.unlink()
         self.close()
 
     def close(self) -> None:
-        """Leaves the file for a later start."""
+        """Closes the file; a later start can continue it."""
         self._file.close()
 
-    def _full(self, error: OSError) -> UserError:
+    def _write_failed(self, error: OSError) -> UserError:
         return UserError(
-            f"--output {str(self.path)!r} cannot be written: {error.strerror}. Make room; the same command then goes on"
+            f"--output {str(self.path)!r} cannot be written: {error.strerror}. Free some space; "
+            "the same command then continues"
         )
 
 

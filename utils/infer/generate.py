@@ -1,4 +1,4 @@
-"""Answers of a model: how its tokens are chosen, and many prompts at once."""
+"""Generates answers: encodes conversations, batches prompts, and samples each row with its own seed."""
 
 import json
 import math
@@ -23,18 +23,18 @@ from utils.template.tokenize import (
 class GenerateArgs:
     """Flags of generation, named as in transformers' `generate`."""
 
-    max_new_tokens: int = arg(512, "The longest answer in tokens.")
-    do_sample: bool = arg(False, "Sample instead of taking the likeliest token each time.")
-    temperature: float = arg(0.7, "With --do_sample: below 1 sharper, above 1 flatter.")
-    top_p: float = arg(0.9, "With --do_sample: only the likeliest tokens with this share of the probability.")
-    top_k: int = arg(0, "With --do_sample: only so many of the likeliest tokens; 0 for all.")
-    repetition_penalty: float = arg(1.0, "Above 1: tokens that stand already become less likely.")
-    num_beams: int = arg(1, "Beams of a beam search; 1 for none.")
+    max_new_tokens: int = arg(512, "The largest number of tokens of an answer.")
+    do_sample: bool = arg(False, "Sample instead of greedy decoding.")
+    temperature: float = arg(0.7, "With --do_sample: below 1 makes likely tokens likelier, above 1 less likely.")
+    top_p: float = arg(0.9, "With --do_sample: sample from the likeliest tokens that together have this probability.")
+    top_k: int = arg(0, "With --do_sample: sample from so many of the likeliest tokens; 0 for all.")
+    repetition_penalty: float = arg(1.0, "Above 1 makes tokens that already occur less likely.")
+    num_beams: int = arg(1, "The number of beams of a beam search; 1 for none.")
     seed: int = arg(42, "With --do_sample: the same seed gives the same answers.")
 
 
 def check_generate(args: GenerateArgs) -> list[str]:
-    """The problems of the figures."""
+    """The problems of the generation flags."""
     allowed = {
         "max_new_tokens": (args.max_new_tokens >= 1, "a whole number of at least 1"),
         "temperature": (0 < args.temperature < math.inf, "a number above 0, or --do_sample false"),
@@ -55,12 +55,12 @@ def check_generate(args: GenerateArgs) -> list[str]:
 
 
 def context_of(config) -> int | None:
-    """How many tokens a model can see, by its configuration; None where that does not say."""
+    """The context length in the model's configuration, in tokens; None if it has none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def room_for(model, prompt: list[int], args: GenerateArgs) -> int:
-    """How many tokens an answer may have: `--max_new_tokens`, or fewer where the model's context ends before."""
+    """The largest length of an answer: `--max_new_tokens`, or what is left of the model's context."""
     context = context_of(model.config)
     return args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(prompt))
 
@@ -68,16 +68,16 @@ def room_for(model, prompt: list[int], args: GenerateArgs) -> int:
 def prompt_ids(
     model, tokenizer, messages: list[dict], tools: list | None = None, allow_special: bool = False
 ) -> list[int]:
-    """The token ids a conversation is answered from, in the format the tokenizer was saved with.
+    """The token ids of a conversation with the prompt for its answer, by the tokenizer's chat template.
 
-    As in training, a special token's text within a message stays plain text.
+    As in training, the text of a special token within a message is encoded as plain text.
 
     Args:
-        model: the model, or anything else with its `config`.
+        model: the model, or another object with its `config`.
         tokenizer: has a chat template.
         messages: the conversation, the question last.
         tools: descriptions of tools.
-        allow_special: whether such a text becomes the token, as `--allow_special_tokens_in_content` trains it.
+        allow_special: whether it is encoded as the token, as with `--allow_special_tokens_in_content true` in training.
 
     Raises:
         UserError: the format refuses the conversation, or it fills the model's context.
@@ -85,9 +85,9 @@ def prompt_ids(
     from jinja2 import TemplateError
 
     form = tokenizer.get_chat_template(tools=tools)
-    for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in message for message in messages))):
-        if there and name not in form:
-            raise UserError(f"the model's chat format has no form for {name}; leave them out, or use another model")
+    for name, given in (("tools", tools), ("tool_calls", any("tool_calls" in message for message in messages))):
+        if given and name not in form:
+            raise UserError(f"the model's chat format does not support {name}; leave them out, or use another model")
     mark = None
     if not allow_special:
         mark, breaks = (
@@ -97,7 +97,7 @@ def prompt_ids(
         messages, tools = escape_messages(messages, breaks, mark), escape_special_tokens(tools, breaks.others, mark)
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:  # tools of another shape than the format reads
+    except (TemplateError, TypeError, ValueError) as error:  # such as tools with other keys than the template reads
         raise UserError(f"the model's chat format refuses the conversation: {error}") from error
     ids = encode_segments([[Segment(text)]], tokenizer, allow_special=True, escape_chars=[mark])[0]["input_ids"]
     context = context_of(model.config)
@@ -111,20 +111,20 @@ def answer_all(
 ) -> Iterator[tuple[int, str]]:
     """Answers many prompts, in batches of similar length, the longest first, padded on the left.
 
-    Each prompt gets the answer it would get alone: under greedy decoding and beam search, and with `do_sample` too,
-    where each prompt draws its own random numbers, from `args.seed` and its number. In float32, that is: a bfloat16
-    sum depends on the batch, and the likeliest of two near-equal tokens with it.
+    In float32 an answer does not depend on the other prompts of its batch, also with `do_sample`: each prompt has its
+    own random numbers, from `args.seed` and its number. In bfloat16 rounding depends on the batch, and may change
+    which of two nearly equal tokens is the likeliest.
 
     Args:
         model: in evaluation mode.
         tokenizer: has a pad token.
         prompts: token ids, from `prompt_ids`.
         args: how tokens are chosen.
-        batch_size: the most prompts that are answered at once.
-        seeds: a number for each prompt, which its random numbers depend on. Default: its place in `prompts`.
+        batch_size: the largest number of prompts answered at once.
+        seeds: a number for each prompt, to seed its random numbers. Default: its index in `prompts`.
 
     Yields:
-        (place in `prompts`, answer without special tokens), as each batch is done.
+        (index in `prompts`, answer without special tokens), batch by batch.
 
     Raises:
         UserError: a batch does not fit the device's memory.
@@ -137,12 +137,12 @@ def answer_all(
 
 
 def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: int) -> Iterator[list[int]]:
-    """Places of prompts that can be answered together: all of a batch may have equally long answers."""
+    """Indices of prompts that can be answered together: all of a batch have the same limit on the answer's length."""
     alike = depends_on_length(model.config.get_text_config())
     batch: list[int] = []
     kind = None
     for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
-        # near the end of the context every length has its own room, and none may go beyond it
+        # near the end of the context, longer prompts leave room for shorter answers
         kind, before = (room_for(model, prompts[place], args), len(prompts[place]) if alike else 0), kind
         if batch and (len(batch) == batch_size or kind != before):
             yield batch
@@ -155,7 +155,7 @@ def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: in
 def generate_ids(
     model, tokenizer, prompts: list[list[int]], args: GenerateArgs, seeds: list[int], streamer=None
 ) -> list[list[int]]:
-    """Answers prompts that all have the same room, at once.
+    """Answers prompts of one batch, all with the same limit on the answer's length.
 
     Args:
         model: in evaluation mode.
@@ -166,10 +166,10 @@ def generate_ids(
         streamer: transformers' TextStreamer, for one prompt.
 
     Returns:
-        for each prompt the ids of its answer, with the stop token where it came to one, and padding after that.
+        for each prompt the ids of its answer: with its stop token if there is one, then padding.
 
     Raises:
-        UserError: it does not fit the device's memory.
+        UserError: the batch does not fit the device's memory.
     """
     import torch
 
@@ -190,15 +190,15 @@ def generate_ids(
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
-    """An answer as it was trained: without special tokens, and with every space."""
+    """Decodes an answer without special tokens, keeping every space."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _options(model, args: GenerateArgs, seeds: list[int], padding: list[int]) -> dict:
-    """The flags as `generate` takes them.
+    """The flags as keyword arguments of `generate`.
 
-    Sampling is the likeliest token after random noise: the largest of logit + Gumbel noise is a draw from the
-    softmax (Gumbel 1954), and so each row can have noise of its own.
+    Sampling is done by the Gumbel-max trick (Gumbel 1954): the argmax of logits + Gumbel noise is a sample from their
+    softmax. So each row can have its own noise, whatever batch it is in.
     """
     import torch
     from transformers import (
@@ -211,7 +211,7 @@ def _options(model, args: GenerateArgs, seeds: list[int], padding: list[int]) ->
 
     steps = LogitsProcessorList()
     if args.repetition_penalty != 1:
-        # told where the padding ends: its token would count as one that stands already
+        # padding must not count as tokens that already occur
         ignored = torch.tensor(padding).repeat_interleave(args.num_beams)
         steps.append(RepetitionPenaltyLogitsProcessor(args.repetition_penalty, prompt_ignore_length=ignored))
     if args.do_sample:
@@ -225,12 +225,12 @@ def _options(model, args: GenerateArgs, seeds: list[int], padding: list[int]) ->
 
 
 class _Noise:
-    """Adds Gumbel noise to logits, each row from a generator of its own.
+    """A logits processor that adds Gumbel noise, each row with its own generator.
 
     Args:
-        seed: of all rows.
-        numbers: of each row.
-        device: where the logits are.
+        seed: shared by all rows.
+        numbers: one for each row.
+        device: that of the logits.
     """
 
     def __init__(self, seed: int, numbers: list[int], device):

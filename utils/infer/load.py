@@ -1,4 +1,4 @@
-"""What a training left behind, loaded again: a run's folder, a base model, or a base with adapters on top."""
+"""Loads models for inference: a run's folder, a base model, or a base with adapters."""
 
 import json
 from dataclasses import dataclass
@@ -25,77 +25,98 @@ from utils.template.auto import chat_templates_of
 
 @dataclass
 class TrainedArgs:
-    """The flags that say which model; commands add their own."""
+    """The flags that name a model; commands add their own."""
 
-    model_path: str | None = arg(None, "A run's folder (adapter or full), or a base model.")
-    adapter: str | None = arg(None, "Adapters on top of it, separated by commas, in the order they were trained.")
-    base_model: str | None = arg(None, "Where an adapter's base lies now, if not where the adapter says.")
+    model_path: str | None = arg(None, "A run's folder, with an adapter or full weights, or a base model.")
+    adapter: str | None = arg(None, "More adapters on top of it, separated by commas, in the order they were trained.")
+    base_model: str | None = arg(None, "The base of the adapter. Default: the one that the adapter names.")
     template_name: str | None = arg(None, "The chat format of a base model. Default: the one saved with the model.")
-    allow_other_base: bool = arg(False, "Load an adapter onto a base that is not the one it was trained on.")
+    allow_other_base: bool = arg(False, "Load an adapter on another base than it was trained on.")
     trust_remote_code: bool = arg(False, "Run Python code that comes with the model.")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A base and the adapters that go on top of it, first trained first."""
+    """A base and the adapters on top of it, in the order they were trained."""
 
     base: str
     adapters: tuple[str, ...]
 
     def last(self) -> str:
-        """The folder that was trained last: its tokenizer and chat format are the model's."""
+        """The folder that was trained last, whose tokenizer and chat format are used."""
         return self.adapters[-1] if self.adapters else self.base
 
 
-def check_trained(args: TrainedArgs) -> tuple[Parts | None, list[str]]:
-    """Finds the base and the adapters that the flags mean, and whether they belong together.
+def check_trained(args: TrainedArgs) -> tuple[Parts | None, list]:
+    """Finds the base and the adapters that the flags name, and checks that they belong together.
 
     Returns:
-        the parts, None where they cannot be told; and the problems.
+        the parts, None if they cannot be found; and the problems.
     """
     if args.template_name not in (None, "auto", *template_dict):
         return None, [unknown_template(args.template_name)]
     if not args.model_path:
         return None, ["--model_path is missing; give a run's folder, such as output/sft-…, or a base model"]
-    given = [("--adapter", path.strip()) for path in (args.adapter or "").split(",") if path.strip()]
-    problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
-    whole = [str(folder) for folder in checkpoints_of(Path(args.model_path)) if read_manifest(folder)]
-    if problems and whole:
-        problems = [f"--model_path {args.model_path!r} is a run that has not ended; give its checkpoint {whole[-1]!r}"]
-    for flag, path in given:
-        if not _is_adapter(path):
-            problems.append(f"{flag} {path!r} has no adapter_config.json; give the folder of a run that has an adapter")
-    if problems:
+    adapters = [path.strip() for path in (args.adapter or "").split(",") if path.strip()]
+    if problems := _check_given(args, adapters):
         return None, problems
-    chain, base = [path for _, path in given], args.model_path
+    base, chain, problem = _follow_adapters(args.model_path, adapters)
+    if problem:
+        return None, [problem]
+    if args.base_model:
+        if not chain:
+            return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has full weights"]
+        base = args.base_model
+        problems = check_model_path("--base_model", base, args.trust_remote_code)
+    elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+        problems = [f"{chain[0]!r} was trained on {base!r}, which does not exist; give its new path as --base_model"]
+    problems += _check_weights(args, base, chain)
+    if not problems and not args.allow_other_base:
+        problems = _check_base(base, chain)
+    return Parts(base, tuple(chain)), problems
+
+
+def _check_given(args: TrainedArgs, adapters: list[str]) -> list:
+    """The problems of `--model_path` and `--adapter`, each by itself."""
+    problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    complete = [str(folder) for folder in checkpoints_of(Path(args.model_path)) if read_manifest(folder)]
+    if problems and complete:
+        problems = [
+            f"--model_path {args.model_path!r} is a run that has not finished; give its checkpoint {complete[-1]!r}"
+        ]
+    return problems + [
+        f"--adapter {path!r} has no adapter_config.json; give the folder of a run that has an adapter"
+        for path in adapters
+        if not _is_adapter(path)
+    ]
+
+
+def _follow_adapters(model_path: str, adapters: list[str]) -> tuple[str, list[str], str | None]:
+    """Follows the base that each adapter names: the base without an adapter, all adapters on it, and a problem."""
+    chain, base = list(adapters), model_path
     while _is_adapter(base):
         chain.insert(0, base)
         recorded, problem = _recorded_base(base)
         if problem:
-            return None, [problem]
+            return base, chain, problem
         base = project_path(recorded)
         if base in chain:
-            return None, [
-                f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"
-            ]
-    if args.base_model:
-        if not chain:
-            return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has whole weights"]
-        base = args.base_model
-        problems = check_model_path("--base_model", base, args.trust_remote_code)
-    elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
-        problems = [f"{chain[0]!r} was trained on {base!r}, which is not there; give its new place as --base_model"]
-    for folder in chain:
-        if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
-            problems.append(
-                f"{folder!r} has no adapter_model.safetensors. Other weight files can run code when they are read and "
-                "are not loaded; save the adapter with save_pretrained(...) of PEFT"
-            )
-    for folder in (base, *chain):
+            problem = f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"
+            return base, chain, problem
+    return base, chain, None
+
+
+def _check_weights(args: TrainedArgs, base: str, adapters: list[str]) -> list:
+    """The problems of the weight files: each folder must have safetensors that can be read."""
+    problems: list = [
+        f"{folder!r} has no adapter_model.safetensors. Other weight files can run code when they are read and "
+        "are not loaded; save the adapter with save_pretrained(...) of PEFT"
+        for folder in adapters
+        if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file()
+    ]
+    for folder in (base, *adapters):
         problems += check_weight_files(f"--model_path {args.model_path!r}", folder) if Path(folder).is_dir() else []
-    if not problems and not args.allow_other_base:
-        problems = _check_base(base, chain)
-    return Parts(base, tuple(chain)), problems
+    return problems
 
 
 def _is_adapter(path: str) -> bool:
@@ -110,17 +131,17 @@ def _recorded_base(adapter: str) -> tuple[str, str | None]:
 
 
 def base_of_run(folder: str) -> dict:
-    """What a run noted of its base, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
+    """The base in a run's record, `{"path": …, "fingerprint": …}`; empty for an adapter from elsewhere."""
     return read_run_note(folder, "base")
 
 
 def allows_special(parts: Parts) -> bool:
-    """Whether the run was trained with special tokens in what messages say."""
+    """Whether the run was trained with `--allow_special_tokens_in_content true`."""
     return bool(read_run_note(parts.last(), "common").get("allow_special_tokens_in_content"))
 
 
 def _check_base(base: str, adapters: list[str]) -> list[str]:
-    """An adapter fits only the weights it was trained on; on others of the same shape it loads without a word."""
+    """Refuses a base that an adapter was not trained on: other weights of its shapes would load all the same."""
     now = weights_fingerprint(base) if adapters else None
     problems = []
     for adapter in adapters:
@@ -130,27 +151,27 @@ def _check_base(base: str, adapters: list[str]) -> list[str]:
                 f"{adapter!r} was trained on {trained_on['path']!r} with the weights {trained_on['fingerprint']}, and "
                 f"{base!r} has {now}; give the base it was trained on as --base_model, or --allow_other_base true"
             )
-            break  # adapters after it were trained on more than the base alone
+            break  # later adapters were trained on the base with earlier ones
         if len(adapters) > 1:
             break
     return problems
 
 
 def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
-    """Loads base and adapters for generation, on the GPU where there is one.
+    """Loads base and adapters for generation, on the GPU if there is one.
 
-    All adapters but the last are merged, as they were when the last one was trained.
+    All adapters but the last are merged, as in the training of the last one.
 
     Args:
         args: the flags, for the messages.
         parts: from `check_trained`.
-        dtype: of the weights; "auto" is the one they are saved in.
+        dtype: of the weights; "auto" is that of the files.
 
     Returns:
         transformers.PreTrainedModel or peft.PeftModel, in evaluation mode.
 
     Raises:
-        UserError: there is no such model, or the adapter does not fit it.
+        UserError: the model cannot be loaded, or the adapter does not fit it.
     """
     import_peft()
     import torch
@@ -162,20 +183,20 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     except Exception as error:  # the hub, the file system and the model code each raise their own
         flag = "--base_model" if args.base_model else "--model_path"
         raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
-    use_row_rope(model)  # likelihoods of several choices go through the model in one batch
+    use_row_rope(model)  # rows of different lengths are computed in one batch
     leave_router_logits_out(model)
     model = _with_adapters(model, parts.adapters) if parts.adapters else model
     if parts.adapters and (Path(parts.last()) / "generation_config.json").is_file():
-        # the run's own stop tokens, not the base's
+        # stop tokens of the run, not of the base
         model.generation_config = GenerationConfig.from_pretrained(parts.last())
     if getattr(model, "is_loaded_in_4bit", False):
-        keep_quantised_weights(model)  # the adapter was trained on them as they are
+        keep_quantised_weights(model)  # the adapter was trained on the 4-bit weights
         return model.eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _with_adapters(model, paths: tuple[str, ...]):
-    """The model under the last adapter; those before it are merged, and rounded once, after the last of them."""
+    """Merges all adapters but the last, rounding once at the end, and attaches the last."""
     flag, types = "--adapter or --model_path", types_of(model)
     for number, path in enumerate(paths[:-1], start=2):
         model = merge_onto(model, path, flag, types if number == len(paths) else None).model
@@ -183,32 +204,32 @@ def _with_adapters(model, paths: tuple[str, ...]):
 
 
 def load_for_inference(args: TrainedArgs, parts: Parts, dtype="auto", tokenizer=None):
-    """Loads a model and a tokenizer that speak the format they were trained in.
+    """Loads a model and its tokenizer with the chat format it was trained on.
 
     Args:
         args: the flags, for the messages.
         parts: from `check_trained`.
-        dtype: of the weights; "auto" is the one they are saved in.
-        tokenizer: from `load_format`, where it is loaded already.
+        dtype: of the weights; "auto" is that of the files.
+        tokenizer: from `load_format`, if it is loaded already.
 
     Returns:
-        (model, tokenizer); the tokenizer has a chat template and pads on the left, the model stops at its eos token.
+        (model, tokenizer): the tokenizer has a chat template and pads on the left, the model stops at its EOS token.
 
     Raises:
-        UserError: they cannot be loaded, or have no chat format.
+        UserError: they cannot be loaded, or there is no chat format.
     """
     tokenizer = tokenizer or load_format(args, parts)
     model = load_trained(args, parts, dtype)
     if tokenizer.eos_token_id is not None:
-        stop_at_eos(model, tokenizer)  # an adapter from elsewhere brings no generation_config.json
+        stop_at_eos(model, tokenizer)  # adapters from elsewhere have no generation_config.json
     return model, tokenizer
 
 
 def load_format(args: TrainedArgs, parts: Parts):
-    """Loads the tokenizer alone, with the chat format that the model was trained in, or that the flags name.
+    """Loads the tokenizer alone, with the chat format of `--template_name` or the one saved with the model.
 
     Raises:
-        UserError: it cannot be loaded, or has no chat format.
+        UserError: it cannot be loaded, or there is no chat format.
     """
     from utils.runtime.log import route_library_logs
 
@@ -227,5 +248,5 @@ def load_format(args: TrainedArgs, parts: Parts):
         apply_chat_format(tokenizer, get_template(args.template_name, tokenizer))
     else:
         chat_templates_of(tokenizer)  # refused where none of several is the default
-    tokenizer.padding_side = "left"  # the answer goes on where the prompt ends
+    tokenizer.padding_side = "left"  # generation continues at the end of the prompt
     return tokenizer

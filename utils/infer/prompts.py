@@ -1,4 +1,4 @@
-"""Rows → prompts to answer: any format that is trained on, with or without its answer."""
+"""Reads rows as prompts: any row format that can be trained on, with or without an answer."""
 
 import json
 from dataclasses import dataclass
@@ -29,13 +29,14 @@ PROMPT_FORMATS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, and where it stands.
+    """A conversation to answer, with its origin.
 
     Attributes:
-        file: the file it came from; `line` the line in it, or the number of the row.
+        file: the file it was read from.
+        line: the line in it, or the number of the row in a table.
         messages: the conversation up to the answer; the last turn is the user's or a tool's.
         tools: descriptions of tools, if the row has any.
-        reference: the answer that the row brings, if it brings one.
+        reference: the answer in the row, if there is one.
     """
 
     file: str
@@ -53,7 +54,7 @@ def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[Problem]]:
         flag: the flag's name, for the messages.
 
     Returns:
-        the prompts in the order of files and lines; and what is wrong with each other row, `"rows.jsonl:3 has …"`.
+        the prompts in the order of files and lines, and a problem for each other row, `"rows.jsonl:3 has …"`.
 
     Raises:
         UserError: a file is missing, or cannot be read to its end.
@@ -77,19 +78,19 @@ def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[Problem]]:
 
 
 def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
-    """Reads one row: the turns up to the answer, the tools, and the answer it brings.
+    """Reads one row: the messages up to the answer, the tools, and the answer.
 
     `{"instruction": "Hi", "output": "Hello"}` → `([{"role": "user", "content": "Hi"}], None, "Hello")`
 
-    The answer is the last turn where that is the assistant's, the output, or what is chosen of a pair; a field
-    `reference` goes before them.
+    The answer is the field `reference`, or else the last turn if it is the assistant's, the output, or the
+    chosen answer of a preference pair.
 
     Raises:
-        BadRow: there is nothing to answer, or a field holds something other than text.
+        BadRow: there is nothing to answer, or a field does not hold text.
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
-    row = {name: value for name, value in row.items() if value is not None}  # a table has every column in every row
+    row = {name: value for name, value in row.items() if value is not None}  # tables have every column in every row
     check_fields(row, "prompt", [])
     messages, answer = _read(row)
     if not messages:
@@ -100,7 +101,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     tools = with_tools(messages, row.get("tools"))[0].get("tools")
     try:
         json.dumps([messages, tools], ensure_ascii=False).encode()
-    except (TypeError, UnicodeEncodeError) as error:  # a date of a Parquet file, a lone surrogate
+    except (TypeError, UnicodeEncodeError) as error:  # such as a date from a Parquet file, or a lone surrogate
         raise BadRow(f"has something that JSON cannot hold ({error})") from None
     return [original_fields(message) for message in messages], tools, answer or None
 

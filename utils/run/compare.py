@@ -1,4 +1,4 @@
-"""Reads finished and running runs: their settings, results, and what differs between them."""
+"""Compares runs: reads their folders, and lists the settings and results in which they differ."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from utils.runtime.text import format_setting, markdown_table
 from utils.storage.run_folder import STATE, checkpoints_of, read_record
 
 _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
-# differ between any two runs, and say nothing of how they were trained
+# settings that differ between any two runs and do not change the training
 _NOT_SETTINGS = (
     "config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "card_samples",
     "disable_tqdm",
 )  # fmt: skip
 _MISSING = "–"
-# a path → what tells that the same lies there, whether it is written relative or absolute
+# a path → the entry that identifies its content, as paths may be relative or absolute
 _CONTENT = {
     "model_name_or_path": "weights of the base", "adapter_name_or_path": "weights of the adapter",
     "train_data_path": "sha256 of the train data", "eval_data_path": "sha256 of the eval data",
@@ -27,11 +27,13 @@ _CONTENT = {
 
 @dataclass
 class Run:
-    """A run as it is compared.
+    """A run to compare.
 
     Attributes:
-        history: the trainer's log; `step` and `planned` how far it came and was to come.
-        record: its train_args.json; empty where it did not come to write one.
+        folder: of the run.
+        history: the trainer's log.
+        step: its last step; `planned` is how many were planned.
+        record: its train_args.json; empty if it stopped before writing one.
     """
 
     folder: Path
@@ -45,7 +47,7 @@ def read_run(path: str) -> Run:
     """Reads a run's folder.
 
     Raises:
-        UserError: it is no run's, or nothing was logged in it.
+        UserError: it is not the folder of a run, or the run logged nothing.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -56,7 +58,7 @@ def read_run(path: str) -> Run:
         below = sorted(str(found.parent) for found in folder.glob(f"*/{STATE}"))
         hint = f" Runs in it: {', '.join(below[:5])}" if below else ""
         raise UserError(f"{path!r} holds no run: {_A_RUN}.{hint}")
-    # the first of equals is the run's own, whose history ends with the time it took
+    # of equal steps the first, the run's own, whose history has the training time
     state = max(states, key=lambda state: state["global_step"])
     history = [one for one in state["log_history"] if isinstance(one, dict) and isinstance(one.get("step"), int)]
     if not history:
@@ -73,7 +75,7 @@ def _read_state(file: Path) -> dict | None:
 
 
 def label_runs(folders: list[Path]) -> list[str]:
-    """The shortest endings of the paths that tell the folders apart: `[a/run, b/run]` → `["a/run", "b/run"]`"""
+    """The shortest endings of the paths that distinguish the folders: `[a/run, b/run]` → `["a/run", "b/run"]`"""
     parts = [folder.resolve().parts for folder in folders]
     longest = max(map(len, parts))
     length = next(n for n in range(1, longest + 1) if len({part[-n:] for part in parts}) == len(parts) or n == longest)
@@ -81,7 +83,7 @@ def label_runs(folders: list[Path]) -> list[str]:
 
 
 def results(run: Run) -> dict[str, str]:
-    """What came of a run, as texts."""
+    """The results of a run, formatted."""
     names = ("loss", "eval_rewards/accuracies", "train_runtime")
     losses, pairs, times = (series(run.history, name)[1] for name in names)
     losses_at = zip(*series(run.history, "eval_loss"), strict=True)
@@ -91,53 +93,53 @@ def results(run: Run) -> dict[str, str]:
     stopped = "" if run.step >= run.planned else f" of {run.planned:,} (stopped)"
     return {
         "steps": f"{run.step:,}{stopped}",
-        "training loss at last": f"{losses[-1]:.4f}" if losses else _MISSING,
-        "evaluation loss at last": f"{evaluated[max(evaluated)]:.4f}" if evaluated else _MISSING,
-        "evaluation loss at best": f"{evaluated[best]:.4f} (step {best:,})" if evaluated else _MISSING,
-        "evaluation pairs right at last": f"{100 * pairs[-1]:.1f} %" if pairs else _MISSING,
+        "last training loss": f"{losses[-1]:.4f}" if losses else _MISSING,
+        "last evaluation loss": f"{evaluated[max(evaluated)]:.4f}" if evaluated else _MISSING,
+        "best evaluation loss": f"{evaluated[best]:.4f} (step {best:,})" if evaluated else _MISSING,
+        "evaluation pairs right, last": f"{100 * pairs[-1]:.1f} %" if pairs else _MISSING,
         "training time": f"{times[-1]:,.1f} s{resumed}" if times else _MISSING,
     }
 
 
 def _part(record, name: str, kind: type = dict):
-    """A part of a record; an empty one, or 0, where it is not there or is damaged."""
+    """A part of a record; an empty value if it is missing or damaged."""
     found = record.get(name) if isinstance(record, dict) else None
     return found if isinstance(found, kind) else kind()
 
 
 def settings(run: Run) -> dict:
-    """A run's settings, with what it was trained on and with; empty where it noted none."""
+    """A run's settings with its base, data and versions; empty if it has no record."""
     record = run.record
     if not record:
         return {}
     found = _part(record, "trainer") | _part(record, "common")
     found = {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
-    noted = {f"weights of the {part}": _part(record, part).get("fingerprint") for part in ("base", "adapter")}
-    for part, told in _part(record, "data").items():
-        hashes = [_part(file, "sha256", str)[:12] for file in _part(told, "files", list)]
-        noted[f"sha256 of the {part} data"] = ", ".join(filter(None, hashes))
-    noted |= {f"{name} version": version for name, version in _part(record, "versions").items()}
-    noted["processes"] = _part(record, "start").get("processes")
-    return found | {name: value for name, value in noted.items() if value}
+    origin = {f"weights of the {part}": _part(record, part).get("fingerprint") for part in ("base", "adapter")}
+    for part, rows in _part(record, "data").items():
+        hashes = [_part(file, "sha256", str)[:12] for file in _part(rows, "files", list)]
+        origin[f"sha256 of the {part} data"] = ", ".join(filter(None, hashes))
+    origin |= {f"{name} version": version for name, version in _part(record, "versions").items()}
+    origin["processes"] = _part(record, "start").get("processes")
+    return found | {name: value for name, value in origin.items() if value}
 
 
 def differing(runs: list[Run]) -> dict[str, list[str]]:
-    """The settings in which runs differ, as texts; a dash for what a run does not have, or did not note."""
+    """The settings in which runs differ, formatted; a dash if a run has no such setting or no record."""
     found = [settings(run) for run in runs]
-    told = [one for one in found if one]
+    recorded = [values for values in found if values]
     rows = {}
-    for name in dict.fromkeys(name for one in told for name in one):
-        values = [one.get(name) for one in told]  # what is not there differs from no value that is none
-        if any(value != values[0] for value in values) and not _is_one_place(name, told):
-            texts = iter(_shorten([one[name] for one in found if name in one]))
-            rows[name] = [next(texts) if name in one else _MISSING for one in found]
+    for name in dict.fromkeys(name for values in recorded for name in values):
+        given = [values.get(name) for values in recorded]  # a missing setting equals None
+        if any(value != given[0] for value in given) and not _is_same_path(name, recorded):
+            texts = iter(_shorten([values[name] for values in found if name in values]))
+            rows[name] = [next(texts) if name in values else _MISSING for values in found]
     return rows
 
 
-def _is_one_place(name: str, told: list[dict]) -> bool:
-    """Whether paths end alike and the same lies there: `data/base` and `/home/x/data/base`."""
-    contents = {one.get(_CONTENT.get(name)) for one in told}
-    paths = [one.get(name) for one in told]
+def _is_same_path(name: str, recorded: list[dict]) -> bool:
+    """Whether paths have a common ending and the same content: `data/base` and `/home/x/data/base`."""
+    contents = {values.get(_CONTENT.get(name)) for values in recorded}
+    paths = [values.get(name) for values in recorded]
     if len(contents) > 1 or None in contents or not all(isinstance(path, str) for path in paths):
         return False
     parts = [[part for part in Path(path).parts if part != ".."] for path in paths]
@@ -146,20 +148,22 @@ def _is_one_place(name: str, told: list[dict]) -> bool:
 
 
 def _shorten(values: list) -> list[str]:
-    """Values as texts; of paths only what follows the folders they share."""
+    """Formats values; of paths only what follows the folders they share."""
     paths = {value for value in values if isinstance(value, str) and "/" in value}
-    alike = len(set(map(os.path.isabs, paths))) == 1  # absolute and relative ones share nothing
-    cut = {}
+    alike = len(set(map(os.path.isabs, paths))) == 1  # absolute and relative paths have no common folder
+    relative = {}
     if len(paths) > 1 and alike and not any("," in path for path in paths):
         shared = os.path.commonpath(paths) or "."
-        cut = {path: os.path.relpath(path, shared) for path in paths}
-    return [cut[value] if isinstance(value, str) and value in cut else format_setting(value) for value in values]
+        relative = {path: os.path.relpath(path, shared) for path in paths}
+    return [
+        relative[value] if isinstance(value, str) and value in relative else format_setting(value) for value in values
+    ]
 
 
 def table(labels: list[str], runs: list[Run]) -> str:
     """Results and differing settings in Markdown, a column for each run."""
-    told = [results(run) for run in runs]
-    rows = {name: [one[name] for one in told] for name in told[0]}
+    found = [results(run) for run in runs]
+    rows = {name: [result[name] for result in found] for name in found[0]}
     rows = {name: row for name, row in rows.items() if set(row) != {_MISSING}}
     rows |= differing(runs)
     return markdown_table(["", *labels], [[name, *row] for name, row in rows.items()])

@@ -1,4 +1,4 @@
-"""What a run notes of itself: arguments, data files, base, versions and hardware. Read again by --config and others."""
+"""The record of a run: arguments, data files, base, versions and hardware. `--config` and other commands read it."""
 
 import dataclasses
 import re
@@ -11,25 +11,26 @@ _SECRET = re.compile(r"(?<!s)token(?!s)|api_?key|secret|passw|credential")
 
 
 def effective_args(args, train_args) -> dict:
-    """Every value the run uses, by dataclass; no token, nothing from the environment."""
+    """Every value the run uses, by dataclass, without tokens and other secrets."""
     parts = {"common": dataclasses.asdict(args), "trainer": train_args.to_dict()}
-    told = {
+    values_of = {
         part: {name: value for name, value in values.items() if not _SECRET.search(name)}
         for part, values in parts.items()
     }
-    told["trainer"]["deepspeed"] = short_name(told["trainer"].get("deepspeed"))  # found again wherever the project lies
-    return told | {"versions": versions()}
+    # a name instead of a path, so that the record can be used on another machine
+    values_of["trainer"]["deepspeed"] = short_name(values_of["trainer"].get("deepspeed"))
+    return values_of | {"versions": versions()}
 
 
 def run_record(args, train_args, data) -> dict:
-    """What a run notes before it trains; its data files may change while it does.
+    """The record before the training; the data files may change during it.
 
     Args:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
         data: the prepared rows.
     """
-    # an adapter fits these weights and no others of their shape
+    # the fingerprint identifies the weights an adapter belongs to
     base = {"path": args.model_name_or_path, "fingerprint": weights_fingerprint(args.model_name_or_path)}
     rows = {"train": _rows_record(data.report) | {"trained": data.rows_trained()}}
     if data.eval is not None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the summary it ends with."""
+"""A run's folder: opened and locked before the training, completed with weights, record and card after it."""
 
 import contextlib
 import json
@@ -36,7 +36,11 @@ from utils.train.nonfinite import check_weights_finite
 
 
 def open_run(train_args, args) -> Path:
-    """Makes the run's folder; its log is opened once nothing more can be refused, and has what was said before."""
+    """Makes and locks the run's folder, and removes incomplete checkpoints from one that is resumed.
+
+    Returns:
+        the folder. Its train.log is opened later, by `note_start`, with all messages so far.
+    """
     route_library_logs()
     try:
         _claim_folder(train_args, bool(args.overwrite_output_dir or train_args.resume_from_checkpoint))
@@ -47,7 +51,7 @@ def open_run(train_args, args) -> Path:
                 remove_checkpoint(newer)
         if is_main_process() and train_args.resume_from_checkpoint:
             for name in remove_incomplete_checkpoints(folder):
-                logger.warning("{} was not written to its end and is removed", name)
+                logger.warning("{} is incomplete and is removed", name)
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
     logger.debug("arguments: {}", json.dumps(effective_args(args, train_args), default=str))
@@ -55,10 +59,10 @@ def open_run(train_args, args) -> Path:
 
 
 def _lock_folder(args, train_args) -> list[Problem]:
-    """Keeps other runs out of the folder until this one ends; what another has done there meanwhile is refused.
+    """Locks the folder until this run ends, and checks it again, as another run may have written into it.
 
     Returns:
-        the problems, on the first process.
+        the problems; none on other processes than the first.
     """
     if not is_main_process():
         return []
@@ -70,7 +74,7 @@ def _lock_folder(args, train_args) -> list[Problem]:
 
 
 def _claim_folder(train_args, may_exist: bool) -> None:
-    """Makes the folder; one that is named by the time is this run's alone, if another began in the same second too."""
+    """Makes the folder; a default one, named by the time, must be new, so that two runs never share it."""
     folder = train_args.output_dir
     alone = is_default_folder(folder) and not may_exist
     while is_main_process():
@@ -81,23 +85,23 @@ def _claim_folder(train_args, may_exist: bool) -> None:
             if not alone:
                 raise
             folder = new_folder(train_args.output_dir)
-            logger.info("another run began in the same second, so this one's folder is {}", folder)
+            logger.info("another run started in the same second, so the folder of this one is {}", folder)
     train_args.output_dir = broadcast_object(folder)
-    Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # on machines of their own
+    Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # for processes on other machines
 
 
 def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
-    """Notes what is trained with what, before it is: a run that is stopped can be repeated and compared as well.
+    """Writes the run's record before the training, so that a stopped run can be repeated and compared as well.
 
-    With `--overwrite_output_dir` what a finished run left goes here, once nothing more can be refused, so that a crash
-    does not leave the old run's figures beside the new one's checkpoints.
+    With `--overwrite_output_dir` the files of a finished run are removed here: late, as all checks have passed, and
+    before the first checkpoint, so that a crash cannot mix both runs.
 
     Args:
         trainer, args, train_args, data, tokenizer: of the run.
         resumed: from `check_resume`.
 
     Returns:
-        the record, and the questions for the card with the answers before the training; empty on other processes.
+        the record, and the samples for the card with the answers before the training; empty on other processes.
     """
     if not is_main_process():
         return {}
@@ -106,10 +110,10 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
     if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
         record["resumed"] = resumed
     try:
-        write_json(folder / RECORD_IN_PROGRESS, record)  # first: killed from here on, it is known as a run's folder
+        write_json(folder / RECORD_IN_PROGRESS, record)  # first, as it marks the folder as a run's
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
             clear_run(folder, is_own_card(folder / CARD))
-        (folder / RECORD_FILE).unlink(missing_ok=True)  # until this run is finished, too
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # a finished run's record, also of a run that is resumed
         log_to_file(str(folder / "train.log"))
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
@@ -119,7 +123,7 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
 
 @contextlib.contextmanager
 def keep_figures(trainer):
-    """Writes the history and draws it however the training ends, and never hides how that was."""
+    """Writes and plots the trainer's history, also if the training fails, without hiding its error."""
     ended = False
     try:
         yield
@@ -132,7 +136,7 @@ def keep_figures(trainer):
                     trainer.state.save_to_json(str(part))
                 plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
             except Exception as error:
-                logger.warning("the run's figures cannot be written or drawn: {}: {}", type(error).__name__, error)
+                logger.warning("the run's history cannot be written or plotted: {}: {}", type(error).__name__, error)
         if not ended:
             release(run_lock_path(trainer.args.output_dir))
 
@@ -156,15 +160,15 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
         if not is_disk_error(error):
             raise
         raise UserError(
-            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Make room, then give the same "
-            f"command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
+            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Free some space, then give the "
+            f"same command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
         ) from error
     if not is_main_process():
         return {}
     _refuse_without_weights(folder, args)
     record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
     try:
-        # pickled, and said again in readable form by train_args.json
+        # a pickle, whose content is also in train_args.json
         (folder / "training_args.bin").unlink(missing_ok=True)
         if args.train_mode != "full":
             trainer.model.generation_config.save_pretrained(folder)
@@ -174,7 +178,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     except OSError as error:
         raise UserError(
             f"the weights are in --output_dir {str(folder)!r}, but the run's record cannot be written beside them: "
-            f"{error.strerror}. Make room; infer and merge_lora take the folder as it is"
+            f"{error.strerror}. Free some space; infer and merge_lora can use the folder as it is"
         ) from error
     if trainer.args.push_to_hub:
         push_run(trainer, folder)
@@ -183,17 +187,17 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
 
 
 def _refuse_without_weights(folder: Path, args) -> None:
-    """A backend that splits the weights may save its own parts alone, which nothing but a resume reads."""
+    """Refuses a folder without weights: a backend that shards them may have saved only its own shards."""
     if not holds_weights(folder, adapter=args.train_mode != "full"):
         raise UserError(
             f"the training ended, but no weights were saved in --output_dir {str(folder)!r}; its checkpoints hold the "
-            "state to go on from. Have the backend gather the weights when it saves, and give the same command with "
+            "state to continue from. Have the backend gather the weights when it saves, and give the same command with "
             f"--output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
         )
 
 
 def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) -> None:
-    """A card that cannot be written does not cost the run."""
+    """Writes the card; an error is logged and does not fail the run."""
     samples = start["samples"]
     why_none = end_samples(trainer, tokenizer, samples) or start["why_none"]
     try:
@@ -205,7 +209,7 @@ def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) 
 
 
 def push_run(trainer, folder: Path) -> None:
-    """Pushes the finished folder, as it stands: weights, tokenizer, stop tokens, card."""
+    """Pushes the finished folder to the Hub; an error is logged and does not fail the run."""
     from huggingface_hub import upload_folder
 
     try:
@@ -213,16 +217,17 @@ def push_run(trainer, folder: Path) -> None:
             repo_id=trainer.hub_model_id,
             folder_path=folder,
             ignore_patterns=["checkpoint-*", "_*", "*.part", "*~", "training_args.bin", RUN_LOCK],
-            delete_patterns=["*.part", "training_args.bin"],  # of checkpoints that were pushed on the way
+            delete_patterns=["*.part", "training_args.bin"],  # from checkpoints pushed during the training
             commit_message="The finished run",
             revision=trainer.args.hub_revision,
         )
     except Exception as error:  # the hub and the network each raise their own
-        logger.error("{} is whole, but could not be pushed: {}: {}", folder, type(error).__name__, error)
+        logger.error("{} is complete, but could not be pushed: {}: {}", folder, type(error).__name__, error)
 
 
 def save_weights(trainer, args, folder: Path) -> None:
-    trainer.save_model(_internal_call=True)  # pushed at the end, with what is written later
+    """Saves model and tokenizer, a PiSSA adapter as a plain LoRA."""
+    trainer.save_model(_internal_call=True)  # _internal_call: no push yet, as more files follow
     if args.init_lora_weights == "pissa" and is_main_process():
         pissa_to_lora(folder, folder / PISSA_START / "adapter_model.safetensors")
         remove_pissa_start(folder)

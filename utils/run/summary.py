@@ -1,4 +1,4 @@
-"""The figures a run ends with, for its folder and for the terminal."""
+"""The summary of a finished run, for its record and for the terminal."""
 
 import math
 import shlex
@@ -8,7 +8,7 @@ from loguru import logger
 
 
 def summarise(trainer, args, data, folder: Path) -> dict:
-    """The figures a run ends with."""
+    """The summary of a run: folder, rows, steps, losses, best step, and the next command."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return {
@@ -27,7 +27,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
 
 
 def _gpu_memory(trainer) -> int | None:
-    """The most bytes that were in use on this process's GPU."""
+    """Peak memory of this process's GPU in bytes; None on a CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
@@ -41,7 +41,7 @@ def print_summary(summary: dict) -> None:
     def figure(value):
         return "not measured" if value is None else f"{value:.4f}"
 
-    skipped = f", {summary['steps_skipped']:,} of them left out (--on_nan skip)" if summary["steps_skipped"] else ""
+    skipped = f", {summary['steps_skipped']:,} of them skipped (--on_nan skip)" if summary["steps_skipped"] else ""
     untrained = f"; {summary['answers_untrained']:,} of their answers are not" if summary["answers_untrained"] else ""
     logger.info(
         "\nfinished: {folder}\n"
@@ -60,12 +60,12 @@ def print_summary(summary: dict) -> None:
 
 
 def evaluation_summary(trainer) -> dict:
-    """The figures of the weights a run saves, and which step was the best.
+    """The evaluation of the weights a run saves, and its best step.
 
     Returns:
-        `eval_step` with `eval_…` of the saved weights (of the last evaluation where the best is not kept),
-        `eval_accuracy` being that of preference pairs; `best_step`, `best_figure` by which it was chosen;
-        `best_kept`: whether the weights are those of that step. Each None where there is none.
+        `eval_step` and `eval_…` of the saved weights, which are those of the last step unless the best is kept;
+        `eval_accuracy` is that of preference pairs; `best_step`, and `best_figure` by which it was chosen;
+        `best_kept`: whether its weights are saved. Each is None if there is none.
     """
     args, state = trainer.args, trainer.state
     entries = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
@@ -76,13 +76,13 @@ def evaluation_summary(trainer) -> dict:
     if args.load_best_model_at_end and state.best_model_checkpoint:
         best, kept = state.best_global_step, True
     step = best if kept else max(entries, default=None)
-    told = entries.get(step, {})
+    entry = entries.get(step, {})
     return {
         "eval_step": step,
-        "eval_loss": told.get("eval_loss"),
-        "eval_perplexity": told.get("eval_perplexity"),
-        "eval_token_accuracy": told.get("eval_token_accuracy"),
-        "eval_accuracy": told.get("eval_rewards/accuracies"),
+        "eval_loss": entry.get("eval_loss"),
+        "eval_perplexity": entry.get("eval_perplexity"),
+        "eval_token_accuracy": entry.get("eval_token_accuracy"),
+        "eval_accuracy": entry.get("eval_rewards/accuracies"),
         "best_step": best,
         "best_figure": figure if best is not None else None,
         "best_kept": kept if best is not None else None,
@@ -90,17 +90,17 @@ def evaluation_summary(trainer) -> dict:
 
 
 def evaluation_lines(summary: dict) -> str:
-    """The same figures as lines of the summary that a run prints."""
+    """Formats `evaluation_summary` as lines of the printed summary."""
     if summary["eval_loss"] is None:
         return "  evaluation loss  not measured\n"
-    told = f"  evaluation loss  {summary['eval_loss']:.4f}"
+    text = f"  evaluation loss  {summary['eval_loss']:.4f}"
     if summary["eval_perplexity"] is not None:
         share = 100 * summary["eval_token_accuracy"]
-        told += f", perplexity {summary['eval_perplexity']:.4g}, {share:.1f} % of the tokens right"
+        text += f", perplexity {summary['eval_perplexity']:.4g}, {share:.1f} % of the tokens right"
     if summary["eval_accuracy"] is not None:
         share = 100 * summary["eval_accuracy"]
-        told += f"\n  evaluation pairs {share:.0f} % with the higher reward for chosen"
+        text += f"\n  evaluation pairs {share:.0f} % with the higher reward for chosen"
     if summary["best_step"] is None:
-        return told + "\n"
+        return text + "\n"
     which = "that step" if summary["best_kept"] else "the last step; --load_best_model_at_end true keeps the best"
-    return f"{told}\n  best step        {summary['best_step']:,} by {summary['best_figure']}, saved is {which}\n"
+    return f"{text}\n  best step        {summary['best_step']:,} by {summary['best_figure']}, saved is {which}\n"

@@ -1,9 +1,9 @@
-"""Draws several runs in one picture, and lists the settings and results in which they differ.
+"""Plots several runs in one picture, and lists their results and the settings in which they differ.
 
 python -m utils.script.compare_runs output/sft-a output/sft-b
 python -m utils.script.compare_runs output/sft-* --output compare.png --smooth 0.9
 
-A run that stopped before its end is drawn as far as its newest checkpoint, or its stop, tells.
+A run that stopped before its end is plotted up to its newest checkpoint, or to where it stopped.
 """
 
 import os
@@ -23,10 +23,10 @@ from utils.runtime.log import setup_logging
 class CompareArgs:
     """Flags of this command."""
 
-    output: str = arg("compare.png", "The picture.")
-    overwrite: bool = arg(False, "Replace --output where it is there.")
+    output: str = arg("compare.png", "The picture, a .png file.")
+    overwrite: bool = arg(False, "Replace --output if it exists.")
     smooth: float | None = arg(
-        None, "The weight of the moving average, 0 (none) to below 1. Default: one that suits the number of points."
+        None, "The weight of the moving average, from 0 (none) to below 1. Default: chosen by the number of points."
     )
 
 
@@ -49,13 +49,13 @@ def _check_output(args: CompareArgs) -> list[str]:
     if os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
         return [_unwritable(args.output)]
     if os.path.exists(args.output) and not args.overwrite:
-        return [f"--output {args.output!r} is there already; give another, or --overwrite true"]
+        return [f"--output {args.output!r} exists; give another file, or --overwrite true"]
     return []
 
 
 def _unwritable(path: str, error: OSError | None = None) -> str:
     why = f": {error.strerror or error}" if error else ""
-    return f"--output {path!r} cannot be written{why}; give a file in a folder that is there and can be written to"
+    return f"--output {path!r} cannot be written{why}; give a file in an existing folder that can be written"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(_unwritable(args.output, error)) from error
     print(table(labels, runs))
     if not all(settings(run) for run in runs):
-        print("\nA run without train_args.json noted no settings.")
+        print("\nA run without train_args.json has no settings to compare.")
     print(f"\nwritten: {Path(args.output)}")
 
 

@@ -22,7 +22,8 @@ WRITTEN = (
     "merges.txt",
 )  # fmt: skip
 PISSA_START = "_pissa_start"  # what begins so is never pushed
-_WEIGHTS = re.compile(r"(adapter_model|model(-\d{5}-of-\d{5})?)\.safetensors")
+FULL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # names of the files of full weights
+_WEIGHTS = re.compile(rf"adapter_model\.safetensors|{FULL_WEIGHTS.pattern}")
 # the run's own by what it holds, or written with every step
 _ALWAYS = {"README.md", "train.log", STATE, "loss.png", "training_args.bin"}
 

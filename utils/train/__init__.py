@@ -1,4 +1,5 @@
-"""What is added to TRL's trainer: complete checkpoints, resuming, NaN handling, evaluation by tokens.
+"""Additions to TRL's trainer: complete checkpoints, resuming, NaN handling, evaluation by tokens.
 
-In reading order: trainer, callbacks, eval_metrics, filler, neftune, plan, resume_rules, resume.
+In reading order: trainer, checkpointing, nonfinite, callbacks, eval_metrics, filler, neftune, plan, resume_rules,
+resume.
 """

@@ -1,4 +1,4 @@
-"""The types of a base's tensors as its files hold them, kept through loading and saving."""
+"""The tensors in a base's files: their dtypes, kept by a merge, and those absent from the merged model."""
 
 import json
 from collections import Counter
@@ -7,17 +7,18 @@ from pathlib import Path
 from utils.storage.files import replace_file
 from utils.storage.weights import read_header, weight_files
 
-# safetensors' names of the types that weights are computed in → torch's
+# dtype names of safetensors → those of torch, of the dtypes that models compute in
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "masked_bias")  # buffers that old files hold and models compute
 
 
 def tensors_of(folder: str | Path) -> dict[str, tuple[Path, dict]]:
-    """Name → (file, entry of its header), of each tensor in a folder's safetensors files."""
+    """Name → (file, header entry) of each tensor in a folder's safetensors files."""
     return {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file)[0].items()}
 
 
 def main_type(folder: str | Path) -> str | None:
-    """The floating type that most bytes of a base have, such as `"bfloat16"`; None where there are no files."""
+    """The floating dtype of most of a base's bytes, such as `"bfloat16"`; None if it has no files."""
     sizes: Counter = Counter()
     for _, entry in tensors_of(folder).values():
         if entry["dtype"] in FLOATS:
@@ -26,9 +27,9 @@ def main_type(folder: str | Path) -> str | None:
 
 
 def load_exactly(model, base: str) -> None:
-    """Gives weights whose type in the base's files is not the one they were loaded in the files' own values.
+    """Restores the dtype and value of weights that the base's files hold in another dtype than the model.
 
-    A model is loaded in one type, so that a router in float32 among weights in bfloat16 would be rounded.
+    from_pretrained loads all weights in one dtype, which rounds, for example, a router in float32 among bfloat16.
 
     Args:
         model: loaded from `base`.
@@ -45,17 +46,19 @@ def load_exactly(model, base: str) -> None:
 
 
 def keep_types(folder: Path, base: str, main: str | None) -> None:
-    """Gives the tensors of saved files the type they have in the base's, and untouched ones the base's own bytes.
+    """Rewrites saved files so that each tensor has its dtype in the base, and unchanged ones the base's exact values.
 
     Args:
-        folder: what was saved.
-        base: the folder it was made from.
-        main: the base's type that was converted on purpose, which stays as it was saved; None for no type.
+        folder: of the merged model.
+        base: the folder it was merged from.
+        main: the base's dtype that `--dtype` converts; its tensors stay as they were saved. None to convert none.
     """
     from safetensors.torch import load_file, save_file
 
     stored = {
-        name: place for name, place in tensors_of(base).items() if FLOATS.get(place[1]["dtype"]) not in (None, main)
+        name: (file, entry)
+        for name, (file, entry) in tensors_of(base).items()
+        if FLOATS.get(entry["dtype"]) not in (None, main)
     }
     for file in weight_files(folder):
         header = read_header(file)[0]
@@ -70,6 +73,23 @@ def keep_types(folder: Path, base: str, main: str | None) -> None:
         with replace_file(file) as part:
             save_file(tensors, part, metadata={"format": "pt"})
     _correct_index(folder)
+
+
+def absent_tensors(model, folder: Path, base: str) -> list[str]:
+    """The names of tensors that the base's files hold and a merged model lacks, as transformers does not load them.
+
+    Such as the layers of multi-token prediction in DeepSeek-V3 and GLM-4.5. Tied weights, which are saved once, and
+    base models saved without their prefix (`h.0` for `transformer.h.0`) are not absent.
+
+    Args:
+        model: the merged model.
+        folder: its saved files.
+        base: the folder it was merged from.
+    """
+    prefix = f"{model.base_model_prefix}."
+    present = {name.removeprefix(prefix) for name in [*tensors_of(folder), *model.state_dict()]}
+    names = [name for name in tensors_of(base) if not name.endswith(_COMPUTED)]
+    return sorted(name for name in names if name.removeprefix(prefix) not in present)
 
 
 def _differs(saved: dict, original: tuple[Path, dict] | None) -> bool:
