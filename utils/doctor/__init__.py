@@ -1,4 +1,4 @@
-"""What is wrong with a run before it starts.
+"""Finds what is wrong with a run before it starts.
 
-In reading order: examine, quick, settings, resources, template, tokens, census, rows, findings, codes.
+In reading order: examine, settings, resources, template, tokens, census, rows, findings, codes.
 """

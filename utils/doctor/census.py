@@ -1,4 +1,4 @@
-"""All rows' texts, looked at in several processes: duplicates, special tokens, broken Unicode, scripts."""
+"""Reads the texts of all rows in several processes, for duplicates, special tokens, broken Unicode and scripts."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ from utils.tasks.task import Task
 
 @dataclass
 class Census:
-    """What is known of all rows of some files, one entry a row.
+    """Properties of the texts of all rows, one entry per row.
 
     Attributes:
         files: in the order of their indices in `sources`.
-        sources: where each row stands, [rows] of int64.
-        rows: hashes of all a row says, [rows] of uint64; `questions` of what is asked.
+        sources: file and line of each row as one number, [rows] of int64.
+        rows: hashes of the whole text, [rows] of uint64; `questions`: of the question alone.
         scripts: of question and answer, [rows, 2] of uint8.
         flags: code → (source, detail) of each row that has it.
         problems: the rows that cannot be read.
@@ -40,11 +40,11 @@ class Census:
     problems: list[RowRecord] = field(default_factory=list)
 
     def places(self, sources) -> dict[str, RowLocations]:
-        """Where some rows stand."""
+        """Returns the locations of some rows by file."""
         return locate_sources(sources, self.files)
 
     def only(self, rows) -> "Census":
-        """The census of some rows, [rows] of bool."""
+        """Returns the census of the rows selected by a mask, [rows] of bool."""
         kept = set(self.sources[rows].tolist())
         flags = {code: [one for one in found if one[0] in kept] for code, found in self.flags.items()}
         return Census(
@@ -58,7 +58,7 @@ class Census:
 
 
 def _hash(texts: list[str]) -> int:
-    """Of the words alone: rows that differ in spaces say the same."""
+    """Hashes the words, so that rows which differ only in whitespace are equal."""
     words = "\x1e".join(" ".join(text.split()) for text in texts)
     return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=8).digest())
 
@@ -92,14 +92,14 @@ def census_chunk(row_type: RowType, special: re.Pattern | None, chunk: Chunk) ->
 
 
 def take_census(paths: str, flag: str, task: Task, special: re.Pattern | None = None, workers: int | None = None):
-    """Looks at the texts of all rows, with a progress bar where it takes long.
+    """Reads the texts of all rows, with a progress bar for large files.
 
     Args:
         paths: as given to `flag`.
         flag: the flag's name.
         task: of the rows.
-        special: matches what must not stand in a content.
-        workers: processes; None for a number that suits.
+        special: matches special tokens that a content must not have.
+        workers: processes; None to choose by the size of the files.
 
     Returns:
         Census

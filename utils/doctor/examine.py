@@ -1,4 +1,7 @@
-"""The whole examination: arguments, model, rows and their texts, whatever else is wrong."""
+"""Checks a run before it starts: the quick part for main_train.py, and everything for the command.
+
+`examine` takes well below a second on prepared rows; `diagnose` also checks shapes, all texts and the model's layout.
+"""
 
 import dataclasses
 import functools
@@ -30,7 +33,7 @@ from utils.template import get_template
 from utils.template.tokenize import special_token_pattern
 from utils.train.plan import steps_of
 
-_QUICK_ROWS = 100_000
+_QUICK_ROWS = 100_000  # rows whose ids are checked at the start of a run
 _MORE_HELP = "python -m utils.script.doctor, with the same flags, says more; --doctor off trains without looking"
 
 _MODEL_FLAGS = {"model_name_or_path", "adapter_name_or_path", "trust_remote_code"}
@@ -38,12 +41,12 @@ _READING_FLAGS = {"template_name", "max_len", "max_prompt_length"}
 
 
 @dataclass
-class Examined:
-    """What the whole examination had before it, and found.
+class Examination:
+    """The result of `diagnose`.
 
     Attributes:
         findings: all of them.
-        rows: of the training files; `eval_rows` of the validation files.
+        rows: number of rows in the training files; `eval_rows`: in the validation files.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -54,61 +57,77 @@ class Examined:
         self.findings.append(Finding("NOT_EXAMINED", f"{what}: {why}"))
 
 
-def diagnose(args, train_args, aside: set[str], processes: int) -> Examined:
-    """Looks at everything that can be looked at, whatever else is wrong.
+def diagnose(args, train_args, aside: set[str], processes: int) -> Examination:
+    """Checks everything that can be checked, whatever else is wrong.
 
     Args:
-        args, train_args: of the run, those flags left at their defaults that were refused.
-        aside: the names of these flags.
+        args, train_args: of the run; flags that were refused have their defaults.
+        aside: the names of the refused flags.
         processes: how many will train together.
     """
-    examined = Examined()
-    found = examined.findings
-    data = template = tokenizer = None
-    task = args.task
-    if aside & _MODEL_FLAGS:
-        examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
-    else:
-        tokenizer = _try_check(examined, "the tokens", lambda: tokenizer_of(args))
+    examined = Examination()
+    tokenizer = _examine_model(examined, args, train_args, aside)
+    template = _examine_template(examined, args, tokenizer, aside)
+    data = _examine_rows(examined, args, train_args, template, tokenizer, aside)
+    if tokenizer is None:
+        return examined
+    quick = quick_findings(args, train_args, data, template, tokenizer, processes)
+    # the texts' finding is kept: it also knows validation rows with the same question and another answer
+    known = {finding.code for finding in examined.findings} & {"EVAL_IN_TRAIN"}
+    examined.findings += [finding for finding in quick if finding.code not in known]
+    if not aside & (_MODEL_FLAGS | _READING_FLAGS):
         with whole_models(train_args):
-            _try_check(examined, "lengths, disk and memory", lambda: _check_model(args))
-    if tokenizer is not None and task.uses_template and "template_name" not in aside:
-        try:
-            template = get_template(args.template_name, tokenizer, args.template_date)
-        except UserError as error:
-            found += findings_of(error.problems)
-            examined.not_examined("the tokens", "the template does not fit the tokenizer")
-    readable = tokenizer is not None and (template is not None or not task.uses_template)
-    if "train_data_path" in aside:
-        examined.not_examined("the rows", "--train_data_path cannot be used")
-    else:
-        stopped: list[Finding] = []
-        if aside & _READING_FLAGS:
-            examined.not_examined("the tokens", f"--{min(aside & _READING_FLAGS)} cannot be used")
-        elif readable:
-            data, stopped = _prepare(examined, args, train_args, task, template, tokenizer)
-        _census(examined, args, data, tokenizer, stopped)
-    if tokenizer is not None:
-        quick = quick_findings(args, train_args, data, template, tokenizer, processes)
-        # of the census, which also knows rows that are asked alike
-        known = {finding.code for finding in found} & {"EVAL_IN_TRAIN"}
-        found += [finding for finding in quick if finding.code not in known]
-    if tokenizer is not None and not aside & (_MODEL_FLAGS | _READING_FLAGS):
-        with whole_models(train_args):
-            found += layout_findings(args, train_args, task, tokenizer)
+            examined.findings += layout_findings(args, train_args, args.task, tokenizer)
     return examined
 
 
+def _examine_model(examined: Examination, args, train_args, aside: set[str]):
+    """Loads the tokenizer and compares the shapes of the model's weights; returns the tokenizer, or None."""
+    if aside & _MODEL_FLAGS:
+        examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
+        return None
+    tokenizer = _try_check(examined, "the tokens", lambda: tokenizer_of(args))
+    with whole_models(train_args):
+        _try_check(examined, "lengths, disk and memory", lambda: _check_shapes(args))
+    return tokenizer
+
+
+def _examine_template(examined: Examination, args, tokenizer, aside: set[str]):
+    """Makes the chat template for the tokenizer; None without one, or if it does not fit."""
+    if tokenizer is None or not args.task.uses_template or "template_name" in aside:
+        return None
+    try:
+        return get_template(args.template_name, tokenizer, args.template_date)
+    except UserError as error:
+        examined.findings += findings_of(error.problems)
+        examined.not_examined("the tokens", "the template does not fit the tokenizer")
+        return None
+
+
+def _examine_rows(examined: Examination, args, train_args, template, tokenizer, aside: set[str]):
+    """Prepares the rows and checks their texts; returns the prepared rows, or None."""
+    if "train_data_path" in aside:
+        examined.not_examined("the rows", "--train_data_path cannot be used")
+        return None
+    data, stopped = None, []
+    if aside & _READING_FLAGS:
+        examined.not_examined("the tokens", f"--{min(aside & _READING_FLAGS)} cannot be used")
+    elif tokenizer is not None and (template is not None or not args.task.uses_template):
+        data, stopped = _prepare_rows(examined, args, train_args, args.task, template, tokenizer)
+    _examine_texts(examined, args, data, tokenizer, stopped)
+    return data
+
+
 def layout_findings(args, train_args, task, tokenizer) -> list[Finding]:
-    """Whether the model computes rows in the layout they will be trained in, tried on a small one of its kind."""
+    """Checks on a small model of the same kind that rows are computed correctly in the layout of the training."""
     problem, _, reason = expected_layout(args, train_args, task, tokenizer)
     if problem:
         return [Finding("LAYOUT_WRONG", problem)]
     return [Finding("ROWS_PADDED", reason)] if reason else []
 
 
-def _try_check(examined: Examined, what: str, make):
-    """What `make` makes; None, and findings, where it refuses."""
+def _try_check(examined: Examination, what: str, make):
+    """Returns the result of `make`; if it raises `UserError`, adds its problems as findings and returns None."""
     try:
         return make()
     except UserError as error:
@@ -117,11 +136,11 @@ def _try_check(examined: Examined, what: str, make):
         return None
 
 
-def _check_model(args) -> None:
-    """Builds the model of a readable config.json, without its weights, and compares shapes with what the files hold.
+def _check_shapes(args) -> None:
+    """Compares the shapes of the model's weights, by its config.json, with those in its files.
 
     Raises:
-        UserError: it cannot be built, or the files hold weights of other shapes.
+        UserError: the model cannot be built, or the files hold weights of other shapes.
     """
     config = try_load_config(args)
     if config is None:
@@ -129,21 +148,21 @@ def _check_model(args) -> None:
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config, args.task.auto_class)
     if quantisation_of(args.model_name_or_path) is not None:
         return  # packed weights have other shapes
-    asked = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     for file in weight_files(args.model_name_or_path):
         for name, entry in read_header(file)[0].items():
-            if asked.get(name, entry["shape"]) != entry["shape"]:
+            if expected.get(name, entry["shape"]) != entry["shape"]:
                 raise UserError(
                     f"--model_name_or_path {args.model_name_or_path!r} holds {name} as {entry['shape']}, and its "
-                    f"config.json asks for {asked[name]}; give the config.json that the weights were saved with"
+                    f"config.json asks for {expected[name]}; give the config.json that the weights were saved with"
                 )
 
 
-def _prepare(examined: Examined, args, train_args, task, template, tokenizer) -> tuple[Any, list[Finding]]:
-    """The rows as the training prepares them; those that stop it are left out here, and told.
+def _prepare_rows(examined: Examination, args, train_args, task, template, tokenizer) -> tuple[Any, list[Finding]]:
+    """Prepares the rows as the training does, without those that would stop it, which become findings.
 
     Returns:
-        Data, or None where none can be had, and then why.
+        (Data, []), or (None, findings) if the rows cannot be prepared.
     """
     overlong = "drop" if args.overlong == "error" else args.overlong
     forgiving = dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
@@ -165,12 +184,12 @@ def _prepare(examined: Examined, args, train_args, task, template, tokenizer) ->
 
 
 def _preparation_finding(problem: Problem) -> Finding:
-    """What stops the preparation even where bad rows are left out, in one line."""
+    """Makes a finding of a problem that stops the preparation even with `--on_bad_row drop`."""
     return Finding(problem.code, in_one_line(problem), severity=ERROR)
 
 
-def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -> None:
-    """The rows' texts, and the rows themselves where there is no preparation to tell of them."""
+def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[Finding]) -> None:
+    """Checks the texts of all rows; if the rows could not be prepared, also which of them cannot be read."""
     special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
     options = (args.task, special)
     train = _try_check(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
@@ -192,7 +211,7 @@ def _census(examined: Examined, args, data, tokenizer, stopped: list[Finding]) -
 
 
 def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:
-    """The census of rows of which `--val_size` holds some back, as two."""
+    """Splits the census into training rows and rows that `--val_size` holds back."""
     import numpy
 
     held = {source for row in data.eval["source"] for source in row}
@@ -201,7 +220,7 @@ def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:
 
 
 def _special_text_pattern(args, tokenizer):
-    """What is not to stand in a content: where it may be the token, only what begins and ends a plain text."""
+    """Returns the pattern of special tokens a content must not have; of plain text that may have them, BOS and EOS."""
     if args.task.uses_template or not args.allow_special_tokens_in_content:
         return special_token_pattern(tokenizer)
     ends = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and len(token) > 1}
@@ -209,7 +228,7 @@ def _special_text_pattern(args, tokenizer):
 
 
 def examine(args, train_args, data, template, tokenizer) -> None:
-    """Looks at prepared rows and settings before the weights are loaded; warnings go to the log.
+    """Checks prepared rows and settings before the weights are loaded; warnings go to the log.
 
     Args:
         args, train_args: of the run.
@@ -222,7 +241,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     """
     if args.doctor == "off":
         return
-    # one process looks: disk and memory differ between them, and all must go on or stop
+    # one process checks, since disk and memory differ between machines and all must continue or stop together
     findings = None
     if is_main_process():
         findings = quick_findings(args, train_args, data, template, tokenizer, memory=has_gpu(), rows=_QUICK_ROWS)
@@ -239,7 +258,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether an estimate of the memory is worth its half second at the start of a run."""
+    """Whether a GPU is there, for which the memory estimate is worth half a second at the start."""
     import torch
 
     return torch.cuda.is_available()
@@ -255,13 +274,13 @@ def quick_findings(
     memory: bool = True,
     rows: int | None = None,
 ) -> list[Finding]:
-    """What takes well below a second: settings, template, disk, memory, and the prepared ids as arrays.
+    """Runs the checks that take well below a second: settings, template, disk, memory, and the prepared ids as arrays.
 
     Args:
         args, train_args, data, template, tokenizer: as for `examine`; data and template may be None.
-        processes: how many will train together; None for those that run.
+        processes: how many will train together; None for as many as run now.
         memory: whether to estimate it.
-        rows: whose ids are looked at, the first of the training and of the validation rows; None for all.
+        rows: how many of the first training and validation rows to check; None for all.
     """
     processes = processes or world_size()
     seen = data if data is None or rows is None else _first_rows(data, rows)
@@ -285,7 +304,7 @@ def quick_findings(
 
 
 def _first_rows(data, rows: int):
-    """The first rows: all of them would be read into memory, however many there are."""
+    """Returns the first rows, since checking all of a large dataset would read it into memory."""
     from datasets import Dataset
 
     parts = {name: getattr(data, name) for name in ("train", "eval")}
@@ -294,7 +313,7 @@ def _first_rows(data, rows: int):
 
 
 def _run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """A model or a tokenizer that a check was not written for must not stop the training that it would allow."""
+    """Runs a check; an error in it becomes a note, so that an unforeseen model does not stop the training."""
     try:
         return check()
     except Exception as error:
@@ -303,7 +322,7 @@ def _run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
-    """The ids of the training rows, and of validation rows with files of their own."""
+    """Checks the ids of training rows, and of validation rows with files of their own."""
     stop = template.stop_token() if template is not None else None
     findings = token_findings(data.train, data.report.files, args, tokenizer, stop)
     if data.eval_report is not None:
@@ -314,7 +333,7 @@ def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
 
 
 def try_load_config(args):
-    """The model's configuration; None where it cannot be read, which loading the model says better."""
+    """Loads the model's configuration; None if that fails, which loading the model reports better."""
     from transformers import AutoConfig
 
     try:

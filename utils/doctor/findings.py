@@ -1,4 +1,4 @@
-"""What the doctor finds: a code, how bad it is, where, and what helps."""
+"""A finding of the doctor, with code, severity, locations and remedy, and the reports made of findings."""
 
 import json
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _EXIT = {ERROR: 2, WARNING: 1, NOTE: 0}
 
 @dataclass
 class Finding:
-    """One thing the doctor found.
+    """One problem found.
 
     Attributes:
         code: a key of `finding_codes.CODES`.
@@ -36,12 +36,12 @@ class Finding:
         self.remedy = self.remedy or CODES[self.code].remedy
 
     def line(self) -> str:
-        """The finding in one line, for a log."""
+        """Formats the finding in one line, for a log."""
         where = "; ".join(f"{file}: {places}" for file, places in self.places.items())
         return f"{self.code}: {self.message}" + (f" ({where})" if where else "")
 
     def as_dict(self) -> dict:
-        """The finding as it stands in the JSON report."""
+        """Returns the finding as an entry of the JSON report."""
         places = [{"file": file, "count": found.count, "lines": found.lines} for file, found in self.places.items()]
         return {
             "code": self.code,
@@ -53,25 +53,25 @@ class Finding:
         }
 
     def text(self) -> str:
-        """The finding over several lines, for a person."""
+        """Formats the finding over several lines, for a person."""
         lines = [f"{self.severity} {self.code}", f"  {self.message}"]
         lines += [f"  {file}: {places}" for file, places in self.places.items()]
         return "\n".join([*lines, f"  → {self.remedy}"])
 
 
 def findings_of(problems: Iterable[Problem]) -> list[Finding]:
-    """A finding for each problem, by its own code."""
+    """Makes a finding of each problem, with the problem's code."""
     return [Finding(problem.code, str(problem)) for problem in problems]
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """The worst first, then as in the table."""
+    """Sorts findings by severity, then by their order in the table of codes."""
     codes = list(CODES)
     return sorted(findings, key=lambda finding: (_RANK[finding.severity], codes.index(finding.code)))
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """2 with an error, 1 with a warning, else 0."""
+    """Returns 2 with an error, 1 with a warning, else 0."""
     return max((_EXIT[finding.severity] for finding in findings), default=0)
 
 
@@ -86,14 +86,14 @@ def verdict(findings: list[Finding]) -> str:
 
 
 def as_text(findings: list[Finding], examined: str) -> str:
-    """The report for a person, the verdict last."""
-    said = {0: "ready to train", 1: "it will train; look at the warnings first", 2: "mend the errors first"}
-    last = f"{examined}\nverdict: {verdict(findings)} – {said[exit_code(findings)]}"
+    """Formats the report for a person, with the verdict last."""
+    advice = {0: "ready to train", 1: "it will train; look at the warnings first", 2: "mend the errors first"}
+    last = f"{examined}\nverdict: {verdict(findings)} – {advice[exit_code(findings)]}"
     return "\n\n".join([*(finding.text() for finding in in_order(findings)), last])
 
 
 def as_json(findings: list[Finding], examined: dict) -> str:
-    """The report for a program."""
+    """Formats the report as JSON."""
     counts = {severity: len(with_severity(findings, severity)) for severity in _RANK}
     report = {
         "verdict": {0: "clean", 1: "warnings", 2: "errors"}[exit_code(findings)],
@@ -106,7 +106,7 @@ def as_json(findings: list[Finding], examined: dict) -> str:
 
 
 def catalogue() -> str:
-    """The page of all codes, in both languages."""
+    """Formats the page of all codes, in both languages."""
     lines = [
         "# The doctor's codes · 体检代码",
         "",

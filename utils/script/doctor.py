@@ -14,7 +14,7 @@ from loguru import logger
 
 from utils.args import parse_args
 from utils.config.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own
-from utils.doctor.examine import Examined, diagnose
+from utils.doctor.examine import Examination, diagnose
 from utils.doctor.findings import as_json, as_text, catalogue, exit_code, findings_of
 from utils.runtime.command import run_command
 from utils.runtime.distributed import world_size
@@ -71,11 +71,11 @@ def _flags_named(problems: list[Problem], groups: list[list[str]]) -> set[str]:
     return wrong or given - _NEEDED
 
 
-def _examine(argv: list[str], processes: int) -> tuple[Examined, dict]:
+def _examine(argv: list[str], processes: int) -> tuple[Examination, dict]:
     """What was found, and what was looked at."""
     args, train_args, problems, aside = read_what_can_be(argv)
     if args is None or aside & _RUN_FLAGS:
-        examined = Examined()
+        examined = Examination()
         examined.not_examined("rows, template and settings", "the arguments cannot be used")
     else:
         route_library_logs()
