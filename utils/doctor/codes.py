@@ -1,4 +1,4 @@
-"""The table of the doctor's codes: how bad each is, what it says, and what helps."""
+"""The table of the doctor's codes, with severity, title and remedy in English and Chinese."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ class Code(NamedTuple):
     """A row of the table.
 
     Attributes:
-        severity: the usual one. An error makes the training wrong or stops it; a warning is likely not meant.
-        quick: whether main_train.py looks for it by itself.
-        title, title_zh: what it says.
-        remedy, remedy_zh: what helps.
+        severity: the usual one. An error makes the training wrong or stops it; a warning is likely not intended.
+        quick: whether main_train.py checks for it too.
+        title, title_zh: what is wrong.
+        remedy, remedy_zh: what to do.
     """
 
     severity: str

@@ -1,4 +1,4 @@
-"""How large the run will be: its weights, its checkpoints on the disk, its share of memory."""
+"""Findings about disk and memory: checkpoints, the training's peak, and weights that QLoRA leaves in 16 bits."""
 
 import math
 import re
@@ -17,16 +17,16 @@ from utils.runtime.text import format_size
 from utils.storage.files import existing_parent
 from utils.storage.run_folder import checkpoints_of
 
-_SHARE = 0.01  # of the weights, from which it is worth a line; a mixture's experts are nine tenths
+_SHARE = 0.01  # of the weights from which it is reported; a mixture's experts are nine tenths
 
-_TIGHT_SHARE = 0.9  # from this share of what there is on, it is told
+_TIGHT_SHARE = 0.9  # of the disk or memory from which it is reported
 
 
 # ------------------------------------------------------------------ disk
 
 
 def checkpoint_bytes(args, train_args, shape: Shape) -> tuple[int, int]:
-    """What a checkpoint takes on the disk, and what the finished run does.
+    """Returns the bytes of a checkpoint and of the finished run.
 
     What is trained is kept in float32, beside AdamW's two numbers for each weight. DeepSpeed saves the weights in the
     arithmetic's precision twice, for itself and for others, and a float32 copy with the optimizer's numbers.
@@ -41,7 +41,7 @@ def checkpoint_bytes(args, train_args, shape: Shape) -> tuple[int, int]:
 
 
 def disk_findings(args, train_args, steps: int) -> list[Finding]:
-    """Whether the checkpoints to come fit on the disk.
+    """Checks that the checkpoints will fit on the disk.
 
     Args:
         args, train_args: of the run.
@@ -64,7 +64,7 @@ def disk_findings(args, train_args, steps: int) -> list[Finding]:
 
 
 def _checkpoints_on_disk(train_args, steps: int) -> int:
-    """How many lie on the disk at once: a new one is written before the oldest goes."""
+    """Returns how many new checkpoints are on the disk at once; one is written before the oldest is removed."""
     strategy = getattr(train_args.save_strategy, "value", train_args.save_strategy)
     if strategy == "no":
         return 0
@@ -84,7 +84,7 @@ def _checkpoints_on_disk(train_args, steps: int) -> int:
 
 
 def memory_findings(args, train_args, processes: int) -> list[Finding]:
-    """Whether the training fits into the memory of each process's device, and of the machine."""
+    """Checks that the training fits into the memory of each process's device, and of the machine."""
     estimate = try_estimate(args, train_args, processes)
     if estimate is None:
         return []
@@ -100,7 +100,7 @@ def memory_findings(args, train_args, processes: int) -> list[Finding]:
 
 
 class Memory(NamedTuple):
-    """A memory to train in: its size, what it is called, and how many GPUs have one; 0 for the machine's own."""
+    """A memory to train in: its bytes, its name, and how many GPUs have one; 0 for the machine's own."""
 
     bytes: int
     name: str
@@ -108,7 +108,7 @@ class Memory(NamedTuple):
 
 
 def try_estimate(args, train_args, processes: int):
-    """The estimate of utils.memory, or None where it cannot be made, which a line says: no training ends for it."""
+    """Estimates the memory; None, with a line in the log, if that fails, since no training should stop for it."""
     from utils.memory import estimate
 
     try:
@@ -120,7 +120,7 @@ def try_estimate(args, train_args, processes: int):
 
 
 def memory_capacities(processes: int) -> tuple[Memory, Memory]:
-    """The memory that each process trains in, and the machine's; without a GPU its processes share that."""
+    """Returns the memory of each process's device and the machine's; without a GPU, processes share the latter."""
     import psutil
     import torch
 
@@ -133,7 +133,7 @@ def memory_capacities(processes: int) -> tuple[Memory, Memory]:
 
 
 def quantised_findings(args, train_args) -> list[Finding]:
-    """Names the weights that are in no linear layer, such as a mixture's experts, and their bytes.
+    """Finds weights that are in no linear layer, such as a mixture's experts, which bitsandbytes does not quantise.
 
     Embeddings, the head, norms and biases are in 16 bits in every QLoRA, and are not named.
 

@@ -1,4 +1,4 @@
-"""What follows from the census of the rows and from the report of their preparation."""
+"""Findings about the rows, from the census of their texts and from the report of their preparation."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from utils.template.messages import UNTRAINED_ANSWER
 
 _STRAY = 0.01  # below this share of the rows a script is a stray one
 _MIXED = 0.03  # from this share of the rows on it is one of several
-_DIFFER = 0.1  # from this share of answers in another script than their questions, that is told
+_DIFFER = 0.1  # share of answers in another script than their questions from which it is reported
 _LATIN = SCRIPTS.index("Latin")
-_REASONS = 5  # so many are told
+_REASONS = 5  # at most so many are listed
 
 
 def census_findings(train: Census, held_back: Census | None) -> list[Finding]:
-    """What the texts of the training and the validation rows have, and what both have in common.
+    """Checks the texts of the training and validation rows, and for rows that are in both.
 
     Args:
         train: of the training rows.
@@ -85,7 +85,7 @@ def _flagged(census: Census) -> list[Finding]:
 
 
 def _stray_scripts(census: Census) -> list[Finding]:
-    """Rows wholly in another script than nearly all; Latin stands in every corpus, as code and names."""
+    """Finds the few rows wholly in another script than the others; Latin is in every corpus, as code and names."""
     import numpy
 
     question, answer = census.scripts.T
@@ -124,7 +124,7 @@ def _scripts(census: Census) -> list[Finding]:
 
 
 def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]], str]) -> list[Finding]:
-    """What became of the rows, as the training's own preparation says it.
+    """Makes findings of the rows that the preparation drops, shortens or leaves untrained.
 
     Args:
         report: of rows that were prepared, if need be with `--on_bad_row drop`.
@@ -156,7 +156,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
 
 
 def _untrained(report: DataReport) -> list[Finding]:
-    """Answers of kept rows that are not trained; none that the row itself marks so."""
+    """Finds answers of kept rows that are not trained, except those that the row itself marks so."""
     if not report.untrained:
         return []
     places: dict[str, RowLocations] = {}
@@ -171,7 +171,7 @@ def _untrained(report: DataReport) -> list[Finding]:
 
 
 def problem_findings(census: Census, args) -> list[Finding]:
-    """The rows that cannot be read, where only the census could look at them; an error where no other is left."""
+    """Makes findings of unreadable rows if the rows could not be prepared; an error if no readable row is left."""
     others = len(census.sources) > 0
     codes = _codes(
         unreadable=WARNING if args.on_bad_row == "drop" and others else ERROR,
@@ -185,7 +185,7 @@ def problem_findings(census: Census, args) -> list[Finding]:
 
 
 def _codes(unreadable: str, empty: str) -> dict[str, tuple[str, str]]:
-    """The kind of a row that is left out → its code, and how bad that is.
+    """Returns the code and the severity for each kind of dropped row.
 
     Args:
         unreadable: the severity of rows that cannot be read.
@@ -200,7 +200,7 @@ def _codes(unreadable: str, empty: str) -> dict[str, tuple[str, str]]:
 
 
 def left_out(rows: list[tuple[str, str, str, str, RowLocations]], total: int) -> list[Finding]:
-    """One finding a code.
+    """Makes one finding for each code.
 
     Args:
         rows: code, severity, file, reason and places of some rows.
@@ -229,7 +229,7 @@ def _place(census: Census, row: int) -> str:
 
 
 def describe_lengths(groups: list[RowGroup], args, template, tokenizer) -> str:
-    """How long rows are that were too long: the first hundred of each file, as the report names them.
+    """Describes the lengths of rows that are too long: of those the report lists, at most a hundred of each file.
 
     `"; 44 of them measured: 1,025 to 3,204 tokens"`
 
@@ -252,7 +252,7 @@ def describe_lengths(groups: list[RowGroup], args, template, tokenizer) -> str:
 
 
 def _count_tokens_of_rows(file: str, lines: set[int], args, template, tokenizer) -> list[tuple[int, int]]:
-    """Tokens of each row, and of its prompt where that has a limit of its own."""
+    """Counts the tokens of each row, and of its prompt if that has a limit of its own."""
     values = []
     for row in raw_rows(file):
         if row.line in lines:

@@ -1,4 +1,4 @@
-"""Settings that fight with each other, with the model or with the number of rows."""
+"""Settings that conflict with each other, with the model or with the number of rows."""
 
 import math
 
@@ -64,7 +64,7 @@ def _warm_up(train_args, steps: int) -> list[Finding]:
 
 
 def _last_batch(train_args, rows: int, processes: int) -> list[Finding]:
-    """Seldom to be avoided, and felt only where an epoch has few steps."""
+    """Checks for a short last step, which matters only in an epoch of few steps."""
     every = train_args.gradient_accumulation_steps
     batches = passes_per_epoch(train_args, rows, processes)
     steps = math.ceil(batches / every)
@@ -103,7 +103,7 @@ def _positions(args, config, data) -> list[Finding]:
 
 
 def positions_of(config) -> int | None:
-    """How many positions a model has, stretched ones included."""
+    """Returns how many positions a model has, with RoPE scaling; None if it has no limit."""
     config = config.get_text_config()
     there = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -116,7 +116,7 @@ def positions_of(config) -> int | None:
 
 
 def deepspeed_keys(train_args) -> list[Finding]:
-    """Keys that the arguments' checks let pass, and that do something else than the flags say."""
+    """Finds keys of the DeepSpeed file that the arguments' checks accept and that conflict with flags."""
     config = getattr(getattr(train_args, "hf_deepspeed_config", None), "config", None) or {}
     found = []
     for section in _MONITORS:

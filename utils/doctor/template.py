@@ -1,4 +1,4 @@
-"""Whether a chat template fits the tokenizer, and renders as the tokenizer's own."""
+"""Checks that a chat template fits the tokenizer and renders as the tokenizer's own."""
 
 import re
 
@@ -35,7 +35,7 @@ def template_findings(template, tokenizer) -> list[Finding]:
 
 
 def tokens_of(template) -> list[str]:
-    """The special tokens that a format writes, by their form: `["<|im_end|>", "<|im_start|>"]`."""
+    """Returns the special tokens in a format's text, by their form: `["<|im_end|>", "<|im_start|>"]`."""
     if template.name == "auto":
         return []  # whatever its text is, the tokenizer brought both
     found = set(_TOKEN.findall(template.text()))
@@ -65,14 +65,14 @@ def _pad(template, tokenizer) -> list[Finding]:
 
 
 def _prompt(template) -> list[Finding]:
-    """A prompt that says more than what answers are trained to follow."""
+    """Checks that the prompt ends as the text before trained answers."""
     rest = template.prompt_only_suffix()
     message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
     return [Finding("PROMPT_NOT_FOLLOWED", message)] if rest else []
 
 
 def _differences(template, tokenizer) -> list[Finding]:
-    """Both renderings of a few conversations, up to the first difference."""
+    """Compares both renderings of a few conversations, up to the first difference."""
     if not tokenizer.chat_template:
         return []
     tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
@@ -89,7 +89,7 @@ def _differences(template, tokenizer) -> list[Finding]:
 
 
 def _flag_for(tokenizer) -> str:
-    """Which flag trains the tokenizer's own format."""
+    """Returns the advice on which flag trains the tokenizer's own format."""
     same = template_in(tokenizer)
     name = same.name if same else "auto"
     if same is None:
@@ -108,7 +108,7 @@ def _rendered(template, messages, prompt: bool) -> str | None:
 
 
 def _first_difference(ours: str | None, theirs: str | None) -> str:
-    """`"from character 12 on: '…' against '…'"`"""
+    """Describes where two renderings differ: `"from character 12 on: '…' against '…'"`."""
     if ours is None or theirs is None:
         return f"in that {'the former' if ours is None else 'the latter'} refuses it"
     place = next((i for i, both in enumerate(zip(ours, theirs, strict=False)) if len(set(both)) > 1), None)

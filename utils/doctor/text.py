@@ -1,4 +1,4 @@
-"""What is wrong with a text by itself: broken Unicode, invisible characters, and which script it is in."""
+"""Checks of a single text: broken Unicode, invisible characters, script."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ _MOJIBAKE = re.compile(f"[\xc2-\xdf][{_CONTINUES}]|[\xe0-\xef][{_CONTINUES}]{{2}
 
 
 def mojibake(text: str) -> str | None:
-    """The first piece that is UTF-8 read as Windows-1252 or Latin-1, with what it was: `"Ã©"` → `"'Ã©' for 'é'"`.
+    """Finds the first piece of UTF-8 decoded as Windows-1252 or Latin-1, with its original: `"Ã©"` → `"'Ã©' for 'é'"`.
 
     Two letters, as in a French `"Â«"`, happen to be right now and then; only what means a letter, a quotation mark or
     the like again counts.
@@ -34,7 +34,7 @@ def _byte(character: str) -> bytes:
 
 
 def broken_unicode(text: str) -> str | None:
-    """What is broken in a text, if anything."""
+    """Returns what is broken in a text's Unicode; None if nothing is."""
     if text.isascii():
         return None
     if "\ufffd" in text:
@@ -59,7 +59,7 @@ _MARKS = ("\u200e", "\u200f")  # left-to-right and right-to-left mark
 
 
 def invisible(text: str) -> str | None:
-    """The first character that cannot be seen, by its code and name: `"U+200B ZERO WIDTH SPACE"`."""
+    """Returns the code and the name of the first invisible character: `"U+200B ZERO WIDTH SPACE"`."""
     pattern = _CONTROLS if text.isascii() else _INVISIBLE
     if not pattern.search(text):
         return None
@@ -95,7 +95,7 @@ _LETTER = re.compile("[A-Za-z]")
 
 @functools.cache
 def _script_table():
-    """Code point → script number, [0x32000] of uint8, and the weights, [scripts]."""
+    """Returns the script of each code point, [0x32000] of uint8, and the weights of scripts, [scripts]."""
     import numpy
 
     table = numpy.zeros(0x32000, numpy.uint8)
@@ -106,7 +106,7 @@ def _script_table():
 
 
 def script_of(text: str) -> int:
-    """Which script most of a text is in, as a place in `SCRIPTS`; 0 for one without letters.
+    """Returns the script of most of a text, as an index of `SCRIPTS`; 0 without letters.
 
     A Japanese text has more Han than Kana; where the Kana are a tenth of both, it counts as Kana.
     """

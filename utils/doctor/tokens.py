@@ -1,4 +1,4 @@
-"""Prepared rows, looked at as arrays: stop tokens, BOS, lengths. Milliseconds for tens of thousands of rows."""
+"""Checks of prepared rows as arrays: stop tokens, BOS, lengths. Milliseconds for tens of thousands of rows."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.template.tokenize import IGNORE_INDEX
 
-_BIASED = 0.8  # from this share of pairs on with the same side longer it is a bias
-_PAIRS = 20  # fewer tell nothing
+_BIASED = 0.8  # share of pairs with the same side longer from which it is a bias
+_PAIRS = 20  # with fewer pairs the share says little
 
 
 def arrays(dataset, name: str) -> Iterator[tuple]:
-    """A column of lists as (values, offsets), a pair for each of Arrow's chunks.
+    """Yields a column of lists as (values, offsets), for each of Arrow's chunks.
 
     Row i is values[offsets[i]:offsets[i + 1]]. It is all rows of the table, also those that a split of it leaves to
     the other part.
@@ -24,21 +24,21 @@ def arrays(dataset, name: str) -> Iterator[tuple]:
 
 
 def lengths(dataset, name: str):
-    """How long the lists of a column are, [rows]."""
+    """Returns the lengths of a column's lists, [rows]."""
     import numpy
 
     return numpy.concatenate([numpy.diff(offsets) for _, offsets in arrays(dataset, name)])
 
 
 def sources(dataset):
-    """Where each row begins to stand, [rows]; of a packed one its first."""
+    """Returns the source of each row, [rows]; the first one of a packed row."""
     import numpy
 
     return numpy.concatenate([values[offsets[:-1]] for values, offsets in arrays(dataset, "source")])
 
 
 def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None) -> list[Finding]:
-    """What the ids and labels of prepared rows have.
+    """Checks the ids and labels of prepared rows.
 
     Args:
         dataset: of a task's `load_datasets`.
@@ -58,7 +58,7 @@ def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None)
 
 
 def _stops(dataset, files, columns: SequenceColumns, tokenizer, stop: str) -> list[Finding]:
-    """The last trained token of each row must be the stop token."""
+    """Checks that the last trained token of each row is the stop token."""
     import numpy
 
     (stop_id,) = tokenizer.convert_tokens_to_ids([stop])
@@ -81,7 +81,7 @@ def _stops(dataset, files, columns: SequenceColumns, tokenizer, stop: str) -> li
 
 
 def _ends(dataset, row_type: RowType, tokenizer) -> list[Finding]:
-    """Plain text, packed and split, must have its end somewhere."""
+    """Checks that plain text, packed and split, has a trained end token at all."""
     columns = [columns.labels for columns in row_type.sequence_columns]
     if any((values == tokenizer.eos_token_id).any() for name in columns for values, _ in arrays(dataset, name)):
         return []
@@ -113,7 +113,7 @@ def _bos(dataset, files, name: str, tokenizer) -> list[Finding]:
 
 
 def _length_bias(dataset, row_type: RowType) -> list[Finding]:
-    """Of the two answers that are compared, one must not always be the longer one."""
+    """Checks that neither answer of the pairs is nearly always the longer one."""
     (name_a, ids_a, _), (name_b, ids_b, _) = row_type.sequence_columns
     first, second = lengths(dataset, ids_a[-1]), lengths(dataset, ids_b[-1])
     if len(first) < _PAIRS:
@@ -131,7 +131,7 @@ def _length_bias(dataset, row_type: RowType) -> list[Finding]:
 
 
 def row_lengths(dataset, row_type: RowType):
-    """How many positions each row takes, [rows]; of packed rows, each of those within, [rows within]."""
+    """Returns how many positions each row takes, [rows]; for packed rows, each row within, [rows within]."""
     import numpy
 
     if "seq_lengths" in dataset.column_names:
@@ -141,7 +141,7 @@ def row_lengths(dataset, row_type: RowType):
 
 
 def eval_in_train_findings(data, rows: int | None, row_type: RowType) -> list[Finding]:
-    """Validation rows whose ids are those of a training row; of packed rows, the rows within.
+    """Finds validation rows with the ids of a training row; for packed rows, the rows within.
 
     Args:
         data: of a task's `load_datasets`.
@@ -162,7 +162,7 @@ def eval_in_train_findings(data, rows: int | None, row_type: RowType) -> list[Fi
 
 
 def _identities(dataset, rows: int | None, row_type: RowType) -> Iterator[tuple[int, int]]:
-    """A hash of each row's ids, and where the row stands; a packed row gives one for each row within."""
+    """Yields a hash of each row's ids and its source; for a packed row, one for each row within."""
     names = row_type.id_columns()
     packed = "seq_lengths" in dataset.column_names
     first = dataset.select(range(len(dataset) if rows is None else min(rows, len(dataset))))

@@ -1,4 +1,4 @@
-"""Errors, processes, logging: what every other package may use.
+"""Errors, logging, processes and text formatting, which every other package may use.
 
-In reading order: errors, command, log, distributed, environment, startup, markdown.
+In reading order: errors, command, log, distributed, environment, startup, text.
 """

@@ -16,10 +16,14 @@ from utils.runtime.startup import limit_kernel_caches, relax_gc
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Runs a command's `main`: a `UserError` becomes a message on stderr and exit code 2."""
+    """Runs a command's `main` and exits with its code.
+
+    A `UserError` is printed to stderr, exit code 2; a signal that ended a training gives 128 + its number. Any other
+    exception keeps its traceback.
+    """
     code = 0
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8; stderr does so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8; the default for stderr
     relax_gc()
     limit_kernel_caches()
     try:
@@ -27,20 +31,20 @@ def run_command(main: Callable[[], object]) -> None:
     except OSError as error:
         if not _stdout_is_gone():
             raise
-        code = 128 + 13  # as if by SIGPIPE: `| head` has read enough
+        code = 128 + 13  # as if killed by SIGPIPE: the reader, such as `| head`, has closed the pipe
         if not isinstance(error, BrokenPipeError):
-            print(f"error: what was said cannot be written to stdout: {error.strerror}", file=sys.stderr)
+            print(f"error: the output cannot be written to stdout: {error.strerror}", file=sys.stderr)
             code = 2
     except UserError as error:
         _write_problems(error)
-        # another process of this machine would only repeat the first one's message
+        # every process of a machine has the same message
         if is_local_main_process():
             print(error, file=sys.stderr)
         code = 2
     except Interrupted as stopped:
         if is_main_process():
             print(stopped, file=sys.stderr, flush=True)
-        wait_for_everyone()  # launchers kill the rest once one has left, before it could say so
+        wait_for_everyone()  # a launcher kills the other processes once one has exited
         code = 128 + stopped.signum
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -51,7 +55,7 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def _run_and_print(main: Callable[[], object]) -> None:
-    """Runs `main` and writes what it printed, so that a reader who has left is noticed here and not at the exit."""
+    """Runs `main` and flushes stdout, so that a closed pipe raises here and not while Python exits."""
     try:
         main()
     except SystemExit:
@@ -66,11 +70,11 @@ def _flush() -> None:
 
 
 def _stdout_is_gone() -> bool:
-    """Whether nothing can be written to stdout any more; then what is left for it goes nowhere."""
+    """Whether stdout cannot be written to any more; if so, the rest of the output is discarded."""
     if sys.stdout is None:
         return False
     try:
-        print(flush=True)  # where stdout has no buffer there is nothing left to flush
+        print(flush=True)  # an unbuffered stdout has nothing to flush
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -80,7 +84,7 @@ def _stdout_is_gone() -> bool:
 
 
 def _write_problems(error: UserError) -> None:
-    """Writes the problems as JSON into the file that a parent process named, which then need not read our output."""
+    """Writes the problems as JSON to the file that a parent process named in `ERROR_FILE`."""
     if (file := os.environ.get(ERROR_FILE)) and is_local_main_process():
-        with contextlib.suppress(OSError):  # the message itself goes to stderr
+        with contextlib.suppress(OSError):  # the message is printed to stderr as well
             Path(file).write_text(json.dumps([asdict(problem) for problem in error.problems]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, who started it, and what all of them agree on."""
+"""Ranks, launchers and collective operations of a distributed run."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from typing import Any
 
 from utils.runtime.log import is_main_process
 
-_LOCK_GRACE_SECONDS = 0.2  # seconds after which a lock that is still closed is a dead one's
+_LOCK_GRACE_SECONDS = 0.2  # a lock that no process has open for so long is stale
 
 
 def world_size() -> int:
-    """How many processes train together; 1 for plain `python`."""
+    """Returns the number of processes that train together; 1 for plain `python`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -35,7 +35,7 @@ def uses_fsdp() -> bool:
 
 
 def set_single_process_env() -> None:
-    """Gives a process started by plain `python` the variables a launcher would set, for DeepSpeed on one GPU."""
+    """Sets the environment variables of a launcher in a process started by plain `python`, for DeepSpeed on one GPU."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
@@ -45,7 +45,7 @@ def set_single_process_env() -> None:
 
 
 def init_deepspeed() -> None:
-    """Tells DeepSpeed of the group of processes; ZeRO-3 splits weights as they are loaded, before a trainer would."""
+    """Initialises DeepSpeed's process group before the weights load, which ZeRO-3 partitions then."""
     import deepspeed
     import torch
 
@@ -65,15 +65,17 @@ def _log_first_build() -> None:
     if is_main_process() and not any(_build_root().glob("**/*.so")):
         from loguru import logger
 
-        said = "DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}"
-        logger.info(said, _build_root())
+        logger.info(
+            "DeepSpeed compiles its operators at its first start, for minutes; it keeps them in {}", _build_root()
+        )
 
 
 def remove_stale_build_locks() -> None:
-    """Removes the locks of compilers that were killed: torch keeps one a C++ operator, and waits for it for good.
+    """Removes build locks of killed compilers, on which torch would wait forever.
 
-    Whoever compiles holds the file open, so one that no process has open is a dead one's. It is looked at twice: torch
-    closes a lock a moment before it removes it, and another process may make a new one of the same name meanwhile.
+    torch has one lock file per C++ operator, which the compiling process holds open; a lock that no process has open
+    is stale. It is checked twice, because torch closes a lock a moment before it removes it, and another process may
+    create a new one of the same name in between.
     """
     from filelock import FileLock
     from loguru import logger
@@ -86,12 +88,12 @@ def remove_stale_build_locks() -> None:
         time.sleep(_LOCK_GRACE_SECONDS)
         for lock, identity in _unheld_locks(root).items():
             if before.get(lock) == identity:
-                logger.warning("{} was left by a process that is gone, and is removed", lock)
+                logger.warning("removed {}, a build lock of a process that no longer exists", lock)
                 lock.unlink(missing_ok=True)
 
 
 def _unheld_locks(root: Path) -> dict[Path, tuple[int, int]]:
-    """The locks below `root` that no process has open → (inode, time it was made), which tell one from the next."""
+    """Returns the locks below `root` that no process has open → (inode, change time), which identify each."""
     import psutil
 
     found = {}
@@ -109,7 +111,7 @@ def _unheld_locks(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What the first process has; every process must call it, with anything that can be pickled."""
+    """Returns the first process's value on every process, all of which must call it; any picklable object."""
     if world_size() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -120,18 +122,18 @@ def broadcast_object(value: Any) -> Any:
 
 
 def any_rank(flag: bool, device) -> bool:
-    """Whether `flag` is set in any process; every process must call it."""
+    """Whether `flag` is set on any process; every process must call it."""
     if world_size() == 1:
         return flag
     import torch
 
-    told = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-    return bool(told.item())
+    reduced = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX)
+    return bool(reduced.item())
 
 
 def all_gather_objects(items: list) -> list:
-    """The items of every process, one list after the other; every process must call it."""
+    """Returns the concatenated lists of all processes, in rank order; every process must call it."""
     if world_size() == 1:
         return items
     import torch
@@ -142,9 +144,10 @@ def all_gather_objects(items: list) -> list:
 
 
 def launcher_parent_pid() -> int | None:
-    """The `deepspeed` command, which starts the launcher that started this process; another number once it is gone.
+    """Returns the process id of the `deepspeed` command, the parent of this process's launcher; None without one.
 
-    That command dies of SIGTERM without a word to the launcher, which would train on alone.
+    That command does not pass SIGTERM on to the launcher, which would continue training; once it has died, the
+    launcher has another parent and the returned number changes.
     """
     if not started_by_deepspeed():
         return None
@@ -157,7 +160,7 @@ def launcher_parent_pid() -> int | None:
 
 
 def wait_for_everyone() -> None:
-    """Returns once every process has called it."""
+    """Blocks until every process has called it."""
     if world_size() > 1:
         import torch
 
@@ -165,15 +168,15 @@ def wait_for_everyone() -> None:
 
 
 def exit_process(code: int) -> None:
-    """Ends a process of several at once, with `code`; returns in a process that trains alone.
+    """Exits one process of several immediately, with `code`; does nothing in a single process.
 
-    The threads of a process group abort now and then while Python takes itself down, after all is done.
+    `os._exit` skips Python's shutdown, in which threads of a process group sometimes abort after a successful run.
     """
     torch = sys.modules.get("torch")
     if world_size() == 1:
         return
     if code == 0 and torch is not None and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # none pulls the group away under another
+        torch.distributed.barrier()  # no process may destroy the group while another uses it
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         remove_shared_memory(os.environ.get("MASTER_PORT", ""), os.environ.get("RANK", ""))
     sys.stdout.flush()
@@ -182,11 +185,11 @@ def exit_process(code: int) -> None:
 
 
 def remove_shared_memory(port: str, rank: str = "*") -> None:
-    """Removes what DeepSpeed's CPU processes share their sums in, 69 MB each, which it leaves in memory for good."""
+    """Removes the shared-memory buffers of DeepSpeed's CPU all-reduce, 69 MB each, which it never frees."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}"):
         buffer.unlink(missing_ok=True)
 
 
 def zero_stage(train_args) -> int:
-    """The ZeRO stage, 0 without DeepSpeed."""
+    """Returns the ZeRO stage; 0 without DeepSpeed."""
     return train_args.deepspeed_plugin.zero_stage if train_args.deepspeed_plugin is not None else 0

@@ -1,4 +1,4 @@
-"""The machine and the libraries: versions, hardware, and the command that starts as many processes."""
+"""Records the environment of a run: library versions, hardware, launcher."""
 
 import importlib.metadata
 import os
@@ -11,12 +11,12 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
 
 
 def versions() -> dict[str, str]:
-    """The libraries' versions."""
+    """Returns the versions of the main libraries."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def launcher() -> dict:
-    """How many processes there are, and the words before `main_train.py` that start as many.
+    """Returns the number of processes and a command that starts as many.
 
     `{"processes": 2, "command": "torchrun --nproc_per_node 2 main_train.py"}`
     """
@@ -24,20 +24,20 @@ def launcher() -> dict:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", count)))
     if started_by_deepspeed():
         where = f"--num_gpus {here}" if here == count else "--hostfile hosts"
-        words = f"deepspeed {where} main_train.py"
+        command = f"deepspeed {where} main_train.py"
     elif uses_fsdp():
-        words = f"accelerate launch --config_file train_args/accelerate_config/fsdp.yaml --num_processes {count} "
-        words += "main_train.py"
+        command = f"accelerate launch --config_file train_args/accelerate_config/fsdp.yaml --num_processes {count} "
+        command += "main_train.py"
     elif count > 1:
         machines = f"--nnodes {count // here} " if here != count else ""
-        words = f"torchrun {machines}--nproc_per_node {here} main_train.py"
+        command = f"torchrun {machines}--nproc_per_node {here} main_train.py"
     else:
-        words = "python main_train.py"
-    return {"processes": count, "command": words}
+        command = "python main_train.py"
+    return {"processes": count, "command": command}
 
 
 def hardware() -> dict:
-    """The machine: processor, cores, memory in bytes, GPUs, system, Python."""
+    """Returns processor, cores, memory in bytes, GPUs, operating system and Python version."""
     import psutil
     import torch
 

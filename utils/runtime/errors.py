@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, and how it is shown: all problems in one message, exit code 2, no traceback."""
+"""Errors in the user's input: all problems in one message, without a traceback, exit code 2."""
 
 import difflib
 import json
@@ -12,13 +12,13 @@ ERROR_FILE = "LLM_DOJO_ERROR_FILE"  # the environment variable that names a file
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user gave. Code that needs to know more than its text reads the attributes.
+    """One thing that is wrong with the user's input. `str(problem)` is the message with the remedy.
 
-    `str(problem)` is the sentence that is shown: the message, and the remedy after it.
+    The text is for people; code reads the other attributes.
 
     Attributes:
         message: names the value and what is allowed.
-        code: the doctor's code of such a problem, a key of `finding_codes.CODES`.
+        code: the doctor's code of such a problem, a key of `utils.doctor.codes.CODES`.
         flags: names of the flags that it is about, without dashes, the main one first: `("lora_rank",)`.
         file: the data file that it is about.
         line: the line in `file`.
@@ -78,7 +78,7 @@ class Interrupted(Exception):
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether a write failed, which not every library tells by an OSError."""
+    """Whether an error, or what it was raised from, is a failed write; not every library raises `OSError` for it."""
     if error is None or isinstance(error, UserError):
         return False
     # torch 2.13 raises RuntimeError ("… file write failed", "unexpected pos 64 vs 0"), safetensors 0.8 its own
@@ -98,12 +98,12 @@ def first_line(error: BaseException, limit: int = 300) -> str:
 
 
 def in_one_line(text: object, limit: int | None = None) -> str:
-    """The beginning of a text, or of an exception's, without line breaks."""
+    """Joins the lines of a text or an exception's message, cut to `limit` characters."""
     return " ".join(str(text).split())[:limit]
 
 
 def refusal(message: str, *flags: str, code: str = "ARGUMENTS") -> list[Problem]:
-    """One problem as a list, which a check returns or adds to the others it found.
+    """Returns one problem as a list, for a check to return or to add to others.
 
     Args:
         message: names the value, what is allowed and the remedy.
@@ -127,7 +127,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def read_problems(file: Path) -> UserError | None:
-    """The error that a child process wrote into its `ERROR_FILE`; None where it wrote none."""
+    """Reads the error that a child process wrote to its `ERROR_FILE`; None if it wrote none."""
     if not file.is_file():
         return None
     problems = json.loads(file.read_text(encoding="utf-8"))

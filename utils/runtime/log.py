@@ -1,4 +1,4 @@
-"""One log for the terminal and for `train.log`, written by the first process only."""
+"""Logging to the terminal and to `train.log`, by the main process only."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ def is_main_process() -> bool:
 
 
 class _ToLoguru(logging.Handler):
-    """Passes the libraries' own messages on, into the file rather than the terminal."""
+    """Passes on the libraries' messages to loguru, to the file rather than to the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "WARNING" if record.levelno >= logging.ERROR else "DEBUG"
@@ -26,10 +26,9 @@ class _ToLoguru(logging.Handler):
 
 
 def setup_logging() -> None:
-    """Logs to the terminal from INFO on, and keeps every line for the file that comes later.
+    """Logs to the terminal from INFO on, and keeps all lines for the run's log file.
 
-    The run's folder is made only once nothing more can be refused; `log_to_file` then
-    writes what was said before it existed.
+    The run's folder is created only after all checks; `log_to_file` then writes the lines kept until then.
     """
     global _early_sink
     from tqdm import tqdm
@@ -39,14 +38,14 @@ def setup_logging() -> None:
     if not is_main_process():
         _be_silent()
         return
-    # tqdm.write keeps the progress bar whole
+    # tqdm.write does not break a progress bar
     logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="INFO", format="{message}")
     _early_sink = logger.add(_early_lines.append, level="DEBUG", format=_FORMAT)
     route_library_logs()
 
 
 def _be_silent() -> None:
-    """Other processes than the first say nothing, but for an error's traceback."""
+    """Silences a process that is not the main one, except for tracebacks."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     os.environ["TQDM_DISABLE"] = "1"  # transformers' and datasets' bars
@@ -55,7 +54,7 @@ def _be_silent() -> None:
 
 
 def route_library_logs() -> None:
-    """Takes the libraries' messages over; again after they are imported, since each sets up its own."""
+    """Routes the libraries' messages to loguru; to be called again after their import, which sets up handlers."""
     if not is_main_process():
         return
     warnings.simplefilter("default")
@@ -77,7 +76,7 @@ def route_library_logs() -> None:
 
 
 def log_to_file(path: str) -> None:
-    """Opens `path` as the run's log and writes into it what was logged so far."""
+    """Opens `path` as the run's log file and writes the lines logged so far."""
     if not is_main_process():
         return
     with open(path, "a", encoding="utf-8") as file:
