@@ -227,7 +227,7 @@ NOT_IDLE = [
     ("f_alpha_divergence_coef", "it is for", DPO, [*DPO, "--f_divergence_type", "alpha_divergence"]),
     ("ref_model_sync_steps", "it is for --sync_ref_model", DPO, [*DPO, *FULL, "--sync_ref_model", "true"]),
     ("precompute_ref_batch_size", "it is for --precompute", DPO, [*DPO, "--precompute_ref_log_probs", "true"]),
-    ("eval_steps", "nothing is evaluated every", [*EVAL, "--eval_strategy", "epoch"], EVAL),
+    ("eval_steps", "--eval_strategy is not steps", [*EVAL, "--eval_strategy", "epoch"], EVAL),
     ("eval_delay", "nothing is evaluated during", [], EVAL),
     ("per_device_eval_batch_size", "nothing", [], [*EVAL, "--eval_strategy", "no", "--eval_on_start", "true"]),
     ("bf16_full_eval", "nothing", [], EVAL),
@@ -323,7 +323,7 @@ NOTHING_CHANGES = [
 @pytest.mark.parametrize(("flags", "idle"), NOTHING_CHANGES, ids=["sft full", "dpo_multi", "pretrain"])
 def test_what_is_idle_changes_no_loss_and_no_weight(explained, trained, flags, idle):
     flags = [*flags, "--max_steps", "2", "--save_strategy", "no"]
-    told = explained(*flags, *idle).idle
+    told = explained(*flags, *idle).no_effect
     names = {flag.removeprefix("--") for flag in idle if flag.startswith("--")}
     assert names <= set(told), names - set(told)
     one, other = (trained(*flags, *more, folder=name) for name, more in (("one", []), ("other", idle)))
@@ -382,7 +382,7 @@ def test_a_recipes_line_without_a_type_is_told(flags_for, capsys, tmp_path):
     recipe.write_text((ROOT / "train_args/sft/base.py").read_text() + "    adam_beta1 = 0.5\n")
     text = printed(capsys, *flags_for("--train_args_path", str(recipe)))
     line = len(recipe.read_text().splitlines())
-    assert f"adam_beta1 at {recipe}:{line}\n    it has no type there" in text
+    assert f"adam_beta1 at {recipe}:{line}\n    it has no type annotation" in text
 
 
 def test_what_differs_from_a_run(train, capsys, tmp_path, rows_file, tiny_models):
@@ -435,7 +435,7 @@ def test_all_problems_at_once(refused, tmp_path):
         assert part in said
     flags = tmp_path / "flags.json"
     flags.write_text('{"seed": 3}')
-    assert "holds flags and no run" in refused(main, "--diff", str(flags))
+    assert "holds flags, not a run" in refused(main, "--diff", str(flags))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

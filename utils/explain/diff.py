@@ -1,4 +1,4 @@
-"""What a run to come has other than an earlier one: settings, data, base, versions, machine, processes."""
+"""Compares a run to come with an earlier one: settings, data, base model, versions, machine, processes."""
 
 import json
 from pathlib import Path
@@ -11,22 +11,22 @@ from utils.runtime.errors import UserError
 _MACHINE = ("cpu", "cores", "gpus", "python", "system")
 
 
-def read_then(path: str | None) -> dict | None:
-    """The record of the run that `--diff` names; None without it.
+def read_earlier(path: str | None) -> dict | None:
+    """Reads the record of the run that `--diff` names; None without `--diff`.
 
     Raises:
-        UserError: no run, or one that noted nothing of itself.
+        UserError: no run, or one without a record.
     """
     if path is None:
         return None
     record = read_config(path, "diff").record
     if not record:
-        raise UserError(f"--diff {path!r} holds flags and no run; give a run's folder, or its train_args.json")
+        raise UserError(f"--diff {path!r} holds flags, not a run; give a run's folder, or its train_args.json")
     return record
 
 
 def compare(path: str, then: dict, explained) -> dict:
-    """Compares a run to come with one that was.
+    """Compares a run to come with an earlier one.
 
     Args:
         path: as given, for the title.

@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: its values with their sources, its plan, and what has no effect."""
+"""Previews a run: its values with their sources, its plan, and the settings without effect."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from utils.tasks.trainer import Data
 from utils.template import get_template
 from utils.train.plan import measure, plan
 
-# what DeepSpeed's "auto" stands for, as transformers fills it in
+# key of DeepSpeed's file → what transformers fills in for "auto"
 _AUTO = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
@@ -37,15 +37,15 @@ _AUTO = {
 
 @dataclass
 class Explained:
-    """Everything that can be said of a run before it begins.
+    """Everything that is known about a run before it starts.
 
     Attributes:
-        values: name → value, every one of them but secrets.
+        values: name → value, all but secrets.
         sources: name → where it comes from.
-        idle: name → why it does nothing here.
+        no_effect: name → why the setting has no effect here.
         unannotated: what the recipe assigns without a type, which a dataclass ignores: name → file and line.
         plan: from `utils.train.plan.plan`.
-        weights: how many there are and are trained; None where that can't be told.
+        weights: the number of all and of trained weights; None if the model cannot be built without its weights.
         deepspeed: from `deepspeed_values`; empty without DeepSpeed.
     """
 
@@ -54,31 +54,31 @@ class Explained:
     data: Data
     values: dict[str, Any]
     sources: dict[str, Source]
-    idle: dict[str, str]
+    no_effect: dict[str, str]
     unannotated: dict[str, str]
     plan: dict
     weights: dict | None
     deepspeed: dict
 
     def as_json(self) -> dict:
-        """The same as an object for other programs."""
+        """The preview as a JSON object, for other programs."""
         values = {
-            name: {"value": value, **_source_as_json(self.sources.get(name)), "idle": self.idle.get(name)}
+            name: {"value": value, **_source_as_json(self.sources.get(name)), "idle": self.no_effect.get(name)}
             for name, value in self.values.items()
         }
         return {
             "task": self.args.task_type,
-            "plan": {name: _without_list(part) for name, part in self.plan.items()},
+            "plan": {name: _without_steps(part) for name, part in self.plan.items()},
             "weights": self.weights and {name: self.weights[name] for name in ("all", "trained")},
             "values": values,
             "deepspeed": self.deepspeed,
-            "idle": self.idle,
+            "idle": self.no_effect,
             "unannotated": self.unannotated,
         }
 
 
 def explain(args, train_args, sources: Sources, processes: int) -> Explained:
-    """Prepares the rows, as a run would, and says what it will do; no weights are loaded.
+    """Prepares the rows as a run would, and plans it; no weights are loaded.
 
     Args:
         args: CommonArgs.
@@ -94,13 +94,10 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
-    _expect_layout(args, train_args, task, tokenizer, sources)
+    _resolve_layout(args, train_args, task, tokenizer, sources)
     padded = not task.lays_end_to_end(train_args)
     planned = plan(train_args, measure(data.train, task.row_type), evaluated, processes, padded)
-    if counted is not None and resolve_checkpointing(counted["all"], train_args):
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
-            where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
-            sources[name] = Source("derived", where, sources[name])
+    _resolve_checkpointing(counted, train_args, sources)
     case = RunSettings(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
     values = json.loads(json.dumps(settings["trainer"] | settings["common"], default=str))
@@ -118,11 +115,19 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     )
 
 
-def _expect_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
-    """Sets `padding_free` as a run will, by a small model of the same architecture.
+def _resolve_checkpointing(counted: dict | None, train_args, sources: Sources) -> None:
+    """Turns gradient checkpointing on for a large model, as loading it will."""
+    if counted is not None and resolve_checkpointing(counted["all"], train_args):
+        where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            sources[name] = Source("derived", where, sources[name])
+
+
+def _resolve_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
+    """Sets `padding_free` as a run will, which tests a small model of the same architecture.
 
     Raises:
-        UserError: no layout that the settings allow is right for it.
+        UserError: no layout that the settings allow is correct for the architecture.
     """
     problem, padding_free, reason = expected_layout(args, train_args, task, tokenizer)
     if problem:
@@ -132,8 +137,8 @@ def _expect_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
         sources["padding_free"] = Source("derived", reason, sources["padding_free"])
 
 
-def _without_list(part):
-    """When a run evaluates, say, without the list of every step of it."""
+def _without_steps(part):
+    """A part of the plan without its list of steps."""
     return {name: value for name, value in part.items() if name != "steps"} if isinstance(part, dict) else part
 
 
@@ -145,11 +150,11 @@ def _source_as_json(source: Source | None) -> dict:
 
 
 def deepspeed_values(train_args, counted: dict | None, steps: int, processes: int) -> dict:
-    """Every value that DeepSpeed's file sets, `auto` as what it becomes.
+    """Every value of DeepSpeed's file, with `auto` resolved.
 
     Args:
         train_args: the recipe's TrainArgument.
-        counted: from `weights`; without it what depends on the model stays `auto`.
+        counted: from `weights`; if None, what depends on the model stays `auto`.
         steps: of the run.
         processes: how many train together.
 
@@ -163,13 +168,13 @@ def deepspeed_values(train_args, counted: dict | None, steps: int, processes: in
     if not isinstance(given, dict):
         name = short_name(given)
         given = json.loads(given if given.lstrip().startswith("{") else Path(given).expanduser().read_bytes())
-    settled = copy.deepcopy(train_args.hf_deepspeed_config)
+    resolved = copy.deepcopy(train_args.hf_deepspeed_config)
     if counted is not None:
         try:
-            settled.trainer_config_finalize(train_args, SimpleNamespace(config=counted["config"]), steps)
+            resolved.trainer_config_finalize(train_args, SimpleNamespace(config=counted["config"]), steps)
         except ValueError as error:
-            raise UserError(f"--deepspeed {name} does not go with the flags: {error}") from error
-    filled, found = _flat(settled.config), {}
+            raise UserError(f"--deepspeed {name} does not fit the flags: {error}") from error
+    filled, found = _flat(resolved.config), {}
     for key, value in _flat(given).items():
         now, where = filled.get(key, value), name
         if value == "auto":

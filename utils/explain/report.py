@@ -1,8 +1,8 @@
-"""What was found out of a run to come, as text."""
+"""Formats the preview of a run as text."""
 
 from utils.runtime.text import format_count, format_setting
 
-# how a group of values is headed, in the order they are shown
+# kind of source → heading of its values, in the order shown
 _GROUPS = {
     "flag": "flags",
     "config": "the file of --config",
@@ -12,30 +12,30 @@ _GROUPS = {
     "derived": "derived from other values",
     "library": "the libraries' defaults",
 }
-_WIDEST = 48  # a longer value pushes its source to the right
+_MAX_WIDTH = 48  # of the column of values; a longer value pushes its source to the right
 
 
 def text_of(explained, everything: bool, diff: dict | None) -> str:
-    """All that is told, as a text.
+    """The whole preview as text.
 
     Args:
         explained: from `utils.explain.explain.explain`.
-        everything: whether to show values that nobody set as well.
-        diff: of each name, then, now and where from; None where no run is compared.
+        everything: whether to include values that nobody set.
+        diff: from `utils.explain.diff.compare`; None without a run to compare with.
     """
     parts = ["\n".join(plan_lines(explained))]
     parts += value_tables(explained, everything)
     if explained.deepspeed:
         rows = [(key, format_setting(one["value"]), one["from"]) for key, one in explained.deepspeed["values"].items()]
         parts.append("Values of DeepSpeed's file\n" + table(rows))
-    parts += idle_lines(explained, everything)
+    parts += no_effect_lines(explained, everything)
     if diff is not None:
         parts.append(diff_text(diff))
     return "\n\n".join(parts)
 
 
 def plan_lines(explained) -> list[str]:
-    """What the run does, a line for each thing."""
+    """The plan: model, rows, steps, tokens, learning rate, evaluations and checkpoints, one line each."""
     plan, args = explained.plan, explained.args
     rows = [("task", f"{args.task_type}, recipe {args.train_args_path}, --train_mode {args.train_mode}")]
     rows += [("model", f"{args.model_name_or_path}{_weights(explained.weights)}"), ("rows", _rows(explained))]
@@ -62,7 +62,7 @@ def _rows(explained) -> str:
     text += f", {report.untrained:,} of their answers are not trained" if report.untrained else ""
     more = plan["rows_repeated"]
     if more:
-        text += f", {more:,} a second time, for all processes to have as many" if more > 0 else (
+        text += f", {more:,} repeated, so that all processes have as many" if more > 0 else (
             f", {-more:,} of an epoch are left out (--dataloader_drop_last)"
         )  # fmt: skip
     return f"{text}, {plan['rows_to_evaluate']:,} evaluate" if plan["rows_to_evaluate"] else text
@@ -73,7 +73,7 @@ def _steps(explained) -> str:
     by = "--max_steps" if explained.train_args.max_steps > 0 else "--num_train_epochs"
     text = f"{plan['steps']:,} updates = {plan['epochs']:.4g} epochs of {plan['updates_per_epoch']:,} ({by})"
     resumed = explained.train_args.resume_from_checkpoint
-    return f"{text}, going on from {resumed}" if resumed else text
+    return f"{text}, resumed from {resumed}" if resumed else text
 
 
 def _update(plan: dict) -> str:
@@ -110,7 +110,7 @@ def _pass(plan: dict) -> str:
 def _rate(explained) -> str:
     rates, schedule = explained.plan["learning_rate"], explained.values["lr_scheduler_type"]
     if rates is None:
-        return f"{explained.values['learning_rate']:g}, then as evaluations say ({schedule})"
+        return f"{explained.values['learning_rate']:g}, then according to evaluations ({schedule})"
     first, highest, last = (f"{rates[name]:.3g}" for name in ("first", "highest", "last"))
     warmup = (
         f" after {format_count(explained.plan['warmup_steps'], 'step')} of warm-up"
@@ -142,7 +142,7 @@ def value_tables(explained, everything: bool) -> list[str]:
         rows = [
             (name, format_setting(explained.values[name]), _where(source))
             for name, source in explained.sources.items()
-            if source.kind == kind and (everything or _is_told(explained, name, source))
+            if source.kind == kind and (everything or _is_shown(explained, name, source))
         ]
         if rows:
             tables.append(f"Values: {title}\n{table(rows)}")
@@ -153,9 +153,9 @@ def _where(source) -> str:
     return f"{source.where} (in place of {source.before.where})" if source.before else source.where
 
 
-def _is_told(explained, name: str, source) -> bool:
-    """Whether a value matters: someone set it, or it is one of this project's own that is on and counts here."""
-    if source.internal or (name in explained.idle and not source.chosen):
+def _is_shown(explained, name: str, source) -> bool:
+    """Whether a value is shown by default: someone set it, or it is a default of ours that is on and has an effect."""
+    if source.internal or (name in explained.no_effect and not source.chosen):
         return False
     return source.kind != "default" or explained.values[name] not in (None, False, 0)
 
@@ -163,15 +163,15 @@ def _is_told(explained, name: str, source) -> bool:
 def table(rows: list[tuple[str, str, str]]) -> str:
     """Three columns, aligned."""
     first = max(len(name) for name, _, _ in rows)
-    second = min(_WIDEST, max(len(value) for _, value, _ in rows))
+    second = min(_MAX_WIDTH, max(len(value) for _, value, _ in rows))
     return "\n".join(f"  {name:<{first}}  {value:<{second}}  {where}" for name, value, where in rows)
 
 
-def idle_lines(explained, everything: bool) -> list[str]:
-    """What does nothing here, by reason: of what someone set, or of everything."""
+def no_effect_lines(explained, everything: bool) -> list[str]:
+    """Settings without effect, by reason: those that someone set, or all of them."""
     reasons: dict[str, list[str]] = {}
     hidden = 0
-    for name, why in explained.idle.items():
+    for name, why in explained.no_effect.items():
         source = explained.sources[name]
         if everything or source.chosen:
             reasons.setdefault(why, []).append(f"{name} {format_setting(explained.values[name])} ({_where(source)})")
@@ -179,7 +179,7 @@ def idle_lines(explained, everything: bool) -> list[str]:
             hidden += 1
     lines = [f"  {', '.join(names)}\n    {why}" for why, names in reasons.items()]
     lines += [
-        f"  {name} at {where}\n    it has no type there (`{name}: … = …`), so that the dataclass ignores it"
+        f"  {name} at {where}\n    it has no type annotation (`{name}: … = …`), so the dataclass ignores it"
         for name, where in explained.unannotated.items()
     ]
     if not lines:
@@ -191,7 +191,7 @@ def idle_lines(explained, everything: bool) -> list[str]:
 
 
 def diff_text(diff: dict) -> str:
-    """What differs from an earlier run."""
+    """The differences from an earlier run as a table."""
     title = f"Compared with {diff['run']}"
     if not diff["differs"]:
         return f"{title}: nothing differs"

@@ -1,4 +1,4 @@
-"""RunSettings that have no effect in the current configuration: the rows that hold for every task.
+"""Settings that have no effect in the current configuration: the rows of the table that hold for every task.
 
 Those of a single task are in its `settings_without_effect`.
 """
@@ -17,29 +17,29 @@ TABLE = [
          lambda c: c.train_mode == "full", "--train_mode full trains every weight, without an adapter"),
     NoEffect(("lora_target_modules", "init_lora_weights", "train_special_tokens"),
          lambda c: c.train_mode == "full" or c.adapter_name_or_path,
-         "it is for a new adapter, and this run has none, or goes on from one"),
+         "it is for a new adapter, and this run has none, or continues one"),
     # ------------------------------------------------------------------ rows
     NoEffect(("max_prompt_length",), lambda c: not c.args.task.row_type.has_prompt_limit,
          "only preference pairs have a limit for the prompt alone"),
-    NoEffect(("remove_unused_columns",), lambda c: True, "the rows hold what the collators take, and no more"),
+    NoEffect(("remove_unused_columns",), lambda c: True, "prepared rows hold only what the collators use"),
     NoEffect(("length_column_name",), lambda c: c.train_sampling_strategy not in _BY_LENGTH,
-         "only --train_sampling_strategy group_by_length and batch_rebalance look at lengths"),
+         "only --train_sampling_strategy group_by_length and batch_rebalance use lengths"),
     NoEffect(("dataloader_in_order",), lambda c: not c.dataloader_num_workers, "--dataloader_num_workers is 0"),
     NoEffect(("dataloader_pin_memory",), lambda c: c.use_cpu, "without a GPU there is nothing to copy to"),
     # ------------------------------------------------------------------ length of the run and schedule
-    NoEffect(("num_train_epochs",), lambda c: c.max_steps > 0, "--max_steps says where the run ends"),
+    NoEffect(("num_train_epochs",), lambda c: c.max_steps > 0, "--max_steps decides where the run ends"),
     NoEffect(("warmup_steps",), lambda c: c.lr_scheduler_type in _WITHOUT_WARMUP,
          "this --lr_scheduler_type has no warm-up; constant_with_warmup has one"),
     NoEffect(("lr_scheduler_kwargs",), lambda c: c.lr_scheduler_type in _WITHOUT_OPTIONS,
          "this --lr_scheduler_type takes no options"),
     NoEffect(("ignore_data_skip", "restore_callback_states_from_checkpoint"), lambda c: not c.resume_from_checkpoint,
-         "the run does not go on from a checkpoint"),
+         "the run does not resume from a checkpoint"),
     # ------------------------------------------------------------------ optimizer and loss
     NoEffect(("adam_beta1", "adam_beta2"), lambda c: not c.optimizer_takes("betas"), "this --optim has no betas"),
     NoEffect(("adam_epsilon",), lambda c: not c.optimizer_takes("eps"), "this --optim does not take it"),
     # ------------------------------------------------------------------ evaluation, saving, reports
     NoEffect(("eval_steps",), lambda c: not c.rows_to_evaluate or c.eval_strategy != "steps",
-         "nothing is evaluated every so many steps"),
+         "--eval_strategy is not steps, or there are no rows to evaluate"),
     NoEffect(("eval_delay",), lambda c: not c.rows_to_evaluate or c.eval_strategy == "no",
          "nothing is evaluated during the training"),
     NoEffect(("per_device_eval_batch_size",),
@@ -48,7 +48,7 @@ TABLE = [
     NoEffect(("prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches", "batch_eval_metrics",
           "include_for_metrics", "eval_use_gather_object"),
          lambda c: not c.args.task.needs_reference or not c.evaluates,
-         "evaluation adds its figures up and keeps no predictions"),
+         "evaluation adds its metrics up and keeps no predictions"),
     NoEffect(("early_stopping_threshold",), lambda c: not c.early_stopping_patience,
          "--early_stopping_patience is not set"),
     NoEffect(("metric_for_best_model",), lambda c: not c.evaluates, "nothing is evaluated"),
@@ -56,7 +56,7 @@ TABLE = [
          "no evaluation is compared with another (--metric_for_best_model)"),
     NoEffect(("save_steps",), lambda c: c.save_strategy != "steps", "--save_strategy is not steps"),
     NoEffect(("save_total_limit", "save_only_model"), lambda c: c.save_strategy == "no",
-         "--save_strategy no writes no checkpoints, but for one on Ctrl-C or SIGTERM"),
+         "--save_strategy no writes no checkpoints, except one on Ctrl-C or SIGTERM"),
     NoEffect(("logging_steps",), lambda c: c.logging_strategy != "steps" and c.eval_steps != c.logging_steps,
          "--logging_strategy is not steps"),
     NoEffect(("run_name",), lambda c: set(c.report_to) <= {"tensorboard"}, "no --report_to shows it"),
@@ -72,11 +72,11 @@ TABLE = [
     NoEffect(("average_tokens_across_devices",), lambda c: c.processes == 1 and c.n_gpu <= 1, "there is one process"),
     NoEffect(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
          lambda c: c.processes == 1 or c.deepspeed or c.fsdp,
-         "DistributedDataParallel has no part in it: one process, DeepSpeed or FSDP"),
+         "DistributedDataParallel is not used: one process, DeepSpeed or FSDP"),
     NoEffect(("ddp_backend", "ddp_timeout"), lambda c: c.processes == 1 and not c.deepspeed, "there is one process"),
     NoEffect(("fsdp_config",), lambda c: not c.fsdp, "--fsdp is not set"),
-    NoEffect(("do_train", "do_predict"), lambda c: True, "main_train.py trains, and nothing else"),
-    NoEffect(("do_eval",), lambda c: not c.evaluates, "--eval_strategy and rows for it are what counts"),
+    NoEffect(("do_train", "do_predict"), lambda c: True, "main_train.py always trains, and nothing else"),
+    NoEffect(("do_eval",), lambda c: not c.evaluates, "--eval_strategy and the evaluation rows decide it"),
     *(NoEffect((old,), lambda c: True, f"it is replaced by --{new}{note}")
       for old, (new, note) in REPLACED_FLAGS.items()),
 ]  # fmt: skip

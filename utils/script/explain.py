@@ -24,10 +24,10 @@ from utils.runtime.log import is_main_process, setup_logging
 class ExplainArgs:
     """Flags of this command; all others are main_train.py's."""
 
-    all: bool = arg(False, "Show every value, those that nobody set and the idle ones included.")
+    all: bool = arg(False, "Show every value, also those that nobody set and those without effect.")
     json: bool = arg(False, "Print one JSON object with everything, for other programs; messages go to stderr.")
     diff: str | None = arg(None, "A run's folder, or its train_args.json: show what differs from it.")
-    processes: int | None = arg(None, "For how many processes to plan. Default: as many as were started.")
+    processes: int | None = arg(None, "The number of processes to plan for. Default: as many as were started.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     if asked.processes is not None and not 1 <= asked.processes <= 1024:
         problems.append(f"--processes {asked.processes} is not allowed; give a whole number from 1 to 1024")
 
-    from utils.explain.diff import compare, read_then
+    from utils.explain.diff import compare, read_earlier
 
     try:
-        then = read_then(asked.diff)
+        then = read_earlier(asked.diff)
     except UserError as error:
         problems += error.problems
     try:
