@@ -1,4 +1,4 @@
-"""Files and folders: hashes, weights, checkpoints, what a run wrote, who holds its folder.
+"""Files, weights, checkpoints and the run folder with its lock.
 
 In reading order: files, weights, run_folder, run_files, run_lock, pickles.
 """
