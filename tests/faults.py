@@ -644,6 +644,20 @@ FAULTS = [
         "tests/tasks/test_added_task.py -k only_tasks_know",
     ),
     Fault(
+        "rows: a bool is no part of the rows' key",
+        "utils/data/cache.py",
+        'values.update("".join(f"{json.dumps(value)}\\n" for value in chunk.to_pylist()).encode())',
+        "pass",
+        "tests/data/test_row_types.py -k part_of_the_rows_key",
+    ),
+    Fault(
+        "rows: the labels of a pair begin with its prompt",
+        "utils/data/row_types.py",
+        "found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt))",
+        "found.append(Sequence(name, ids, list(row[labels]) + [IGNORE_INDEX] * start, prompt))",
+        "tests/data/test_row_types.py -k sequences_of",
+    ),
+    Fault(
         "tasks: the doctor fails on a task without usual learning rates, and says so in a note",
         "utils/doctor/settings.py",
         "if lora not in task.usual_learning_rates:",

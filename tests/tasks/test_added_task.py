@@ -130,7 +130,7 @@ QUESTIONS = (
     "Say hello to Anna, please.",
 )
 ROWS = [
-    {"prompt": question, "completion": answer, "label": answer[0] != "N", "tags": ["short", f"row {number}"], "id": number}
+    {"prompt": question, "completion": answer, "label": answer[0] != "N", "tags": ["short", f"row {number}"], "id": 0}
     for number, question in enumerate(QUESTIONS)
     for answer in (f"It is number {number}, and that is all.", f"No idea {number}")
 ]  # fmt: skip
