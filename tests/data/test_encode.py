@@ -1,80 +1,14 @@
-"""Rows are encoded in one pass: the same labels with and without offsets, and processes that fail are told."""
+"""Rows are encoded in order, a chunk at a time, and none is lost."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import tiny
-from conftest import ROOT, write_rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import write_rows
 
-from utils.data.conversations import to_messages
 from utils.data.encode import Part, RowKind, encoded_parts
 from utils.data.parallel import CHUNK_SIZE
-from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.tokenize import (
-    Segment,
-    _encode_texts,
-    _label_ranges,
-    encode_segments,
-    label_spans,
-    pick_escape_char,
-)
-
-TEXT = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n🙂é你好<|im_end|>"), max_size=12)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=6))
-def test_labels_by_ranges_are_those_by_offsets(pieces):
-    """Where `_label_ranges` answers at all, it says what the plain walk over the offsets says."""
-    tokenizer, text, spans = tiny.byte_level_tokenizer(), "", []
-    for piece, trained in pieces:
-        if trained and piece:
-            spans.append((len(text), len(text) + len(piece)))
-        text += piece
-    encoding = _encode_texts([text], tokenizer)[0]
-    plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert encoding.ids == plain["input_ids"]
-    labels = _label_ranges(encoding, encoding.ids, spans)
-    special = frozenset(tokenizer.added_tokens_decoder)
-    assert labels in (None, label_spans(plain["input_ids"], plain["offset_mapping"], spans, special))
-
-
-def test_ranges_serve_every_family(tokenizer):
-    """The quick way is the one that is taken, or it would be quick for nobody."""
-    template = get_template("qwen", tokenizer)
-    for row in tiny.ROWS:
-        segments = list(template.segments(to_messages(row)))
-        text = "".join(segment.text for segment in segments)
-        ends = [sum(len(s.text) for s in segments[:i]) for i in range(len(segments) + 1)]
-        spans = [(ends[i], ends[i + 1]) for i, segment in enumerate(segments) if segment.trained]
-        encoding = _encode_texts([text], tokenizer)[0]
-        assert _label_ranges(encoding, encoding.ids, spans) is not None
-
-
-@pytest.mark.parametrize("text", ["a  b", "a\n\n\nb", "🙂🙂", "the fox"])
-def test_a_token_that_crosses_the_end_of_an_answer(tokenizer, text):
-    plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = plain["input_ids"], plain["offset_mapping"]
-    for cut in range(1, len(text)):
-        for trained, span in ((False, (cut, len(text))), (True, (0, cut))):
-            row = encode_segments([[Segment(text[:cut], trained), Segment(text[cut:], not trained)]], tokenizer)[0]
-            assert row == {"input_ids": ids, "labels": label_spans(ids, offsets, [span])}
-
-
-def test_settings_left_in_the_tokenizer_do_not_count(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    whole = encode_segments([[Segment("a long enough text")]], tokenizer)
-    tokenizer(["a long text"], truncation=True, max_length=2, padding="max_length")
-    assert encode_segments([[Segment("a long enough text")]], tokenizer) == whole
 
 
 def kind_of(encode) -> RowKind:
@@ -119,24 +53,6 @@ def test_after_a_row_that_stops_the_run_the_rest_is_only_looked_through(tmp_path
     assert seen == []
 
 
-def test_a_process_that_is_killed_is_told_and_none_stays_behind(tmp_path):
-    def die(texts):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
-    with pytest.raises(UserError, match="--dataset_num_proc 1"):
-        list(encoded_parts([file], kind_of(die), "auto", 2))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_no_row_is_lost_silently(tmp_path, workers):
-    """Neither at an iterator that ends within the work, nor where a chunk gives fewer rows than it had."""
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK_SIZE))
-    kind = kind_of(lambda texts: next(iter([])))
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        list(encoded_parts([file], kind, "auto", workers))
-
-
 def test_a_chunk_that_loses_rows_stops_the_run(tmp_path, monkeypatch):
     from utils.data import encode as data_encode
 
@@ -144,11 +60,6 @@ def test_a_chunk_that_loses_rows_stops_the_run(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 3)
     with pytest.raises(RuntimeError, match="of 3 rows, 0 are kept and 0 dropped"):
         list(encoded_parts([file], kind_of(ids_of), "auto", 1))
-
-
-PRIVATE = [
-    chr(code) for codes in ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)) for code in range(*codes)
-]
 
 
 @pytest.mark.parametrize("name", ["qwen", "auto"])
@@ -166,53 +77,3 @@ def test_a_row_with_every_usual_break_keeps_all_rows(tmp_path, name):
     ids = [ids for part in parts for ids in part.batch["input_ids"].to_pylist()]
     assert len(ids) == 3 and tokenizer.decode(ids[0]) == get_template("qwen").render(row)
     assert ids[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
-
-
-def test_every_private_use_character_may_be_the_break():
-    assert pick_escape_char("".join(PRIVATE[:-1])) == PRIVATE[-1]
-    assert pick_escape_char("".join(PRIVATE).replace("\uf8ff", "")) == "\uf8ff"
-    with pytest.raises(UserError, match="every private-use character"):
-        pick_escape_char("".join(PRIVATE))
-
-
-def test_only_some_chunks_are_read_ahead(tmp_path):
-    """What is in memory does not grow with the files."""
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (20 * CHUNK_SIZE))
-    read = []
-
-    def encode(texts):
-        read.append(len(texts))
-        return ids_of(texts)
-
-    parts = encoded_parts([file], kind_of(encode), "auto", 1)
-    next(parts)
-    assert read == [CHUNK_SIZE]
-    parts.close()
-
-
-SLOW = """
-import os, sys, time
-sys.path[:0] = ["{root}"]
-from utils.data.encode import RowKind, encoded_parts
-
-def encode(texts):
-    print(os.getpid(), flush=True)
-    time.sleep(1000)
-
-kind = RowKind((".jsonl",), lambda row: row["text"], encode, {{}})
-list(encoded_parts(["{file}"], kind, "auto", 2))
-"""
-
-
-@pytest.mark.slow
-def test_no_process_outlives_a_run_that_is_killed(tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
-    run = subprocess.Popen([sys.executable, "-c", SLOW.format(root=ROOT, file=file)], stdout=subprocess.PIPE, text=True)
-    worker = int(run.stdout.readline())
-    run.kill()
-    run.wait()
-    for _ in range(100):
-        if not Path(f"/proc/{worker}").exists():
-            break
-        time.sleep(0.1)
-    assert not Path(f"/proc/{worker}").exists()

@@ -1,9 +1,6 @@
 """From files to ids and labels: what is kept, what is dropped and named, and what is cached."""
 
 import json
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +9,18 @@ import tiny
 from conftest import write_rows
 
 from utils.args import parse_args
-from utils.data.cache import locked
 from utils.data.report import BROKEN_UNICODE, SHORTENED
-from utils.data.truncate import encode_within
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template, template_dict
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris is."},
+    {"role": "user", "content": "The quick brown fox"},
+    {"role": "assistant", "content": "jumps over"},
+]
 
 
 @pytest.fixture
@@ -184,68 +187,6 @@ def test_pretraining_reads_text_files(load, tmp_path):
 
 # ---------------------------------------------------------------------------- rows that are too long
 
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "Paris is."},
-    {"role": "user", "content": "The quick brown fox"},
-    {"role": "assistant", "content": "jumps over"},
-]
-
-
-def fit(messages, max_len, tokenizer):
-    return encode_within([messages], get_template("qwen", tokenizer), tokenizer, max_len)[0]
-
-
-def test_the_oldest_turns_go_first(tokenizer):
-    template = get_template("qwen", tokenizer)
-    shorter = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
-    whole = template.encode(TURNS, tokenizer)
-    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False, "notes": []}
-    for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
-        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True, "notes": []}
-
-
-def test_tools_stay_with_a_conversation_that_loses_its_first_turn():
-    from utils.data.truncate import shorter
-
-    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
-    tools = [{"name": "look"}]
-    assert shorter([{**turns[0], "tools": tools}, *turns[1:]], 1, None) == [{**turns[2], "tools": tools}, turns[3]]
-    system = {"role": "system", "content": "Be brief.", "tools": tools}
-    assert shorter([system, *turns], 1, None) == [system, *turns[2:]]
-
-
-def test_a_row_without_a_label_is_dropped():
-    """As a template's marks can leave one: it would only take time, and a step of such rows has no loss."""
-    from utils.data.report import Dropped
-    from utils.data.truncate import encode_within
-
-    class Unmarked:
-        def encode_batch(self, conversations, tokenizer):
-            return [{"input_ids": [1, 2, 3], "labels": labels} for labels in ([-100] * 3, [-100, -100, 3])]
-
-        def notes(self, messages, train_on):
-            return []
-
-    first, second = encode_within([[], []], Unmarked(), None, max_len=8)
-    assert first == Dropped("has nothing to train") and second["labels"] == [-100, -100, 3]
-
-
-def test_then_the_beginning_of_the_last_question(tokenizer):
-    template = get_template("qwen", tokenizer)
-    smallest = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
-    cut = fit(TURNS, len(smallest["input_ids"]) - 3, tokenizer)
-    text = tokenizer.decode(cut["input_ids"])
-    assert len(cut["input_ids"]) <= len(smallest["input_ids"]) - 3
-    assert " fox<|im_end|>" in text and "The quick" not in text and "Be brief." in text
-    assert tokenizer.decode([label for label in cut["labels"] if label != -100]) == "jumps over<|im_end|>"
-
-
-def test_an_answer_is_never_cut(tokenizer):
-    dropped = fit([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no " * 100}], 60, tokenizer)
-    assert dropped.kind == "too long" and "--max_len 60" in dropped.reason
-
 
 def test_overlong(load):
     """The longest of the rows is shortened, left out, or stops the run, and is named each time."""
@@ -315,26 +256,6 @@ def test_odd_rows_are_named_with_all_others(load, tmp_path, row):
     with pytest.raises(UserError) as error:
         load(str(tmp_path / "odd.jsonl"))
     assert "3 of 3 rows" in str(error.value)
-
-
-def test_the_lock_of_a_preparation_is_removed_and_lets_one_in_at_a_time(tmp_path, monkeypatch):
-    """Whoever waits for a lock that is removed must not hold the old file beside one who holds a new one."""
-    (tmp_path / "locks").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
-    inside, most = [], []
-
-    def enter(number):
-        for _ in range(8):
-            with locked(tmp_path / "cache" / "rows"):
-                inside.append(number)
-                time.sleep(0.002)
-                most.append(len(inside))
-                inside.remove(number)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(enter, range(4)))
-    assert len(most) == 32 and max(most) == 1
-    assert not list((tmp_path / "locks").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["report.json", "state.json", "dataset_info.json", "cut", "rows lost"])
@@ -428,11 +349,6 @@ def test_evaluation_rows_of_their_own(load, tmp_path):
 def test_on_bad_row_error_stops_for_malformed_rows_too(load):
     with pytest.raises(UserError, match="no field 'output'"):
         load(BAD, "--on_bad_row", "error")
-
-
-def test_a_first_answer_is_not_cut(tokenizer):
-    messages = [{"role": "assistant", "content": "no " * 50}, {"role": "assistant", "content": "yes"}]
-    assert "too long" in fit(messages, 40, tokenizer)
 
 
 def test_line_numbers_of_lists(load, tmp_path):

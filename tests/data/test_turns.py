@@ -3,8 +3,6 @@
 import copy
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tiny
 from conftest import write_rows
@@ -12,7 +10,6 @@ from test_official import TOOLS, tokenizer_of, trained_texts
 
 from utils.data.conversations import BadRow, EmptyRow, to_messages
 from utils.data.encode import RowKind
-from utils.data.files import read_rows
 from utils.data.pairs import to_pair
 from utils.data.prepare import load_rows
 from utils.data.truncate import encode_within
@@ -148,19 +145,6 @@ def test_a_template_that_joins_texts_gets_arguments_as_text():
     texts = trained_texts(template.encode(to_messages(row), tokenizer), tokenizer)
     assert '```json\n{"people": 4, "place": "Lark"}\n```' in texts[0]
     assert texts[0].endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>")
-
-
-def test_nulls_that_a_table_pads_with_are_not_trained(tmp_path):
-    """The same rows from JSON and from Parquet are the same messages; a null of a JSON file stays."""
-    rows = [booking({"people": 4}), booking({"place": "Lark", "deep": {"a": 1}})]
-    rows[1]["tools"] = [{"type": "function", "function": {"name": "other", "description": "Other."}}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    padded = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()
-    assert padded[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["place"] is None
-    read = [to_messages(raw.value) for raw in read_rows(str(tmp_path / "rows.parquet"))]
-    assert read == [to_messages(row) for row in rows]
-    kept = next(read_rows(write_rows(tmp_path / "a.jsonl", [booking({"people": None})])))
-    assert to_messages(kept.value)[1]["tool_calls"][0]["function"]["arguments"] == {"people": None}
 
 
 def test_a_special_token_in_a_key_forges_no_turn():

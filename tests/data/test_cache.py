@@ -5,6 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -13,7 +16,7 @@ from conftest import ROOT, write_rows
 from utils.args import parse_args
 from utils.data import cache as data_keys
 from utils.data import prepare as data_process
-from utils.data.cache import rows_key, tokenizer_key
+from utils.data.cache import locked, rows_key, tokenizer_key
 from utils.model.tokenizer import tokenizer_of
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
@@ -235,3 +238,23 @@ def test_processes_that_read_different_rows_are_refused(prepare, monkeypatch):
     monkeypatch.setattr(data_process, "all_gather_objects", lambda keys: [*keys, "another"])
     with pytest.raises(UserError, match="--train_data_path: the processes have read different rows; give each machine"):
         prepare()
+
+
+def test_the_lock_of_a_preparation_is_removed_and_lets_one_in_at_a_time(tmp_path, monkeypatch):
+    """Whoever waits for a lock that is removed must not hold the old file beside one who holds a new one."""
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    inside, most = [], []
+
+    def enter(number):
+        for _ in range(8):
+            with locked(tmp_path / "cache" / "rows"):
+                inside.append(number)
+                time.sleep(0.002)
+                most.append(len(inside))
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert len(most) == 32 and max(most) == 1
+    assert not list((tmp_path / "locks").iterdir())

@@ -1,4 +1,4 @@
-"""Long conversations lose the same turns as one at a time, in a time that grows with their length."""
+"""Truncation: the oldest turns first, the same ones whether in advance or one at a time, never an answer."""
 
 import copy
 import random
@@ -9,7 +9,7 @@ import tiny
 from utils.data.report import Dropped
 from utils.data.truncate import Shortened, check_all, cut_far, cut_pair_far, encode_pairs_within, encode_within, shorter
 from utils.runtime.errors import UserError
-from utils.template import get_template
+from utils.template import get_template, template_dict
 
 TEMPLATES = ["qwen", "llama3", "default", "auto"]
 
@@ -17,7 +17,6 @@ TEMPLATES = ["qwen", "llama3", "default", "auto"]
 @pytest.fixture(scope="module")
 def tokenizers():
     """A tokenizer for each template; `auto` has a form of its own, which drops thinking from all but the last turn."""
-    from utils.template import template_dict
 
     made = {name: tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer) for name in TEMPLATES[:-1]}
     made["auto"] = tiny.byte_level_tokenizer()
@@ -180,3 +179,71 @@ def test_what_is_wrong_is_told_by_the_turns_of_the_row(tokenizers):
     messages[-1] = {"role": "assistant", "content": "x", "tool_calls": [{}]}
     with pytest.raises(UserError, match=f"turn {len(messages)} "):
         check_all(template, messages[-4:], messages)
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris is."},
+    {"role": "user", "content": "The quick brown fox"},
+    {"role": "assistant", "content": "jumps over"},
+]
+
+
+def fit(messages, max_len, tokenizer):
+    return encode_within([messages], get_template("qwen", tokenizer), tokenizer, max_len)[0]
+
+
+def test_the_oldest_turns_go_first(tokenizer):
+    template = get_template("qwen", tokenizer)
+    shorter = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
+    whole = template.encode(TURNS, tokenizer)
+    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False, "notes": []}
+    for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
+        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True, "notes": []}
+
+
+def test_tools_stay_with_a_conversation_that_loses_its_first_turn():
+    from utils.data.truncate import shorter
+
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    tools = [{"name": "look"}]
+    assert shorter([{**turns[0], "tools": tools}, *turns[1:]], 1, None) == [{**turns[2], "tools": tools}, turns[3]]
+    system = {"role": "system", "content": "Be brief.", "tools": tools}
+    assert shorter([system, *turns], 1, None) == [system, *turns[2:]]
+
+
+def test_a_row_without_a_label_is_dropped():
+    """As a template's marks can leave one: it would only take time, and a step of such rows has no loss."""
+    from utils.data.report import Dropped
+    from utils.data.truncate import encode_within
+
+    class Unmarked:
+        def encode_batch(self, conversations, tokenizer):
+            return [{"input_ids": [1, 2, 3], "labels": labels} for labels in ([-100] * 3, [-100, -100, 3])]
+
+        def notes(self, messages, train_on):
+            return []
+
+    first, second = encode_within([[], []], Unmarked(), None, max_len=8)
+    assert first == Dropped("has nothing to train") and second["labels"] == [-100, -100, 3]
+
+
+def test_then_the_beginning_of_the_last_question(tokenizer):
+    template = get_template("qwen", tokenizer)
+    smallest = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
+    cut = fit(TURNS, len(smallest["input_ids"]) - 3, tokenizer)
+    text = tokenizer.decode(cut["input_ids"])
+    assert len(cut["input_ids"]) <= len(smallest["input_ids"]) - 3
+    assert " fox<|im_end|>" in text and "The quick" not in text and "Be brief." in text
+    assert tokenizer.decode([label for label in cut["labels"] if label != -100]) == "jumps over<|im_end|>"
+
+
+def test_an_answer_is_never_cut(tokenizer):
+    dropped = fit([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no " * 100}], 60, tokenizer)
+    assert dropped.kind == "too long" and "--max_len 60" in dropped.reason
+
+
+def test_a_first_answer_is_not_cut(tokenizer):
+    messages = [{"role": "assistant", "content": "no " * 50}, {"role": "assistant", "content": "yes"}]
+    assert "too long" in fit(messages, 40, tokenizer)

@@ -1,0 +1,84 @@
+"""Chunks are encoded in several processes: in order, a few ahead, and none outlives the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_rows
+
+from utils.data.encode import RowKind, encoded_parts
+from utils.data.parallel import CHUNK_SIZE
+from utils.runtime.errors import UserError
+
+
+def kind_of(encode) -> RowKind:
+    return RowKind(suffixes=(".jsonl",), read=lambda row: row["text"], encode=encode, key={})
+
+
+def ids_of(texts):
+    return [{"input_ids": [len(text)], "labels": [len(text)], "shortened": False} for text in texts]
+
+
+def test_a_process_that_is_killed_is_told_and_none_stays_behind(tmp_path):
+    def die(texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
+    with pytest.raises(UserError, match="--dataset_num_proc 1"):
+        list(encoded_parts([file], kind_of(die), "auto", 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_row_is_lost_silently(tmp_path, workers):
+    """Neither at an iterator that ends within the work, nor where a chunk gives fewer rows than it had."""
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK_SIZE))
+    kind = kind_of(lambda texts: next(iter([])))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(encoded_parts([file], kind, "auto", workers))
+
+
+def test_only_some_chunks_are_read_ahead(tmp_path):
+    """What is in memory does not grow with the files."""
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (20 * CHUNK_SIZE))
+    read = []
+
+    def encode(texts):
+        read.append(len(texts))
+        return ids_of(texts)
+
+    parts = encoded_parts([file], kind_of(encode), "auto", 1)
+    next(parts)
+    assert read == [CHUNK_SIZE]
+    parts.close()
+
+
+SLOW = """
+import os, sys, time
+sys.path[:0] = ["{root}"]
+from utils.data.encode import RowKind, encoded_parts
+
+def encode(texts):
+    print(os.getpid(), flush=True)
+    time.sleep(1000)
+
+kind = RowKind((".jsonl",), lambda row: row["text"], encode, {{}})
+list(encoded_parts(["{file}"], kind, "auto", 2))
+"""
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_run_that_is_killed(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
+    run = subprocess.Popen([sys.executable, "-c", SLOW.format(root=ROOT, file=file)], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
