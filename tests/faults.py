@@ -1221,28 +1221,28 @@ FAULTS = [
         "utils/storage/run_folder.py",
         "return is_incomplete(folder) or (read_manifest(folder) is not None and not folder.is_symlink())",
         "return True",
-        "tests/storage/test_deletions.py -k 'changed_stays'",
+        "tests/storage/test_run_folder.py -k 'changed_stays'",
     ),
     Fault(
         "checkpoint: what lies beside its files is removed",
         "utils/storage/run_folder.py",
         '    names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}\n',
         "    names = set(files_in(folder))\n",
-        "tests/storage/test_deletions.py -k 'beside_a_checkpoints_files'",
+        "tests/storage/test_run_folder.py -k 'beside_a_checkpoints_files'",
     ),
     Fault(
         "checkpoint: files elsewhere are removed",
         "utils/storage/run_folder.py",
         "if (folder / name).parent.resolve().is_relative_to(real):",
         "if True:",
-        "tests/storage/test_deletions.py -k names_files_elsewhere",
+        "tests/storage/test_run_folder.py -k names_files_elsewhere",
     ),
     Fault(
         "run: a changed folder is overwritten",
         "utils/storage/run_files.py",
         "        if name not in noted or resized:\n",
         "        if False:\n",
-        "tests/storage/test_deletions.py -k what_was_changed",
+        "tests/storage/test_run_folder.py -k what_was_changed",
     ),
     Fault(
         "run: two runs write into one folder",
@@ -1261,8 +1261,8 @@ FAULTS = [
     Fault(
         "checkpoint: the newest whole one is rotated away",
         "utils/storage/run_folder.py",
-        "for folder in whole[-1:]}",
-        "for folder in whole[:0]}",
+        "for folder in complete[-1:]}",
+        "for folder in complete[:0]}",
         "tests/commands/test_survive.py -k rotated_away",
     ),
     Fault(

@@ -103,8 +103,8 @@ def _scripts(census: Census) -> list[Finding]:
     import numpy
 
     question, answer = census.scripts.T
-    told = numpy.where(question == 0, answer, question)
-    counts = numpy.bincount(told, minlength=len(SCRIPTS))
+    scripts = numpy.where(question == 0, answer, question)
+    counts = numpy.bincount(scripts, minlength=len(SCRIPTS))
     counts[0] = 0
     total = max(1, int(counts.sum()))
     main = {SCRIPTS[script]: counts[script] / total for script in counts.argsort()[::-1]}
@@ -245,10 +245,10 @@ def describe_lengths(groups: list[RowGroup], args, template, tokenizer) -> str:
     for group in groups:
         counts += _count_tokens_of_rows(group.file, set(group.lines), args, template, tokenizer)
     rows = [total for total, _ in counts]
-    said = f"; {len(rows):,} of them measured: {min(rows):,} to {max(rows):,} tokens"
+    text = f"; {len(rows):,} of them measured: {min(rows):,} to {max(rows):,} tokens"
     if args.task.row_type.has_prompt_limit:
-        said += f", prompts of up to {max(prompt for _, prompt in counts):,}"
-    return said
+        text += f", prompts of up to {max(prompt for _, prompt in counts):,}"
+    return text
 
 
 def _count_tokens_of_rows(file: str, lines: set[int], args, template, tokenizer) -> list[tuple[int, int]]:

@@ -113,8 +113,8 @@ def run_training(subject: Subject, name: str, more: list[str], processes: int = 
         code = _run_command([*launcher, *flags], environment, tail, bar)
     if code:
         error = read_problems(errors)
-        said = _in_one_line(str(error)) if error else _error_in(list(tail))
-        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {said}")
+        reason = _in_one_line(str(error)) if error else _error_in(list(tail))
+        raise ProofFailed(f"the run {name!r} ended with exit code {code}: {reason}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files that are pickles, which can run code when they are read: only what torch can read without doing so.
+"""Reads pickled checkpoint files without running code that they may contain.
 
 transformers reads a checkpoint's optimizer, schedule and random state with `torch.load(weights_only=True)`, and PEFT an
 adapter. DeepSpeed reads its states with `weights_only=False`, and torch the index of FSDP's divided states by `pickle`.
@@ -35,7 +35,7 @@ _SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def check_pickles(folder: Path) -> list[str]:
-    """The files of a checkpoint that name code to run when they are read, without reading them.
+    """Checks a checkpoint for files that would run code when they are unpickled, without unpickling them.
 
     Args:
         folder: the checkpoint.
@@ -65,7 +65,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _foreign_in_state(file: Path) -> set[str]:
-    """What is named in a file of `torch.save` and is not among what may be read."""
+    """Returns the names in a file of `torch.save` that are not allowed."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     if zipfile.is_zipfile(file):
@@ -75,7 +75,7 @@ def _foreign_in_state(file: Path) -> set[str]:
 
 
 def _foreign_in_index(file: Path) -> set[str]:
-    """The same for `.metadata`, the index of what torch.distributed.checkpoint wrote; nothing for any other file."""
+    """The same for `.metadata`, the index that torch.distributed.checkpoint writes; empty for other files."""
     if file.name != ".metadata":
         return set()
     with file.open("rb") as opened:
@@ -89,7 +89,7 @@ def _foreign_in_index(file: Path) -> set[str]:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Reads an index by the classes that belong into one; every name that a pickle uses comes to `find_class`."""
+    """Unpickles an index with its own classes only; `find_class` is called for every name in a pickle."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -105,7 +105,7 @@ class _IndexReader(pickle.Unpickler):
 
 
 def load_state(file: str | Path, map_location=None):
-    """Reads a state that DeepSpeed or `torch.save` wrote, without running anything that it holds.
+    """Loads a state written by DeepSpeed or `torch.save` without running code.
 
     Raises:
         pickle.UnpicklingError: it holds more than tensors, figures and DeepSpeed's own classes.
@@ -122,14 +122,14 @@ def load_state(file: str | Path, map_location=None):
 
 
 def use_safe_deepspeed_load() -> None:
-    """Replaces the `load` of DeepSpeed's checkpoint engine, which unpickles whatever it is given."""
+    """Replaces `load` of DeepSpeed's checkpoint engine, which in 0.19 unpickles any object (`weights_only=False`)."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     def load(self, path, map_location=None):
         try:
             return load_state(path, map_location)
         except pickle.UnpicklingError as error:
-            told = f"the checkpoint's file {str(path)!r} cannot be read without running code: {_first_line(error)}"
-            raise UserError(told) from None
+            message = f"the checkpoint's file {str(path)!r} cannot be read without running code: {_first_line(error)}"
+            raise UserError(message) from None
 
     TorchCheckpointEngine.load = load

@@ -1,4 +1,4 @@
-"""Which files of a folder a run wrote: `--overwrite_output_dir` removes those and no others."""
+"""Tells which files of a folder a run wrote; `--overwrite_output_dir` removes only those."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ _ALWAYS = {"README.md", "train.log", STATE, "loss.png", "training_args.bin"}
 
 
 def written_here(folder: Path) -> dict[str, int]:
-    """The files of a run's folder by the names that a run writes: name → bytes. A run notes them at its end."""
+    """Returns the files with names that a run writes: name → bytes. They are part of a finished run's record."""
     return {name: (folder / name).stat().st_size for name in _names_in(folder)}
 
 
@@ -39,7 +39,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in a folder by a name that a run writes, and no run wrote, or was changed since.
+    """Returns files with names that a run writes, which no run wrote or which were changed since.
 
     Of a run that did not end, and of one whose record is older than the list of its files, every file of such a name
     counts as the run's.
@@ -60,12 +60,12 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def holds_weights(folder: Path, adapter: bool) -> bool:
-    """Whether a folder holds weights as a run saves them: an adapter's, or whole ones."""
+    """Whether a folder holds weights under the names a run saves: an adapter's or a full model's."""
     return any(name.startswith("adapter_model") == adapter for name in _names_in(folder) if _WEIGHTS.fullmatch(name))
 
 
 def clear_run(folder: Path, own_card: bool) -> None:
-    """Removes what an earlier run of this project left, and nothing else; the record of the one that begins stays.
+    """Removes the files of an earlier run and no others; the record of the run that starts now stays.
 
     Args:
         folder: the run's.
@@ -82,7 +82,7 @@ def clear_run(folder: Path, own_card: bool) -> None:
 
 
 def remove_pissa_start(folder: Path) -> None:
-    """Removes the adapter that a PiSSA run began with."""
+    """Removes the initial adapter of a PiSSA run."""
     start = folder / PISSA_START
     if start.is_dir() and not start.is_symlink():
         remove_files(start, ["adapter_config.json", "adapter_model.safetensors", "README.md"])

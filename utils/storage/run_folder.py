@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: each ends with a list of its files, written last. And a run's record.
+"""The folder of a run: its record, and checkpoints that are complete or recognised as incomplete.
 
 A process can die at any moment, also between two files of a checkpoint or in the middle of one.
-What `complete.json` lists, with sizes, was there before it. While a checkpoint is written, `incomplete.json` stands in
-its place: with it, and without the list, a folder is a torso. Only what a run wrote by these two is ever removed.
+`complete.json` is written last and lists all files with their sizes. While a checkpoint is written it has
+`incomplete.json` instead, which names the files that were there before. Only files that a run wrote are ever removed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ STATE = "trainer_state.json"
 
 
 def read_record(run: Path) -> dict | None:
-    """The record of a finished run, or of one that began; None where there is none that can be read."""
+    """Reads the record of a run, finished or in progress; None if there is none or it cannot be read."""
     for name in (RECORD_FILE, RECORD_IN_PROGRESS):
         try:
             record = json.loads((run / name).read_text(encoding="utf-8"))
@@ -34,32 +34,32 @@ def read_record(run: Path) -> dict | None:
 
 
 def read_run_note(folder: str | Path, part: str) -> dict:
-    """A part of what a run noted of itself, by its folder or that of a checkpoint; empty where it did not."""
+    """Reads one part of a run's record, by the run's folder or a checkpoint's; empty if it is missing."""
     folder = Path(folder)
     found = (read_record(folder.parent if (folder / MANIFEST).is_file() else folder) or {}).get(part)
     return found if isinstance(found, dict) else {}
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the newest last."""
+    """Returns a run's checkpoints, complete or not, the newest last."""
     found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def checkpoints_after(checkpoint: str, run: Path) -> list[Path]:
-    """A run's checkpoints of later steps than `checkpoint`, but torsos; for a run that goes on, another branch's."""
+    """Returns the complete checkpoints of later steps than `checkpoint`, from which a resumed run would diverge."""
     found = [folder for folder in checkpoints_of(run) if not is_incomplete(folder)]
     step = Path(checkpoint).name.removeprefix("checkpoint-")
     return [folder for folder in found if step.isdigit() and int(folder.name.removeprefix("checkpoint-")) > int(step)]
 
 
 def files_in(folder: Path) -> dict[str, int]:
-    """The files of a folder and of those below it: path within it → bytes."""
+    """Returns the files of a folder and its subfolders: relative path → bytes."""
     return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
 def mark_incomplete(folder: Path) -> None:
-    """Notes that a checkpoint is being written, and the files that lie there and are none of it."""
+    """Marks a checkpoint as being written, and records the files in its folder that are not part of it."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {*(_read(folder / MANIFEST).get("files") or ()), *_MARKERS}
     begun = _read(folder / INCOMPLETE).get("foreign")
@@ -69,7 +69,7 @@ def mark_incomplete(folder: Path) -> None:
 
 
 def mark_complete(folder: Path, settings: dict) -> None:
-    """Writes the list of a checkpoint's files, in one step that cannot be half done.
+    """Marks a checkpoint as complete by writing the list of its files atomically.
 
     Args:
         folder: the checkpoint, all of whose files are written.
@@ -90,45 +90,45 @@ def _read(file: Path) -> dict:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """A checkpoint's manifest; None where it was not written to its end."""
+    """Reads a checkpoint's manifest; None if the checkpoint is incomplete or its files changed in size."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        return manifest if whole and manifest["files"] and isinstance(manifest["settings"], dict) else None
+        unchanged = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return manifest if unchanged and manifest["files"] and isinstance(manifest["settings"], dict) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def has_optimizer(checkpoint: Path) -> bool:
-    """Whether a whole checkpoint holds more than weights: the optimizer's state, torch's, FSDP's or DeepSpeed's."""
+    """Whether a complete checkpoint has the state of an optimizer: torch's, FSDP's or DeepSpeed's."""
     files = [Path(name) for name in (read_manifest(checkpoint) or {"files": {}})["files"]]
     torch_or_fsdp = any(file.parts[0].startswith("optimizer") for file in files)
     return torch_or_fsdp or any("global_step" in file.parts[0] for file in files)
 
 
 def new_run_remedy(checkpoint: str, train_mode: str) -> str:
-    """The remedy where a checkpoint's weights can be used and its optimizer cannot."""
+    """Returns the remedy for a checkpoint whose weights can be used and whose optimizer cannot."""
     flag = "--model_name_or_path" if train_mode == "full" else "--adapter_name_or_path"
     return f"start a new run from its weights: {flag} {checkpoint}, with another --output_dir"
 
 
 def is_incomplete(folder: Path) -> bool:
-    """Whether a run began to write this checkpoint and did not come to its end, be it before its first file."""
+    """Whether a run started to write this checkpoint and did not finish, even before its first file."""
     if folder.is_symlink() or (folder / MANIFEST).exists():
         return False
     return isinstance(_read(folder / INCOMPLETE).get("foreign"), list) or files_in(folder).keys() <= _MARKERS
 
 
 def is_removable(folder: Path) -> bool:
-    """Whether all that the run wrote into a checkpoint is there as it was written, or as it was left unfinished.
+    """Whether a checkpoint is incomplete, or complete and unchanged, so that it may be removed.
 
-    One that was changed since was made into something else by its owner. What a symbolic link leads to may be shared.
+    A changed one was made into something else by its owner, and the target of a symbolic link may be shared.
     """
     return is_incomplete(folder) or (read_manifest(folder) is not None and not folder.is_symlink())
 
 
 def is_truncated(folder: Path) -> bool:
-    """Whether a whole checkpoint's files are all there and some have lost their end, as when a machine loses power."""
+    """Whether a complete checkpoint has all its files, some of them truncated, as after a power failure."""
     try:
         files = _read(folder / MANIFEST).get("files") or {}
         missing = [size - (folder / name).stat().st_size for name, size in files.items()]
@@ -138,7 +138,7 @@ def is_truncated(folder: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes what a run wrote into a checkpoint, and the folder if nothing else lies in it.
+    """Removes the files that a run wrote to a checkpoint, and the folder if it is empty then.
 
     Raises:
         OSError: something cannot be removed.
@@ -148,13 +148,13 @@ def remove_checkpoint(folder: Path) -> None:
     names = {*(_read(folder / MANIFEST).get("files") or files_in(folder))}
     if not is_incomplete(folder):
         with contextlib.suppress(OSError):  # a full disk has no room for the note
-            mark_incomplete(folder)  # half removed it is a torso
+            mark_incomplete(folder)  # one that is removed only in part is incomplete
     names -= {*(_read(folder / INCOMPLETE).get("foreign") or ()), *_MARKERS}
     remove_files(folder, [MANIFEST, *sorted(names), *sorted(_MARKERS)])
 
 
 def remove_files(folder: Path, names: list[str]) -> None:
-    """Removes files of a folder in this order, then the folders left empty; never what lies outside by its real path.
+    """Removes files of a folder in the given order, then empty folders; never a file outside by its real path.
 
     Args:
         folder: the folder.
@@ -171,16 +171,16 @@ def remove_files(folder: Path, names: list[str]) -> None:
 
 
 def remove_incomplete_checkpoints(run: Path) -> list[str]:
-    """Removes checkpoints that were not written to their end; returns their names."""
-    torsos = [folder for folder in checkpoints_of(run) if is_incomplete(folder)]
-    for folder in torsos:
+    """Removes incomplete checkpoints; returns their names."""
+    incomplete = [folder for folder in checkpoints_of(run) if is_incomplete(folder)]
+    for folder in incomplete:
         with contextlib.suppress(OSError):
             remove_checkpoint(folder)
-    return [folder.name for folder in torsos]
+    return [folder.name for folder in incomplete]
 
 
 def rotate_checkpoints(run: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`; never the newest whole one, nor the best, nor one changed since.
+    """Removes the oldest checkpoints beyond `limit`; never the newest complete one, the best, or a changed one.
 
     Args:
         run: the run's folder.
@@ -190,8 +190,8 @@ def rotate_checkpoints(run: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 1:
         return
     found = [folder for folder in checkpoints_of(run) if is_removable(folder)]
-    whole = [folder for folder in found if not is_incomplete(folder)]
-    kept = {folder.resolve() for folder in whole[-1:]} | ({Path(best).resolve()} if best else set())
+    complete = [folder for folder in found if not is_incomplete(folder)]
+    kept = {folder.resolve() for folder in complete[-1:]} | ({Path(best).resolve()} if best else set())
     spare = [folder for folder in found if folder.resolve() not in kept]
     for folder in spare[: max(0, len(found) - max(limit, len(kept)))]:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""One writer at a time for a folder or a file: a lock of the operating system, which no crash leaves behind.
+"""Locks that allow one writer at a time for a folder or a file; the operating system frees them when a process dies.
 
 The lock lies on a small hidden file that says who holds it; the file alone, left by a process that was killed, locks
 nothing. On a network file system it holds between machines where that file system has locks (NFS does); where it has
@@ -24,29 +24,29 @@ _held: dict[str, int] = {}  # of this process: path → descriptor
 
 
 def run_lock_path(folder: str | Path) -> Path:
-    """The lock of a folder that is trained into."""
+    """Returns the lock file of a run's folder."""
     return Path(folder) / RUN_LOCK
 
 
 def lock_path_for(path: str | Path) -> Path:
-    """The lock of a file, or of a folder that is replaced as a whole: beside it."""
+    """Returns the lock file of a file, or of a folder that is replaced: next to it."""
     real = Path(path).expanduser().resolve()
     return real.with_name(f".{real.name}.lock")
 
 
 def lock_holder(lock: Path) -> str | None:
-    """Who else holds a lock, `"process 4711 on gpu-7, since 2026-01-01 12:00:00"`; None where nobody does."""
+    """Returns which other process holds a lock, `"process 4711 on gpu-7, since 2026-01-01 12:00:00"`, or None."""
     if str(lock.resolve()) in _held:
         return None
     try:
         with open(lock, "rb+") as file:
-            return None if _try(file.fileno(), fcntl.LOCK_SH) else _told(file.read())
+            return None if _try(file.fileno(), fcntl.LOCK_SH) else _owner(file.read())
     except OSError:
         return None  # there is none, or it may not be opened
 
 
 def acquire(lock: Path, flag: str) -> None:
-    """Takes a lock, which this process holds until it ends or `release`s it.
+    """Acquires a lock, held until this process ends or calls `release`.
 
     Args:
         lock: its file.
@@ -71,10 +71,10 @@ def acquire(lock: Path, flag: str) -> None:
             return
         if free and _is_still(lock, descriptor):
             break
-        told = _told(os.read(descriptor, 4096))
+        owner = _owner(os.read(descriptor, 4096))
         os.close(descriptor)
         if attempt == 2:
-            raise UserError(in_use_message(flag, told))
+            raise UserError(in_use_message(flag, owner))
         time.sleep(0.1)  # it was only looked at, or the one who had it has just removed the file
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}).encode())
@@ -83,13 +83,13 @@ def acquire(lock: Path, flag: str) -> None:
     _held[name] = descriptor
 
 
-def in_use_message(flag: str, told: str) -> str:
-    """The sentence for a place that another process writes into."""
-    return f"{flag} is in use by {told}; wait for it to end, stop it, or give another place"
+def in_use_message(flag: str, owner: str) -> str:
+    """Returns the message for a path that another process writes to."""
+    return f"{flag} is in use by {owner}; wait for it to end, stop it, or give another place"
 
 
 def release(lock: Path) -> None:
-    """Gives a lock back and removes its file; does nothing where this process does not hold it."""
+    """Releases a lock and removes its file; does nothing if this process does not hold it."""
     descriptor = _held.pop(str(lock.resolve()), None)
     if descriptor is not None:
         if _is_still(lock, descriptor):
@@ -99,7 +99,7 @@ def release(lock: Path) -> None:
 
 @contextmanager
 def hold_lock(lock: Path, flag: str) -> Iterator[None]:
-    """Holds a lock for a block; see `claim`."""
+    """Holds a lock for a block; see `acquire`."""
     acquire(lock, flag)
     try:
         yield
@@ -108,7 +108,7 @@ def hold_lock(lock: Path, flag: str) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """Gives back every lock of this process."""
+    """Releases every lock of this process."""
     for name in list(_held):
         release(Path(name))
 
@@ -128,7 +128,7 @@ def _is_still(lock: Path, descriptor: int) -> bool:
         return False
 
 
-def _told(content: bytes) -> str:
+def _owner(content: bytes) -> str:
     try:
         noted = json.loads(content)
         return f"process {noted['pid']} on {noted['host']}, since {noted['since']}"

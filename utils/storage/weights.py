@@ -1,4 +1,4 @@
-"""Safetensors files, looked at without loading them: whether they are whole, and whose weights they hold."""
+"""Inspects safetensors files without loading them: headers, sizes, completeness, fingerprints."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ _SAMPLE = 64  # bytes read at three places of each tensor
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder, or of what a hub's name was downloaded to; empty where there are none."""
+    """Returns the safetensors files of a folder or of a downloaded hub model; empty if there are none."""
     if not Path(folder).is_dir():
         from transformers.utils import cached_file
 
@@ -26,7 +26,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_header(file: Path) -> tuple[dict, int]:
-    """What a safetensors file says of its tensors, and where their bytes begin.
+    """Reads the header of a safetensors file; returns it and the offset of the data.
 
     `{"lm_head.weight": {"dtype": "BF16", "shape": [8192, 256], "data_offsets": [0, 4194304]}, …}`
 
@@ -52,7 +52,7 @@ def read_header(file: Path) -> tuple[dict, int]:
 
 
 def check_weight_files(what: str, folder: str | Path, *flags: str) -> list[Problem]:
-    """The problems of a folder's safetensors files, without reading the weights.
+    """Checks a folder's safetensors files for truncation and damage, without reading the weights.
 
     Args:
         what: what the folder is, for the messages: the flag with its value.
@@ -69,7 +69,7 @@ def check_weight_files(what: str, folder: str | Path, *flags: str) -> list[Probl
 
 
 def weights_fingerprint(folder: str | Path) -> str | None:
-    """A short name for the weights in a folder, the same however they are divided into files.
+    """Returns a short hash of the weights in a folder, the same for any division into files.
 
     Made of each tensor's name, type and shape and of bytes at its beginning, middle and end, so that it takes
     milliseconds for a 7B model too.
@@ -95,7 +95,7 @@ def weights_fingerprint(folder: str | Path) -> str | None:
 
 
 def weights_size(base: str, dtype: str | None) -> int:
-    """The bytes of a base's weights in another type, or in their own; 0 where they are not on this machine."""
+    """Returns the bytes of a model's weights in `dtype`, or as saved; 0 if they are not on this machine."""
     entries = [entry for file in weight_files(base) for entry in read_header(file)[0].values()]
     if dtype:
         return sum(DTYPES[dtype] * math.prod(entry["shape"]) for entry in entries)

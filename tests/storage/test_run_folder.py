@@ -1,4 +1,4 @@
-"""Nothing but what a run made is ever deleted."""
+"""Only files that a run wrote are ever deleted, of checkpoints and of the run's folder."""
 
 import json
 
