@@ -1,8 +1,4 @@
-"""Raw rows → token ids and labels, in one pass: parsed, checked, rendered and tokenised a chunk at a time.
-
-Where there are rows enough, several processes take chunks in turn; this one reads the files and writes what comes
-back, in order. What is in memory is a few chunks, however many rows there are.
-"""
+"""Encodes raw rows: each chunk is parsed, checked, rendered and tokenised in one pass."""
 
 import functools
 import json
@@ -24,17 +20,17 @@ from utils.template.tokenize import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class RowKind:
-    """How a task reads and encodes its rows.
+    """How the rows of a run are read and encoded.
 
     Attributes:
-        suffixes: the kinds of file it reads.
+        suffixes: of the files it reads.
         read: raw row → what `encode` takes; raises BadRow or EmptyRow.
-        encode: what was read → for each its columns, `shortened` and `notes`, or why it is dropped.
-        key: everything `encode` depends on, for the cache.
+        encode: list of what `read` returned → for each its columns, `shortened`, `notes`, or why it is dropped.
+        key: everything that `encode` depends on, for the cache.
         columns: name → kind of each column, as in `RowType`.
-        pack: what is done with the whole encoded dataset at the end, if anything.
-        refuse_long: whether a row that is too long stops the run.
-        unread: raw row → the names of its fields that are not read, to be named in the log.
+        pack: encoded dataset → packed dataset; None to leave it as it is.
+        refuse_long: whether a row that is too long is an error.
+        unread: raw row → names of the fields that are not read, for the log.
     """
 
     suffixes: tuple[str, ...]
@@ -49,16 +45,16 @@ class RowKind:
 
 @dataclass
 class Part:
-    """What became of a chunk.
+    """The result of encoding one chunk.
 
     Attributes:
-        rows: how many it had.
-        batch: the columns of those that are kept, a pyarrow RecordBatch; None where there are none.
-        dropped: line, reason, kind of each that is left out.
-        shortened: lines.
-        untrained: line and reason of each answer that is not trained, of the rows that are kept.
-        refused: what is wrong with each row that stops the run.
-        unread: field → how many rows have it without its being read.
+        rows: number of rows in the chunk.
+        batch: the kept rows as a pyarrow RecordBatch; None if there are none.
+        dropped: line, reason and kind of each dropped row.
+        shortened: lines of truncated rows.
+        untrained: line and reason of each answer in a kept row that is not trained.
+        refused: a description of each row that stops the run.
+        unread: name of a field that is not read → number of rows with it.
     """
 
     file: str
@@ -74,7 +70,7 @@ class Part:
 
 
 def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
-    """Does all that has to be done with some rows."""
+    """Parses, checks and encodes one chunk of rows."""
     part, lines, values = Part(chunk.file, len(chunk.rows)), [], []
     for raw in chunk.rows:
         try:
@@ -86,7 +82,7 @@ def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
                 part.refused.append(f"{chunk.file}:{raw.line} {error}")
             part.dropped.append((raw.line, str(error), error.kind))
         except BadRow as error:
-            # rows that follow a fatal one are lost uncounted, so it stops the run in any case
+            # the rows after a fatal one cannot be counted, so it stops the run in any case
             if on_bad_row != "drop" or raw.fatal:
                 part.refused.append(f"{chunk.file}:{raw.line} {error}")
             part.dropped.append((raw.line, str(error), error.kind))

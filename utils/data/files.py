@@ -1,4 +1,4 @@
-"""Paths → files → raw rows, each with the place it came from."""
+"""Finds data files and reads their raw rows."""
 
 import glob
 import os
@@ -34,7 +34,7 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
 
 
 def files_left_out(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
-    """A line for each folder of which a flag takes one split alone.
+    """Describes for each folder the files that a flag leaves out because they belong to another split.
 
     `["--train_data_path 'my/set' takes the training split; left out: test.jsonl (test)"]`
     """
@@ -43,7 +43,7 @@ def files_left_out(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) 
 
 def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[Problem], list[str]]:
     """The files, the problems, and what is left out."""
-    files: dict[tuple[int, int], str] = {}  # device and inode → file, since a file has several spellings
+    files: dict[tuple[int, int], str] = {}  # device and inode → file, since paths may be spelled differently
     parts = [part.strip() for part in paths.split(",") if part.strip()]
     problems, notes, name = _named_twice(parts, flag), [], flag.removeprefix("--")
     for part in dict.fromkeys(parts):
@@ -55,7 +55,7 @@ def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], 
                 if left_out:
                     what = "training" if flag == "--train_data_path" else "validation"
                     notes.append(f"{flag} {part!r} takes the {what} split; left out: {', '.join(left_out)}")
-        except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        except OSError as error:  # a parent folder without permission, or a name that is too long
             found, problem = [], f"cannot be read: {error.strerror}; choose another file, or have its owner allow it"
         if problem:
             problems += refusal(f"{flag} {part!r} {problem}", name)
@@ -76,7 +76,7 @@ def _identity(file: str) -> tuple[int, int]:
 
 
 def _named_twice(parts: list[str], flag: str) -> list[Problem]:
-    """A problem for each file or folder that is named twice, by one spelling or by several."""
+    """Describes each file or folder that is named more than once, also under different spellings."""
     spellings: dict[Any, list[str]] = {}
     for part in parts:
         path = Path(project_path(str(Path(part).expanduser())))
@@ -127,12 +127,12 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
 
 
 def read_rows(file: str) -> Iterator[RawRow]:
-    """Yields a file's rows; what cannot be read comes as a row with a `problem`."""
+    """Yields the rows of a file; one that cannot be read has a `problem`."""
     return map(parse_row, raw_rows(file))
 
 
 def raw_rows(file: str) -> Iterator[RawRow]:
-    """Yields a file's rows, lines of JSON as they stand: `parse_row` is most of the work, and another process's."""
+    """Yields the rows of a file; lines of JSON unparsed, since `parse_row` is left to the worker processes."""
     reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
     try:
         yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
@@ -141,7 +141,7 @@ def raw_rows(file: str) -> Iterator[RawRow]:
 
 
 def parse_row(row: RawRow) -> RawRow:
-    """A row's value, or why it has none."""
+    """Parses a row; one that cannot be read gets a `problem`."""
     row = parse_line(row.file, row.line, row.value) if row.unparsed else row
     if _has_bad_bytes(row.value):
         return row._replace(problem=NOT_UTF8, value=None, broken_unicode=True)
@@ -149,7 +149,7 @@ def parse_row(row: RawRow) -> RawRow:
 
 
 def count_rows(files: list[str]) -> int | None:
-    """How many lines the files have, to show progress by; None for other kinds than `.jsonl`."""
+    """Counts the lines of `.jsonl` files for a progress bar; returns None if there are other files."""
     if any(Path(file).suffix.lower() != ".jsonl" for file in files):
         return None
     count = 0
@@ -161,13 +161,13 @@ def count_rows(files: list[str]) -> int | None:
 
 
 def _has_bad_bytes(value: Any) -> bool:
-    """Bytes that are not UTF-8 are read as lone surrogates, so that one bad line costs no other."""
+    """Whether a row has bytes that are not UTF-8, which are read as lone surrogates so that only that row is lost."""
     items = value.items() if isinstance(value, dict) else ()
     return any(isinstance(text, str) and bad_bytes(text) for item in items for text in item)
 
 
 def _read_text(file: str) -> Iterator[RawRow]:
-    """A .txt file's texts stand between blank lines."""
+    """Yields the paragraphs of a .txt file, which blank lines separate."""
     paragraph: list[str] = []
     start = 1
     with open_text(file) as lines:

@@ -1,7 +1,7 @@
-"""JSON files → raw rows, in whichever of the shapes they are in use.
+"""Reads raw rows from JSON files of any common structure.
 
-Rows a line (JSON Lines), one array, one object that wraps an array (`{"data": […]}`), one object that is a row, and
-objects one after another over several lines are told apart by what the file holds, not by its name.
+The content of a file decides, not its name: one row a line (JSON Lines), one array, one object that wraps an array
+(`{"data": […]}`), one object that is a row, or several objects that each span lines.
 """
 
 import json
@@ -13,11 +13,11 @@ from utils.data.fields import conversation_kind
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file.
+    """A row as it is in its file.
 
     Attributes:
         problem: why it could not be read.
-        fatal: whether what comes after it in the file could not be read either.
+        fatal: whether the rest of the file could not be read either.
         unparsed: whether `value` is still a line of JSON.
         broken_unicode: whether the problem is bytes that are not UTF-8.
     """
@@ -41,7 +41,7 @@ def bad_bytes(text: str) -> bool:
 
 
 def open_text(file: str, newline: str | None = None):
-    """Opens a text file so that bytes that are not UTF-8 cost no line but their own, and a BOM is skipped."""
+    """Opens a text file without its BOM; bytes that are not UTF-8 become lone surrogates, without an error."""
     return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -50,7 +50,7 @@ class _TwoValues(ValueError):
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict:
-    """An object's dict, where `json` by itself takes the last of equal keys without a word."""
+    """Builds the dict of an object; unlike `json` by itself, it does not silently take the last of duplicate keys."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -62,7 +62,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
 
 
 def parse_line(file: str, line: int, text: str) -> RawRow:
-    """A line of JSON as a row, or what is wrong with it."""
+    """Parses a line of JSON; returns a row, with a `problem` if it is malformed."""
     if "\0" in text or bad_bytes(text):  # in UTF-16 every other byte is 0, which JSON never holds
         return RawRow(file, line, None, NOT_UTF8, broken_unicode=True)
     try:
@@ -79,7 +79,7 @@ def _problem(text: str, error: Exception) -> str:
 
 
 def _ends_early(text: str, error: Exception) -> bool:
-    """Whether what is missing would stand after the text: an open bracket, an open quotation mark."""
+    """Whether the text ends too early, with an open bracket or quotation mark."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     # CPython's json names a text without its end only in the message, and its position is where the text begins
@@ -87,7 +87,7 @@ def _ends_early(text: str, error: Exception) -> bool:
 
 
 def read_json(file: str) -> Iterator[RawRow]:
-    """Yields the rows of a `.json` or `.jsonl` file; lines of JSON as they stand, for `parse_line`."""
+    """Yields the rows of a `.json` or `.jsonl` file; lines of JSON unparsed, for `parse_line`."""
     if not _has_a_row_a_line(file):
         with open_text(file) as opened:
             text = opened.read()
@@ -102,7 +102,7 @@ def read_json(file: str) -> Iterator[RawRow]:
 
 
 def _has_a_row_a_line(file: str) -> bool:
-    """Whether the first line holds a whole value and others follow, or is broken within."""
+    """Whether the first line is a complete value, or malformed before its end, and other lines follow."""
     with open_text(file) as lines:
         full = (line for line in lines if line.strip())
         first, another = next(full, ""), next(full, None)

@@ -1,15 +1,15 @@
-"""Which files of a folder are for training and which for validation, by the names that the hub's data sets use."""
+"""Chooses the files of a split in a folder, by the naming conventions of data sets on the Hugging Face hub."""
 
 import re
 from pathlib import Path
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-# what lies beside the data of a data set: `datasets.data_files.FILES_TO_IGNORE`, and what `save_to_disk` writes
+# files that describe a data set: `datasets.data_files.FILES_TO_IGNORE`, and those that `save_to_disk` writes
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file is of, as `datasets` reads names; None where no word of its path names one.
+    """Returns the split that a path names, by the rules of `datasets`; None if it names none.
 
     `data/train-00000-of-00002.parquet` → `"train"`, `dev/rows.jsonl` → `"validation"`, `contest.jsonl` → None
 
@@ -30,7 +30,7 @@ def split_of(path: Path) -> str | None:
 
 
 def choose_split(folder: str, files: list[str], flag: str) -> tuple[list[str], list[str], str | None]:
-    """The files of a folder that a flag stands for, where their names say which split they are of.
+    """Returns the files of a folder that belong to the split of a flag, if their names tell splits apart.
 
     Args:
         folder: as given to the flag.

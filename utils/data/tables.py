@@ -37,7 +37,7 @@ def read_csv(file: str) -> Iterator[RawRow]:
 
 
 def _header_problem(names: list[str]) -> str | None:
-    """What is wrong with the names of a table's columns, which would otherwise be wrong with every row."""
+    """Describes what is wrong with the column names of a table, which would affect every row; None if nothing is."""
     if any("\0" in name or bad_bytes(name) for name in names):
         return NOT_UTF8
     if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
@@ -51,7 +51,7 @@ _TEXTS_OR_LISTS = ("prompt", "chosen", "rejected", "reject")
 
 
 def _cell(name: str, value: str) -> Any:
-    """How a list of turns stands in a CSV file: as JSON, in the columns that hold one."""
+    """Parses a CSV cell as JSON in the columns that may hold a list of turns."""
     if name not in _LISTS and not (name in _TEXTS_OR_LISTS and value.lstrip()[:2] in ("[{", '{"')):
         return value
     try:
