@@ -201,7 +201,7 @@ def test_a_terminal_with_ctrl_c_and_ctrl_d(run_folder):
             ("Hi\r", "Once upon a"),
             ("\x03", "this turn is dropped", "> "),
             ("/save a.jsonl\r", "no answer to save yet", "> "),
-            ("\x03", "Ctrl-D or /exit ends", "> "),
+            ("\x03", "Ctrl-D or /exit quits", "> "),
             ("\x04", pexpect.EOF),
         ]:
             if sent == "Hi\r":
@@ -335,7 +335,7 @@ def test_killed_at_a_line_while_sorting_and_at_the_end_it_goes_on_and_nothing_is
     lines = []
     for where, left in [
         ("a line", ["answers.jsonl.partial"]),
-        ("the sorting", [".answers.jsonl.sorted", "answers.jsonl.partial"]),
+        ("the sorting", ["answers.jsonl.part", "answers.jsonl.partial"]),
         ("the end", ["answers.jsonl", "answers.jsonl.partial"]),
     ]:
         killed = subprocess.run(

@@ -1,4 +1,4 @@
-"""What happens beside the training: figures for the log, and an orderly end on a signal."""
+"""Callbacks of the trainer: metrics in the log, the best step, early stopping, and a checkpoint on a signal."""
 
 import signal
 from math import isfinite, nan
@@ -13,7 +13,7 @@ from utils.storage.run_folder import read_manifest
 
 
 class MetricsToLog(TrainerCallback):
-    """Writes each line of figures into `train.log`; the progress bar shows them in the terminal."""
+    """Writes the metrics of each logging step into `train.log`; the progress bar shows them in the terminal."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -24,9 +24,10 @@ class MetricsToLog(TrainerCallback):
 
 
 class FindBest(TrainerCallback):
-    """Looks the best step up in the log of a run that goes on.
+    """Finds the best step so far in the log history when a run is resumed.
 
-    It may look for the best for the first time, or by another figure, or without the checkpoint that was it.
+    The checkpoint's own entry may be missing or stale: `--load_best_model_at_end` or `--metric_for_best_model` may have
+    changed, and the best checkpoint may have been removed.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -35,16 +36,16 @@ class FindBest(TrainerCallback):
         figure, folders = args.metric_for_best_model, (Path(args.output_dir), Path(args.resume_from_checkpoint).parent)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         for entry in state.log_history:
-            there = [folder / f"checkpoint-{entry['step']}" for folder in folders]
-            whole = next((folder for folder in there if read_manifest(folder) is not None), None)
+            candidates = [folder / f"checkpoint-{entry['step']}" for folder in folders]
+            complete = next((folder for folder in candidates if read_manifest(folder) is not None), None)
             better = state.best_metric is None or (entry.get(figure, nan) > state.best_metric) == args.greater_is_better
-            if whole and isfinite(entry.get(figure, nan)) and better and entry[figure] != state.best_metric:
+            if complete and isfinite(entry.get(figure, nan)) and better and entry[figure] != state.best_metric:
                 state.best_metric, state.best_global_step = entry[figure], entry["step"]
-                state.best_model_checkpoint = str(whole)
+                state.best_model_checkpoint = str(complete)
 
 
 class StopEarly(EarlyStoppingCallback):
-    """transformers' early stopping, which also goes on counting where a resumed run's checkpoint stopped."""
+    """transformers' early stopping, whose count of evaluations without an improvement survives a resume."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -77,12 +78,12 @@ class StopEarly(EarlyStoppingCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and Ctrl-C end the training after the step, with a checkpoint; a second Ctrl-C at once.
+    """Stops the training on SIGTERM or Ctrl-C after the current step, with a checkpoint; a second Ctrl-C stops at once.
 
-    Each process may get the signal in another step, so all of them ask one another after each.
+    Processes may get the signal in different steps, so after each step they share whether one of them got it.
 
     Attributes:
-        signum: the signal that came, if any.
+        signum: the signal that was received, or None.
     """
 
     def __init__(self):
@@ -105,7 +106,7 @@ class StopOnSignal(TrainerCallback):
         if self._interrupts == 2:
             raise KeyboardInterrupt
         if self.signum is None:
-            logger.warning("{}: the step is finished and saved first", signal.Signals(signum).name)
+            logger.warning("{}: stopping after this step, which is saved first", signal.Signals(signum).name)
         self.signum = self.signum or signum
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -116,18 +117,18 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def raise_if_stopped(self, state, how_to_resume: str) -> None:
-        """Ends the command with the signal's exit code, where one ended the training.
+        """Ends the command with the signal's exit code if a signal stopped the training.
 
         Args:
             state: the trainer's.
-            how_to_resume: what to type, from the trainer.
+            how_to_resume: what to type to continue, from the trainer.
 
         Raises:
-            Interrupted: with what to type to go on.
+            Interrupted: with what to type to continue.
         """
         if self.signum is not None and state.global_step < state.max_steps:
             raise Interrupted(
                 self.signum,
-                f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To go on, "
+                f"\nstopped after step {state.global_step:,} of {state.max_steps:,}, which is saved. To continue, "
                 f"{how_to_resume}",
             )

@@ -1,4 +1,4 @@
-"""Figures of a validation set, in which each trained token counts once."""
+"""Evaluation metrics in which each trained token counts once."""
 
 import math
 
@@ -7,18 +7,18 @@ from utils.runtime.distributed import all_gather_objects
 
 
 class TokenWeightedEvalMixin:
-    """A mix-in for TRL's SFTTrainer, whose figures then do not depend on how rows are cut into batches.
+    """A mix-in for TRL's SFTTrainer: evaluation metrics do not depend on how rows are divided into batches.
 
-    transformers takes the mean of the batches' losses, TRL the mean of their accuracies, and with several
-    processes both count rows twice that fill the last step up. Here, over all trained tokens t of the set,
+    transformers averages the losses of batches, TRL their accuracies, and with several processes both count the rows
+    that fill up the last step twice. Here, over all trained tokens t of the set,
 
         eval_loss           = Σ_t -log p(t) / number of tokens
         eval_perplexity     = exp(eval_loss)
         eval_token_accuracy = tokens that are the most likely one / number of tokens
         eval_entropy        = Σ_t H(p) / number of tokens
 
-    p is never there as a whole: TRL's head goes over the vocabulary in chunks. The loss is the plain
-    cross-entropy, also where label smoothing or a router's balance is trained.
+    Logits are never held for the whole vocabulary at once: TRL's head computes them in chunks. The loss is the plain
+    cross-entropy, also if label smoothing or an auxiliary loss of a router is trained.
     """
 
     _sums: list[float] = []
@@ -26,7 +26,7 @@ class TokenWeightedEvalMixin:
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         self._sums = [0.0] * 4
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # in the same order in every process, so that all of them find the same best step
+        # summed in the same order on every process, so that all of them choose the same best step
         loss, right, entropy, tokens = map(sum, zip(*all_gather_objects([self._sums]), strict=True))
         figures = [figure / tokens if tokens else math.nan for figure in (loss, right, entropy)]
         output.metrics[f"{metric_key_prefix}_loss"] = figures[0]
@@ -49,14 +49,14 @@ class TokenWeightedEvalMixin:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is no number of 64 bits."""
+    """exp(loss), or infinity if that overflows float64."""
     return math.exp(loss) if not loss > 709 else math.inf
 
 
 def fill_up(rows, train_args, row_type: RowType):
-    """Adds rows of one token without a label, so that every process has equally many batches of different rows.
+    """Adds rows of one unlabelled token, so that every process evaluates equally many batches and no row twice.
 
-    accelerate would give the first rows a second time, and `--dataloader_drop_last` would leave the last ones out.
+    accelerate would repeat the first rows, and `--dataloader_drop_last` would drop the last ones.
 
     Args:
         rows: the validation rows, a dataset, or None.

@@ -1,4 +1,4 @@
-"""The last step of an epoch on several processes: filled up with rows that train nothing, rather than with repeats."""
+"""Fills the last step of an epoch on several processes with rows without labels, instead of repeated rows."""
 
 from loguru import logger
 from torch.utils.data import BatchSampler, Dataset
@@ -7,7 +7,7 @@ from utils.data.row_types import RowType
 
 
 class WithEmptyRow(Dataset):
-    """Rows, with an empty one behind the last, which `len` does not count.
+    """A dataset with an empty row after the last, which `len` does not count.
 
     Args:
         rows: a datasets.Dataset of N rows; index N is the empty one.
@@ -21,12 +21,12 @@ class WithEmptyRow(Dataset):
         return len(self.rows)
 
     def __getitems__(self, places: list[int]) -> list[dict]:
-        there = [place for place in places if place < len(self.rows)]
-        return self.rows.__getitems__(there) + [self._empty] * (len(places) - len(there))
+        real = [place for place in places if place < len(self.rows)]
+        return self.rows.__getitems__(real) + [self._empty] * (len(places) - len(real))
 
 
 class FullBatches(BatchSampler):
-    """Batches of equal size and equally many for each process, the last ones filled up with the index `filler`.
+    """A batch sampler with equally many full batches for each process, filled up with the index `filler`.
 
     `FullBatches(range(5), 2, processes=2, filler=5)` → `[0, 1], [2, 3], [4, 5], [5, 5]`
     """
@@ -56,9 +56,9 @@ def fills_up(train_args, processes: int) -> bool:
 
 
 class FillLastStepMixin:
-    """A mix-in for TRL's trainers: an epoch trains each row once, on however many processes.
+    """A mix-in for TRL's trainers: an epoch trains each row exactly once, also on several processes.
 
-    accelerate would give the epoch's first rows a second time, and count them in the loss of the last step.
+    accelerate would repeat the epoch's first rows in the last step, and count them in its loss.
 
     Attributes:
         row_type: of the rows.
@@ -75,11 +75,11 @@ class FillLastStepMixin:
         return super().get_train_dataloader()
 
     def filled_loader(self, rows, what: str, size: int, sampler_of, training: bool = False):
-        """accelerate's own loader, with its order of rows, of which each process takes its share.
+        """accelerate's data loader and order of rows, with the last batches filled up instead of repeated.
 
         Args:
             rows: a datasets.Dataset.
-            what: for transformers' messages.
+            what: a name for transformers' messages.
             size: rows of a batch.
             sampler_of: makes a sampler of the rows.
             training: whether it is trained.

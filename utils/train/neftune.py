@@ -1,13 +1,13 @@
-"""NEFTune: noise on the embeddings while training, as much for a row whatever stands beside it in the step."""
+"""NEFTune: noise on the embeddings in training, scaled by each row's own length."""
 
 
 def add_noise(trainer) -> None:
-    """Puts `--neftune_noise_alpha`'s noise on the input embeddings, in place of transformers' own hook.
+    """Adds the noise of `--neftune_noise_alpha` to the input embeddings, in place of transformers' hook.
 
     NEFTune (arXiv 2310.05914, algorithm 1) adds ε · alpha / √(L d), ε uniform in [-1, 1), to the embeddings of a row of
-    L tokens and d dimensions. transformers takes the width of the batch for L: of padded rows the longest, and of rows
-    end to end all of them together, so that the noise would shrink with the batch. Here L is each row's own length,
-    without padding, in every form, and padding gets no noise.
+    L tokens and d dimensions. transformers uses the width of the batch as L: the longest of padded rows, or the sum of
+    rows laid end to end, so that the noise would shrink with the batch. Here L is each row's length without padding,
+    in both layouts, and padding gets no noise.
 
     Args:
         trainer: transformers' Trainer, before it trains.
@@ -32,15 +32,15 @@ def add_noise(trainer) -> None:
 
 
 def row_lengths(shape, mask, positions):
-    """How long the row is that each token of a step belongs to.
+    """The length of the row that each token of a batch belongs to.
 
         positions [[0, 1, 2, 0, 1]] → [[3, 3, 3, 2, 2]]
         mask [[1, 1, 1], [1, 1, 0]] → [[3, 3, 3], [2, 2, 0]]
 
     Args:
         shape: (batch, tokens).
-        mask: 1 for tokens and 0 for padding, [batch, tokens]; None where there is no padding.
-        positions: they start again at 0 with each row, [batch, tokens]; None where every line is a row.
+        mask: 1 for tokens and 0 for padding, [batch, tokens]; None without padding.
+        positions: position ids, 0 at the start of each row, [batch, tokens]; None if each sequence is one row.
 
     Returns:
         float tensor [batch, tokens], 0 for padding.

@@ -1,4 +1,4 @@
-"""What a run will do: steps, rows and tokens of each update, the schedule, and when it evaluates, saves and logs."""
+"""Plans a run: its steps, the rows and tokens of each update, the schedule, and when it logs, evaluates and saves."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def _lengths(batch, name: str) -> numpy.ndarray:
 
 
 def _labelled(batch, name: str) -> numpy.ndarray:
-    """How many labels of each row are trained, [rows]."""
+    """The number of trained labels of each row, [rows]."""
     values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     before = numpy.concatenate([[0], numpy.cumsum(values != IGNORE_INDEX)])
     ends = numpy.cumsum(_lengths(batch, name))
@@ -89,11 +89,11 @@ def _total_steps(train_args, per_epoch: int) -> int:
 def first_epoch(train_args, rows: Rows, processes: int) -> list[list[list[list[int]]]]:
     """The rows of each update of the first epoch, in the order of the run's seed: update → pass → process → rows.
 
-    As transformers' Trainer and accelerate divide them. With `--train_sampling_strategy group_by_length` the order also
-    depends on what was drawn before, so that it is one like the run's.
+    Divided as by transformers' Trainer and accelerate. With `--train_sampling_strategy group_by_length` the order also
+    depends on earlier random numbers, so that the run's order is a similar one, but not the same.
     """
     of_process = [_batches(train_args, rows, processes, rank) for rank in range(processes)]
-    passes = list(zip(*of_process, strict=False))  # even batches: all have equally many
+    passes = list(zip(*of_process, strict=False))  # with even batches all processes have equally many
     steps = train_args.gradient_accumulation_steps
     return [passes[start : start + steps] for start in range(0, len(passes), steps)]
 
@@ -123,7 +123,7 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
         order = SeedableRandomSampler(lengths, data_seed=seed)
     batches = BatchSampler(order, size, drop_last)
     if processes == 1:
-        return list(batches)  # accelerate fills the last batch up only where others wait for it
+        return list(batches)  # accelerate fills up the last batch only with several processes
     config = train_args.accelerator_config
     if fills_up(train_args, processes):
         share = BatchSamplerShard(FullBatches(order, size, processes, len(lengths)), processes, rank)
@@ -133,17 +133,17 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
 
 
 def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -> dict:
-    """What the run will do, as numbers.
+    """The plan of a run, as numbers.
 
     Args:
         train_args: the recipe's TrainArgument.
         rows: the training rows.
         evaluated: how many validation rows there are.
         processes: how many train together.
-        padded: whether the rows of a pass are filled up to the longest.
+        padded: whether the rows of a batch are padded to the longest.
 
     Raises:
-        UserError: no row is left to train, or there are more updates than can be counted through.
+        UserError: no row is left to train, or there are too many updates to plan.
     """
     updates = first_epoch(train_args, rows, processes)
     if not updates:
@@ -179,7 +179,7 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
 
 
 def _sizes(updates: list, rows: Rows, padded: bool) -> dict:
-    """Rows and tokens of an update and of what a process computes at once."""
+    """The rows and tokens of an update, and of a batch that a process computes at once."""
     each = [numpy.array(sum((batch for one in update for batch in one), [])) for update in updates]
     tokens, trained, examples = (
         [int(column[one].sum()) for one in each] for column in (rows.tokens, rows.trained, rows.examples)
@@ -213,7 +213,7 @@ def _spread(values: list[int]) -> dict:
 
 
 def _rates(train_args, steps: int) -> dict | None:
-    """The learning rate of the first update, the highest, and that of the last; None where evaluations set it."""
+    """The first, highest and last learning rate; None if the schedule depends on evaluations."""
     import torch
     from transformers import get_scheduler
 
@@ -230,7 +230,7 @@ def _rates(train_args, steps: int) -> dict | None:
 
 
 def _occasions(train_args, steps: int, per_epoch: int, evaluated: int) -> dict:
-    """How often the run logs, evaluates and saves, as transformers' DefaultFlowCallback decides it."""
+    """The steps at which the run logs, evaluates and saves, as transformers' DefaultFlowCallback decides."""
     from transformers import TrainerState
 
     state = TrainerState()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to this run: the same base, adapter, rows and format, and settings it can go on with."""
+"""Checks that a run can resume from a checkpoint, and applies settings that have changed since."""
 
 import dataclasses
 import hashlib
@@ -23,17 +23,17 @@ from utils.train.resume_rules import (
     rule_of,
 )
 
-# a checkpoint made with another of these is a checkpoint of another model
+# settings that define the model and its rows: a checkpoint with another value cannot be resumed
 _SAME = (
     "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora",
     "lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens",
     "val_size",
 )  # fmt: skip
-_TOKENS = "num_tokens"  # its name among what a checkpoint's trainer_state.json keeps
+_TOKENS = "num_tokens"  # its key in the stateful_callbacks of trainer_state.json
 
 
 def run_settings(args, train_args, data) -> dict:
-    """What a run that goes on from a checkpoint must have in common with the one that made it.
+    """The settings that a checkpoint stores: those a resumed run must share, and those it should share.
 
     Args:
         args: CommonArgs.
@@ -63,7 +63,7 @@ def _plain(value) -> str:
 
 
 def model_fingerprint(path: str) -> str:
-    """A short hash of a model folder's settings and weights; a hub's name as it is."""
+    """A short hash of the configuration and weights in a model's folder; a Hub name is returned unchanged."""
     folder = Path(path)
     if not folder.is_dir():
         return path
@@ -74,7 +74,7 @@ def model_fingerprint(path: str) -> str:
 
 
 def changed_settings(then: dict, now: dict) -> dict[str, list[str]]:
-    """The settings of `should` that are others now: `{"seed": ["42", "7"]}`."""
+    """The settings of `should` that have changed, with the old and the new value: `{"seed": ["42", "7"]}`."""
     return {
         name: [then["should"][name], value]
         for name, value in now["should"].items()
@@ -83,14 +83,14 @@ def changed_settings(then: dict, now: dict) -> dict[str, list[str]]:
 
 
 def check_resume(args, train_args, data) -> list[dict]:
-    """Refuses a checkpoint of another model, adapter or other rows, or what it cannot do, before any weights load.
+    """Refuses a checkpoint of another model, adapter or data, or with settings that cannot change, before weights load.
 
     Returns:
-        what is noted of the resuming, `[{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}]`;
+        an entry for the run's record, `[{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}]`;
         empty for a run from the start.
 
     Raises:
-        UserError: with every difference, then and now.
+        UserError: with the old and new value of every setting that must not differ.
     """
     checkpoint = train_args.resume_from_checkpoint
     manifest = read_manifest(Path(checkpoint)) if checkpoint else None
@@ -115,7 +115,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     ]
     if different:
         raise UserError(*different)
-    _tell(then, now, changed)
+    _log_changes(then, now, changed)
     if train_args.train_sampling_strategy == "group_by_length":
         logger.warning(
             "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
@@ -124,8 +124,8 @@ def check_resume(args, train_args, data) -> list[dict]:
     return [{"from": str(checkpoint), "changed": changed}]
 
 
-def _tell(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
-    """Names in the log what is another value than the checkpoint's, and what follows from it."""
+def _log_changes(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
+    """Logs the settings that differ from the checkpoint's, and the consequence."""
     for name, (before, value) in changed.items():
         how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
         if name not in SIZES:
@@ -140,7 +140,7 @@ def _tell(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
 
 
 def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
-    """Why a resumed run cannot have another value of a setting; None where it can."""
+    """Why a setting cannot change on resume; None if it can."""
     if name in ORDER:
         return "rows of the epoch would be trained twice, and others not"
     if name in FIXED:
@@ -160,7 +160,7 @@ def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
 
 
 def _sizes(settings: dict[str, str]) -> tuple[int, str]:
-    """Rows of a step, and how they come about: `(8, "8 rows a step (2 processes × 2 rows × 2 accumulated)")`."""
+    """The rows of a step, and how they are composed: `(8, "8 rows a step (2 processes × 2 rows × 2 accumulated)")`."""
     processes, rows, accumulated = (int(settings.get(name, 1)) for name in SIZES)
     total = processes * rows * accumulated
     how = f"{processes} process{'es' if processes > 1 else ''} × {rows} rows × {accumulated} accumulated"
@@ -168,7 +168,7 @@ def _sizes(settings: dict[str, str]) -> tuple[int, str]:
 
 
 def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: dict) -> list[str]:
-    """A step must have as many rows as before, since a checkpoint knows its place in the epoch by steps."""
+    """Refuses another number of rows per step, as the position in the epoch is stored in steps."""
     (before, text_before), (total, text) = _sizes(then), _sizes(now)
     if not changed.keys() & set(SIZES):
         return []
@@ -186,18 +186,20 @@ def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: 
 
 
 class ResumeMixin:
-    """A mix-in for transformers' Trainer, whose checkpoint brings the optimizer's options, the schedule and intervals.
+    """A mix-in for transformers' Trainer: a resumed run uses the given optimizer options, schedule and intervals.
+
+    transformers would restore those of the checkpoint.
 
     Attributes:
-        settings: what a checkpoint must have in common with a run that goes on from it, from `run_settings`.
+        settings: from `run_settings`, stored in every checkpoint.
     """
 
     settings: dict = {}
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         found = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # how often is logged, evaluated and saved: as given now
-        # TRL counts in the trainer, and not in its state, what it logs as `num_tokens`
+        self.state.compute_steps(self.args, max_steps)  # intervals of logging, evaluation and saving as given now
+        # TRL keeps the count that it logs as `num_tokens` in the trainer, not in its state
         self._total_train_tokens = self.state.stateful_callbacks.get(_TOKENS, {}).get("attributes", {}).get("total", 0)
         return found
 
@@ -217,7 +219,7 @@ class ResumeMixin:
         self._set_rates(rates, changed)
 
     def _set_rates(self, rates: list[float], changed: set[str]) -> None:
-        """Sets the rates of the next step, where base or schedule are others than the checkpoint's."""
+        """Sets the learning rates of the next step if base rate or schedule differ from the checkpoint's."""
         from torch.optim.lr_scheduler import LambdaLR
 
         scheduler = self.lr_scheduler
