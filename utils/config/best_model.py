@@ -162,7 +162,7 @@ def _strategy_problems(values: dict) -> list[Problem]:
 def _is_multiple(save: float, evaluate: float) -> bool:
     if not evaluate or (save < 1) != (evaluate < 1):
         return False
-    # shares as whole millionths: 0.3 is no multiple of 0.1 in binary
+    # shares as integer millionths: 0.3 is not a multiple of 0.1 in binary
     return round(save * 1_000_000) % round(evaluate * 1_000_000) == 0
 
 

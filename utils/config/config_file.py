@@ -45,7 +45,7 @@ class ConfigFile:
     Attributes:
         path: the file.
         values: flag → value.
-        record: the run's whole record; empty for a plain object of flags.
+        record: the run's record, all of train_args.json; empty for a plain object of flags.
         given: the flags of the command line, which replace the file's.
         typed_only: settings of the file that are ignored, because they must be given on the command line.
     """
@@ -126,7 +126,7 @@ class ConfigFile:
                 logger.warning("--config {}: {} is ignored; give {} to set it", self.path, name, flag)
         if not self.record:
             return
-        changed = sorted({name for one in self.record.get("resumed") or [] for name in one["changed"]})
+        changed = sorted({name for resume in self.record.get("resumed") or [] for name in resume["changed"]})
         resumed = [f"it was resumed with another {', '.join(changed)}; only the last is repeated"] if changed else []
         for text in [*resumed, *self._other_machine(), *self._other_data(common)]:
             logger.warning("--config {}: {}; the losses may differ", self.path, text)

@@ -88,7 +88,7 @@ def split_own(argv: list[str] | None, own: type) -> tuple[list[str], list[str]]:
     Returns:
         the command's own, `--help` among them; the rest.
     """
-    names = {f"--{one.name}" for one in fields(own)} | {"--help", "-h"}
+    names = {f"--{field.name}" for field in fields(own)} | {"--help", "-h"}
     groups = split_flags(list(sys.argv[1:] if argv is None else argv))
     mine = [word for group in groups if group[0].split("=")[0] in names for word in group]
     rest = [word for group in groups if group[0].split("=")[0] not in names for word in group]
@@ -140,7 +140,7 @@ def suggest_flag(name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     now = _RENAMED.get(name.removeprefix("--"))
-    if now and now.split()[0] in {one.removeprefix("--") for one in known}:
+    if now and now.split()[0] in {flag.removeprefix("--") for flag in known}:
         return f" It is --{now} now."
     return nearest(name, known)
 
@@ -173,25 +173,25 @@ def fits(value, hint) -> bool:
     """Whether a value from a JSON file has a flag's type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
+        return any(fits(value, member) for member in inner)
     if origin is Literal:
         return value in inner
     if origin is list:
-        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if isinstance(origin or hint, type) and issubclass(origin or hint, Enum):
-        return value in [one.value for one in hint]
+        return value in [member.value for member in hint]
     return hint is Any or (isinstance(origin or hint, type) and isinstance(value, origin or hint))
 
 
 def type_in_words(hint) -> str:
     """A flag's type for a message: `int` → `"a whole number"`."""
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(type_in_words(one) for one in get_args(hint))
+        return " or ".join(type_in_words(member) for member in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(one.value) for one in hint)
+        return "one of " + ", ".join(str(member.value) for member in hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint) or {list: "a list", dict: "an object"}.get(get_origin(hint) or hint, str(hint))

@@ -85,7 +85,7 @@ def _new_adapter_problems(common) -> list[Problem]:
 
 
 def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
-    """Flags that contradict the adapter, or that only a new one has a use for."""
+    """Flags that contradict the adapter, or that apply only to a new one."""
     names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
     problems = [
         Problem(

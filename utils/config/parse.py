@@ -78,7 +78,7 @@ def parse(argv: list[str], common_type: type, tasks: Mapping[str, Any], needs_we
     Raises:
         UserError: with every problem found.
     """
-    config_path, path = value_of(argv, "config"), value_of(argv, "train_args_path")  # they decide which flags there are
+    config_path, path = value_of(argv, "config"), value_of(argv, "train_args_path")  # they decide which flags exist
     config = read_config(config_path)
     path = config.recipe() or common_type.train_args_path if path is None else path
     common_names = frozenset(field.name for field in dataclasses.fields(common_type))

@@ -200,12 +200,14 @@ def _as_flag(value) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
-def same(one, other) -> bool:
+def same(first, second) -> bool:
     """Whether two forms are the same value: `"epoch"` and its enum, `"a"` and `["a"]`, `'{"b": 1}'` and its dict."""
-    one, other = _plain(one), _plain(other)
-    if isinstance(one, str) and isinstance(other, str):
-        return one == other or other.endswith("/" + one.removeprefix("~/"))  # found below home, or below the project
-    return one == other
+    first, second = _plain(first), _plain(second)
+    if isinstance(first, str) and isinstance(second, str):
+        return first == second or second.endswith(
+            "/" + first.removeprefix("~/")
+        )  # resolved from the home folder or the project
+    return first == second
 
 
 def _plain(value):
