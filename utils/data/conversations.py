@@ -1,4 +1,4 @@
-"""Raw rows → conversations: the formats people have, and what is wrong with a row."""
+"""Reads conversations from raw rows of all supported formats."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from utils.template.messages import is_empty_answer
 
 Message = dict[str, Any]
 
-# what other programs call the roles
+# names for the roles in other programs' data
 _ROLES = {
     "system": "system",
     "tool": "tool",
@@ -86,14 +86,14 @@ def to_messages(row: Any) -> list[Message]:
 
 
 def check_fields(row: dict, kind: str, messages: list[Message]) -> None:
-    """Refuses a row with a field that would be left unread and matters; see `data_fields.field_problem`."""
+    """Raises a `BadRow` for a field that would be ignored although it matters; see `fields.field_problem`."""
     problem = field_problem(row, kind, messages)
     if problem:
         raise BadRow(problem)
 
 
 def with_system(messages: list[Message], row: dict) -> list[Message]:
-    """A row's field 'system' stands before the turns."""
+    """Puts the text of a row's field 'system' before the turns."""
     if is_empty(row.get("system")):
         return messages
     if messages[0]["role"] == "system":
@@ -136,7 +136,7 @@ def _from_instruction(row: dict) -> list[Message]:
 
 
 def read_question(row: dict, field: str) -> list[Message]:
-    """A question in a text field, after its system message and its history, where there are any.
+    """Reads a question from a text field, after the system message and the history if there are any.
 
     `{"instruction": "Add.", "input": "1, 2"}` → `[{"role": "user", "content": "Add.\\n1, 2"}]`
     """
@@ -177,7 +177,7 @@ def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise BadRow(f"turn {number} is {kind_name(turn)}, not an object with {role_key!r} and {text_key!r}")
-        # both spellings are in use under either name
+        # both spellings of the keys occur under either field name
         role_name, text_name = (role_key, text_key) if role_key in turn else _other_keys(role_key)
         role = turn.get(role_name)
         if not isinstance(role, str) or role not in _ROLES:
@@ -190,7 +190,7 @@ def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
 
 
 def with_tools(messages: list[Message], tools: Any) -> list[Message]:
-    """The tools of a row go with its first message, whatever turns are cut away."""
+    """Attaches the tools of a row to its first message."""
     if tools != {} and is_empty(tools):
         return messages
     if not isinstance(tools, list):

@@ -1,4 +1,4 @@
-"""The fields of a row: those that are read, those that only describe it, and those that must not be left unread."""
+"""The fields of a row: which are read, which are metadata, and which must not be ignored."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,7 +7,7 @@ from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS
 
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
 _SYSTEM = "name it 'system' to have it read"
-# fields whose content would be lost: a row that has one is refused, and this says what to do
+# field that would be ignored although it matters → how to correct a row with it, which is refused
 REFUSED = {
     **dict.fromkeys(["image", "images", "image_url", "image_path", "video", "videos", "audio", "audios"], MEDIA),
     **dict.fromkeys(["system_prompt", "system_message", "sys_prompt"], _SYSTEM),
@@ -15,7 +15,7 @@ REFUSED = {
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",
 }
-# beside the turns of a row it is part of an answer, and a row with several does not say of which
+# outside the turns of a row, reasoning is not tied to one of its answers
 _REASONING = dict.fromkeys(
     REASONING_FIELDS,
     "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
@@ -42,7 +42,7 @@ RECOGNISED_BY = {
     "train_args/pretrain/base.py": ("text",),
 }
 _MAIN = {"instruction": "output", "pair": "chosen"}  # row type → the field named in a message, where it is another
-# fields that hold a question, an answer or both; beside the ones that are read they are a second conversation
+# fields with a question, an answer or both; next to the fields that are read they are a second conversation
 _CONVERSATION = (
     "messages", "conversations", "conversation", "instruction", "input", "output", "history", "prompt", "completion",
     "response", "chosen", "rejected", "reject",
@@ -50,7 +50,7 @@ _CONVERSATION = (
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field has no value: null, NaN (pandas' empty cell), a blank text, an empty list or object.
+    """Whether a value is null, NaN (an empty cell in pandas), a blank text, an empty list or object.
 
     Tables have every column in each row, so a field without a value counts as one that is not there.
     """
@@ -60,7 +60,7 @@ def is_empty(value: Any) -> bool:
 
 
 def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
-    """What is wrong with the fields that are not read; None where nothing that matters is left out.
+    """Describes what is wrong with the fields that are not read; None if none of them matters.
 
     `field_problem({"messages": […], "images": ["a.png"]}, "messages")` → `"has a field 'images', which is not read: …"`
 
@@ -116,7 +116,7 @@ def conversation_kind(row: dict) -> str | None:
 
 
 def _repeats(name: str, row: dict, kind: str, turns: list[dict]) -> bool:
-    """Whether a field says what a turn says, or what the whole conversation says.
+    """Whether a field repeats a turn or the whole conversation.
 
     A rejected answer beside a conversation that is the chosen one (UltraFeedback) is no second conversation either.
     """

@@ -1,4 +1,4 @@
-"""Raw rows → preference pairs: one prompt, the answer that is wanted and the one that is not."""
+"""Reads preference pairs: a prompt with a chosen and a rejected answer."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ Pair = dict[str, list[Message]]
 
 
 class EqualPair(EmptyRow):
-    """Both answers are the same, so neither can be preferred."""
+    """Both answers are equal."""
 
     kind = "with chosen equal to rejected"
 
@@ -55,7 +55,7 @@ def to_pair(row: Any) -> Pair:
 
 
 def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
-    """A row's prompt and its two answers, which may still be empty or the same.
+    """Returns the prompt and the two answers of a row, which may still be empty or equal.
 
     Raises:
         BadRow: a field is missing, or the two do not answer the same prompt.
@@ -80,7 +80,7 @@ def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
 
 
 def _read_prompt(row: dict) -> list[Message] | None:
-    """The turns before the answers; None where the conversations bring them."""
+    """Returns the turns before the answers; None if only the conversations of both sides contain them."""
     for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
                              ("conversations", "from", "value")):  # fmt: skip
         if isinstance(row.get(name), list):
@@ -94,14 +94,14 @@ def _read_prompt(row: dict) -> list[Message] | None:
 
 
 def _refuse_beside(row: dict, name: str, *others: str) -> None:
-    """Nothing a row says is left unread."""
+    """Refuses a second field that could be the prompt."""
     for other in others:
         if other != name and row.get(other):
             raise BadRow(f"has {other!r} beside {name!r}, which is the prompt already; keep one of them")
 
 
 def _with_their_system(prompt: list[Message] | None, row: dict) -> list[Message] | None:
-    """A system turn with which both answers begin belongs to the prompt they repeat."""
+    """Moves a system turn that both answers begin with to the prompt."""
     begins = [row[side][0] for side in ("chosen", "rejected") if isinstance(row[side], list) and row[side]]
     alike = len(begins) == 2 and begins[0] == begins[1] and isinstance(begins[0], dict)
     if prompt is None or prompt[0]["role"] == "system" or not alike or begins[0].get("role") != "system":
@@ -110,7 +110,7 @@ def _with_their_system(prompt: list[Message] | None, row: dict) -> list[Message]
 
 
 def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Message]:
-    """An answer's turns; where they repeat the prompt, it is taken off, so that it stands once."""
+    """Returns the turns of an answer, without the prompt if they repeat it."""
     value = row[name]
     if isinstance(value, str):
         if prompt is None:
@@ -126,7 +126,7 @@ def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Mes
 
 
 def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
-    """Two conversations → their shared beginning, and how each goes on."""
+    """Splits two conversations into their common beginning and the rest of each."""
     if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
     shared = 0
@@ -147,12 +147,12 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
 
 
 def _bare(turns: list[Message]) -> list[Message]:
-    """Turns as they are compared: without marks, and without fields that may only describe them."""
+    """Returns turns for comparison, without `train` and additional fields."""
     return [{key: value for key, value in turn.items() if key not in ("train", "extra")} for turn in turns]
 
 
 def check_prompt(prompt: list[Message]) -> None:
-    """A prompt ends with what the assistant answers to, and that is not blank."""
+    """Raises a `BadRow` unless the prompt ends with a turn of the user or a tool that is not blank."""
     if prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"has a prompt that ends with {prompt[-1]['role']}, not with what the assistant answers to")
     if not prompt[-1]["content"].strip():

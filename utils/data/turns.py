@@ -1,4 +1,4 @@
-"""One turn of a conversation as it stands in a file → a message: text, tool calls, thinking, marks."""
+"""Reads one turn of a conversation: text, tool calls, reasoning, and whether it is trained."""
 
 import json
 from typing import Any
@@ -8,10 +8,10 @@ from utils.data.json_rows import RawRow
 from utils.data.report import BROKEN_UNICODE, MALFORMED
 from utils.template.messages import REASONING_FIELDS, Message
 
-# by which a turn says whether it is trained: OpenAI's, then those of other trainers
+# fields that set whether a turn is trained: OpenAI's, then those of other trainers
 _MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
 _NAMES = ("name", "tool_call_id")
-_TEXTS = {"content": "value", "value": "content"}  # the two names of a turn's text
+_TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
 
 
 class BadRow(ValueError):
@@ -25,13 +25,13 @@ class BadRow(ValueError):
 
 
 class BrokenUnicode(BadRow):
-    """Bytes that are not UTF-8, or half of a character."""
+    """The row has bytes that are not UTF-8, or half of a character."""
 
     kind = BROKEN_UNICODE
 
 
 def unreadable(row: RawRow) -> BadRow:
-    """The error for a row that could not be read out of its file."""
+    """Makes the error for a row that could not be read from its file."""
     return BrokenUnicode(row.problem) if row.broken_unicode else BadRow(row.problem)
 
 
@@ -40,10 +40,10 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
 
     `{"from": "gpt", "value": "Pear", "weight": 0}` → `{"role": "assistant", "content": "Pear", "train": False}`
 
-    Further fields go with the message as `extra`: a template may show them.
+    Other fields are kept as `extra`, since a template may render them.
 
     Raises:
-        BadRow: a field holds something that cannot be trained as it is meant.
+        BadRow: a field has a value that is malformed or not supported.
     """
     message = {"role": role, "content": ""}
     if len(turn) == 2 and text_field in turn:
@@ -60,7 +60,7 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
     message |= {"tool_calls": calls} if calls else {}
     message |= {key: read_text(turn, key) for key in _NAMES if turn.get(key) is not None}
     for key, text in thoughts.items():
-        if text not in message.values():  # servers write the same thought under two names
+        if text not in message.values():  # some servers write the same reasoning under two names
             message[key] = text
     if not _is_trained(turn, role) and role == "assistant":
         message["train"] = False
@@ -70,9 +70,9 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
 
 
 def _is_trained(turn: dict, role: str) -> bool:
-    """What the marks of a turn say: 0 and false that it is not trained, 1, true and null that it is."""
-    said = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
-    for name, value in said.items():
+    """Whether the marks of a turn allow it to be trained: 0 and false do not, 1, true and null do."""
+    marks = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
+    for name, value in marks.items():
         if value not in (0, 1):  # true and false, too
             raise BadRow(
                 f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or "
@@ -80,13 +80,13 @@ def _is_trained(turn: dict, role: str) -> bool:
             )
         if value and role != "assistant":
             raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")
-    if len({bool(value) for value in said.values()}) > 1:
-        raise BadRow(f"has marks that differ: {', '.join(f'{name!r} {value!r}' for name, value in said.items())}")
-    return all(said.values())
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise BadRow(f"has marks that differ: {', '.join(f'{name!r} {value!r}' for name, value in marks.items())}")
+    return all(marks.values())
 
 
 def _calls(calls: Any) -> list[dict]:
-    """Tool calls with their arguments as objects, however they are written.
+    """Parses tool calls, whose arguments may be objects or JSON text.
 
     `[{"function": {"name": "f", "arguments": "{\\"n\\": 3}"}}]`
     → `[{"function": {"name": "f", "arguments": {"n": 3}}}]`
@@ -114,7 +114,7 @@ def _call(call: Any) -> dict:
 
 
 def _as_json(value: Any) -> Any:
-    """A value as JSON has it: tables hold dates and bytes as well."""
+    """Converts a value to JSON types; tables may contain dates and bytes."""
     return value if isinstance(value, str) else json.loads(json.dumps(value, default=str))
 
 
