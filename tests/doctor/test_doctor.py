@@ -188,7 +188,7 @@ def _stop_untrained(patient):
     tokenizer = tiny.byte_level_tokenizer()
     ids = tokenizer("Hello<|im_end|>")["input_ids"]
     rows = {"input_ids": [ids], "labels": [[*ids[:-1], -100]], "source": [[7]]}
-    args = SimpleNamespace(task_type="sft")
+    args = SimpleNamespace(task=get_task("sft"))
     return token_findings(Dataset.from_dict(rows), ["rows.jsonl"], args, tokenizer, "<|im_end|>")
 
 
@@ -660,7 +660,7 @@ def test_a_row_may_be_as_long_as_the_positions(lengths, over, monkeypatch):
     config.get_text_config = lambda: config
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
     data = SimpleNamespace(train=rows.with_format("arrow"), eval=None, eval_report=None)
-    found = doctor_settings._positions(SimpleNamespace(task_type="sft"), config, data)
+    found = doctor_settings._positions(SimpleNamespace(task=get_task("sft")), config, data)
     wanted = f"{over} rows are longer than the model's 10 positions, the longest {max(lengths)} tokens"
     assert [finding.message[: len(wanted)] for finding in found] == [wanted] * (over > 0)
 

@@ -16,6 +16,7 @@ from utils.model.adapter import build_adapter
 from utils.model.adapter_targets import find_targets
 from utils.model.parts import freeze_towers, routers_of
 from utils.runtime.errors import UserError
+from utils.tasks import get_task
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -113,7 +114,7 @@ def flags(**given):
         "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None, "use_dora": False, "use_rslora": False,
         "init_lora_weights": "default", "precision": "fp32",
     }  # fmt: skip
-    return SimpleNamespace(**settings | given)
+    return SimpleNamespace(task=get_task("sft"), **settings | given)
 
 
 def numberless(names):
