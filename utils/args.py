@@ -6,6 +6,7 @@ from typing import Literal
 
 from utils.config.flags import arg
 from utils.config.parse import parse
+from utils.model.adapter import ADAPTERS
 from utils.tasks import TASKS, get_task
 from utils.tasks.task import Task
 
@@ -48,7 +49,7 @@ class CommonArgs:
     task_type: Literal[tuple(TASKS)] | None = arg(
         None, "The task; it must be one of the recipe's task_types. Default: the first of these."
     )
-    train_mode: Literal["full", "lora", "qlora"] = arg(
+    train_mode: Literal[tuple(ADAPTERS)] = arg(
         "lora",
         "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
     )

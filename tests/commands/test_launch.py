@@ -204,7 +204,7 @@ except UserError as error:
     print(json.dumps({"refused": [*map(str, error.problems)]}))
     sys.exit()
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
-from utils.model.load import whole_models
+from utils.model.meta import whole_models
 with whole_models(train_args):
     inside = is_deepspeed_zero3_enabled()
 plugin = train_args.deepspeed_plugin

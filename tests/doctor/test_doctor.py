@@ -554,7 +554,7 @@ def test_looking_changes_no_random_number(patient, monkeypatch):
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
-    meta.model_shape.cache_clear()
+    meta._SIZES.clear()
     quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert torch.equal(torch.rand(3), wanted)
 
@@ -588,9 +588,9 @@ def test_under_zero3_no_model_is_split_to_be_looked_at(patient, monkeypatch):
     ],
 )
 def test_usual_learning_rates(patient, monkeypatch, weights, mode, rate, unusual):
-    shape = meta.Shape(weights, {}, (), False)
-    monkeypatch.setattr("utils.doctor.settings.shape_of", lambda _: shape)
-    monkeypatch.setattr(doctor_sizes, "shape_of", lambda _: shape)
+    size = meta.ModelSize(weights, weights, None, False)
+    monkeypatch.setattr("utils.doctor.settings.model_size_or_none", lambda _: size)
+    monkeypatch.setattr(doctor_sizes, "model_size_or_none", lambda _: size)
     args, train_args = parse_args(patient.flags("--train_mode", mode, "--learning_rate", rate))
     found = quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert ["LEARNING_RATE_UNUSUAL"] * unusual == [finding.code for finding in found]
@@ -604,7 +604,7 @@ def test_checkpoints_are_as_large_as_said(train, tiny_models, rows_file, tmp_pat
         ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--train_mode", mode,
          "--output_dir", str(tmp_path / "other")]
     )  # fmt: skip
-    one, finished = doctor_sizes.checkpoint_bytes(args, train_args, doctor_sizes.shape_of(args))
+    one, finished = doctor_sizes.checkpoint_bytes(args, train_args, meta.model_size(args))
     (checkpoint, *_) = sorted(run.glob("checkpoint-*"))
     state = json.loads((run / "trainer_state.json").read_text())
     train_args.per_device_train_batch_size, train_args.num_train_epochs = 4, 2
@@ -655,7 +655,7 @@ def test_a_row_may_be_as_long_as_the_positions(lengths, over, monkeypatch):
 
     from utils.doctor import settings as doctor_settings
 
-    monkeypatch.setattr(doctor_settings, "shape_of", lambda args: None)
+    monkeypatch.setattr(doctor_settings, "model_size_or_none", lambda args: None)
     config = SimpleNamespace(max_position_embeddings=10, rope_parameters=None)
     config.get_text_config = lambda: config
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
@@ -673,13 +673,14 @@ def test_trained_weights_are_as_many_as_pefts(dora, modules, tiny_models):
 
     args = SimpleNamespace(
         train_mode="lora", lora_rank=3, use_dora=dora, adapter_name_or_path=None, trust_remote_code=False,
-        model_name_or_path=tiny_models("llama"), lora_target_modules=modules,
+        model_name_or_path=tiny_models("llama"), lora_target_modules=modules, lora_alpha=6, lora_dropout=0.0,
+        use_rslora=False, task=get_task("sft"),
     )  # fmt: skip
     targets = modules.split(",") if modules else "all-linear"
     config = LoraConfig(task_type="CAUSAL_LM", r=3, use_dora=dora, target_modules=targets)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_models("llama")), config)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert meta.trained_weights(args, meta.shape_of(args)) == trained
+    assert meta.model_size(args).trained == trained
 
 
 @pytest.mark.parametrize(
@@ -691,14 +692,14 @@ def test_bytes_of_a_weight_on_the_disk(optim, only_model, sizes):
     """In float32, beside AdamW's two numbers: float32 each, or one byte each."""
     args = SimpleNamespace(train_mode="full", precision="bf16")
     train_args = SimpleNamespace(deepspeed_plugin=None, optim=optim, save_only_model=only_model)
-    shape = meta.Shape(1000, {}, (), False)
+    shape = meta.ModelSize(1000, 1000, None, False)
     assert doctor_sizes.checkpoint_bytes(args, train_args, shape) == tuple(1000 * size for size in sizes)
 
 
 def test_checkpoints_of_deepspeed():
     """As measured with DeepSpeed 0.19.8, ZeRO-2 in bf16: 16 bytes for each weight."""
     args = SimpleNamespace(train_mode="full", precision="bf16")
-    shape = meta.Shape(1_000_000, {}, (), False)
+    shape = meta.ModelSize(1_000_000, 1_000_000, None, False)
     plain = SimpleNamespace(deepspeed_plugin=None, optim="adamw_torch_fused", save_only_model=False)
     deepspeed = SimpleNamespace(deepspeed_plugin=object(), optim="adamw_torch_fused", save_only_model=False)
     assert doctor_sizes.checkpoint_bytes(args, deepspeed, shape) == (16_000_000, 2_000_000)

@@ -17,7 +17,8 @@ from utils.memory.fake import Batch
 from utils.memory.layout import layout_of, optimizer_states, quantised_bytes
 from utils.memory.planner import batch_of
 from utils.memory.states import hold
-from utils.model.meta import load_config, meta_model
+from utils.model.base_config import load_config
+from utils.model.meta import meta_model
 
 
 def read(folder, *flags):
@@ -178,7 +179,7 @@ def test_a_model_that_cannot_be_run_without_weights_ends_nothing(config_folder, 
 def test_a_deep_model_is_reckoned_from_shallow_ones(config_folder, monkeypatch, mode, tokens, again):
     folder = config_folder(num_hidden_layers=9, tie_word_embeddings=True)
     args, train_args = read(folder, "--train_mode", mode)
-    args.precision, config = "bf16", load_config(args)
+    args.precision, config = "bf16", load_config(args.model_name_or_path)
 
     def steps():
         build = lambda config: meta_model(args, train_args, False, config)  # noqa: E731

@@ -17,7 +17,8 @@ from transformers.utils import logging
 from utils.args import CommonArgs
 from utils.data.collate import build_collator, build_pair_collator
 from utils.infer.load import Parts, TrainedArgs, load_trained
-from utils.model.adapter import ADAPTERS, adapter_weights, settle_trainable
+from utils.model.adapter import ADAPTERS
+from utils.model.adapter_start import adapter_weights, settle_trainable
 from utils.model.load import settle_attention, with_trained_adapter
 from utils.model.special_tokens import impossible_tokens, untrained_tokens
 from utils.runtime.errors import UserError

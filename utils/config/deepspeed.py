@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.model.adapter import adapter_of
 from utils.runtime.distributed import init_deepspeed, set_single_process_env, started_by_deepspeed, zero_stage
 from utils.runtime.errors import Problem, nearest, refusal
 from utils.runtime.log import is_main_process
@@ -178,7 +179,7 @@ def validate_plugin(settings) -> list[Problem]:
         problems += refusal(
             "--on_nan skip: DeepSpeed steps by itself, so no step can be left out; use --on_nan stop", "on_nan"
         )
-    return problems + (_needs_whole_weights(common) if zero_stage(train_args) == 3 else [])
+    return problems + (adapter_of(common).check_zero3(common) if zero_stage(train_args) == 3 else [])
 
 
 def _mismatches(train_args) -> list[Problem]:
@@ -206,27 +207,5 @@ def _mismatches(train_args) -> list[Problem]:
             *flags,
             "max_grad_norm",
             code=code,
-        )
-    return problems
-
-
-def _needs_whole_weights(common) -> list[Problem]:
-    """Settings that read whole weight matrices, which ZeRO-3 splits over the processes."""
-    problems = []
-    if common.init_lora_weights == "pissa":
-        problems += refusal(
-            "--init_lora_weights pissa factorises whole weight matrices, which ZeRO-3 splits; use zero2",
-            "init_lora_weights",
-        )
-    if common.train_special_tokens == "on" and common.train_mode != "full":
-        problems += refusal(
-            "--train_special_tokens on trains single rows of the embedding, which ZeRO-3 splits; use zero2, or off",
-            "train_special_tokens",
-        )
-    if common.adapter_name_or_path and common.train_mode == "full":
-        problems += refusal(
-            "--train_mode full merges --adapter_name_or_path into whole weights, which ZeRO-3 splits; use zero2",
-            "train_mode",
-            "adapter_name_or_path",
         )
     return problems

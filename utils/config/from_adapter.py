@@ -5,19 +5,11 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.model.adapter import ADAPTERS, adapter_of, names_where, row_of_type
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
 from utils.storage.run_folder import MANIFEST, RECORD_FILE, read_run_note
 from utils.storage.weights import weights_fingerprint
-
-# a setting of ours → its name in adapter_config.json
-_SETTINGS = {
-    "lora_rank": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-}
 
 
 def resolve(settings) -> None:
@@ -25,13 +17,13 @@ def resolve(settings) -> None:
     common, given = settings.common, settings.given
     if common.adapter_name_or_path:
         common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
-        config, problems = settings.adapter = _read_adapter(common.adapter_name_or_path)
+        config, problems = settings.adapter = _read_adapter(common)
         if not problems:
             base = project_path(str(config["base_model_name_or_path"]))
             if "model_name_or_path" not in given and not _is_missing(base):
                 common.model_name_or_path = base
-            for name, key in _SETTINGS.items():
-                if name not in given and common.train_mode != "full":
+            for name, key in adapter_of(common).settings.items():
+                if name not in given:
                     setattr(common, name, config[key])
     _resolve_template(settings)
 
@@ -45,43 +37,7 @@ def validate(settings) -> list[Problem]:
         problems = _check_base(common, settings.given, flag, str(config["base_model_name_or_path"]))
         problems = problems or _check_weights(common, flag, common.adapter_name_or_path)
         problems += _contradictions(common, settings.given, flag, config)
-    return problems + _new_adapter_problems(common)
-
-
-def _new_adapter_problems(common) -> list[Problem]:
-    """Settings of a new adapter that full training does not have, or that cannot be combined."""
-    problems = []
-    if common.train_mode == "full":
-        adapter_only = {
-            "use_dora": common.use_dora,
-            "use_rslora": common.use_rslora,
-            "init_lora_weights": common.init_lora_weights != "default",
-            "loraplus_lr_ratio": common.loraplus_lr_ratio is not None,
-            "lora_target_modules": common.lora_target_modules is not None,
-        }
-        problems += [
-            Problem(
-                f"--{name} {getattr(common, name)} needs an adapter, and --train_mode full has none; "
-                "use --train_mode lora or qlora, or leave the flag out",
-                flags=(name, "train_mode"),
-            )
-            for name, is_set in adapter_only.items()
-            if is_set
-        ]
-    if common.init_lora_weights == "pissa" and common.train_mode == "qlora":
-        problems += refusal(
-            "--init_lora_weights pissa factorises the base's weights, which --train_mode qlora has quantised; use "
-            "--train_mode lora",
-            "init_lora_weights",
-            "train_mode",
-        )
-    if common.init_lora_weights == "pissa" and common.use_dora:
-        problems += refusal(
-            "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
-            "init_lora_weights",
-            "use_dora",
-        )
-    return problems
+    return problems + adapter_of(common).check(common)
 
 
 def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
@@ -93,9 +49,9 @@ def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> l
             flags=(name, "adapter_name_or_path"),
         )
         for name in names
-        if name in given and common.train_mode != "full"
+        if name in given and adapter_of(common).is_adapter
     ]
-    for name, key in _SETTINGS.items():
+    for name, key in row_of_type(config["peft_type"]).settings.items():
         if name in given and getattr(common, name) != config[key]:
             problems += refusal(
                 f"--{name} {getattr(common, name)} contradicts {flag}, which has {config[key]}",
@@ -105,17 +61,23 @@ def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> l
     return problems
 
 
-def _read_adapter(path: str) -> tuple[dict, list[Problem]]:
+def _read_adapter(common) -> tuple[dict, list[Problem]]:
     """The adapter_config.json of a folder or a hub's repository, and why it cannot be trained on."""
+    path, own = common.adapter_name_or_path, adapter_of(common)
     flag = f"--adapter_name_or_path {path!r}"
     config, problem = _read_config(flag, path)
     if problem:
         return {}, [problem]
-    if config.get("peft_type") != "LORA":
+    rows = [own] if own.is_adapter else [row for row in ADAPTERS.values() if row.is_adapter]  # which are merged
+    types = list(dict.fromkeys(row.peft_type for row in rows))
+    if config.get("peft_type") not in types:
         return {}, refusal(
-            f"{flag} is a {config.get('peft_type')} adapter; only LORA ones can be trained on", "adapter_name_or_path"
+            f"{flag} is a {config.get('peft_type')} adapter; only {', '.join(types)} ones can be trained on with "
+            f"--train_mode {common.train_mode}",
+            "adapter_name_or_path",
+            "train_mode",
         )
-    lacking = sorted({*_SETTINGS.values(), "base_model_name_or_path"} - set(config))
+    lacking = sorted({*row_of_type(config["peft_type"]).settings.values(), "base_model_name_or_path"} - set(config))
     if lacking:
         return {}, refusal(
             f"{flag} has an adapter_config.json without {', '.join(lacking)}; give one that PEFT saved",
@@ -138,7 +100,7 @@ def _read_config(flag: str, path: str) -> tuple[dict, Problem | None]:
             )
     if not file.is_file():
         held = "holds whole weights; give it as --model_name_or_path" if (Path(path) / "config.json").is_file() else (
-            "has no adapter_config.json; give the folder of a run with --train_mode lora or qlora"
+            f"has no adapter_config.json; give the folder of a run with --train_mode {names_where()}"
         )  # fmt: skip
         return {}, Problem(
             f"{flag} {held if Path(path).is_dir() else 'is not a folder'}", flags=("adapter_name_or_path",)

@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
+from utils.model.base_config import load_config
 from utils.model.quantised import check_base, resolve_base
-from utils.runtime.errors import Problem, in_one_line, nearest, refusal
+from utils.runtime.errors import Problem, UserError, nearest, refusal
 from utils.storage.weights import check_weight_files
 
 
@@ -103,15 +104,11 @@ def _check_name(name: str, path: str, parent: Path) -> list[Problem]:
 
 
 def _check_config(name: str, path: str, trust_remote_code: bool) -> list[Problem]:
-    from transformers import AutoConfig
-
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each model's code raises its own
-        reason = in_one_line(error, 300)
+        load_config(path, trust_remote_code, name)
+    except UserError as error:
         return refusal(
-            f"{name} {path!r} has a config.json that cannot be used: {type(error).__name__}: {reason}. A model with "
-            "code of its own needs --trust_remote_code true",
+            f"{error.problems[0]}. A model with code of its own needs --trust_remote_code true",
             *_flags(name),
             "trust_remote_code",
         )

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from utils.model.adapter import adapter_of
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import write_refusal
 from utils.storage.pickles import check_pickles
@@ -149,10 +150,10 @@ def _check_contents(common, checkpoint: Path) -> list[Problem]:
         return []
     return refusal(
         f"--resume_from_checkpoint {str(checkpoint)!r} holds weights alone (--save_only_model true), so optimizer "
-        f"and schedule would start anew; {new_run_remedy(str(checkpoint), common.train_mode)}",
+        f"and schedule would start anew; {new_run_remedy(str(checkpoint), adapter_of(common).is_adapter)}",
         "resume_from_checkpoint",
         "save_only_model",
-        "model_name_or_path" if common.train_mode == "full" else "adapter_name_or_path",
+        "adapter_name_or_path" if adapter_of(common).is_adapter else "model_name_or_path",
         "output_dir",
     )
 
@@ -186,7 +187,7 @@ def _check_kind(common, checkpoint: Path) -> list[Problem]:
         flags = ("resume_from_checkpoint", "model_name_or_path", "adapter_name_or_path")
         return [Problem(f"--resume_from_checkpoint {str(checkpoint)!r}: {problem}", flags=flags) for problem in unsafe]
     has_adapter = (checkpoint / "adapter_config.json").is_file()
-    if has_adapter == (common.train_mode == "full"):
+    if has_adapter != adapter_of(common).is_adapter:
         kind = "an adapter" if has_adapter else "full weights"
         return refusal(
             f"--resume_from_checkpoint {str(checkpoint)!r} holds {kind}, which --train_mode {common.train_mode} does "

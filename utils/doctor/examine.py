@@ -20,7 +20,8 @@ from utils.doctor.rows import census_findings, describe_lengths, problem_finding
 from utils.doctor.settings import settings_findings
 from utils.doctor.template import template_findings
 from utils.doctor.tokens import eval_in_train_findings, token_findings
-from utils.model.adapter import ADAPTERS
+from utils.model.adapter import adapter_of
+from utils.model.base_config import load_config
 from utils.model.layout import expected_layout
 from utils.model.meta import whole_models, without_weights
 from utils.model.quantised import quantisation_of
@@ -287,7 +288,7 @@ def quick_findings(
     checks = {
         "the settings": lambda: settings_findings(args, train_args, try_load_config(args), data, seen, processes),
     }
-    if ADAPTERS[args.train_mode].quantised:
+    if adapter_of(args).quantised:
         checks["the weights in 4 bits"] = lambda: quantised_findings(args, train_args)
     if memory:
         checks["memory"] = lambda: memory_findings(args, train_args, processes)
@@ -334,9 +335,7 @@ def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
 
 def try_load_config(args):
     """Loads the model's configuration; None if that fails, which loading the model reports better."""
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    except Exception:  # each model's code raises its own
+        return load_config(args.model_name_or_path, args.trust_remote_code)
+    except UserError:
         return None

@@ -11,7 +11,7 @@ from loguru import logger
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.memory.layout import quantised_bytes
-from utils.model.meta import Shape, is_quantised, meta_base, shape_of, trained_weights
+from utils.model.meta import ModelSize, is_quantised, meta_base, model_size_or_none
 from utils.runtime.errors import UserError
 from utils.runtime.text import format_size
 from utils.storage.files import existing_parent
@@ -25,13 +25,13 @@ _TIGHT_SHARE = 0.9  # of the disk or memory from which it is reported
 # ------------------------------------------------------------------ disk
 
 
-def checkpoint_bytes(args, train_args, shape: Shape) -> tuple[int, int]:
+def checkpoint_bytes(args, train_args, model: ModelSize) -> tuple[int, int]:
     """Returns the bytes of a checkpoint and of the finished run.
 
     What is trained is kept in float32, beside AdamW's two numbers for each weight. DeepSpeed saves the weights in the
     arithmetic's precision twice, for itself and for others, and a float32 copy with the optimizer's numbers.
     """
-    trained = trained_weights(args, shape)
+    trained = model.trained
     deepspeed = train_args.deepspeed_plugin is not None
     width = 2 if deepspeed and args.precision != "fp32" else 4
     optimizer = str(getattr(train_args.optim, "value", train_args.optim))
@@ -47,10 +47,10 @@ def disk_findings(args, train_args, steps: int) -> list[Finding]:
         args, train_args: of the run.
         steps: how many the training takes.
     """
-    shape = shape_of(args)
-    if shape is None:
+    model = model_size_or_none(args)
+    if model is None:
         return []
-    one, finished = checkpoint_bytes(args, train_args, shape)
+    one, finished = checkpoint_bytes(args, train_args, model)
     count = _checkpoints_on_disk(train_args, steps)
     needed = count * one + finished
     free = shutil.disk_usage(existing_parent(Path(train_args.output_dir))).free

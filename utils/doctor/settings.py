@@ -5,8 +5,8 @@ import math
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.doctor.tokens import row_lengths
-from utils.model.adapter import ADAPTERS
-from utils.model.meta import shape_of
+from utils.model.adapter import adapter_of
+from utils.model.meta import model_size_or_none
 from utils.train.plan import passes_per_epoch, steps_of
 
 _SMALL = 300_000_000  # weights; smaller models take larger rates
@@ -39,16 +39,16 @@ def _learning_rate(args, train_args) -> list[Finding]:
     optimizer = str(getattr(train_args.optim, "value", train_args.optim))
     if "adam" not in optimizer:
         return []
-    task, lora = args.task, ADAPTERS[args.train_mode].lora
-    if lora not in task.usual_learning_rates:
+    task, adapter = args.task, adapter_of(args)
+    if adapter.is_adapter not in task.usual_learning_rates:
         return []
-    low, high = task.usual_learning_rates[lora]
-    shape = shape_of(args)
-    if shape is not None and shape.weights < _SMALL:
-        high = _SMALL_MODELS_RATE
+    low, high = (rate * adapter.rate_factor for rate in task.usual_learning_rates[adapter.is_adapter])
+    size = model_size_or_none(args)
+    if size is not None and size.weights < _SMALL:
+        high = _SMALL_MODELS_RATE * adapter.rate_factor
     if low <= train_args.learning_rate <= high:
         return []
-    what = "adapters" if lora else "all weights"
+    what = "adapters" if adapter.is_adapter else "all weights"
     message = f"--learning_rate {train_args.learning_rate:g} for {task.family} of {what}; usual is {low:g} to {high:g}"
     return [Finding("LEARNING_RATE_UNUSUAL", message)]
 
@@ -96,8 +96,8 @@ def _positions(args, config, data) -> list[Finding]:
     if not over:
         return []
     message = f"{over:,} rows are longer than the model's {there:,} positions, the longest {rows.max():,} tokens"
-    shape = shape_of(args)
-    ends = shape is not None and shape.position_table
+    size = model_size_or_none(args)
+    ends = size is not None and size.position_table
     message += "; its table of positions ends there" if ends else "; it was not trained on those beyond"
     return [Finding("MAX_LEN_OVER_POSITIONS", message, severity=ERROR if ends else WARNING)]
 

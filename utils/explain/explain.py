@@ -11,7 +11,7 @@ from utils.config.deepspeed import short_name
 from utils.config.provenance import Source, Sources, unannotated
 from utils.explain.unused import without_effect
 from utils.model.layout import expected_layout
-from utils.model.meta import weights
+from utils.model.meta import ModelSize, model_size, whole_models
 from utils.model.options import CHECKPOINTING_FROM, resolve_checkpointing
 from utils.model.tokenizer import tokenizer_of
 from utils.run.record import effective_args
@@ -57,7 +57,7 @@ class Explained:
     no_effect: dict[str, str]
     unannotated: dict[str, str]
     plan: dict
-    weights: dict | None
+    weights: ModelSize | None
     deepspeed: dict
 
     def as_json(self) -> dict:
@@ -69,7 +69,7 @@ class Explained:
         return {
             "task": self.args.task_type,
             "plan": {name: _without_steps(part) for name, part in self.plan.items()},
-            "weights": self.weights and {name: self.weights[name] for name in ("all", "trained")},
+            "weights": self.weights and {"all": self.weights.weights, "trained": self.weights.trained},
             "values": values,
             "deepspeed": self.deepspeed,
             "idle": self.no_effect,
@@ -93,7 +93,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     tokenizer = tokenizer_of(args)
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
-    counted, evaluated = weights(args, train_args), len(data.eval) if data.eval is not None else 0
+    counted, evaluated = _count(args, train_args), len(data.eval) if data.eval is not None else 0
     _resolve_layout(args, train_args, task, tokenizer, sources)
     padded = not task.lays_end_to_end(train_args)
     planned = plan(train_args, measure(data.train, task.row_type), evaluated, processes, padded)
@@ -115,10 +115,27 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     )
 
 
-def _resolve_checkpointing(counted: dict | None, train_args, sources: Sources) -> None:
+def _count(args, train_args) -> ModelSize | None:
+    """Counts the model's weights; None where they cannot be counted.
+
+    Raises:
+        UserError: the model cannot be built, or has no modules of the names given for its adapter.
+    """
+    with whole_models(train_args):
+        try:
+            return model_size(args)
+        except UserError:
+            if args.trust_remote_code:  # its code may need more than shapes
+                return None
+            raise
+        except Exception:  # each model's own code raises its own
+            return None
+
+
+def _resolve_checkpointing(counted: ModelSize | None, train_args, sources: Sources) -> None:
     """Turns gradient checkpointing on for a large model, as loading it will."""
-    if counted is not None and resolve_checkpointing(counted["all"], train_args):
-        where = f"{counted['all']:,} weights; on from {CHECKPOINTING_FROM:,}"
+    if counted is not None and resolve_checkpointing(counted.weights, train_args):
+        where = f"{counted.weights:,} weights; on from {CHECKPOINTING_FROM:,}"
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             sources[name] = Source("derived", where, sources[name])
 
@@ -149,12 +166,12 @@ def _source_as_json(source: Source | None) -> dict:
     return {"kind": source.kind, "from": source.where, **before}
 
 
-def deepspeed_values(train_args, counted: dict | None, steps: int, processes: int) -> dict:
+def deepspeed_values(train_args, counted: ModelSize | None, steps: int, processes: int) -> dict:
     """Every value of DeepSpeed's file, with `auto` resolved.
 
     Args:
         train_args: the recipe's TrainArgument.
-        counted: from `weights`; if None, what depends on the model stays `auto`.
+        counted: from `model_size`; if None, what depends on the model stays `auto`.
         steps: of the run.
         processes: how many train together.
 
@@ -171,7 +188,7 @@ def deepspeed_values(train_args, counted: dict | None, steps: int, processes: in
     resolved = copy.deepcopy(train_args.hf_deepspeed_config)
     if counted is not None:
         try:
-            resolved.trainer_config_finalize(train_args, SimpleNamespace(config=counted["config"]), steps)
+            resolved.trainer_config_finalize(train_args, SimpleNamespace(config=counted.config), steps)
         except ValueError as error:
             raise UserError(f"--deepspeed {name} does not fit the flags: {error}") from error
     filled, found = _flat(resolved.config), {}

@@ -47,11 +47,11 @@ def plan_lines(explained) -> list[str]:
     return ["What the run will do", *(f"  {name:<{width}}  {text}" for name, text in rows)]
 
 
-def _weights(counted: dict | None) -> str:
+def _weights(counted) -> str:
     if counted is None:
         return " (its weights cannot be counted here)"
-    share = 100 * counted["trained"] / counted["all"]
-    return f", {counted['all']:,} weights, {counted['trained']:,} trained ({share:.3g} %)"
+    share = 100 * counted.trained / counted.weights
+    return f", {counted.weights:,} weights, {counted.trained:,} trained ({share:.3g} %)"
 
 
 def _rows(explained) -> str:

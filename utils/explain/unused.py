@@ -4,6 +4,7 @@ Those of a single task are in its `settings_without_effect`.
 """
 
 from utils.config.recipe import REPLACED_FLAGS
+from utils.model.adapter import ADAPTER_FLAGS, FULL, adapter_of
 from utils.tasks.no_effect import NoEffect, RunSettings
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -14,9 +15,9 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 TABLE = [
     # ------------------------------------------------------------------ what is trained
     NoEffect(("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "loraplus_lr_ratio"),
-         lambda c: c.train_mode == "full", "--train_mode full trains every weight, without an adapter"),
+         lambda c: not adapter_of(c.args).is_adapter, f"--train_mode {FULL} trains every weight, without an adapter"),
     NoEffect(("lora_target_modules", "init_lora_weights", "train_special_tokens"),
-         lambda c: c.train_mode == "full" or c.adapter_name_or_path,
+         lambda c: not adapter_of(c.args).is_adapter or c.adapter_name_or_path,
          "it is for a new adapter, and this run has none, or continues one"),
     # ------------------------------------------------------------------ rows
     NoEffect(("max_prompt_length",), lambda c: not c.args.task.row_type.has_prompt_limit,
@@ -90,4 +91,9 @@ def without_effect(settings: RunSettings) -> dict[str, str]:
         if known and row.when(settings):
             for name in known:
                 found.setdefault(name, row.why)
+    adapter = adapter_of(settings.args)
+    if adapter.is_adapter:
+        for name in ADAPTER_FLAGS:
+            if not adapter.takes(name):
+                found.setdefault(name, f"--train_mode {settings.args.train_mode} does not have it")
     return found

@@ -13,6 +13,7 @@ from utils.infer.answer_file import AnswerFile, check_output, partial_of
 from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids
 from utils.infer.load import Parts, TrainedArgs, allows_special, load_for_inference, load_format
 from utils.infer.prompts import Prompt, read_prompts
+from utils.model.base_config import load_config
 from utils.runtime.errors import Problem, UserError
 from utils.storage.files import sha256_of
 from utils.storage.weights import weights_fingerprint
@@ -114,12 +115,8 @@ def _encode_prompts(
     args: InferArgs, parts: Parts, tokenizer, prompts: list[Prompt], problems: list[Problem]
 ) -> dict[int, list[int]]:
     """The token ids of each prompt by its number; of one that cannot be answered, `problems` gets the reason."""
-    from transformers import AutoConfig
-
     # the configuration is enough: bad rows are reported before the weights are loaded
-    config_only = SimpleNamespace(
-        config=AutoConfig.from_pretrained(parts.base, trust_remote_code=args.trust_remote_code)
-    )
+    config_only = SimpleNamespace(config=load_config(parts.base, args.trust_remote_code, "--model_path"))
     special, found = allows_special(parts), {}
     for number, prompt in enumerate(prompts):
         try:

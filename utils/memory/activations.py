@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from utils.memory.fake import Batch, changes, inputs_of, loss_of, make_fake, mask_of
 from utils.memory.live import LiveBytes
-from utils.model.adapter import ADAPTERS
+from utils.model.adapter import adapter_of
 from utils.model.options import compute_dtype
 
 # deeper models are reckoned from two shallow ones: each further layer adds the same
@@ -92,7 +92,7 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=train_args.gradient_checkpointing_kwargs)
-            if ADAPTERS[args.train_mode].lora:
+            if adapter_of(args).is_adapter:
                 model.enable_input_require_grads()
         _watch_gradients(model, live)
         inputs = inputs_of(batch)

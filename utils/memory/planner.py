@@ -8,12 +8,21 @@ from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
 from utils.memory.states import States, hold
-from utils.model.adapter import ADAPTERS
-from utils.model.meta import load_config, meta_model
+from utils.model.adapter import ADAPTERS, FULL, adapter_of
+from utils.model.base_config import load_config
+from utils.model.meta import meta_model
 from utils.model.options import compute_dtype, uses_checkpointing
 from utils.runtime.errors import UserError, first_line
 
-MODES = {"full": ("full", False), "lora": ("lora", False), "dora": ("lora", True), "qlora": ("qlora", False)}
+
+def modes() -> dict[str, tuple[str, bool]]:
+    """The kinds of training by their names in a plan: `{"dora": ("lora", True)}`, `--train_mode` and `--use_dora`."""
+    found = {}
+    for name, row in ADAPTERS.items():
+        found[name] = (name, False)
+        if row.with_dora:
+            found[row.with_dora] = (name, True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class Setting:
     """One way to train.
 
     Attributes:
-        mode: full, lora, dora, qlora, or `qlora with dora`.
+        mode: a name of `modes()`: full, lora, dora, qlora, `qlora with dora`.
         layout: none, or a name of `--deepspeed`.
         checkpointing: whether activations are computed again.
     """
@@ -63,8 +72,7 @@ class Estimate:
 
 def setting_of(args, train_args, weights: int) -> Setting:
     """The setting that the flags themselves describe."""
-    mode = f"{args.train_mode} with dora" if args.use_dora and args.train_mode == "qlora" else args.train_mode
-    mode = "dora" if args.use_dora and args.train_mode == "lora" else mode
+    mode = (args.use_dora and adapter_of(args).with_dora) or args.train_mode
     return Setting(mode, short_name(train_args.deepspeed) or "none", uses_checkpointing(train_args, weights))
 
 
@@ -96,10 +104,10 @@ class Planner:
     def __init__(self, args, train_args, processes: int, batch: Batch | None = None):
         self.args, self.train_args, self.processes = args, train_args, processes
         self.batch = batch or batch_of(args, train_args)
-        self.config = load_config(args)
+        self.config = load_config(args.model_name_or_path, args.trust_remote_code)
         self._models: dict = {}
         self._steps: dict = {}
-        self.weights = sum(weight.numel() for weight in self._model(self._args_of("full"), False).parameters())
+        self.weights = sum(weight.numel() for weight in self._model(self._args_of(FULL), False).parameters())
 
     def own(self) -> Setting:
         """The setting that the flags themselves describe."""
@@ -134,11 +142,9 @@ class Planner:
         return _together(states, step, reference, self._words(states, step, setting, told), layout, self.train_args)
 
     def _args_of(self, mode: str):
-        train_mode, dora = MODES.get(mode, ("qlora", True))
-        changes = {"train_mode": train_mode, "use_dora": dora}
-        if train_mode == "full":
-            changes |= {"lora_target_modules": None, "loraplus_lr_ratio": None}
-        return dataclasses.replace(self.args, **changes)
+        train_mode, dora = modes()[mode]
+        args = dataclasses.replace(self.args, train_mode=train_mode, use_dora=dora)
+        return adapter_of(args).without_foreign_flags(args)
 
     def _model(self, args, laid_out: bool, config=None):
         return meta_model(args, self.train_args, laid_out, config or self.config)
@@ -163,7 +169,7 @@ class Planner:
         """The frozen copy of what is trained, which the reference's log-probabilities come from."""
         if not args.task.needs_reference or getattr(self.train_args, "precompute_ref_log_probs", False):
             return 0, ""
-        if ADAPTERS[args.train_mode].lora and not args.adapter_name_or_path:
+        if adapter_of(args).is_adapter and not args.adapter_name_or_path:
             return 0, ""  # the same model with the adapter off
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         each = size if layout.laid_out else 4

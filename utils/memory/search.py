@@ -1,10 +1,11 @@
 """Which settings there are to choose from, the cheapest first, and the command for each."""
 
+import dataclasses
 import shlex
 
 from utils.config.flags import split_flags
-from utils.memory.planner import MODES, Setting
-from utils.model.adapter import ADAPTERS
+from utils.memory.planner import Setting, modes
+from utils.model.adapter import ADAPTERS, adapter_of
 from utils.model.quantised import method_of, quantisation_of
 
 LAYOUTS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -21,8 +22,9 @@ _LADDER = [
 
 
 def modes_of(own: str) -> list[str]:
-    """The kinds of training, the run's own first."""
-    return [own, *(mode for mode in MODES if mode != own)]
+    """The kinds of training to plan, the run's own first; DoRA on a quantised base only where the run itself has it."""
+    offered = [mode for mode, (name, dora) in modes().items() if not (dora and ADAPTERS[name].quantised)]
+    return [own, *(mode for mode in offered if mode != own)]
 
 
 def settings_of(args, train_args, own: Setting, gpus: int) -> list[Setting]:
@@ -46,16 +48,15 @@ def settings_of(args, train_args, own: Setting, gpus: int) -> list[Setting]:
 
 
 def _can_run(args, mode: str, layout: str) -> bool:
-    """What utils/config/deepspeed.py, utils/config/from_adapter.py and utils/model/quantised.py refuse is no choice."""
-    train_mode = MODES.get(mode, ("qlora", True))[0]
-    saved = quantisation_of(args.model_name_or_path)
-    if saved and (train_mode == "qlora") != (method_of(saved) == "bitsandbytes_4bit"):
+    """Whether a run with these settings would be accepted, by the checks of its arguments."""
+    train_mode, dora = modes()[mode]
+    args = dataclasses.replace(args, train_mode=train_mode, use_dora=dora)
+    row, saved = adapter_of(args), quantisation_of(args.model_name_or_path)
+    if saved and row.quantised != (method_of(saved) == "bitsandbytes_4bit"):
         return False
-    if args.init_lora_weights == "pissa" and mode != "full" and (train_mode == "qlora" or "dora" in mode):
+    if row.is_adapter and row.check(args):
         return False
-    if "zero3" not in layout or not ADAPTERS[train_mode].lora:
-        return not ("zero3" in layout and args.adapter_name_or_path)
-    return args.init_lora_weights != "pissa" and args.train_special_tokens != "on"
+    return "zero3" not in layout or not row.check_zero3(args)
 
 
 def brings_nothing(setting: Setting, gpus: int) -> bool:
@@ -79,7 +80,7 @@ def command_of(setting: Setting, own: Setting, argv: list[str], gpus: int) -> st
         argv: the flags as given, for main_train.py.
         gpus: how many.
     """
-    train_mode, dora = MODES.get(setting.mode, ("qlora", True))
+    train_mode, dora = modes()[setting.mode]
     changes = {}
     if setting.mode != own.mode:
         changes["train_mode"] = train_mode

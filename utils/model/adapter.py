@@ -1,132 +1,270 @@
-"""Adapters: one table row each, turned into a PEFT configuration."""
+"""The adapters: one row of a table per `--train_mode`, which holds all that other code may ask of it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from loguru import logger
 
 from utils.model.adapter_targets import find_targets, tell
 from utils.model.parts import freeze_towers
 from utils.model.special_tokens import refuse_token_rows, special_tokens_to_train, token_rows
-from utils.patches.layers import leave_casts_to_autocast, show_head_bias
-from utils.template import Template
+from utils.runtime.errors import Problem, refusal
+
+# flag → its value where it is left out; of the flags that only some adapters take, these are refused by the others
+_NEUTRAL = {
+    "use_dora": False,
+    "use_rslora": False,
+    "init_lora_weights": "default",
+    "loraplus_lr_ratio": None,
+    "lora_target_modules": None,
+}
+ADAPTER_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", *_NEUTRAL, "train_special_tokens")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A kind of training.
+    """One way to train, `--train_mode`: a row of `ADAPTERS`.
+
+    How an adapter is merged is not in the table: PEFT's own layers merge themselves, whoever trained them, and
+    `utils.model.adapter_files.check_mergeable` names the kinds that cannot be merged.
 
     Attributes:
-        quantised: whether the base is in 4 bits.
-        lora: whether low-rank adapters are added; otherwise every weight is trained.
+        label: its name on a run's card.
+        build: `(args, **options)` → peft.PeftConfig. The options are those of every such configuration: `task_type`,
+            `target_modules`, `exclude_modules`, and for rows that take these, `fan_in_fan_out` and
+            `trainable_token_indices`. None where every weight is trained.
+        peft_type: what `adapter_config.json` calls it, `"LORA"`.
+        settings: flag → its name in `adapter_config.json`. A run takes them from the adapter it starts from.
+        options: the other adapter flags that it takes; every other one is refused.
+        extras: which of `fan_in_fan_out` and `trainable_token_indices` its configuration has.
+        quantised: whether the base is loaded in 4 bits.
+        on_4_bit_base: the row that replaces it where the base is saved in 4 bits; None where there is none.
+        with_dora: what plans of memory call it with `--use_dora true`; None where it has no DoRA.
+        rate_factor: its usual learning rates as a multiple of LoRA's.
     """
 
-    quantised: bool
-    lora: bool
+    label: str
+    build: Callable | None = None
+    peft_type: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    options: frozenset[str] = frozenset()
+    extras: frozenset[str] = frozenset()
+    quantised: bool = False
+    on_4_bit_base: str | None = None
+    with_dora: str | None = None
+    rate_factor: float = 1.0
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the base stays as it is; otherwise every weight is trained."""
+        return self.build is not None
+
+    @property
+    def trains_token_rows(self) -> bool:
+        """Whether it can train the embeddings of single tokens as well."""
+        return "train_special_tokens" in self.options
+
+    def takes(self, flag: str) -> bool:
+        """Whether one of `ADAPTER_FLAGS` changes anything."""
+        return flag in self.settings or flag in self.options
+
+    def without_foreign_flags(self, args):
+        """A copy of CommonArgs in which the adapter flags that this row does not take have their neutral values."""
+        return replace(args, **{name: value for name, value in _NEUTRAL.items() if not self.takes(name)})
+
+    def check(self, args) -> list[Problem]:
+        """Checks the adapter's flags against `--train_mode` and against each other; returns the problems."""
+        given = [name for name, neutral in _NEUTRAL.items() if getattr(args, name) != neutral and not self.takes(name)]
+        problems = [problem for name in given for problem in self._refuse(args, name)]
+        if self.is_adapter and not self.trains_token_rows and args.train_special_tokens == "on":
+            problems += self._refuse(args, "train_special_tokens")
+        if args.init_lora_weights == "pissa" and args.use_dora:
+            problems += refusal(
+                "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
+                "init_lora_weights",
+                "use_dora",
+            )
+        return problems
+
+    def _refuse(self, args, flag: str) -> list[Problem]:
+        mode, value = args.train_mode, getattr(args, flag)
+        if not self.is_adapter:
+            reason, others = f"needs an adapter, and --train_mode {mode} has none", names_where(_is_adapter)
+        elif flag == "init_lora_weights" and self.quantised:
+            reason = f"factorises the base's weights, which --train_mode {mode} has quantised"
+            others = names_where(lambda row: row.takes(flag))
+        else:
+            reason, others = f"has no effect in --train_mode {mode}", names_where(lambda row: row.takes(flag))
+        message = f"--{flag} {value} {reason}; use --train_mode {others}, or leave the flag out"
+        return refusal(message, flag, "train_mode")
+
+    def check_zero3(self, args) -> list[Problem]:
+        """Checks the settings that read whole weight matrices, which ZeRO-3 splits; returns the problems."""
+        if not self.is_adapter:
+            return [] if not args.adapter_name_or_path else refusal(
+                f"--train_mode {args.train_mode} merges --adapter_name_or_path into whole weights, which ZeRO-3 "
+                "splits; use zero2",
+                "train_mode",
+                "adapter_name_or_path",
+            )  # fmt: skip
+        problems = []
+        if args.init_lora_weights == "pissa":
+            problems += refusal(
+                "--init_lora_weights pissa factorises whole weight matrices, which ZeRO-3 splits; use zero2",
+                "init_lora_weights",
+            )
+        if args.train_special_tokens == "on":
+            problems += refusal(
+                "--train_special_tokens on trains single rows of the embedding, which ZeRO-3 splits; use zero2, or off",
+                "train_special_tokens",
+            )
+        return problems
 
 
+def _lora(args, **options):
+    """LoRA (arXiv 2106.09685), with DoRA, rsLoRA and PiSSA as its options."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+        init_lora_weights=True if args.init_lora_weights == "default" else args.init_lora_weights,
+        **options,
+    )
+
+
+LORA = Adapter(
+    label="LoRA",
+    build=_lora,
+    peft_type="LORA",
+    settings={
+        "lora_rank": "r",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "use_dora": "use_dora",
+        "use_rslora": "use_rslora",
+    },
+    options=frozenset({"init_lora_weights", "loraplus_lr_ratio", "lora_target_modules", "train_special_tokens"}),
+    extras=frozenset({"fan_in_fan_out", "trainable_token_indices"}),
+    on_4_bit_base="qlora",
+    with_dora="dora",
+)
+FULL = "full"  # the row that trains every weight
 ADAPTERS = {
-    "full": Adapter(quantised=False, lora=False),
-    "lora": Adapter(quantised=False, lora=True),
-    "qlora": Adapter(quantised=True, lora=True),
+    FULL: Adapter(label="every weight"),
+    "lora": LORA,
+    "qlora": replace(
+        LORA,
+        label="QLoRA",
+        quantised=True,
+        on_4_bit_base="qlora",
+        options=LORA.options - {"init_lora_weights"},
+        with_dora="qlora with dora",
+    ),
 }
 
 
-def build_adapter(args, model, tokenizer, template: Template | None):
-    """Makes the PEFT configuration that the trainer wraps the model with.
+def adapter_of(args) -> Adapter:
+    """The row of a run's `--train_mode`."""
+    return ADAPTERS[args.train_mode]
+
+
+def _is_adapter(row: Adapter) -> bool:
+    return row.is_adapter
+
+
+def names_where(condition: Callable[[Adapter], bool] = _is_adapter) -> str:
+    """The `--train_mode` of the rows that meet a condition, for messages: `"lora or qlora"`."""
+    return " or ".join(", ".join(name for name, row in ADAPTERS.items() if condition(row)).rsplit(", ", 1))
+
+
+def row_of_type(peft_type: str | None) -> Adapter | None:
+    """The first row whose adapters are of a type of `adapter_config.json`; None where no row trains them."""
+    return next((row for row in ADAPTERS.values() if row.is_adapter and row.peft_type == peft_type), None)
+
+
+def build_adapter(args, model, tokenizer, template):
+    """Makes the PEFT configuration that the trainer wraps the model with, and logs what it leaves out.
 
     Args:
         args: CommonArgs.
         model: the base, loaded.
         tokenizer: names the special tokens' ids.
-        template: uses them; None where plain text is trained.
+        template: utils.template.Template, which uses them; None where plain text is trained.
 
     Returns:
-        peft.LoraConfig, or None where every weight is trained or the model has its adapter already.
+        peft.PeftConfig, or None where every weight is trained or the model has its adapter already.
 
     Raises:
         UserError: `--lora_target_modules` names a module that the model does not have, or that cannot be adapted.
     """
-    if not ADAPTERS[args.train_mode].lora:
+    row = adapter_of(args)
+    if not row.is_adapter:
         freeze_towers(model)
         return None
-    from peft import LoraConfig, PeftModel, TaskType
-
     if args.adapter_name_or_path:
+        from peft import PeftModel
+
         if isinstance(model, PeftModel):
             freeze_towers(model.get_base_model())
         return None
-
-    tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template) if template else []
+    tokens: list[int] = []
+    if template and row.trains_token_rows:
+        tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template)
     if tokens:
-        refuse_token_rows(model, ", ".join(tokenizer.convert_ids_to_tokens(tokens)))
+        names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
+        refuse_token_rows(model, names)
     targets = find_targets(model, args.lora_target_modules)
     tell(targets, model, args.lora_target_modules)
-    config = LoraConfig(
-        task_type=TaskType[args.task.peft_task_type],
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=targets.target_modules,
-        exclude_modules=targets.exclude_modules,
-        fan_in_fan_out=targets.fan_in_fan_out,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-        init_lora_weights=True if args.init_lora_weights == "default" else args.init_lora_weights,
-        trainable_token_indices=token_rows(model, tokens) if tokens else None,
-    )
+    config = new_config(args, model, targets, tokens)
     if tokens:
-        names = tokenizer.convert_ids_to_tokens(tokens)
-        logger.info("the embeddings of {} are trained as well", ", ".join(names))
+        logger.info("the embeddings of {} are trained as well", names)
     return config
 
 
-def adapter_weights(model) -> dict | None:
-    """The weights of an adapter that is on the model already, by name; None where there is none."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return None
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def settle_trainable(model, one_type: bool, start: dict | None) -> None:
-    """Undoes what on the way into TRL's trainer would cost exactness.
+def new_config(args, model, targets=None, tokens: list[int] | None = None):
+    """The PEFT configuration of a new adapter.
 
     Args:
-        model: the trainer's, wrapped by PEFT or whole.
-        one_type: whether the weights must keep the type they have.
-        start: the weights the adapter came with, from `adapter_weights`.
+        args: CommonArgs, of an adapter's `--train_mode`.
+        model: the base; its weights may be on the meta device.
+        targets: from `find_targets`; found here by default.
+        tokens: the ids whose embeddings are trained as well.
+
+    Returns:
+        peft.PeftConfig
     """
-    show_head_bias(model)
-    leave_casts_to_autocast()
-    if not one_type:
-        # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
-        # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    _restore(model, start) if start else _restore_token_rows(model)
+    row = adapter_of(args)
+    targets = targets or find_targets(model, args.lora_target_modules)
+    extras = {
+        "fan_in_fan_out": targets.fan_in_fan_out,
+        "trainable_token_indices": token_rows(model, tokens) if tokens else None,
+    }
+    return row.build(
+        args,
+        task_type=args.task.peft_task_type,
+        target_modules=targets.target_modules,
+        exclude_modules=targets.exclude_modules,
+        **{name: value for name, value in extras.items() if name in row.extras},
+    )
 
 
-def _restore(model, start: dict) -> None:
-    """Gives the adapter, and the copy of it that is DPO's reference, the weights they came with.
+def saved_config(path: str):
+    """The configuration of a trained adapter, to build one of the same shape; its start is the plain one.
 
-    TRL copies them before it rounds the policy's to bf16, and leaves out trained token rows,
-    whose names end where it looks for more.
+    Args:
+        path: the adapter's folder, or a hub's name.
+
+    Returns:
+        peft.PeftConfig
     """
-    weights = dict(model.named_parameters())
-    for name, value in start.items():
-        weights[name].data = value.to(weights[name].dtype).clone()
-        copy = ".".join("ref" if part == "default" else part for part in name.split("."))
-        if copy in weights:
-            weights[copy].data = weights[name].data.clone()
+    from peft import PeftConfig
 
-
-def _restore_token_rows(model) -> None:
-    """A new adapter's trained token rows begin as the base's, not as those rounded to bf16."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            for name, rows in module.trainable_tokens_delta.items():
-                rows.data = module.trainable_tokens_original[name].to(rows.dtype).clone()
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    if getattr(config, "init_lora_weights", None) == "pissa":
+        config.init_lora_weights = True  # its singular vectors are not needed for shapes
+    return config

@@ -1,6 +1,7 @@
-"""Whether a new adapter leaves its model as it was: what PEFT's wrappers leave out shows before anything is trained."""
+"""How an adapter starts: its weights in full precision, and logits equal to those of the base."""
 
 from utils.model.probe_state import as_for_probing, is_whole
+from utils.patches.layers import leave_casts_to_autocast, show_head_bias
 from utils.runtime.errors import UserError
 
 # relative to the largest logit; PEFT rounds the scale of Gemma's embedding otherwise, which is 2e-4
@@ -40,3 +41,55 @@ def check_new_adapter(model) -> None:
             f"{difference:.2g} of the largest): PEFT computes the embeddings otherwise than the model where it trains "
             "rows of them; use --train_special_tokens off, or --train_mode full"
         )
+
+
+def adapter_weights(model) -> dict | None:
+    """The weights of an adapter that is on the model already, by name; None where there is none."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def settle_trainable(model, one_type: bool, start: dict | None) -> None:
+    """Undoes what on the way into TRL's trainer would cost exactness.
+
+    Args:
+        model: the trainer's, wrapped by PEFT or whole.
+        one_type: whether the weights must keep the type they have.
+        start: the weights the adapter came with, from `adapter_weights`.
+    """
+    show_head_bias(model)
+    leave_casts_to_autocast()
+    if not one_type:
+        # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
+        # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    _restore(model, start) if start else _restore_token_rows(model)
+
+
+def _restore(model, start: dict) -> None:
+    """Gives the adapter, and the copy of it that is DPO's reference, the weights they came with.
+
+    TRL copies them before it rounds the policy's to bf16, and leaves out trained token rows,
+    whose names end where it looks for more.
+    """
+    weights = dict(model.named_parameters())
+    for name, value in start.items():
+        weights[name].data = value.to(weights[name].dtype).clone()
+        copy = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copy in weights:
+            weights[copy].data = weights[name].data.clone()
+
+
+def _restore_token_rows(model) -> None:
+    """A new adapter's trained token rows begin as the base's, not as those rounded to bf16."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            for name, rows in module.trainable_tokens_delta.items():
+                rows.data = module.trainable_tokens_original[name].to(rows.dtype).clone()

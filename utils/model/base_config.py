@@ -1,9 +1,31 @@
-"""The config.json of a run's weights: the base's own, but for what was trained."""
+"""Reading a model's config.json, and the one that a run saves with its weights."""
 
 import contextlib
 import copy
 
 from utils.runtime.errors import UserError, load_failure
+
+
+def load_config(path: str, trust_remote_code: bool = False, flag: str = "--model_name_or_path"):
+    """Reads a model's configuration, and no weights.
+
+    Args:
+        path: a folder, or a hub's name.
+        trust_remote_code: whether Python code beside the model may run.
+        flag: the flag it came by, for the message.
+
+    Returns:
+        transformers.PretrainedConfig
+
+    Raises:
+        UserError: there is none, or it is of no model known here.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the hub, and each model's code, raise their own
+        raise UserError(load_failure("config.json", flag, path, error)) from error
 
 
 def text_configs(model) -> list:
@@ -30,10 +52,7 @@ def refuse_unloadable(path: str, flag: str, trust_remote_code: bool, remedy: str
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the hub, and each model's code, raise their own
-        raise UserError(load_failure("model", flag, path, error)) from error
+    config = load_config(path, trust_remote_code, flag)
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if name is None or hasattr(config, "auto_map"):  # code beside the model
         return

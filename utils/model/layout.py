@@ -5,6 +5,7 @@ import copy
 from loguru import logger
 
 from utils.data.collate import build_collator
+from utils.model.base_config import load_config
 from utils.model.meta import whole_models
 from utils.model.probe import Probe, example_rows, probe
 from utils.model.small import small_model
@@ -110,13 +111,11 @@ def expected_layout(args, train_args, task, tokenizer) -> tuple[str | None, bool
     Returns:
         as `choose_layout`; where no small model can be built, that the layout stays as it is set.
     """
-    from transformers import AutoConfig
-
     use_row_attention()
     options = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation in ("sdpa", "eager"):
         options["attn_implementation"] = args.attn_implementation
-    config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    config = load_config(args.model_name_or_path, args.trust_remote_code)
     with whole_models(train_args):
         model = small_model(config, **options)
         if model is None:

@@ -2,11 +2,11 @@
 
 from loguru import logger
 
-from utils.model.adapter import ADAPTERS
+from utils.model.adapter import adapter_of, names_where
 from utils.model.adapter_files import attach_adapter
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
-from utils.model.options import quantisation_options, resolve_checkpointing
+from utils.model.options import compute_dtype, quantisation_options, resolve_checkpointing
 from utils.model.quantised import check_base, forget_unpacking, is_stored_in_bytes, loading_options, resolve_base
 from utils.patches.attention import use_row_attention
 from utils.patches.layers import keep_quantised_weights
@@ -36,21 +36,20 @@ def load_model(args, train_args):
     import transformers
 
     _settle_quantised_base(args, train_args)
-    adapter = ADAPTERS[args.train_mode]
-    compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    adapter, dtype = adapter_of(args), compute_dtype(args)
     options = {
-        "dtype": compute_dtype if adapter.lora else torch.float32,
+        "dtype": dtype if adapter.is_adapter else torch.float32,
         "trust_remote_code": args.trust_remote_code,
         "use_safetensors": True,
     }
     if args.attn_implementation != "auto":
         options["attn_implementation"] = args.attn_implementation
     if adapter.quantised:
-        options |= quantisation_options(compute_dtype, train_args)
-    saved = loading_options(args, compute_dtype)
+        options |= quantisation_options(dtype, train_args)
+    saved = loading_options(args, dtype)
     options |= saved
     use_row_attention()
-    if not adapter.lora:
+    if not adapter.is_adapter:
         refuse_unloadable(
             args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
         )
@@ -79,7 +78,8 @@ def _settle_quantised_base(args, train_args) -> None:
     if is_stored_in_bytes(args) and (zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp()):
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path!r} is saved in 4 bits, stored in bytes, which ZeRO-3 and "
-            "FSDP cannot divide; use --deepspeed zero2, or give the model it was made from with --train_mode qlora"
+            "FSDP cannot divide; use --deepspeed zero2, or give the model it was made from with --train_mode "
+            f"{names_where(lambda row: row.quantised)}"
         )
 
 
@@ -90,7 +90,7 @@ def with_trained_adapter(model, args):
         UserError: the adapter does not fit the base, or cannot be merged without changing the logits.
     """
     path, flag = args.adapter_name_or_path, "--adapter_name_or_path"
-    if not ADAPTERS[args.train_mode].lora:
+    if not adapter_of(args).is_adapter:
         return merge_onto(model, path, flag, None).model.requires_grad_(True)
     model = attach_adapter(model, path, flag, trainable=True)
     # where the base lies now, for whoever loads the run

@@ -1,19 +1,16 @@
 """The model of a run without its weights, on the meta device: its shapes, its types and what is trained."""
 
 import contextlib
-import functools
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+import copy
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
-from utils.model.adapter import ADAPTERS, build_adapter
-from utils.model.adapter_targets import find_targets
+from utils.model.adapter import adapter_of, build_adapter, new_config, saved_config
+from utils.model.base_config import load_config
 from utils.model.options import compute_dtype, quantisation_options
-from utils.model.parts import linear_layers, size_of
 from utils.model.quantised import quantisation_of
 from utils.runtime.errors import UserError, load_failure
-from utils.storage.weights import read_header
 
 
 def without_weights(
@@ -35,10 +32,9 @@ def without_weights(
     """
     import torch
     import transformers
-    from transformers import AutoConfig
 
+    config = config or load_config(path, trust_remote_code)
     try:
-        config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the hub, and each model's code, raise their own
@@ -59,21 +55,6 @@ def whole_models(train_args):
         yield
     finally:
         set_hf_deepspeed_config(config)
-
-
-def load_config(args):
-    """Reads config.json alone.
-
-    Raises:
-        UserError: there is none, or it is of no model known here.
-    """
-    from transformers import AutoConfig
-
-    path = args.model_name_or_path
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # each model's code raises its own
-        raise UserError(load_failure("config.json", "--model_name_or_path", path, error)) from error
 
 
 def meta_model(args, train_args, laid_out: bool, config=None):
@@ -112,12 +93,12 @@ def meta_base(args, train_args, config=None):
     """The base alone, as `load_model` would have it: quantised where the run's is."""
     import torch
 
-    kind, dtype = ADAPTERS[args.train_mode], compute_dtype(args)
+    kind, dtype = adapter_of(args), compute_dtype(args)
     options = {} if args.attn_implementation in ("auto", "flash_attention_2") else {
         "attn_implementation": args.attn_implementation
     }  # fmt: skip
-    options["dtype"] = dtype if kind.lora else torch.float32
-    config = config or load_config(args)
+    options["dtype"] = dtype if kind.is_adapter else torch.float32
+    config = config or load_config(args.model_name_or_path, args.trust_remote_code)
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config, args.task.auto_class, **options)
     if kind.quantised:
         _quantise(model, _how_quantised(args, train_args, dtype))
@@ -125,15 +106,12 @@ def meta_base(args, train_args, config=None):
 
 
 def _adapter(args, model):
-    """The adapter the run would begin with, or go on with."""
-    from peft import PeftConfig
-
-    if args.adapter_name_or_path and ADAPTERS[args.train_mode].lora:
-        adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
-        adapter.inference_mode = False
-        return adapter
+    """The configuration of the adapter that the run would start with, new or trained before; None without one."""
+    row = adapter_of(args)
+    if args.adapter_name_or_path and row.is_adapter:
+        return saved_config(args.adapter_name_or_path)
     tokenizer = template = None
-    if args.train_special_tokens == "on" and args.task.uses_template and ADAPTERS[args.train_mode].lora:
+    if args.train_special_tokens == "on" and args.task.uses_template and row.trains_token_rows:
         from utils.model.tokenizer import tokenizer_of
         from utils.template import get_template
 
@@ -183,101 +161,65 @@ def is_quantised(weight) -> bool:
     return type(weight).__name__ == "Params4bit"
 
 
+# ------------------------------------------------------------------ counts
 @dataclass(frozen=True)
-class Shape:
-    """A model's size, without its weights.
+class ModelSize:
+    """How large a run's model is.
 
     Attributes:
-        weights: how many there are.
-        linear: name → (inputs, outputs) of each linear layer.
-        modules: the names of those that an adapter goes on.
+        weights: how many there are, without an adapter's.
+        trained: how many of them, or of the adapter's, are trained. The embeddings that `--train_special_tokens auto`
+            may train as well are not among them: only the weights' values tell.
+        config: transformers.PretrainedConfig
         position_table: whether positions are rows of a table, which ends.
     """
 
     weights: int
-    linear: dict[str, tuple[int, int]]
-    modules: frozenset[str]
+    trained: int
+    config: Any
     position_table: bool
 
 
-@functools.cache
-def model_shape(path: str, trust_remote_code: bool, modules: str | None) -> Shape | None:
-    """A model's size by its config.json alone; None where that cannot be had.
+def model_size(args) -> ModelSize:
+    """Counts the weights of a run's model by its config.json alone.
 
     Args:
-        path: a folder or a hub's name.
-        trust_remote_code: whether Python code beside the model may run.
-        modules: `--lora_target_modules`.
-    """
-    try:
-        model = without_weights(path, trust_remote_code)
-        chosen = find_targets(model, modules).layers
-    except Exception:  # each model's code raises its own; what loads the weights says it better
-        return None
-    linear = {name: size_of(layer) for name, layer in linear_layers(model).items()}
-    table = any("wpe" in name or "embed_positions" in name for name, _ in model.named_parameters())
-    return Shape(sum(weight.numel() for weight in model.parameters()), linear, chosen, table)
-
-
-def shape_of(args) -> Shape | None:
-    """`model_shape` of a run."""
-    return model_shape(args.model_name_or_path, args.trust_remote_code, args.lora_target_modules)
-
-
-def trained_weights(args, shape: Shape) -> int:
-    """How many weights are trained.
-
-    LoRA adds r (in + out) to a layer (arXiv 2106.09685, section 4.1), DoRA a magnitude for each output (arXiv
-    2402.09353, section 4).
-    """
-    if not ADAPTERS[args.train_mode].lora:
-        return shape.weights
-    if args.adapter_name_or_path:
-        try:
-            header, _ = read_header(Path(args.adapter_name_or_path) / "adapter_model.safetensors")
-            return sum(math.prod(entry["shape"]) for entry in header.values())
-        except (ValueError, OSError):
-            return 0
-    adapted = [size for name, size in shape.linear.items() if name in shape.modules]
-    return sum(args.lora_rank * (n_in + n_out) + (n_out if args.use_dora else 0) for n_in, n_out in adapted)
-
-
-def weights(args, train_args) -> dict | None:
-    """How many weights there are and how many are trained, of a model without values; None where they can't be told.
-
-    The embeddings that `--train_special_tokens auto` may train as well are not counted: only the values tell.
-
-    Returns:
-        `{"all": 3939840, "trained": 270336, "config": …}`, with the model's configuration.
+        args: CommonArgs.
 
     Raises:
         UserError: the model cannot be built, or has no modules of the names given for its adapter.
+        Exception: the model's own code, or PEFT, needs more than shapes.
     """
-    import torch
-    from peft import PeftConfig, get_peft_model
+    key = repr(sorted(vars(args).items()))
+    if key not in _SIZES:
+        _SIZES[key] = _count(args)
+    return _SIZES[key]
 
-    with whole_models(train_args):
-        try:
-            path, code = args.model_name_or_path, args.trust_remote_code
-            model = without_weights(path, code, auto_class=args.task.auto_class)
-        except UserError:
-            if args.trust_remote_code:  # its code may want more than shapes
-                return None
-            raise
-        found = {"all": model.num_parameters(), "trained": model.num_parameters(), "config": model.config}
-        if not ADAPTERS[args.train_mode].lora:
-            return found
-        try:
-            if args.adapter_name_or_path:
-                adapter = PeftConfig.from_pretrained(args.adapter_name_or_path)
-                adapter.inference_mode = False
-            else:
-                plain = replace(args, train_special_tokens="off", init_lora_weights="default")
-                adapter = build_adapter(plain, model, None, None)
-            with torch.device("meta"):
-                model = get_peft_model(model, adapter)
-        except UserError:
-            raise
-        except Exception:  # each model's own code raises its own
-            return None
-    return found | {"trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad)}
+
+_SIZES: dict[str, ModelSize] = {}  # the doctor asks several times
+
+
+def _count(args) -> ModelSize:
+    import torch
+    from peft import get_peft_model
+
+    args = copy.copy(args)
+    args.init_lora_weights = "default"  # others need the weights' values
+    model = without_weights(args.model_name_or_path, args.trust_remote_code, auto_class=args.task.auto_class)
+    weights = trained = model.num_parameters()
+    table = any("wpe" in name or "embed_positions" in name for name, _ in model.named_parameters())
+    config = model.config
+    if adapter_of(args).is_adapter:
+        adapter = saved_config(args.adapter_name_or_path) if args.adapter_name_or_path else new_config(args, model)
+        with torch.device("meta"):
+            model = get_peft_model(model, adapter)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return ModelSize(weights, trained, config, table)
+
+
+def model_size_or_none(args) -> ModelSize | None:
+    """`model_size`, or None where it cannot be had: what loads the weights says why."""
+    try:
+        return model_size(args)
+    except Exception:  # each model's code raises its own
+        return None

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.model.adapter import adapter_of, names_where
+from utils.model.base_config import load_config
 from utils.runtime.errors import Problem, refusal
 
 _GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes, as --model_name_or_path"
@@ -46,7 +48,7 @@ def method_of(quantisation: dict) -> str:
 
 
 def resolve_base(common, download: bool = False) -> None:
-    """Sets `train_mode` to qlora where it is lora and the base is saved in 4 bits by bitsandbytes.
+    """Replaces `train_mode` by the row for 4 bits, lora by qlora, where bitsandbytes saved the base so.
 
     Args:
         common: CommonArgs.
@@ -56,9 +58,10 @@ def resolve_base(common, download: bool = False) -> None:
     if quantisation is None or check_base(common, download):
         return
     base, method = f"--model_name_or_path {common.model_name_or_path!r}", method_of(quantisation)
-    if method == "bitsandbytes_4bit" and common.train_mode == "lora":
-        common.train_mode = "qlora"
-        logger.info("{} is saved in 4 bits, so --train_mode lora is qlora here", base)
+    mode, instead = common.train_mode, adapter_of(common).on_4_bit_base
+    if method == "bitsandbytes_4bit" and instead not in (None, mode):
+        common.train_mode = instead
+        logger.info("{} is saved in 4 bits, so --train_mode {} is {} here", base, mode, instead)
     elif method == "mxfp4":
         logger.info("{} is saved in MXFP4; its experts are unpacked, to 2 bytes a weight (4 with full)", base)
 
@@ -74,10 +77,12 @@ def check_base(common, download: bool = False) -> list[Problem]:
     if quantisation is None:
         return []
     base, method = f"--model_name_or_path {common.model_name_or_path!r}", method_of(quantisation)
-    if method == "bitsandbytes_4bit" and common.train_mode == "full":
+    row, mode = adapter_of(common), common.train_mode
+    if method == "bitsandbytes_4bit" and row.on_4_bit_base is None:
+        cannot = "is not trained on" if row.is_adapter else "cannot change"
         return refusal(
-            f"--train_mode full cannot change the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
-            "--train_mode qlora, or give the model it was made from",
+            f"--train_mode {mode} {cannot} the weights of {base}, which are saved in 4 bits (bitsandbytes); use "
+            f"--train_mode {names_where(lambda row: row.quantised)}, or give the model it was made from",
             "train_mode",
             "model_name_or_path",
         )
@@ -88,9 +93,10 @@ def check_base(common, download: bool = False) -> list[Problem]:
             "init_lora_weights",
             "model_name_or_path",
         )
-    if method == "mxfp4" and common.train_mode == "qlora":
+    if method == "mxfp4" and row.quantised:
+        plain = names_where(lambda row: row.is_adapter and not row.quantised)
         return refusal(
-            f"--train_mode qlora quantises whole weights, and {base} is saved in MXFP4; use --train_mode lora, "
+            f"--train_mode {mode} quantises whole weights, and {base} is saved in MXFP4; use --train_mode {plain}, "
             "which unpacks them to 16 bits, or give the model in 16 bits",
             "train_mode",
             "model_name_or_path",
@@ -111,11 +117,11 @@ def loading_options(args, compute_dtype) -> dict:
     quantisation = quantisation_of(args.model_name_or_path)
     if quantisation is None:
         return {}
-    from transformers import AutoConfig, Mxfp4Config
+    from transformers import Mxfp4Config
 
     if method_of(quantisation) == "mxfp4":
         return {"quantization_config": Mxfp4Config(dequantize=True)}
-    config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    config = load_config(args.model_name_or_path, args.trust_remote_code)
     found = quantisation | {"bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch.")}
     holders = (config, config.get_text_config())
     next(part for part in holders if getattr(part, "quantization_config", None)).quantization_config = found

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.model.base_config import load_config
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, load_failure
 from utils.template import Template
@@ -69,13 +70,11 @@ def tokenizer_of(args):
 
 def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) -> None:
     """A tokenizer without its files loads as an empty one, and one of another model has ids beyond the embedding."""
-    from transformers import AutoConfig
-
     if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
         raise UserError(f"the tokenizer of {flag} {path!r} makes no tokens of a text; is its tokenizer.json missing?")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    config = load_config(path, trust_remote_code, flag).get_text_config()
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(

@@ -14,6 +14,7 @@ from utils.export.merge import load_merged
 from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids
 from utils.infer.load import Parts, TrainedArgs, load_trained
 from utils.infer.prompts import to_prompt
+from utils.model.adapter import adapter_of
 from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.prove.subject import Subject, trained
@@ -57,7 +58,7 @@ def merged(subject: Subject) -> list[Measure]:
         )
     trainer = subject.trainer
     folder = Path(trainer.args.output_dir)
-    quantised = subject.args.train_mode == "qlora"
+    quantised = adapter_of(subject.args).quantised
     # a 4-bit base is another model than the one an adapter is merged into
     expected = None if quantised else logits_of(trainer.model, subject.sequences())
     save_weights(trainer, subject.args, folder)
@@ -177,4 +178,4 @@ def _train_on(subject: Subject, rows: list[dict]) -> tuple[float, int, float]:
 
 def _require_adapter(subject: Subject) -> None:
     if not subject.has_adapter:
-        raise DoesNotApply("--train_mode full has no adapter")
+        raise DoesNotApply(f"--train_mode {subject.args.train_mode} has no adapter")

@@ -14,7 +14,7 @@ from loguru import logger
 
 from utils.data.files import read_rows
 from utils.data.places import row_location
-from utils.model.adapter import ADAPTERS, build_adapter
+from utils.model.adapter import adapter_of, build_adapter
 from utils.model.layout import resolve_layout
 from utils.model.load import load_model, with_trained_adapter
 from utils.model.probe_state import leave_dropout_out
@@ -115,7 +115,7 @@ class Subject:
         args, train_args = self.args, self.train_args
         model = load_model(dataclasses.replace(args, adapter_name_or_path=None), train_args)
         if self.has_adapter and args.init_lora_weights != "pissa":
-            if not ADAPTERS[args.train_mode].quantised:
+            if not adapter_of(args).quantised:
                 model.to(train_args.device)
             self.base_logits = logits_of(model, self.sequences())
         if args.adapter_name_or_path:
@@ -136,7 +136,7 @@ class Subject:
 
     @property
     def has_adapter(self) -> bool:
-        return ADAPTERS[self.args.train_mode].lora
+        return adapter_of(self.args).is_adapter
 
     def perturb_weights(self, model) -> None:
         """Adds noise to the trainable weights: LoRA's B starts at zero, and DPO's policy equals its reference."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.config.config_file import is_own_recipe
+from utils.model.adapter import ADAPTERS
 from utils.run.samples import LONGEST, Sample
 from utils.runtime.text import (
     Markdown,
@@ -97,7 +98,7 @@ def card_text(
     """
     common = record["common"]
     title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
-    kind = {"full": "every weight", "lora": "LoRA", "qlora": "QLoRA"}[common["train_mode"]]
+    kind = ADAPTERS[common["train_mode"]].label
     again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}{_typed(common)}"
     parts = [
         _front_matter(common), _MARK, f"# {escape_markdown(title)}",
@@ -147,7 +148,7 @@ def _front_matter(common: dict) -> str:
     data = ModelCardData(
         # the Hub refuses a card whose base is a folder of someone's machine
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir() else None,
-        library_name="transformers" if common["train_mode"] == "full" else "peft",
+        library_name="peft" if ADAPTERS[common["train_mode"]].is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["llm-dojo", "trl", get_task(common["task_type"]).family, common["train_mode"]],
     )
@@ -221,8 +222,9 @@ def _settings(record: dict) -> list[tuple]:
     ]
     rows += [("what is trained", common["train_mode"]), ("precision", common["precision"])]
     rows.append(("longest row", f"{common['max_len']:,} tokens"))
-    if common["train_mode"] != "full":
-        rows.append(("adapter", ", ".join(f"{name} {format_setting(common[name])}" for name in _ADAPTER)))
+    if ADAPTERS[common["train_mode"]].is_adapter:
+        names = [name for name in _ADAPTER if ADAPTERS[common["train_mode"]].takes(name)]
+        rows.append(("adapter", ", ".join(f"{name} {format_setting(common[name])}" for name in names)))
     rows += [("DeepSpeed", format_setting(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
     return rows + [(name, format_setting(trainer[name])) for name in names if name in trainer]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.config.output_dir import check_output_dir
+from utils.model.adapter import adapter_of
 from utils.model.pissa import pissa_to_lora
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
@@ -170,7 +171,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     try:
         # a pickle, whose content is also in train_args.json
         (folder / "training_args.bin").unlink(missing_ok=True)
-        if args.train_mode != "full":
+        if adapter_of(args).is_adapter:
             trainer.model.generation_config.save_pretrained(folder)
         _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
         write_json(folder / RECORD_IN_PROGRESS, record | {"files": written_here(folder)})
@@ -188,7 +189,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
 
 def _refuse_without_weights(folder: Path, args) -> None:
     """Refuses a folder without weights: a backend that shards them may have saved only its own shards."""
-    if not holds_weights(folder, adapter=args.train_mode != "full"):
+    if not holds_weights(folder, adapter=adapter_of(args).is_adapter):
         raise UserError(
             f"the training ended, but no weights were saved in --output_dir {str(folder)!r}; its checkpoints hold the "
             "state to continue from. Have the backend gather the weights when it saves, and give the same command with "

@@ -106,9 +106,9 @@ def has_optimizer(checkpoint: Path) -> bool:
     return torch_or_fsdp or any("global_step" in file.parts[0] for file in files)
 
 
-def new_run_remedy(checkpoint: str, train_mode: str) -> str:
+def new_run_remedy(checkpoint: str, adapter: bool) -> str:
     """Returns the remedy for a checkpoint whose weights can be used and whose optimizer cannot."""
-    flag = "--model_name_or_path" if train_mode == "full" else "--adapter_name_or_path"
+    flag = "--adapter_name_or_path" if adapter else "--model_name_or_path"
     return f"start a new run from its weights: {flag} {checkpoint}, with another --output_dir"
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+from utils.model.adapter import adapter_of
 from utils.runtime.errors import Problem, nearest, refusal
 from utils.tasks.no_effect import NoEffect
 
@@ -39,7 +40,7 @@ def check_dpo(common, train_args) -> list[Problem]:
     # an adapter that was trained with dropout before goes on without
     if (
         common.lora_dropout
-        and common.train_mode != "full"
+        and adapter_of(common).is_adapter
         and train_args.disable_dropout
         and not (common.adapter_name_or_path)
     ):
@@ -65,7 +66,7 @@ def _check_lengths(common) -> list[Problem]:
 
 def _check_reference(common, train_args) -> list[Problem]:
     problems = []
-    if train_args.sync_ref_model and common.train_mode != "full":
+    if train_args.sync_ref_model and adapter_of(common).is_adapter:
         problems += refusal(
             f"--sync_ref_model true needs a reference of its own, and under --train_mode {common.train_mode} the "
             "reference is the model with the adapter off; use --train_mode full",

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pyarrow
 import torch
 
+from utils.model.adapter import adapter_of
 from utils.model.head import check_head
 from utils.model.load import load_model
 from utils.model.meta import whole_models
@@ -120,7 +121,7 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         # TRL keeps log-probabilities by rows and weights alone, but they depend on these as well
         for dataset in filter(None, (data.train, data.eval)):
             dataset._fingerprint += f"-{args.precision}-{train_args.ld_alpha}"
-    needs_model = args.train_mode == "full" and not train_args.precompute_ref_log_probs
+    needs_model = not adapter_of(args).is_adapter and not train_args.precompute_ref_log_probs
     reference = load_model(args, train_args) if needs_model else None
     parts = (args, train_args, model, adapter, data, collator, tokenizer)
     trainer = make_trainer(Trainer, *parts, ref_model=reference)

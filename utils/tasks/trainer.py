@@ -13,8 +13,7 @@ from utils.data.cache import tokenizer_key
 from utils.data.files import SUFFIXES
 from utils.data.prepare import DataReport, RowKind, load_rows
 from utils.data.row_types import RowType
-from utils.model.adapter import adapter_weights, settle_trainable
-from utils.model.adapter_start import check_new_adapter
+from utils.model.adapter_start import adapter_weights, check_new_adapter, settle_trainable
 from utils.model.experts import leave_router_logits_out, settle_balance
 from utils.model.head import check_head
 from utils.model.meta import whole_models

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
+from utils.model.adapter import ADAPTERS
 from utils.model.base_config import saved_with
 from utils.model.pissa import IN_CHECKPOINT
 from utils.runtime.distributed import all_gather_objects, is_local_main_process, wait_for_everyone, world_size
@@ -132,5 +133,5 @@ class CompleteCheckpointMixin:
         """What to type to continue a run that ended before its last step, for messages."""
         folder, found = shlex.quote(self.args.output_dir), checkpoints_of(Path(self.args.output_dir))
         if self.args.save_only_model and found:
-            return new_run_remedy(shlex.quote(str(found[-1])), self.settings["must"]["train_mode"])
+            return new_run_remedy(shlex.quote(str(found[-1])), ADAPTERS[self.settings["must"]["train_mode"]].is_adapter)
         return f"give the same command with --output_dir {folder} --resume_from_checkpoint true"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.model.adapter import adapter_of
 from utils.runtime.distributed import uses_fsdp, world_size, zero_stage
 from utils.runtime.errors import UserError
 from utils.storage import weights as weight_files
@@ -107,7 +108,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     ]
     changed = changed_settings(then, now)
     different += _check_sizes(flag, then["should"], now["should"], changed)
-    remedy = new_run_remedy(checkpoint, args.train_mode)
+    remedy = new_run_remedy(checkpoint, adapter_of(args).is_adapter)
     different += [
         f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {remedy}"
         for name, (before, value) in changed.items()
