@@ -660,7 +660,7 @@ FAULTS = [
     Fault(
         "tasks: the doctor fails on a task without usual learning rates, and says so in a note",
         "utils/doctor/settings.py",
-        "if lora not in task.usual_learning_rates:",
+        "if adapter.is_adapter not in task.usual_learning_rates:",
         "if False:",
         "tests/tasks/test_added_task.py -k swallows",
     ),
