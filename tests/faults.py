@@ -556,7 +556,8 @@ FAULTS = [
         "utils/data/truncate.py",
         'len(encoded["input_ids"]) - max_len) > 0',
         'len(encoded["input_ids"]) - max_len) > 1',
-        "tests/data/test_prepare.py tests/data/test_truncate.py -k 'the_oldest_turns or the_beginning_of_the_last or overlong'",
+        "tests/data/test_prepare.py tests/data/test_truncate.py "
+        "-k 'the_oldest_turns or the_beginning_of_the_last or overlong'",
     ),
     Fault(
         "truncation: the system message goes as a turn",
