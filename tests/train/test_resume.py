@@ -147,7 +147,7 @@ def test_a_checkpoint_of_weights_alone_is_begun_from(refused, train, tiny_models
     argv = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, *flags]
     resume = ["--output_dir", str(tmp_path / "later"), "--resume_from_checkpoint", str(checkpoint)]
     out = refused(main_train.main, *argv, *resume)
-    assert "holds weights alone (--save_only_model true), so optimizer and schedule would begin anew; start" in out
+    assert "holds weights alone (--save_only_model true), so optimizer and schedule would start anew; start" in out
     # the remedy, as it says
     new = ["--model_name_or_path", str(checkpoint)] if mode == "full" else ["--adapter_name_or_path", str(checkpoint)]
     base = tiny_models() if mode == "lora" else str(checkpoint)
