@@ -92,16 +92,7 @@ def run_training(subject: Subject, name: str, more: list[str], processes: int = 
 
     subject.release()
     folder = subject.scratch / name
-    even = (
-        len(subject.rows) // 2 * 2
-    )  # with an odd number, the last step of two ranks would be padded with an empty row
-    flags = [
-        *subject.flags, "--train_data_path", subject.rows_file(even), "--cache_dir", str(subject.scratch / "cache"),
-        "--output_dir", str(folder), "--max_steps", str(STEPS), "--per_device_train_batch_size", str(2 // processes),
-        "--gradient_accumulation_steps", "1", "--logging_strategy", "steps", "--logging_steps", "1",
-        "--save_strategy", "steps", "--save_steps", str(SAVE_STEP), "--save_total_limit", "0",
-        "--save_only_model", "false", "--warmup_steps", str(WARMUP), "--disable_tqdm", "true", *more,
-    ]  # fmt: skip
+    flags = [*_training_flags(subject, folder, processes), *more]
     launcher = [sys.executable, str(ROOT / "main_train.py")]
     if processes > 1:
         launcher[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr",
@@ -117,6 +108,18 @@ def run_training(subject: Subject, name: str, more: list[str], processes: int = 
         reason = _in_one_line(str(error)) if error else _error_in(list(tail))
         raise ProofFailed(f"the run {name!r} ended with exit code {code}: {reason}")
     return folder
+
+
+def _training_flags(subject: Subject, folder: Path, processes: int) -> list[str]:
+    # with an odd number of rows, the last step of two ranks would be padded with an empty one
+    rows = len(subject.rows) // 2 * 2
+    return [
+        *subject.flags, "--train_data_path", subject.rows_file(rows), "--cache_dir", str(subject.scratch / "cache"),
+        "--output_dir", str(folder), "--max_steps", str(STEPS), "--per_device_train_batch_size", str(2 // processes),
+        "--gradient_accumulation_steps", "1", "--logging_strategy", "steps", "--logging_steps", "1",
+        "--save_strategy", "steps", "--save_steps", str(SAVE_STEP), "--save_total_limit", "0",
+        "--save_only_model", "false", "--warmup_steps", str(WARMUP), "--disable_tqdm", "true",
+    ]  # fmt: skip
 
 
 def _run_command(command: list[str], environment: dict, tail: deque, bar) -> int:
