@@ -1,7 +1,6 @@
 """Which special tokens' embeddings an adapter trains as well, and their rows as PEFT wants them."""
 
 from utils.runtime.errors import UserError
-from utils.template import Template
 
 
 def refuse_token_rows(model, names: str) -> None:
@@ -23,7 +22,7 @@ def refuse_token_rows(model, names: str) -> None:
         )
 
 
-def special_tokens_to_train(choice: str, model, tokenizer, template: Template) -> list[int]:
+def special_tokens_to_train(choice: str, model, tokenizer, template) -> list[int]:
     """The ids of the template's special tokens whose embeddings LoRA shall train.
 
     A base model has often never seen the chat tokens. Their embeddings are then what chance or
@@ -31,6 +30,7 @@ def special_tokens_to_train(choice: str, model, tokenizer, template: Template) -
     ends nor say it.
 
     Args:
+        template: utils.template.Template
         choice: `on` for all of them, `off` for none, `auto` for those never trained.
     """
     if choice == "off":
