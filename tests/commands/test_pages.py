@@ -127,6 +127,9 @@ def words_of(command: str, folder, sft_run) -> list[str]:
 @pytest.mark.parametrize("command", HERE)
 def test_a_command_runs(command, folder, sft_run, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    # `--write` is not to mend a stale page of the project, which tests/script/test_show.py looks at
+    monkeypatch.setattr("utils.script.show_template.ROOT", folder)
+    monkeypatch.setattr("utils.script.show_template.CATALOGUE", folder / "catalogue" / "README.md")
     words = words_of(command, folder, sft_run)
     if words[0] == "cp":
         subprocess.run(words, check=True)

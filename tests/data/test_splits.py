@@ -53,6 +53,16 @@ def test_a_folder_is_trained_on_without_its_test_split(folder, names, train, hel
         assert all(f" {name} (" in lines[0] for name in set(data) - set(taken))
 
 
+def test_files_of_other_kinds_are_named(folder):
+    made = folder("rows.jsonl", "more/rows.jsonl.gz", "notes.txt", ".hidden.txt", "README.md", "dataset_infos.json")
+    (line,) = files_left_out(made, TRAIN)
+    assert ": more/rows.jsonl.gz, notes.txt; " in line
+    (line,) = files_left_out(made, TRAIN, (".jsonl", ".txt"))
+    assert ": more/rows.jsonl.gz; " in line
+    many = folder(*(f"many/{number}.xml" for number in range(12)), "many/rows.jsonl") + "/many"
+    assert files_left_out(many, TRAIN)[0].split("; ")[0].endswith(" and 2 more")
+
+
 def test_the_names_are_read_as_datasets_reads_them(folder):
     """Against `datasets`' own patterns, where all files of a folder are named after splits."""
     from datasets.data_files import DataFilesDict, get_data_patterns

@@ -14,6 +14,7 @@ from utils.storage.files import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TEXT_SUFFIXES = (*SUFFIXES, ".txt")
+_MAX_NAMES = 10  # of files, in one message
 
 
 def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[str], list[Problem]]:
@@ -34,7 +35,7 @@ def find_files(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> t
 
 
 def files_left_out(paths: str, flag: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
-    """Describes for each folder the files that a flag leaves out because they belong to another split.
+    """Describes for each folder the files that a flag leaves out: those of another split, and of another kind.
 
     `["--train_data_path 'my/set' takes the training split; left out: test.jsonl (test)"]`
     """
@@ -51,6 +52,7 @@ def _find(paths: str, flag: str, suffixes: tuple[str, ...]) -> tuple[list[str], 
         try:
             found, problem = _expand(path, suffixes)
             if Path(path).is_dir() and not problem:
+                notes += _files_of_other_kinds(path, suffixes, f"{flag} {part!r}")
                 found, left_out, problem = choose_split(path, found, flag)
                 if left_out:
                     what = "training" if flag == "--train_data_path" else "validation"
@@ -98,6 +100,23 @@ def _named_twice(parts: list[str], flag: str) -> list[Problem]:
 def _is_data(path: Path, folder: str, suffixes: tuple[str, ...]) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return path.is_file() and path.suffix.lower() in suffixes and not hidden and path.name not in DESCRIPTIONS
+
+
+def _files_of_other_kinds(folder: str, suffixes: tuple[str, ...], name: str) -> list[str]:
+    """A note of the files in a folder that may be data but are of no kind that is read; empty if there are none."""
+    paths = (path for path in Path(folder).rglob("*") if path.is_file())
+    visible = (path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    others = sorted(
+        str(path.relative_to(folder))
+        for path in visible
+        if path.suffix.lower() not in suffixes
+        and path.name not in DESCRIPTIONS
+        and path.stem.upper() not in ("README", "LICENSE")
+    )
+    if not others:
+        return []
+    more = f" and {len(others) - _MAX_NAMES:,} more" if len(others) > _MAX_NAMES else ""
+    return [f"{name} has files that are not read: {', '.join(others[:_MAX_NAMES])}{more}; {', '.join(suffixes)} are"]
 
 
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:

@@ -7,6 +7,7 @@ from loguru import logger
 
 from utils.data.places import MAX_PLACES_SHOWN, format_lines
 from utils.runtime.errors import Problem, UserError
+from utils.runtime.text import format_count
 from utils.template.messages import UNTRAINED_ANSWER
 
 MAX_LINES_KEPT = 100  # line numbers kept for the rows of one file with one reason
@@ -161,11 +162,10 @@ class DataReport:
             logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED_ANSWER)))
         if self.shortened:
             places = _name_groups(self.groups(SHORTENED))
-            logger.warning("{}: {:,} rows were too long and are truncated:{}", name, self.shortened, places)
+            logger.warning("{}: {} truncated to fit:{}", name, format_count(self.shortened, "row"), places)
         if self.dropped:
-            logger.warning(
-                "{}: {:,} rows are left out ({}):{}", name, self.dropped_rows(), self.counts(), self.named_places()
-            )
+            dropped = format_count(self.dropped_rows(), "row")
+            logger.warning("{}: {} left out ({}):{}", name, dropped, self.counts(), self.named_places())
 
     def counts(self) -> str:
         """`"28 with nothing to train, 32 too long"`"""
