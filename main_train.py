@@ -1,4 +1,4 @@
-"""Fine-tunes a language model: the whole way from arguments to a saved model, room by room.
+"""Fine-tunes a language model, from arguments to a saved model; each step is a call into its package.
 
 python main_train.py
 python main_train.py --model_name_or_path Qwen/Qwen1.5-7B --train_data_path my_rows.jsonl

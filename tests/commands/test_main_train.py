@@ -67,7 +67,7 @@ def test_the_command_and_the_files_it_leaves(tiny_models, rows_file, tmp_path):
     assert not [name for name in left if name.endswith((".bin", ".pt", ".pth")) and not name.startswith("checkpoint-")]
     for figure in (
         str(folder),
-        "rows trained     6, dropped 0",
+        "training rows    6, dropped 0",
         "at first",
         "evaluation loss",
         f"python -m utils.script.infer --model_path {folder}",

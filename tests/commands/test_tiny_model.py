@@ -81,7 +81,7 @@ def test_tuning_teaches(tmp_path):
         [sys.executable, "main_train.py", "--output_dir", str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f"rows trained     {len(TRAIN)}, dropped 0" in done.stderr
+    assert f"training rows    {len(TRAIN)}, dropped 0" in done.stderr
     assert share_right(FOLDER, TRAIN + HELD_BACK) == 0
     learned, generalised = share_right(folder, TRAIN), share_right(folder, HELD_BACK)
     print(f"word for word: {learned:.3f} of the training rows, {generalised:.3f} of the held-back rows")

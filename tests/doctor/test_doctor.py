@@ -471,7 +471,8 @@ def test_how_long_the_rows_are_that_do_not_fit(patient, report, tokenizer, task)
 def test_a_question_asked_in_both_with_another_answer(patient, report):
     other = patient.write([{**CLEAN[3], "output": "I do not know."}, *_row()[-1:]], "eval.jsonl")
     (finding,) = report(*patient.flags("--eval_data_path", other))[1]["findings"]
-    assert finding["message"].startswith("1 row of 2 for validation are asked in the training rows too, 0 with")
+    begins = "1 row of 2 for validation have a question that is in the training rows too, 0 with"
+    assert finding["message"].startswith(begins)
     assert finding["places"] == [{"file": other, "count": 1, "lines": [1]}]
 
 
@@ -644,8 +645,8 @@ def test_of_equal_rows_all_but_the_first_repeat(tmp_path):
     said = ["a", "a", "b", "a", "c", "b"]
     file = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say {text}.", "output": text} for text in said])
     (finding,) = census_findings(take_census(file, "--train_data_path", get_task("sft"), workers=1), None)
-    assert finding.code == "DUPLICATE_ROWS" and finding.message.startswith("3 rows of 6 say what an earlier one says")
-    assert f"{file}:2 repeats {file}:1; the most frequent stands 3 times" in finding.message
+    assert finding.code == "DUPLICATE_ROWS" and finding.message.startswith("3 rows of 6 repeat an earlier one")
+    assert f"{file}:2 repeats {file}:1; the most frequent appears 3 times" in finding.message
     assert finding.places[file].lines == [2, 4, 6]
 
 

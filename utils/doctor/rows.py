@@ -45,11 +45,11 @@ def _duplicates(census: Census) -> list[Finding]:
         return []
     example, original = (_place(census, row) for row in (repeats[0], first[inverse[repeats[0]]]))
     message = (
-        f"{format_count(len(repeats), 'row')} of {len(census.rows):,} say what an earlier one says; {example} "
+        f"{format_count(len(repeats), 'row')} of {len(census.rows):,} repeat an earlier one; {example} "
         f"repeats {original}"
     )
     if counts.max() > 2:
-        message += f"; the most frequent stands {counts.max():,} times"
+        message += f"; the most frequent appears {counts.max():,} times"
     return [Finding("DUPLICATE_ROWS", message, census.places(census.sources[repeats]))]
 
 
@@ -62,8 +62,8 @@ def _in_both(train: Census, held_back: Census) -> list[Finding]:
     if not len(found):
         return []
     message = (
-        f"{format_count(len(found), 'row')} of {len(held_back.rows):,} for validation are asked in the training rows "
-        f"too, {int(whole.sum()):,} with the same answer"
+        f"{format_count(len(found), 'row')} of {len(held_back.rows):,} for validation have a question that is in the "
+        f"training rows too, {int(whole.sum()):,} with the same answer"
     )
     return [Finding("EVAL_IN_TRAIN", message, held_back.places(held_back.sources[found]))]
 

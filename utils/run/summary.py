@@ -42,10 +42,11 @@ def print_summary(summary: dict) -> None:
         return "not measured" if value is None else f"{value:.4f}"
 
     skipped = f", {summary['steps_skipped']:,} of them skipped (--on_nan skip)" if summary["steps_skipped"] else ""
-    untrained = f"; {summary['answers_untrained']:,} of their answers are not" if summary["answers_untrained"] else ""
+    untrained = summary["answers_untrained"]
+    untrained = f"; {untrained:,} answers of the training rows are not trained" if untrained else ""
     logger.info(
         "\nfinished: {folder}\n"
-        "  rows trained     {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"
+        "  training rows    {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"
         "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
         "{evaluation}"
