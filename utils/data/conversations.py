@@ -43,7 +43,7 @@ class WrongTask(BadRow):
     def __init__(self, row: dict, needed: str):
         recipe = recipe_for(row)
         if recipe is None:
-            super().__init__(f"has the fields {sorted(map(str, row))}; needed is {needed}")
+            super().__init__(f"has the fields {sorted(map(str, row))}; expected {needed}")
         else:
             super().__init__(
                 f"looks like a row for {Path(recipe).parent.name}, not for this task; use --train_args_path {recipe}, "

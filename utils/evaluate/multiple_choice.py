@@ -72,7 +72,7 @@ def read_choices(raw: RawRow) -> Choices:
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     missing = [name for name in ("question", "choices", "answer") if row.get(name) is None]
     if missing:
-        raise BadRow(f"has no field {missing[0]!r}; needed is {CHOICE_FORMAT}")
+        raise BadRow(f"has no field {missing[0]!r}; expected {CHOICE_FORMAT}")
     check_fields(row, "prompt", [])
     messages = read_question(row, "question")
     letters, texts = _read_texts(row["choices"])

@@ -119,4 +119,4 @@ def _read(row: dict) -> tuple[list[Message], str | None]:
     for name in ("prompt", "instruction"):
         if name in row:
             return read_question(row, name), read_text(row, "output") if "output" in row else None
-    raise BadRow(f"has the fields {sorted(map(str, row))}; needed is {PROMPT_FORMATS}")
+    raise BadRow(f"has the fields {sorted(map(str, row))}; expected {PROMPT_FORMATS}")

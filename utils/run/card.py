@@ -73,7 +73,7 @@ def write_card(folder: Path, text: str) -> Path:
         path = folder / "run_card.md"
         logger.warning("{} is not a run's card and stays as it is; the card is {}", folder / CARD, path.name)
     if path.exists() and not is_own_card(path):
-        logger.warning("{} is none either, so no card is written", path)
+        logger.warning("{} is not a run's card either, so no card is written", path)
         return path
     path.write_text(text, encoding="utf-8")
     return path
@@ -182,7 +182,7 @@ def _base(record: dict) -> list[tuple]:
     common = record["common"]
     rows = [("base", _with_weights(record["base"]))]
     if "adapter" in record:
-        rows.append(("goes on from the adapter", _with_weights(record["adapter"])))
+        rows.append(("started from the adapter", _with_weights(record["adapter"])))
     uses_template = get_task(common["task_type"]).uses_template
     template = inline_code(common["template_name"]) if uses_template else "none: plain text"
     return [*rows, ("chat template", template)]

@@ -82,7 +82,7 @@ def _check_reference(common, train_args) -> list[Problem]:
     if train_args.sync_ref_model and train_args.resume_from_checkpoint:
         problems += refusal(
             f"--resume_from_checkpoint {train_args.resume_from_checkpoint!r} cannot go on with --sync_ref_model true: "
-            "the reference that moved with the training is in no checkpoint; train anew in another --output_dir",
+            "the reference that moved with the training is in no checkpoint; start a new run in another --output_dir",
             "resume_from_checkpoint",
             "sync_ref_model",
             "output_dir",

@@ -102,7 +102,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     then, now = manifest["settings"], run_settings(args, train_args, data)
     flag = f"--resume_from_checkpoint {checkpoint!r} was made with"
     different = [
-        f"{flag} {name} {then['must'].get(name)}, now: {value}. Give the same, or train anew in another --output_dir"
+        f"{flag} {name} {then['must'].get(name)}, now: {value}. Use the same, or start a new run in another --output_dir"
         for name, value in now["must"].items()
         if str(then["must"].get(name)) != str(value)
     ]
@@ -110,7 +110,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     different += _check_sizes(flag, then["should"], now["should"], changed)
     remedy = new_run_remedy(checkpoint, adapter_of(args).is_adapter)
     different += [
-        f"{flag} {name} {before}, now: {value}, and {why}. Give the same, or {remedy}"
+        f"{flag} {name} {before}, now: {value}, and {why}. Use the same, or {remedy}"
         for name, (before, value) in changed.items()
         if (why := _why_not(name, then["should"], train_args))
     ]
@@ -132,7 +132,7 @@ def _log_changes(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
         if name not in SIZES:
             logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
     if changed.keys() & set(SIZES):
-        drawn = "; what is drawn by chance, as dropout, is drawn anew" if "processes" in changed else ""
+        drawn = "; random numbers, such as dropout's, will differ" if "processes" in changed else ""
         sizes = _sizes(now["should"])[1], _sizes(then["should"])[1]
         logger.info("resuming with {}, it was {}: the same rows in every step{}", *sizes, drawn)
     rows = [settings.get("evaluation") for settings in (then, now)]
@@ -181,7 +181,7 @@ def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: 
         f"{before // processes} with these processes" if before % processes == 0 else f"{before} on other processes"
     )
     return [
-        f"{flag} {text_before}, now: {text}: rows of the epoch would be left out or trained twice. Give the same, or "
+        f"{flag} {text_before}, now: {text}: rows of the epoch would be left out or trained twice. Use the same, or "
         f"--per_device_train_batch_size times --gradient_accumulation_steps = {allowed}"
     ]
 
