@@ -59,8 +59,8 @@ def test_what_is_trained_on_is_asked_for(rows, read):
 
 @pytest.mark.parametrize(("row", "told"), [
     ("Hi", "is a text, not an object"),
-    ({"text": "Hi"}, "has the fields ['text']; needed is"),
-    ({"output": "Hello"}, "has the fields ['output']; needed is"),
+    ({"text": "Hi"}, "has the fields ['text']; expected"),
+    ({"output": "Hello"}, "has the fields ['output']; expected"),
     ({"instruction": " "}, "has an empty instruction"),
     ({"instruction": 5}, "has a number in 'instruction'"),
     ({"messages": []}, "has an empty list in 'messages'"),

@@ -84,7 +84,7 @@ def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
         if name == "label" and _is_false(value):
             return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
         if name == "weight" and value not in (1, "1", "1.0"):
-            return f"has 'weight' {value!r}, but all rows have the same weight here; remove the field, or the row itself"
+            return f"has 'weight' {value!r}, but all rows weigh the same here; remove the field, or the row"
     return None
 
 

@@ -102,7 +102,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     then, now = manifest["settings"], run_settings(args, train_args, data)
     flag = f"--resume_from_checkpoint {checkpoint!r} was made with"
     different = [
-        f"{flag} {name} {then['must'].get(name)}, now: {value}. Use the same, or start a new run in another --output_dir"
+        f"{flag} {name} {then['must'].get(name)}, now: {value}. Use the same, or start anew in another --output_dir"
         for name, value in now["must"].items()
         if str(then["must"].get(name)) != str(value)
     ]
