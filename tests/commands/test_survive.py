@@ -126,7 +126,7 @@ def stopped_run(flags, tmp_path):
 
     def run(*signums, more=()):
         script = (
-            "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+            "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/helpers']\n"
             "from pathlib import Path\nfrom kill_often import Chances\nimport main_train\n"
             "from utils.runtime.command import run_command\n"
             "chances = Chances(Path('/nowhere'), 5, *map(int, sys.argv[2].split(',')))\n"
@@ -222,7 +222,7 @@ def _gone(pid: int) -> None:
 def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
     """No file may grow beyond 50 KB from the fourth step on, as on a disk that is full."""
     script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/helpers']\n"
         "import resource, torch, main_train\nfrom utils.runtime.command import run_command\n"
         "step, count = torch.optim.AdamW.step, [0]\n"
         "def limited(*args, **kwargs):\n"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -736,3 +738,36 @@ def test_the_quick_part_reads_the_first_rows_alone(tiny_models, rows_file, monke
     assert seen == {"tokens": 2, "rows": len(data.train), "lengths": 2} and len(data.train) > 2
     quick_findings(args, train_args, data, template, tokenizer)
     assert seen["tokens"] == seen["lengths"] == len(data.train)
+
+
+def test_a_prompt_whose_last_token_merges_with_the_answer_is_named():
+    """As Qwen3.6: the prompt ends with `<think>\\n`, and in a row two line feeds are one token."""
+
+    from utils.doctor.template import _prompt
+
+    def render(messages, add_generation_prompt=False):
+        return "Q<think>\n" if add_generation_prompt else f"Q<think>\n{after}</think>Hello!"
+
+    template = SimpleNamespace(prompt_only_suffix=lambda: "", render=render)
+    ids = {"Q": 1, "<think>": 2, "\n\n": 3, "\n": 4, "</think>": 5, "Hello!": 6}
+    texts = {number: text for text, number in ids.items()}
+
+    def tokenizer(text, **_):
+        return {"input_ids": [ids[part] for part in re.findall("|".join(ids), text)]}
+
+    tokenizer.decode = lambda numbers: "".join(map(texts.get, numbers))
+    after = ""
+    assert _prompt(template, tokenizer) == []
+    after = "\n"
+    (finding,) = _prompt(template, tokenizer)
+    assert finding.code == "PROMPT_NOT_FOLLOWED" and r"another token in a row, '\n\n</think>'" in finding.message
+
+
+def test_the_only_step_of_a_run_is_not_a_warm_up():
+
+    from utils.doctor.settings import _warm_up
+
+    arguments = SimpleNamespace(warmup_steps=0.03, get_warmup_steps=lambda steps: math.ceil(0.03 * steps))
+    (finding,) = _warm_up(arguments, 1)
+    assert "is 1 step of 1, and the first step of a warm-up has the learning rate 0" in finding.message
+    assert _warm_up(arguments, 2) == _warm_up(arguments, 100) == []

@@ -61,7 +61,7 @@ def same_weights(folder: Path, other: Path) -> bool:
 def go_on(argv: list[str], folder: Path) -> tuple[int, str]:
     """What a user types after a crash: resume, or, where nothing was saved yet, once more from the start."""
     code, said = forked([*argv, "--resume_from_checkpoint", "true"], folder)
-    if code == 2 and "holds no checkpoint" in said:
+    if code == 2 and "holds no complete checkpoint" in said:
         code, said = forked([*argv, "--overwrite_output_dir", "true"], folder)
     return code, said
 

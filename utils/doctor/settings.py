@@ -7,6 +7,7 @@ from utils.doctor.findings import Finding
 from utils.doctor.tokens import row_lengths
 from utils.model.adapter import adapter_of
 from utils.model.meta import model_size_or_none
+from utils.runtime.text import format_count
 from utils.train.plan import passes_per_epoch, steps_of
 
 _SMALL = 300_000_000  # weights; smaller models take larger rates
@@ -55,10 +56,12 @@ def _learning_rate(args, train_args) -> list[Finding]:
 
 def _warm_up(train_args, steps: int) -> list[Finding]:
     warm_up = train_args.get_warmup_steps(steps)
-    if warm_up * 2 < steps or warm_up <= 1:
+    if warm_up < steps and (warm_up * 2 < steps or warm_up <= 1):
         return []
-    message = f"--warmup_steps {train_args.warmup_steps:g} is {warm_up:,} steps of {steps:,}"
-    if warm_up >= steps:
+    message = f"--warmup_steps {train_args.warmup_steps:g} is {format_count(warm_up, 'step')} of {steps:,}"
+    if steps == 1:
+        message += ", and the first step of a warm-up has the learning rate 0, so nothing is trained"
+    elif warm_up >= steps:
         message += ", so the learning rate is never reached"
     return [Finding("WARMUP_TOO_LONG", message)]
 

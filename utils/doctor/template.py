@@ -31,7 +31,7 @@ def template_findings(template, tokenizer) -> list[Finding]:
         tokenizer: a fast one.
     """
     findings = _split_tokens(template, tokenizer) + _pad(template, tokenizer)
-    return findings + (_prompt(template) if template.name == "auto" else _differences(template, tokenizer))
+    return findings + (_prompt(template, tokenizer) if template.name == "auto" else _differences(template, tokenizer))
 
 
 def tokens_of(template) -> list[str]:
@@ -64,11 +64,23 @@ def _pad(template, tokenizer) -> list[Finding]:
     return [Finding("PAD_IS_STOP", f"the tokenizer pads with {stop!r}, which also ends an answer")]
 
 
-def _prompt(template) -> list[Finding]:
-    """Checks that the prompt ends as the text before trained answers."""
-    rest = template.prompt_only_suffix()
-    message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
-    return [Finding("PROMPT_NOT_FOLLOWED", message)] if rest else []
+def _prompt(template, tokenizer) -> list[Finding]:
+    """Checks that the generation prompt ends with the tokens that stand before a trained answer."""
+    if rest := template.prompt_only_suffix():
+        message = f"the chat template's prompt ends with {rest!r}, and an answer without thinking is trained without it"
+        return [Finding("PROMPT_NOT_FOLLOWED", message)]
+    texts = template.render([_USER], add_generation_prompt=True), template.render([_USER, _ANSWER])
+    prompt, row = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if row[: len(prompt)] == prompt:
+        return []
+    # Qwen3.6: the prompt ends with <think> and a line feed, the row goes on with <think> and two, which are one token
+    at = next(i for i, (one, other) in enumerate(zip(prompt, row, strict=False)) if one != other)
+    shown = [tokenizer.decode(ids[at : at + 2]) for ids in (prompt, row)]
+    message = (
+        f"the chat template's prompt ends with {shown[0]!r}, which is another token in a row, {shown[1]!r}: an answer "
+        "without thinking is trained after other tokens than it is generated after"
+    )
+    return [Finding("PROMPT_NOT_FOLLOWED", message)]
 
 
 def _differences(template, tokenizer) -> list[Finding]:
