@@ -106,7 +106,7 @@ OF_INSTANCES = {
     "_actions": "argparse.ArgumentParser",
     "_action_groups": "argparse.ArgumentParser",
 }
-PUBLIC = {"_replace", "_exit"}  # documented, in spite of the underscore: of named tuples, of os
+PUBLIC = {"_replace", "_asdict", "_exit"}  # documented, in spite of the underscore: of named tuples, of os
 
 
 def resolve(name: str):
