@@ -276,3 +276,11 @@ def test_a_failed_write_is_known_by_what_each_library_raises(tmp_path):
     ended = subprocess.run([sys.executable, "-c", _WRITE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     names = ("torch", "torch, older form", "safetensors", "datasets")
     assert ended.stdout.splitlines() == [f"{name} True" for name in names], ended.stdout + ended.stderr
+
+
+def test_a_failed_load_names_the_hub_without_its_address():
+    from utils.runtime.errors import load_failure
+
+    error = OSError("We couldn't connect to 'https://example.org/x' to load the files.\nSee https://example.org/y.")
+    text = load_failure("tokenizer", "--model_name_or_path", "a/b", error)
+    assert "connect to 'the hub' to load the files. See the hub" in text and "example" not in text

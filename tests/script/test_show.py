@@ -2,6 +2,7 @@
 
 import pytest
 
+from utils.data.row_types import Sequence
 from utils.script import show_data, show_template
 from utils.template import template_dict
 
@@ -54,7 +55,8 @@ def test_show_data_takes_the_training_commands_flags(show, refused):
 
 
 def test_colour_is_for_terminals(tokenizer):
-    row = {"input_ids": tokenizer("ab")["input_ids"], "labels": tokenizer("ab")["input_ids"]}
+    ids = tokenizer("ab")["input_ids"]
+    row = Sequence("", ids, ids, 0)
     assert show_data.mark_trained(row, tokenizer, colour=True) == "\x1b[32mab\x1b[0m"
     assert show_data.mark_trained(row, tokenizer, colour=False) == "[[ab]]"
 
@@ -65,3 +67,10 @@ def test_the_census_counts_every_row():
     counts = [int(line.split("–")[1].split()[1]) for line in text.splitlines()[1:]]
     assert sum(counts) == 4
     assert counts[0] == 3
+
+
+def test_95_percent_of_few_rows_are_all_of_them():
+    from utils.script.show_data import census
+
+    assert "median 204, 95 % up to 211" in census([198, 211], 512)
+    assert "95 % up to 95" in census(list(range(1, 101)), 512)

@@ -136,7 +136,7 @@ def read_problems(file: Path) -> UserError | None:
 
 def load_failure(what: str, flag: str, path: str, error: Exception) -> str:
     """One line for a load that failed, without the address lists that hub errors carry."""
-    reason = re.sub(r"https?://\S+", "the hub", in_one_line(error))
+    reason = re.sub(r"https?://[^\s'\"]+", "the hub", in_one_line(error))
     return (
         f"the {what} of {flag} {path!r} cannot be loaded: {type(error).__name__}: {reason[:400]}. "
         "Give a folder with a model saved by transformers, or a name the hub has"

@@ -4,6 +4,7 @@ python -m utils.script.show_data --train_data_path my_rows.jsonl        # and an
 python -m utils.script.show_data --rows 1 --ids true
 """
 
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def census(lengths: list[int], max_len: int) -> str:
     ordered = sorted(lengths)
     lines = [
         f"lengths: {ordered[0]} to {ordered[-1]} tokens, mean {statistics.mean(ordered):.0f}, "
-        f"median {statistics.median(ordered):.0f}, 95 % up to {ordered[int(0.95 * (len(ordered) - 1))]}, "
+        f"median {statistics.median(ordered):.0f}, 95 % up to {ordered[math.ceil(0.95 * len(ordered)) - 1]}, "
         f"--max_len {max_len}"
     ]
     step = max(1, -(-ordered[-1] // 10))
