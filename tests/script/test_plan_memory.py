@@ -158,7 +158,7 @@ def test_bad_input(refused, flags, said):
 def test_a_folder_without_config_is_refused(refused, tmp_path):
     assert "has no config.json" in refused(plan_memory.main, "--model_name_or_path", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
-    assert "cannot be used" in refused(plan_memory.main, "--model_name_or_path", str(tmp_path))
+    assert "cannot be loaded" in refused(plan_memory.main, "--model_name_or_path", str(tmp_path))
 
 
 def test_training_itself_still_asks_for_weights(refused, tmp_path):

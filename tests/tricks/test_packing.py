@@ -379,6 +379,6 @@ def test_all_that_is_wrong_with_a_count_is_said_before_it_begins(tmp_path, tiny_
     assert len(found) == 3 and all(str(missing) in one for one in found), "all at once"
     assert "make" in found[0] and "--data" in found[1] and "--model_name_or_path" in found[2]
     assert "--out" in problems(out=tmp_path)[0]
-    assert "configuration" in problems(model_name_or_path=tmp_path / "no_config")[0]
+    assert "config.json" in problems(model_name_or_path=tmp_path / "no_config")[0]
     assert "qwen3" in problems(template_name="qwenn3")[0]
     assert not right["out"].exists()
