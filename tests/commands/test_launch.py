@@ -238,7 +238,7 @@ def test_zero3_gathers_its_weights_and_only_the_first_process_may_look_at_a_whol
 def test_accelerates_deepspeed_that_fights_with_a_flag_is_refused(tmp_path):
     found, _ = looked_at(tmp_path, [], ACCELERATE | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
     (problem,) = found["refused"]
-    assert "of accelerate says gradient_accumulation_steps 4, and --gradient_accumulation_steps is 1" in problem
+    assert "of accelerate has gradient_accumulation_steps 4, and --gradient_accumulation_steps is 1" in problem
 
 
 def looked_at(tmp_path, given, environment):
