@@ -97,26 +97,29 @@ def _named_twice(parts: list[str], flag: str) -> list[Problem]:
     return problems
 
 
-def _is_data(path: Path, folder: str, suffixes: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.is_file() and path.suffix.lower() in suffixes and not hidden and path.name not in DESCRIPTIONS
+def _files_in(folder: str) -> list[Path]:
+    """The files below a folder that may be data: neither hidden nor a description of the data set."""
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+        and path.name not in DESCRIPTIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def _files_of_other_kinds(folder: str, suffixes: tuple[str, ...], name: str) -> list[str]:
     """A note of the files in a folder that may be data but are of no kind that is read; empty if there are none."""
-    paths = (path for path in Path(folder).rglob("*") if path.is_file())
-    visible = (path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    others = sorted(
+    others = [
         str(path.relative_to(folder))
-        for path in visible
-        if path.suffix.lower() not in suffixes
-        and path.name not in DESCRIPTIONS
-        and path.stem.upper() not in ("README", "LICENSE")
-    )
+        for path in _files_in(folder)
+        if path.suffix.lower() not in suffixes and path.stem.upper() not in ("README", "LICENSE")
+    ]
     if not others:
         return []
     more = f" and {len(others) - _MAX_NAMES:,} more" if len(others) > _MAX_NAMES else ""
-    return [f"{name} has files that are not read: {', '.join(others[:_MAX_NAMES])}{more}; {', '.join(suffixes)} are"]
+    shown = ", ".join(others[:_MAX_NAMES])
+    return [f"{name} has files that are not read: {shown}{more}; kinds read: {', '.join(suffixes)}"]
 
 
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -124,7 +127,7 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
     if Path(path).is_dir():
         if problem := saved_by_datasets(path):
             return [], problem
-        found = sorted(str(p) for p in Path(path).rglob("*") if _is_data(p, path, suffixes))
+        found = sorted(str(p) for p in _files_in(path) if p.suffix.lower() in suffixes)
         return found, None if found else f"is a folder without any {allowed} file"
     if glob.has_magic(path) and not Path(path).exists():
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())

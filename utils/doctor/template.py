@@ -78,7 +78,7 @@ def _prompt(template, tokenizer) -> list[Finding]:
     shown = [tokenizer.decode(ids[at : at + 2]) for ids in (prompt, row)]
     message = (
         f"the chat template's prompt ends with {shown[0]!r}, which is another token in a row, {shown[1]!r}: an answer "
-        "without thinking is trained after other tokens than it is generated after"
+        "is generated after other tokens than it was trained after"
     )
     return [Finding("PROMPT_NOT_FOLLOWED", message)]
 
