@@ -1977,9 +1977,30 @@ FAULTS = [
     Fault(
         "doctor: a warm-up as long as the run",
         "utils/doctor/settings.py",
-        "if warm_up * 2 < steps or warm_up <= 1:",
+        "if warm_up < steps and (warm_up * 2 < steps or warm_up <= 1):",
         "if warm_up < 2 * steps or warm_up <= 1:",
         "tests/doctor/test_doctor.py -k 'planted_defect and WARMUP'",
+    ),
+    Fault(
+        "doctor: the only step is a warm-up",
+        "utils/doctor/settings.py",
+        "if warm_up < steps and (warm_up * 2 < steps or warm_up <= 1):",
+        "if warm_up * 2 < steps or warm_up <= 1:",
+        "tests/doctor/test_doctor.py -k only_step",
+    ),
+    Fault(
+        "doctor: a prompt's last token that merges goes unnoticed",
+        "utils/doctor/template.py",
+        "    if row[: len(prompt)] == prompt:\n",
+        "    if texts[1].startswith(texts[0]):\n",
+        "tests/doctor/test_doctor.py -k merges_with",
+    ),
+    Fault(
+        "data: a folder's files of other kinds are not named",
+        "utils/data/files.py",
+        "    if not others:\n        return []\n",
+        "    return []\n",
+        "tests/data/test_splits.py -k other_kinds",
     ),
     Fault(
         "doctor: checkpoints without the optimizer",
