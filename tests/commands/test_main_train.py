@@ -1,5 +1,6 @@
 """The command itself: what it leaves, what it refuses, and that it writes nothing when it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -363,7 +364,7 @@ def test_a_run_that_fails_before_it_trains_leaves_the_earlier_one(train, monkeyp
     def fails(*_):
         raise RuntimeError("the trainer")
 
-    monkeypatch.setattr(utils.tasks.sft, "build_trainer", fails)
+    monkeypatch.setattr(utils.tasks.sft, "TASK", dataclasses.replace(utils.tasks.sft.TASK, build_trainer=fails))
     with pytest.raises(RuntimeError, match="the trainer"):
         train("--max_steps", "1", "--overwrite_output_dir", "true")
     assert files_with_content(folder) == before
