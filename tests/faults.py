@@ -349,7 +349,7 @@ FAULTS = [
     Fault(
         "rows: a chunk gives fewer rows than it had",
         "utils/data/encode.py",
-        "if not refused and kept + dropped != part.rows:",
+        "if not refused and kept + dropped != encoded.rows:",
         "if False:",
         "tests/data/test_encode.py -k loses_rows",
     ),
@@ -653,7 +653,7 @@ FAULTS = [
     ),
     Fault(
         "rows: the labels of a pair begin with its prompt",
-        "utils/data/row_types.py",
+        "utils/data/row_type.py",
         "found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt))",
         "found.append(Sequence(name, ids, list(row[labels]) + [IGNORE_INDEX] * start, prompt))",
         "tests/data/test_row_types.py -k sequences_of",
@@ -1431,9 +1431,9 @@ FAULTS = [
     ),
     Fault(
         "evaluation: rows held back by another seed",
-        "utils/tasks/trainer.py",
-        "train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=seed)",
-        "train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=0)",
+        "utils/data/packing.py",
+        "train_test_split(test_size=count_held_back(val_size, len(dataset)), seed=seed)",
+        "train_test_split(test_size=count_held_back(val_size, len(dataset)), seed=0)",
         "tests/data/test_prepare.py -k validation_rows_are_held_back",
     ),
     Fault(
@@ -1453,23 +1453,23 @@ FAULTS = [
     ),
     Fault(
         "cache: the vocabulary is no part of the key",
-        "utils/tasks/trainer.py",
+        "utils/data/encode.py",
         '"tokenizer": tokenizer_key(tokenizer),',
         '"tokenizer": "",',
         "tests/data/test_prepare.py -k another_tokenizer",
     ),
     Fault(
         "cache: the length is no part of the key",
-        "utils/tasks/trainer.py",
+        "utils/data/encode.py",
         '"max_len": args.max_len,',
         '"max_len": 0,',
         "tests/data/test_prepare.py -k what_changes_rows",
     ),
     Fault(
         "cache: packing is no part of the key",
-        "utils/tasks/trainer.py",
-        """"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}" if packing else None,""",
-        '"packing": None,',
+        "utils/data/encode.py",
+        """versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}""",
+        'versions = {"packing": None, "held_back": validation}',
         "tests/data/test_prepare.py -k what_changes_rows",
     ),
     Fault(
@@ -1481,7 +1481,7 @@ FAULTS = [
     ),
     Fault(
         "cache: --overlong is no part of the key",
-        "utils/tasks/trainer.py",
+        "utils/data/encode.py",
         '"overlong": args.overlong,',
         "",
         "tests/data/test_prepare.py -k 'what_changes_rows'",
@@ -1633,6 +1633,13 @@ FAULTS = [
         'if on_bad_row != "drop" or raw.fatal:',
         'if on_bad_row != "drop":',
         "tests/data/test_prepare.py -k a_bad_line_costs",
+    ),
+    Fault(
+        "rows: one without a trained token does not stop under --on_bad_row error",
+        "utils/data/encode.py",
+        'if on_bad_row == "error" and row.kind != TOO_LONG:',
+        "if False:",
+        "tests/data/test_encode.py -k without_a_trained_token",
     ),
     Fault(
         "rows: half a character is read",
@@ -2176,7 +2183,7 @@ FAULTS = [
     ),
     Fault(
         "problems: a row's bytes taken for any malformed row",
-        "utils/data/turns.py",
+        "utils/data/bad_rows.py",
         "return BrokenUnicode(row.problem) if row.broken_unicode else",
         "return BadRow(row.problem) if row.broken_unicode else",
         "tests/doctor/test_doctor.py -k for_their_unicode",

@@ -31,7 +31,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from utils.data.conversations import BadRow, to_messages
+from utils.data.bad_rows import BadRow
+from utils.data.conversations import to_messages
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import to_pair
 from utils.model.tokenizer import load_tokenizer

@@ -195,7 +195,7 @@ def test_a_resumed_run_keeps_its_day(train, base, monkeypatch):
 # ---------------------------------------------------------------------- files that change
 @pytest.mark.parametrize("kind", ["appended", "replaced", "removed"])
 def test_a_file_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monkeypatch, kind):
-    parts, file = data_process.encoded_parts, tmp_path / "rows.jsonl"
+    parts, file = data_process.encode_files, tmp_path / "rows.jsonl"
 
     def change_then_read(*args):
         if kind == "appended":
@@ -207,7 +207,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monk
         if kind == "removed":
             file.unlink()
 
-    monkeypatch.setattr(data_process, "encoded_parts", change_then_read)
+    monkeypatch.setattr(data_process, "encode_files", change_then_read)
     with pytest.raises(UserError, match="was changed while it was read; start again"):
         prepare()
     assert folders(tmp_path) == []

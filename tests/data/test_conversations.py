@@ -2,7 +2,8 @@
 
 import pytest
 
-from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
+from utils.data.bad_rows import BadRow, EmptyRow
+from utils.data.conversations import to_messages, to_text
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind."}

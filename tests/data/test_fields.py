@@ -5,7 +5,8 @@ import tiny
 from conftest import write_rows
 
 from utils.data import row_types
-from utils.data.conversations import BadRow, EmptyRow, to_messages, to_text
+from utils.data.bad_rows import BadRow, EmptyRow
+from utils.data.conversations import to_messages, to_text
 from utils.data.files import RawRow
 from utils.data.pairs import to_pair
 from utils.data.row_types import CONVERSATION, PLAIN_TEXT

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from utils.data.conversations import BadRow, to_messages
+from utils.data.bad_rows import BadRow
+from utils.data.conversations import to_messages
 from utils.data.files import read_rows
 
 TRAIN, EVAL = "--train_data_path", "--eval_data_path"

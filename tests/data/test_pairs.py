@@ -7,8 +7,8 @@ import pytest
 import tiny
 from conftest import write_rows
 
-from utils.data.conversations import BadRow, EmptyRow
-from utils.data.pairs import EqualPair, to_pair
+from utils.data.bad_rows import BadRow, EmptyRow, EqualPair
+from utils.data.pairs import to_pair
 from utils.data.truncate import encode_pairs_within
 from utils.template import get_template, template_dict
 

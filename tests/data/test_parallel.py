@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from utils.data.encode import RowKind, encoded_parts
+from utils.data.encode import RowEncoder, encode_files
 from utils.data.parallel import CHUNK_SIZE
 from utils.runtime.errors import UserError
 
 
-def kind_of(encode) -> RowKind:
-    return RowKind(suffixes=(".jsonl",), read=lambda row: row["text"], encode=encode, key={})
+def make_encoder(encode) -> RowEncoder:
+    return RowEncoder(suffixes=(".jsonl",), read=lambda row: row["text"], encode=encode, key={})
 
 
 def ids_of(texts):
@@ -29,16 +29,16 @@ def test_a_process_that_is_killed_is_told_and_none_stays_behind(tmp_path):
 
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 10)
     with pytest.raises(UserError, match="--dataset_num_proc 1"):
-        list(encoded_parts([file], kind_of(die), "auto", 2))
+        list(encode_files([file], make_encoder(die), "auto", 2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_row_is_lost_silently(tmp_path, workers):
     """Neither at an iterator that ends within the work, nor where a chunk gives fewer rows than it had."""
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (2 * CHUNK_SIZE))
-    kind = kind_of(lambda texts: next(iter([])))
+    encoder = make_encoder(lambda texts: next(iter([])))
     with pytest.raises(RuntimeError, match="StopIteration"):
-        list(encoded_parts([file], kind, "auto", workers))
+        list(encode_files([file], encoder, "auto", workers))
 
 
 def test_only_some_chunks_are_read_ahead(tmp_path):
@@ -50,7 +50,7 @@ def test_only_some_chunks_are_read_ahead(tmp_path):
         read.append(len(texts))
         return ids_of(texts)
 
-    parts = encoded_parts([file], kind_of(encode), "auto", 1)
+    parts = encode_files([file], make_encoder(encode), "auto", 1)
     next(parts)
     assert read == [CHUNK_SIZE]
     parts.close()
@@ -59,14 +59,14 @@ def test_only_some_chunks_are_read_ahead(tmp_path):
 SLOW = """
 import os, sys, time
 sys.path[:0] = ["{root}"]
-from utils.data.encode import RowKind, encoded_parts
+from utils.data.encode import RowEncoder, encode_files
 
 def encode(texts):
     print(os.getpid(), flush=True)
     time.sleep(1000)
 
-kind = RowKind((".jsonl",), lambda row: row["text"], encode, {{}})
-list(encoded_parts(["{file}"], kind, "auto", 2))
+encoder = RowEncoder((".jsonl",), lambda row: row["text"], encode, {{}})
+list(encode_files(["{file}"], encoder, "auto", 2))
 """
 
 

@@ -7,10 +7,11 @@ import numpy
 import pytest
 
 from utils.data.cache import rows_key
-from utils.data.encode import RowKind, encode_chunk
+from utils.data.encode import RowEncoder, encode_chunk
 from utils.data.files import RawRow
 from utils.data.parallel import Chunk
-from utils.data.row_types import BOOL, CONVERSATION, FLOAT, PAIR, PLAIN_TEXT, TEXT, TEXTS, Sequence
+from utils.data.row_type import BOOL, FLOAT, TEXT, TEXTS, Sequence
+from utils.data.row_types import CONVERSATION, PAIR, PLAIN_TEXT
 from utils.train.plan import measure
 
 ROW = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -65,9 +66,11 @@ def test_what_is_beside_the_tokens():
 
 
 def test_a_bool_a_number_and_texts_are_encoded_counted_and_part_of_the_rows_key():
-    kind = RowKind((".jsonl",), dict, lambda rows: [{**row, "shortened": False} for row in rows], {}, RATED.columns)
+    encoder = RowEncoder(
+        (".jsonl",), dict, lambda rows: [{**row, "shortened": False} for row in rows], {}, RATED.columns
+    )
     raw = [RawRow("rows.jsonl", 1, RATED_ROW), RawRow("rows.jsonl", 2, {**RATED_ROW, "tags": []})]
-    part = encode_chunk(kind, "auto", Chunk(0, "rows.jsonl", raw))
+    part = encode_chunk(encoder, "auto", Chunk(0, "rows.jsonl", raw))
     assert (part.tokens, part.trained_tokens) == (6, 4)
     rows = part.batch.to_pylist()
     assert {name: rows[0][name] for name in RATED.columns} == RATED_ROW and rows[1]["tags"] == []

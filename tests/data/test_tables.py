@@ -9,7 +9,8 @@ import pytest
 from conftest import write_rows
 from test_official import TOOLS
 
-from utils.data.conversations import BadRow, to_messages
+from utils.data.bad_rows import BadRow
+from utils.data.conversations import to_messages
 from utils.data.files import read_rows
 from utils.data.row_types import CONVERSATION
 

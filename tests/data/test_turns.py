@@ -8,8 +8,9 @@ import tiny
 from conftest import write_rows
 from test_official import TOOLS, tokenizer_of, trained_texts
 
-from utils.data.conversations import BadRow, EmptyRow, to_messages
-from utils.data.encode import RowKind
+from utils.data.bad_rows import BadRow, EmptyRow
+from utils.data.conversations import to_messages
+from utils.data.encode import RowEncoder
 from utils.data.pairs import to_pair
 from utils.data.prepare import load_rows
 from utils.data.truncate import encode_within
@@ -104,10 +105,12 @@ def test_an_empty_answer_is_not_trained_and_counted(template, tmp_path):
     assert not template.notes(messages, train_on="last_turn")
     with pytest.raises(EmptyRow):
         to_messages({"messages": [USER, {**ANSWER, "content": " "}]})
-    kind = RowKind((".jsonl",), to_messages, lambda rows: encode_within(rows, template, tokenizer, 512), {"t": "sft"})
+    encoder = RowEncoder(
+        (".jsonl",), to_messages, lambda rows: encode_within(rows, template, tokenizer, 512), {"t": "sft"}
+    )
     rows = [talk(ANSWER), row, row]
     file = write_rows(tmp_path / "a.jsonl", rows)
-    _, report = load_rows(file, "--train_data_path", kind, "auto", str(tmp_path), 1)
+    _, report = load_rows(file, "--train_data_path", encoder, "auto", str(tmp_path), 1)
     (group,) = report.groups(UNTRAINED_ANSWER)
     assert (report.untrained, group.lines, group.reason) == (2, [2, 3], "has an empty answer")
 

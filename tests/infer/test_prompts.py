@@ -6,7 +6,8 @@ import pytest
 import tiny
 from conftest import write_rows
 
-from utils.data.conversations import BadRow, to_messages
+from utils.data.bad_rows import BadRow
+from utils.data.conversations import to_messages
 from utils.data.pairs import to_pair
 from utils.infer.prompts import read_prompts, to_prompt
 from utils.runtime.errors import UserError

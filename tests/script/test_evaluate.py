@@ -9,7 +9,7 @@ import tiny
 import torch
 from conftest import ROOT, write_rows
 
-from utils.data.conversations import BadRow
+from utils.data.bad_rows import BadRow
 from utils.data.files import RawRow
 from utils.evaluate import metrics
 from utils.evaluate.methods import MultipleChoice, share_right

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.data.row_types import Sequence
+from utils.data.row_type import Sequence
 from utils.script import show_data, show_template
 from utils.template import template_dict
 

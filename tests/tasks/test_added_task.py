@@ -16,13 +16,16 @@ from utils.tasks import MODULES, TASKS
 TASK_FILE = '''
 """Labelled answers: one is made more likely or less likely, by its label. The step takes a list of prepared rows."""
 
-from utils.data.conversations import BadRow, EmptyRow, read_text
+from utils.data.bad_rows import BadRow, EmptyRow
+from utils.data.conversations import read_text
+from utils.data.encode import build_row_encoder
+from utils.data.prepare import load_train_and_eval
 from utils.data.report import Dropped
-from utils.data.row_types import BOOL, IDS, LABELS, TEXTS, RowType, SequenceColumns, Texts
+from utils.data.row_type import BOOL, IDS, LABELS, TEXTS, RowType, SequenceColumns, Texts
 from utils.data.truncate import encode_within
 from utils.tasks.no_effect import NoEffect
 from utils.tasks.task import Task
-from utils.tasks.trainer import load_both, make_trainer, row_kind
+from utils.tasks.trainer import make_trainer
 
 
 def to_labelled_answer(row):
@@ -54,10 +57,10 @@ def load_datasets(args, train_args, template, tokenizer):
         more = [{"label": row["label"], "tags": row["tags"]} for row in rows]
         return [one if isinstance(one, Dropped) else one | two for one, two in zip(encoded, more, strict=True)]
 
-    kind = row_kind(
+    encoder = build_row_encoder(
         args, train_args, tokenizer, LABELLED, to_labelled_answer, encode, task="labelled", template=template.key
     )
-    return load_both(args, train_args, kind)
+    return load_train_and_eval(args, train_args, encoder)
 
 
 def loss_of(model, rows):

@@ -31,7 +31,7 @@ def content_key(hashes: dict[str, str], encoding: dict, on_bad_row: str) -> str:
 
     Args:
         hashes: file → the sha256 of its content.
-        encoding: everything that encoding a row depends on, `RowKind.key`.
+        encoding: everything that encoding a row depends on, `RowEncoder.key`.
         on_bad_row: as in CommonArgs.
     """
     tokenizers = importlib.metadata.version("tokenizers")

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from utils.data.bad_rows import BadRow, EmptyRow
 from utils.data.fields import RECOGNISED_BY, conversation_kind, field_problem, is_empty
-from utils.data.turns import BadRow, kind_name, read_text, read_turn
+from utils.data.turns import kind_name, read_text, read_turn
 from utils.template.messages import is_empty_answer
 
 Message = dict[str, Any]
@@ -25,16 +26,6 @@ FORMATS = (
     '{"instruction": …, "output": …} (with "input", "system", "history" if wanted), {"messages": […]} '
     'or {"conversations": […]}'
 )
-
-
-class EmptyRow(BadRow):
-    """The row is well-formed, but nothing in it could be trained.
-
-    Attributes:
-        kind: how such rows are counted.
-    """
-
-    kind = "with nothing to train"
 
 
 class WrongTask(BadRow):

@@ -1,25 +1,27 @@
 """Encodes raw rows: each chunk is parsed, checked, rendered and tokenised in one pass."""
 
 import functools
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.conversations import BadRow, EmptyRow
-from utils.data.files import RawRow, parse_row
+from utils.data.bad_rows import BadRow, BrokenUnicode, EmptyRow, unreadable
+from utils.data.cache import tokenizer_key
+from utils.data.files import SUFFIXES, RawRow, parse_row
+from utils.data.packing import pack_rows
 from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import encode_source
-from utils.data.report import Dropped
-from utils.data.row_types import IDS, LABELS, arrow_type
-from utils.data.turns import BrokenUnicode, unreadable
+from utils.data.report import TOO_LONG, Dropped
+from utils.data.row_type import IDS, LABELS, RowType, arrow_type
 from utils.template.messages import UNTRAINED_ANSWER
 from utils.template.tokenize import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class RowKind:
+class RowEncoder:
     """How the rows of a run are read and encoded.
 
     Attributes:
@@ -43,9 +45,45 @@ class RowKind:
     unread: Callable[[Any], list[str]] = lambda row: []
 
 
+def build_row_encoder(
+    args, train_args, tokenizer, row_type: RowType, read, encode, strategy: str | None = None, suffixes=SUFFIXES, **key
+) -> RowEncoder:
+    """Builds the RowEncoder of a task, with the settings that every task has: lengths, packing, and the cache's key.
+
+    Args:
+        row_type: of the task.
+        read, encode, suffixes: as in RowEncoder.
+        strategy: TRL's packing strategy, as in `pack_rows`; None for rows that cannot be packed.
+        **key: what else the rows depend on.
+    """
+    pack, versions = None, {"packing": None, "held_back": None}
+    if strategy is not None and getattr(train_args, "packing", False):
+        validation = (args.val_size, train_args.seed) if args.val_size else None
+        pack = functools.partial(pack_rows, max_len=args.max_len, strategy=strategy)
+        if validation:
+            pack = functools.partial(pack, val_size=args.val_size, seed=train_args.seed)
+        versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}
+    return RowEncoder(
+        suffixes=suffixes,
+        read=read,
+        encode=encode,
+        key={
+            "tokenizer": tokenizer_key(tokenizer),
+            "max_len": args.max_len,
+            "overlong": args.overlong,
+            **versions,
+            **key,
+        },
+        columns=row_type.columns,
+        pack=pack,
+        refuse_long=args.overlong == "error",
+        unread=row_type.unread,
+    )
+
+
 @dataclass
-class Part:
-    """The result of encoding one chunk.
+class EncodedChunk:
+    """The rows of one chunk, encoded.
 
     Attributes:
         rows: number of rows in the chunk.
@@ -69,35 +107,35 @@ class Part:
     unread: Counter[str] = field(default_factory=Counter)
 
 
-def encode_chunk(kind: RowKind, on_bad_row: str, chunk: Chunk) -> Part:
+def encode_chunk(encoder: RowEncoder, on_bad_row: str, chunk: Chunk) -> EncodedChunk:
     """Parses, checks and encodes one chunk of rows."""
-    part, lines, values = Part(chunk.file, len(chunk.rows)), [], []
+    encoded, lines, values = EncodedChunk(chunk.file, len(chunk.rows)), [], []
     for raw in chunk.rows:
         try:
             raw = parse_row(raw)
-            value = _checked(kind, raw)
-            part.unread.update(kind.unread(raw.value))
+            value = _checked(encoder, raw)
+            encoded.unread.update(encoder.unread(raw.value))
         except EmptyRow as error:
             if on_bad_row == "error":
-                part.refused.append(f"{chunk.file}:{raw.line} {error}")
-            part.dropped.append((raw.line, str(error), error.kind))
+                encoded.refused.append(f"{chunk.file}:{raw.line} {error}")
+            encoded.dropped.append((raw.line, str(error), error.kind))
         except BadRow as error:
             # the rows after a fatal one cannot be counted, so it stops the run in any case
             if on_bad_row != "drop" or raw.fatal:
-                part.refused.append(f"{chunk.file}:{raw.line} {error}")
-            part.dropped.append((raw.line, str(error), error.kind))
+                encoded.refused.append(f"{chunk.file}:{raw.line} {error}")
+            encoded.dropped.append((raw.line, str(error), error.kind))
         else:
             lines.append(raw.line)
             values.append(value)
-    if values and not (chunk.check_only or part.refused):
-        _encode(kind, chunk.number, lines, values, part)
-    return part
+    if values and not (chunk.check_only or encoded.refused):
+        _encode(encoder, on_bad_row, chunk.number, lines, values, encoded)
+    return encoded
 
 
-def _checked(kind: RowKind, raw: RawRow):
+def _checked(encoder: RowEncoder, raw: RawRow):
     if raw.problem:
         raise unreadable(raw)
-    value = kind.read(raw.value)
+    value = encoder.read(raw.value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -105,41 +143,45 @@ def _checked(kind: RowKind, raw: RawRow):
     return value
 
 
-def _encode(kind: RowKind, number: int, lines: list[int], values: list, part: Part) -> None:
+def _encode(
+    encoder: RowEncoder, on_bad_row: str, number: int, lines: list[int], values: list, encoded: EncodedChunk
+) -> None:
     import pyarrow
 
     kept, sources = [], []
-    for line, row in zip(lines, kind.encode(values), strict=True):
+    for line, row in zip(lines, encoder.encode(values), strict=True):
         if isinstance(row, Dropped):
-            part.dropped.append((line, row.reason, row.kind))
+            if on_bad_row == "error" and row.kind != TOO_LONG:  # whose flag is --overlong
+                encoded.refused.append(f"{encoded.file}:{line} {row.reason}")
+            encoded.dropped.append((line, row.reason, row.kind))
             continue
         kept.append(row)
         sources.append([encode_source(number, line)])
         if row["shortened"]:
-            part.shortened.append(line)
+            encoded.shortened.append(line)
         for note in row.get("notes", ()):
             if note.kind == UNTRAINED_ANSWER:
-                part.untrained.append((line, note.reason))
+                encoded.untrained.append((line, note.reason))
             else:
-                part.unread[note.reason] += 1
-        for name, column in kind.columns.items():
+                encoded.unread[note.reason] += 1
+        for name, column in encoder.columns.items():
             if column == IDS:
-                part.tokens += len(row[name])
+                encoded.tokens += len(row[name])
             elif column == LABELS:
-                part.trained_tokens += len(row[name]) - row[name].count(IGNORE_INDEX)
+                encoded.trained_tokens += len(row[name]) - row[name].count(IGNORE_INDEX)
     if kept:
-        columns = kind.columns.items()
+        columns = encoder.columns.items()
         arrays = [pyarrow.array([row[name] for row in kept], arrow_type(column)) for name, column in columns]
         arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))
-        part.batch = pyarrow.record_batch(arrays, [*kind.columns, "source"])
+        encoded.batch = pyarrow.record_batch(arrays, [*encoder.columns, "source"])
 
 
-def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int | None) -> Iterator[Part]:
+def encode_files(files: list[str], encoder: RowEncoder, on_bad_row: str, workers: int | None) -> Iterator[EncodedChunk]:
     """Encodes the rows of all files, a chunk at a time, in the files' order.
 
     Args:
         files: paths of data files.
-        kind: how the task reads and encodes them.
+        encoder: how the task reads and encodes them.
         on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
         workers: processes; None for a number that the size of the files justifies.
 
@@ -147,11 +189,11 @@ def encoded_parts(files: list[str], kind: RowKind, on_bad_row: str, workers: int
         UserError: a process was killed.
     """
     refused: list[str] = []
-    work = functools.partial(encode_chunk, kind, on_bad_row)
+    work = functools.partial(encode_chunk, encoder, on_bad_row)
     # once a row stops the run, the remaining rows are only checked
-    for part in map_chunks(work, files, workers, "tokenising", check_only=lambda: bool(refused)):
-        refused.extend(part.refused)
-        kept, dropped = part.batch.num_rows if part.batch else 0, len(part.dropped)
-        if not refused and kept + dropped != part.rows:
-            raise RuntimeError(f"of {part.rows} rows, {kept} are kept and {dropped} dropped")
-        yield part
+    for encoded in map_chunks(work, files, workers, "tokenising", check_only=lambda: bool(refused)):
+        refused.extend(encoded.refused)
+        kept, dropped = encoded.batch.num_rows if encoded.batch else 0, len(encoded.dropped)
+        if not refused and kept + dropped != encoded.rows:
+            raise RuntimeError(f"of {encoded.rows} rows, {kept} are kept and {dropped} dropped")
+        yield encoded

@@ -2,9 +2,8 @@
 
 from typing import Any
 
+from utils.data.bad_rows import BadRow, EmptyRow, EqualPair
 from utils.data.conversations import (
-    BadRow,
-    EmptyRow,
     Message,
     WrongTask,
     check_fields,
@@ -22,12 +21,6 @@ PAIR_FORMATS = (
     "two conversations that begin alike"
 )
 Pair = dict[str, list[Message]]
-
-
-class EqualPair(EmptyRow):
-    """Both answers are equal."""
-
-    kind = "with chosen equal to rejected"
 
 
 def to_pair(row: Any) -> Pair:

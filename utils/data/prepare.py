@@ -8,7 +8,9 @@ import shutil
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
@@ -22,8 +24,9 @@ from utils.data.cache import (
     save_arrow_file,
     store,
 )
-from utils.data.encode import Part, RowKind, encoded_parts
+from utils.data.encode import EncodedChunk, RowEncoder, encode_files
 from utils.data.files import files_left_out, find_files
+from utils.data.packing import count_held_back, split_validation
 from utils.data.places import MAX_PLACES_SHOWN
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
 from utils.runtime.distributed import all_gather_objects
@@ -33,32 +36,73 @@ from utils.storage.files import checksum
 _BATCHES = 20  # chunks written together: reading rows loads at least a memory page of every batch
 
 
-def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None):
+@dataclass
+class Data:
+    """The prepared rows of a run.
+
+    Attributes:
+        train, eval: datasets of prepared rows; `eval` is None where nothing is evaluated.
+        report, eval_report: what preparing the files of `--train_data_path` and `--eval_data_path` resulted in.
+        held_back: number of rows of the training files that are for validation (`--val_size`), before packing.
+    """
+
+    train: Any
+    eval: Any
+    report: DataReport
+    eval_report: DataReport | None = None
+    held_back: int = 0
+
+    def rows_trained(self) -> int:
+        """Counts the rows of the files that are trained on, before packing."""
+        return self.report.kept - self.held_back
+
+
+def load_train_and_eval(args, train_args, encoder: RowEncoder) -> Data:
+    """Prepares the rows to train on and those to evaluate on, the latter from `--eval_data_path` or `--val_size`.
+
+    Raises:
+        UserError: as `load_rows`; or no training data is given, or `--val_size` leaves none.
+    """
+    if args.train_data_path is None:
+        raise UserError("--train_data_path is missing; give data files")
+    options = (encoder, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
+    train, report = load_rows(args.train_data_path, "--train_data_path", *options)
+    if args.eval_data_path:
+        evaluation, eval_report = load_rows(args.eval_data_path, "--eval_data_path", *options)
+        return Data(train, evaluation, report, eval_report)
+    if not args.val_size:
+        return Data(train, None, report)
+    held_back = count_held_back(args.val_size, report.kept)
+    logger.info("{:,} of {:,} rows are held back for validation", held_back, report.kept)
+    return Data(*split_validation(train, args.val_size, train_args.seed), report, held_back=held_back)
+
+
+def load_rows(paths: str, flag: str, encoder: RowEncoder, on_bad_row: str, cache_dir: str | None, workers: int | None):
     """Prepares the rows of `paths`, or reads them from the cache.
 
     Args:
         paths: files, folders, globs, separated by commas.
         flag: the flag that gave them, `--train_data_path` or `--eval_data_path`.
-        kind: how the task reads and encodes rows.
+        encoder: how the task reads and encodes rows.
         on_bad_row: `auto`, `error` or `drop`, as in CommonArgs.
         cache_dir: the folder of prepared rows; None for the default.
         workers: processes that tokenise; None for a number that the size of the files justifies.
 
     Returns:
-        (datasets.Dataset with the columns of `kind` and `source`, DataReport)
+        (datasets.Dataset with the columns of `encoder` and `source`, DataReport)
 
     Raises:
         UserError: a file is missing or was changed while it was read, or rows cannot be used.
     """
-    files, problems = find_files(paths, flag, kind.suffixes)
+    files, problems = find_files(paths, flag, encoder.suffixes)
     if problems:
         raise UserError(*problems)
-    for note in files_left_out(paths, flag, kind.suffixes):
+    for note in files_left_out(paths, flag, encoder.suffixes):
         logger.info("{}", note)
     checksums = {file: checksum(file) for file in files}
     hashes = {file: sha for file, (sha, _) in checksums.items()}
     name = flag.removeprefix("--").removesuffix("_data_path") + " data"
-    dataset, report = _load_or_prepare(name, hashes, kind, on_bad_row, cache_dir, workers)
+    dataset, report = _load_or_prepare(name, hashes, encoder, on_bad_row, cache_dir, workers)
     report.files, report.hashes = files, hashes
     report.bytes_of = {file: size for file, (_, size) in checksums.items()}
     if len(set(all_gather_objects([report.key]))) > 1:
@@ -68,24 +112,24 @@ def load_rows(paths: str, flag: str, kind: RowKind, on_bad_row: str, cache_dir: 
 
 
 def _load_or_prepare(
-    name: str, hashes: dict[str, str], kind: RowKind, on_bad_row: str, cache_dir: str | None, workers: int | None
+    name: str, hashes: dict[str, str], encoder: RowEncoder, on_bad_row: str, cache_dir: str | None, workers: int | None
 ):
     """Returns (datasets.Dataset, DataReport) from the cache, where they are put if they are missing.
 
     Args:
         name: names the data in the log.
         hashes: file → the sha256 of its content.
-        kind, on_bad_row, cache_dir, workers: as in `load_rows`.
+        encoder, on_bad_row, cache_dir, workers: as in `load_rows`.
     """
     files = list(hashes)
-    folder = cache_folder(cache_dir, files, content_key(hashes, kind.key, on_bad_row))
+    folder = cache_folder(cache_dir, files, content_key(hashes, encoder.key, on_bad_row))
     with locked(folder):
         if prepared := load_cached(folder, files):
             logger.info("{}: prepared rows found in {}", name, folder)
             return prepared
         started = time.perf_counter()
         try:
-            prepared = _prepare(hashes, kind, on_bad_row, folder, workers)
+            prepared = _prepare(hashes, encoder, on_bad_row, folder, workers)
         except Exception as error:
             if not is_disk_error(error):
                 raise
@@ -97,12 +141,12 @@ def _load_or_prepare(
         return prepared
 
 
-def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Path, workers: int | None):
+def _prepare(hashes: dict[str, str], encoder: RowEncoder, on_bad_row: str, folder: Path, workers: int | None):
     """Reads, checks and encodes the rows in a temporary folder, and moves it into the cache once it is complete.
 
     Args:
         hashes: file → the sha256 that is part of the folder's name.
-        kind, on_bad_row, workers: as in `load_rows`.
+        encoder, on_bad_row, workers: as in `load_rows`.
         folder: from `cache_folder`.
 
     Raises:
@@ -112,11 +156,11 @@ def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Pat
 
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
-        report = _write_rows(list(hashes), kind, on_bad_row, scratch / "encoded.arrow", workers)
+        report = _write_rows(list(hashes), encoder, on_bad_row, scratch / "encoded.arrow", workers)
         check_unchanged(hashes)
         dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
-        if kind.pack:
-            dataset = kind.pack(dataset)
+        if encoder.pack:
+            dataset = encoder.pack(dataset)
             dataset.save_to_disk(str(scratch / "rows"))
         else:
             save_arrow_file(dataset, scratch / "encoded.arrow", scratch / "rows")
@@ -128,8 +172,8 @@ def _prepare(hashes: dict[str, str], kind: RowKind, on_bad_row: str, folder: Pat
     return load_from_disk(str(folder)), report
 
 
-def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, workers: int | None) -> DataReport:
-    """Writes the encoded rows to an Arrow file, part by part.
+def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Path, workers: int | None) -> DataReport:
+    """Writes the encoded rows to an Arrow file, chunk by chunk.
 
     Raises:
         UserError: naming the rows that stop the run, the first 20 by file and line.
@@ -144,36 +188,36 @@ def _write_rows(files: list[str], kind: RowKind, on_bad_row: str, path: Path, wo
         writer.write_table(rows, writer_batch_size=rows.num_rows)
         batches.clear()
 
-    with ArrowWriter(path=str(path)) as writer, closing(encoded_parts(files, kind, on_bad_row, workers)) as parts:
-        for part in parts:
-            _count(report, part)
-            refused += part.refused
-            if part.batch is not None and not refused:
-                batches.append(part.batch)
+    with ArrowWriter(path=str(path)) as writer, closing(encode_files(files, encoder, on_bad_row, workers)) as chunks:
+        for chunk in chunks:
+            _count(report, chunk)
+            refused += chunk.refused
+            if chunk.batch is not None and not refused:
+                batches.append(chunk.batch)
             if len(batches) == _BATCHES:
                 write()
-        _refuse(refused, report, kind, files)
+        _refuse(refused, report, encoder, files)
         if batches:
             write()
         writer.finalize()
     return report
 
 
-def _count(report: DataReport, part: Part) -> None:
-    report.rows += part.rows
-    report.kept += part.batch.num_rows if part.batch is not None else 0
-    report.tokens += part.tokens
-    report.trained_tokens += part.trained_tokens
-    for line, reason, what in sorted(part.dropped):
-        report.drop(part.file, line, reason, what)
-    for line in part.shortened:
-        report.shorten(part.file, line)
-    for line, reason in part.untrained:
-        report.leave_untrained(part.file, line, reason)
-    report.note_unread(part.file, part.unread)
+def _count(report: DataReport, chunk: EncodedChunk) -> None:
+    report.rows += chunk.rows
+    report.kept += chunk.batch.num_rows if chunk.batch is not None else 0
+    report.tokens += chunk.tokens
+    report.trained_tokens += chunk.trained_tokens
+    for line, reason, what in sorted(chunk.dropped):
+        report.drop(chunk.file, line, reason, what)
+    for line in chunk.shortened:
+        report.shorten(chunk.file, line)
+    for line, reason in chunk.untrained:
+        report.leave_untrained(chunk.file, line, reason)
+    report.note_unread(chunk.file, chunk.unread)
 
 
-def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[str]) -> None:
+def _refuse(refused: list[str], report: DataReport, encoder: RowEncoder, files: list[str]) -> None:
     if refused:
         shown = "".join(f"\n     {problem}" for problem in refused[:MAX_PLACES_SHOWN])
         more = f"\n     … and {len(refused) - MAX_PLACES_SHOWN:,} more" if len(refused) > MAX_PLACES_SHOWN else ""
@@ -182,7 +226,7 @@ def _refuse(refused: list[str], report: DataReport, kind: RowKind, files: list[s
             "   Correct them, or pass --on_bad_row drop to train without those that stand alone on a line"
         )
         raise UserError(Problem(message, "ROW_UNREADABLE", ("on_bad_row",)))
-    if kind.refuse_long and TOO_LONG in report.dropped:
+    if encoder.refuse_long and TOO_LONG in report.dropped:
         message = (
             f"{report.dropped[TOO_LONG]:,} of {report.rows:,} rows are too long, and --overlong error is given:"
             f"{report.named_places()}\n   Raise --max_len, or give --overlong truncate or drop"

@@ -3,7 +3,8 @@
 import bisect
 from collections.abc import Callable
 
-from utils.data.pairs import EqualPair, Pair
+from utils.data.bad_rows import EqualPair
+from utils.data.pairs import Pair
 from utils.data.report import TOO_LONG, Dropped
 from utils.runtime.errors import UserError
 from utils.template import Message, Template

@@ -3,36 +3,14 @@
 import json
 from typing import Any
 
+from utils.data.bad_rows import BadRow, BrokenUnicode
 from utils.data.fields import is_empty
-from utils.data.json_rows import RawRow
-from utils.data.report import BROKEN_UNICODE, MALFORMED
 from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set whether a turn is trained: OpenAI's, then those of other trainers
 _MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
-
-
-class BadRow(ValueError):
-    """The row is malformed; the text completes "line N …".
-
-    Attributes:
-        kind: how a report counts such rows.
-    """
-
-    kind = MALFORMED
-
-
-class BrokenUnicode(BadRow):
-    """The row has bytes that are not UTF-8, or half of a character."""
-
-    kind = BROKEN_UNICODE
-
-
-def unreadable(row: RawRow) -> BadRow:
-    """Makes the error for a row that could not be read from its file."""
-    return BrokenUnicode(row.problem) if row.broken_unicode else BadRow(row.problem)
 
 
 def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Message:

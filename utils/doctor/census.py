@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.conversations import BadRow
+from utils.data.bad_rows import BadRow, unreadable
 from utils.data.files import find_files, parse_row
 from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import RowLocations, encode_source, locate_sources
 from utils.data.report import RowRecord
-from utils.data.row_types import RowType
-from utils.data.turns import unreadable
+from utils.data.row_type import RowType
 from utils.doctor.text import broken_unicode, invisible, script_of
 from utils.runtime.errors import UserError
 from utils.tasks.task import Task

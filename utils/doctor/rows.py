@@ -3,9 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
-from utils.data.conversations import EmptyRow
+from utils.data.bad_rows import EmptyRow, EqualPair
 from utils.data.files import parse_row, raw_rows
-from utils.data.pairs import EqualPair
 from utils.data.places import RowLocations
 from utils.data.report import BROKEN_UNICODE, MALFORMED, SHORTENED, TOO_LONG, DataReport, RowGroup
 from utils.doctor.census import Census

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from utils.data.places import locate_sources
-from utils.data.row_types import RowType, SequenceColumns
+from utils.data.row_type import RowType, SequenceColumns
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
 from utils.template.tokenize import IGNORE_INDEX

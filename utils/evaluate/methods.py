@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from utils.data.conversations import BadRow
+from utils.data.bad_rows import BadRow
 from utils.data.files import find_files, read_rows
 from utils.evaluate.metrics import Figure, score_file, score_row
 from utils.evaluate.models import EvalModel

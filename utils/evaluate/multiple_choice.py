@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from utils.data.conversations import BadRow, Message, check_fields, kind_name, read_question, read_text
+from utils.data.bad_rows import BadRow, unreadable
+from utils.data.conversations import Message, check_fields, kind_name, read_question, read_text
 from utils.data.files import RawRow
-from utils.data.turns import unreadable
 from utils.runtime.errors import UserError
 from utils.template.tokenize import (
     IGNORE_INDEX,

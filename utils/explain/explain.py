@@ -9,6 +9,7 @@ from typing import Any
 
 from utils.config.deepspeed import short_name
 from utils.config.provenance import Source, Sources, unannotated
+from utils.data.prepare import Data
 from utils.explain.unused import without_effect
 from utils.model.layout import expected_layout
 from utils.model.meta import ModelSize, model_size, whole_models
@@ -17,7 +18,6 @@ from utils.model.tokenizer import tokenizer_of
 from utils.run.record import effective_args
 from utils.runtime.errors import UserError
 from utils.tasks.no_effect import RunSettings
-from utils.tasks.trainer import Data
 from utils.template import get_template
 from utils.train.plan import measure, plan
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from utils.data.bad_rows import BadRow, unreadable
 from utils.data.conversations import (
-    BadRow,
     Message,
     check_fields,
     kind_name,
@@ -17,7 +17,6 @@ from utils.data.conversations import (
 )
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import check_prompt, read_pair
-from utils.data.turns import unreadable
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import original_fields
 

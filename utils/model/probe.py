@@ -13,7 +13,7 @@ from typing import Any
 from loguru import logger
 
 from utils.data.collate import NOT_INPUTS
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 from utils.model.probe_state import as_for_probing, is_whole, random_states, short_spans
 from utils.model.small import small_model
 from utils.patches.rope import use_row_rope

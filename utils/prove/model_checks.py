@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.data.conversations import BadRow
+from utils.data.bad_rows import BadRow
 from utils.data.places import row_location
 from utils.data.report import SHORTENED
 from utils.export.merge import load_merged

@@ -14,6 +14,7 @@ from loguru import logger
 
 from utils.data.files import read_rows
 from utils.data.places import row_location
+from utils.data.prepare import Data
 from utils.model.adapter import adapter_of, build_adapter
 from utils.model.layout import resolve_layout
 from utils.model.load import load_model, with_trained_adapter
@@ -21,7 +22,6 @@ from utils.model.probe_state import leave_dropout_out
 from utils.model.tokenizer import tokenizer_of
 from utils.prove.figures import Gradients, logits_of
 from utils.runtime.errors import UserError
-from utils.tasks.trainer import Data
 from utils.template import get_template
 from utils.train.trainer import prepare_trainer
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from loguru import logger
 
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
 from utils.runtime.distributed import uses_fsdp, zero_stage
 from utils.template.tokenize import IGNORE_INDEX

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from utils.args import parse_args
 from utils.config.flags import arg, make_parser, read_flags, split_own
-from utils.data.row_types import Sequence
+from utils.data.row_type import Sequence
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
-from utils.data.conversations import BadRow
+from utils.data.bad_rows import BadRow
+from utils.data.encode import build_row_encoder
 from utils.data.pairs import Pair, to_pair
+from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import PAIR
 from utils.data.truncate import cut_pair_far, encode_pairs_within
 from utils.runtime.errors import Problem, UserError
@@ -11,7 +13,6 @@ from utils.tasks.dpo_checks import NO_EFFECT, check_dpo
 from utils.tasks.no_effect import refuse_without_effect
 from utils.tasks.plain_loss import preference
 from utils.tasks.task import Task, no_problems
-from utils.tasks.trainer import Data, load_both, row_kind
 from utils.template.messages import UNTRAINED_ANSWER, count_answers
 
 
@@ -33,8 +34,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return encode_pairs_within(pairs, template, tokenizer, args.max_len, truncate=truncate, **lengths)
 
     key = {"task": "dpo", "template": template.key, **lengths}
-    kind = row_kind(args, train_args, tokenizer, PAIR, read, encode, **key)
-    return load_both(args, train_args, kind)
+    encoder = build_row_encoder(args, train_args, tokenizer, PAIR, read, encode, **key)
+    return load_train_and_eval(args, train_args, encoder)
 
 
 def _check_answers(template, messages: list[dict], answers: int) -> None:

@@ -1,10 +1,10 @@
 """DPO by TRL: its collator, its trainer and all its losses, on pairs of one turn or many."""
 
 from utils.data.collate import build_trl_pair_collator
+from utils.data.prepare import Data
 from utils.tasks.dpo import pair_task
 from utils.tasks.dpo_checks import READ_SMOOTHING, check_losses
 from utils.tasks.no_effect import NoEffect
-from utils.tasks.trainer import Data
 
 
 def build_collator(args, train_args, tokenizer):

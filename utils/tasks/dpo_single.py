@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from utils.data.collate import NOT_INPUTS, build_pair_collator
+from utils.data.prepare import Data
 from utils.model.head import keep_logits
 from utils.tasks.dpo import pair_task
 from utils.tasks.no_effect import NoEffect
-from utils.tasks.trainer import Data
 from utils.template.tokenize import IGNORE_INDEX
 
 

@@ -8,13 +8,14 @@ from unittest.mock import patch
 import pyarrow
 import torch
 
+from utils.data.prepare import Data
 from utils.model.adapter import adapter_of
 from utils.model.head import check_head
 from utils.model.load import load_model
 from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
-from utils.tasks.trainer import Data, make_trainer, wants_one_type
+from utils.tasks.trainer import make_trainer, wants_one_type
 from utils.train.filler import FillLastStepMixin, fills_up
 from utils.train.trainer import FaultTolerantTrainerMixin
 

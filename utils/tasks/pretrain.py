@@ -1,14 +1,15 @@
 """Pretraining: plain text, every token of which is trained, in packed rows."""
 
 from utils.data.conversations import to_text
+from utils.data.encode import build_row_encoder
 from utils.data.files import TEXT_SUFFIXES
+from utils.data.prepare import Data, load_train_and_eval
 from utils.data.report import TOO_LONG, Dropped
 from utils.data.row_types import PLAIN_TEXT
 from utils.tasks.no_effect import NoEffect
 from utils.tasks.plain_loss import cross_entropy
 from utils.tasks.sft import METRICS, SMOOTHING, build_collator, build_trainer, memory_loss
 from utils.tasks.task import Task
-from utils.tasks.trainer import Data, load_both, row_kind
 from utils.template.tokenize import Segment, encode_segments
 
 
@@ -37,8 +38,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
     key = {"task": "pretrain", "allow_special": allow_special}
     options = {"strategy": "bfd_split", "suffixes": TEXT_SUFFIXES}
-    kind = row_kind(args, train_args, tokenizer, PLAIN_TEXT, to_text, encode, **options, **key)
-    return load_both(args, train_args, kind)
+    encoder = build_row_encoder(args, train_args, tokenizer, PLAIN_TEXT, to_text, encode, **options, **key)
+    return load_train_and_eval(args, train_args, encoder)
 
 
 def _ends(tokenizer) -> tuple[list[int], list[int]]:

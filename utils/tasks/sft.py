@@ -2,15 +2,18 @@
 
 import dataclasses
 
+from utils.data.bad_rows import BadRow
 from utils.data.collate import build_collator as _collator
-from utils.data.conversations import BadRow, to_messages
+from utils.data.conversations import to_messages
+from utils.data.encode import build_row_encoder
+from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import CONVERSATION
 from utils.data.truncate import check_all, cut_far, encode_within
 from utils.runtime.errors import UserError
 from utils.tasks.no_effect import NoEffect
 from utils.tasks.plain_loss import cross_entropy
 from utils.tasks.task import Task
-from utils.tasks.trainer import Data, load_both, make_trainer, row_kind
+from utils.tasks.trainer import make_trainer
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -33,8 +36,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
     key = {"task": "sft", "template": template.key, **options}
-    kind = row_kind(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
-    return load_both(args, train_args, kind)
+    encoder = build_row_encoder(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
+    return load_train_and_eval(args, train_args, encoder)
 
 
 def build_collator(args, train_args, tokenizer):

@@ -9,7 +9,7 @@ Nothing outside `utils/tasks` compares the name of a task, or knows a column of 
 3. a row of the table `MODULES` in `utils/tasks/__init__.py`.
 4. a test. `tests/tasks/test_added_task.py` adds a task with a row type of its own, and runs every command with it.
 
-Rows that are neither conversations, preference pairs nor texts need a `RowType` (`utils/data/row_types.py`) as well.
+Rows that are neither conversations, preference pairs nor texts need a `RowType` (`utils/data/row_type.py`) as well.
 
 What one task cannot have yet: weights of a second model with settings of their own (a teacher or a reward model; its
 trainer can load one itself, and checkpoints hold only what is trained), and a second kind of data files beside
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.data.files import SUFFIXES
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 from utils.runtime.errors import Problem
 from utils.tasks.no_effect import NoEffect
 
@@ -44,7 +44,7 @@ class Task:
         name: of `--task_type`.
         family: what the modes of one method share, in the model card's tags; the name by default.
         row_type: of its rows.
-        load_datasets: (args, train_args, template or None, tokenizer) → `utils.tasks.trainer.Data`.
+        load_datasets: (args, train_args, template or None, tokenizer) → `utils.data.prepare.Data`.
         build_trainer: (args, train_args, model, adapter, data, collator, tokenizer) → transformers' Trainer.
         build_collator: (args, train_args, tokenizer) → function of prepared rows to the tensors of a step. By default
             the trainer's step gets the list of prepared rows.

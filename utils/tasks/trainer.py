@@ -1,18 +1,10 @@
 """What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
 
 import copy
-import importlib.metadata
 import inspect
 import os
-from dataclasses import dataclass
-from typing import Any
 
-from loguru import logger
-
-from utils.data.cache import tokenizer_key
-from utils.data.files import SUFFIXES
-from utils.data.prepare import DataReport, RowKind, load_rows
-from utils.data.row_types import RowType
+from utils.data.prepare import Data
 from utils.model.adapter_start import adapter_weights, check_new_adapter, settle_trainable
 from utils.model.experts import leave_router_logits_out, settle_balance
 from utils.model.head import check_head
@@ -26,131 +18,6 @@ from utils.train.resume import run_settings
 
 # whose errors are about the hub and the way to it
 _HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
-
-
-@dataclass
-class Data:
-    """The prepared rows of a run, with what became of the rest.
-
-    Attributes:
-        held_back: how many rows of the training files are for validation (`--val_size`), packed together or not.
-    """
-
-    train: Any
-    eval: Any
-    report: DataReport
-    eval_report: DataReport | None = None
-    held_back: int = 0
-
-    def rows_trained(self) -> int:
-        """How many rows of the files are trained on, packed together or not."""
-        return self.report.kept - self.held_back
-
-
-def row_kind(
-    args, train_args, tokenizer, row_type: RowType, read, encode, strategy: str | None = None, suffixes=SUFFIXES, **key
-) -> RowKind:
-    """What the tasks' ways with rows have in common: lengths, packing, and the cache's key.
-
-    Args:
-        row_type: of the task.
-        read, encode, suffixes: as in RowKind.
-        strategy: TRL's packing strategy, `bfd` for whole rows or `bfd_split` for text that may go on in the next;
-            None for rows that cannot be packed.
-        **key: what else the rows depend on.
-    """
-
-    def pack(dataset):
-        from datasets import concatenate_datasets
-
-        if not args.val_size:
-            return _packed(dataset, args.max_len, strategy)
-        # a row of the files is either trained on or held back, whatever it is packed with
-        parts = [_packed(part, args.max_len, strategy) for part in _split_rows(dataset, args.val_size, train_args.seed)]
-        marked = [part.map(_mark, batched=True, fn_kwargs={"held": held}) for held, part in enumerate(parts)]
-        return concatenate_datasets(marked)
-
-    packing = strategy is not None and getattr(train_args, "packing", False)
-    return RowKind(
-        suffixes=suffixes,
-        read=read,
-        encode=encode,
-        key={
-            "tokenizer": tokenizer_key(tokenizer),
-            "max_len": args.max_len,
-            "packing": f"{strategy}, TRL {importlib.metadata.version('trl')}" if packing else None,
-            "overlong": args.overlong,
-            "held_back": (args.val_size, train_args.seed) if packing and args.val_size else None,
-            **key,
-        },
-        columns=row_type.columns,
-        pack=pack if packing else None,
-        refuse_long=args.overlong == "error",
-        unread=row_type.unread,
-    )
-
-
-def _packed(dataset, max_len: int, strategy: str):
-    from trl import pack_dataset
-
-    # TRL cuts all columns alike, so each token carries its source until the rows are packed
-    carried = dataset.map(_source_of_each_token, batched=True)
-    return pack_dataset(carried, max_len, strategy=strategy).map(_each_source_once, batched=True)
-
-
-_HELD_BACK = "held_back"  # a column of packed rows, [0] of those that are trained on and [1] of those after them
-
-
-def _mark(batch: dict, held: int) -> dict:
-    return {_HELD_BACK: [[held]] * len(batch["input_ids"])}
-
-
-def _source_of_each_token(batch: dict) -> dict:
-    return {"source": [source * len(ids) for source, ids in zip(batch["source"], batch["input_ids"], strict=True)]}
-
-
-def _each_source_once(batch: dict) -> dict:
-    return {"source": [sorted(set(sources)) for sources in batch["source"]]}
-
-
-def load_both(args, train_args, kind: RowKind) -> Data:
-    """Prepares the training rows and the validation rows."""
-    if args.train_data_path is None:
-        raise UserError("--train_data_path is missing; give data files")
-    options = (kind, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
-    train, report = load_rows(args.train_data_path, "--train_data_path", *options)
-    if args.eval_data_path:
-        held_back, eval_report = load_rows(args.eval_data_path, "--eval_data_path", *options)
-        return Data(train, held_back, report, eval_report)
-    if not args.val_size:
-        return Data(train, None, report)
-    held_rows = _held_rows(args.val_size, report.kept)
-    logger.info("{:,} of {:,} rows are held back for validation", held_rows, report.kept)
-    if _HELD_BACK in train.column_names:
-        first = sum(mark == [0] for mark in train[_HELD_BACK])
-        parts = [train.select(range(first)), train.select(range(first, len(train)))]
-        parts = [part.remove_columns(_HELD_BACK) for part in parts]
-    else:
-        parts = _split_rows(train, args.val_size, train_args.seed)
-    return Data(*parts, report, held_back=held_rows)
-
-
-def _split_rows(dataset, val_size: float, seed: int) -> list:
-    """The rows to train on and those to hold back, drawn by the seed."""
-    parts = dataset.train_test_split(test_size=_held_rows(val_size, len(dataset)), seed=seed)
-    return [parts["train"], parts["test"]]
-
-
-def _held_rows(val_size: float, rows: int) -> int:
-    """How many rows `--val_size` holds back.
-
-    Raises:
-        UserError: none is left to train on.
-    """
-    held = int(val_size) if val_size >= 1 else max(1, round(val_size * rows))
-    if held >= rows:
-        raise UserError(f"--val_size {val_size} leaves no row to train of {rows}; give a smaller one")
-    return held
 
 
 def for_trl(train_args):

@@ -2,7 +2,7 @@
 
 import math
 
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 from utils.runtime.distributed import all_gather_objects
 
 

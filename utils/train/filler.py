@@ -3,7 +3,7 @@
 from loguru import logger
 from torch.utils.data import BatchSampler, Dataset
 
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 
 
 class WithEmptyRow(Dataset):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from utils.data.row_types import RowType
+from utils.data.row_type import RowType
 from utils.runtime.errors import UserError
 from utils.template.tokenize import IGNORE_INDEX
 
