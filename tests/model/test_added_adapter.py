@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_models import logits_of
+from modes import logits_of
 from transformers import AutoModelForCausalLM
 
 import main_train

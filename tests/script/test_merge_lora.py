@@ -14,7 +14,7 @@ import torch
 from conftest import write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_models import MODES, base_with_untrained
+from modes import MODES, base_with_untrained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main_train

@@ -1,0 +1,68 @@
+"""The weights with which an adapter's training begins, and their dtype."""
+
+import pytest
+import tiny
+import torch
+from modes import logits_of
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from utils.model.adapter_start import adapter_weights, settle_trainable
+
+
+@pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
+def test_a_loaded_adapter_starts_with_the_weights_of_its_file(one_type, tiny_models):
+    """And the copy of it that is DPO's reference: both as the files had them, not rounded on the way."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
+    rows = {"embed_tokens": [5, 9]}
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=rows)
+    model = get_peft_model(base, config)
+    model.add_adapter("ref", config)
+    start = adapter_weights(model)
+    assert len(start) == 5 and not any(".ref" in name for name in start)
+    weights = dict(model.named_parameters())
+    dtype = torch.bfloat16 if one_type else torch.float32
+    for name in start:
+        weights[name].data = weights[name].data.bfloat16()
+    settle_trainable(model, one_type=one_type, start=start)
+    for name, value in start.items():
+        assert torch.equal(weights[name], value.to(dtype)) and weights[name].dtype == dtype, name
+        assert torch.equal(weights[name.replace(".default", ".ref")], value.to(dtype)), name
+
+
+@pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
+def test_adapters_are_float32_and_token_rows_start_as_the_base_has_them(one_type, tiny_models):
+    """Whatever they were rounded to on the way: TRL makes QLoRA's adapters bf16, which a float32 row is not."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
+    expected = logits_of(base)
+    rows = {"embed_tokens": [5, 9]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 5  # A and B of two layers, and the rows
+    for weight in trained.values():
+        weight.data = weight.data.bfloat16()
+    rounded = {name: weight.detach().clone() for name, weight in trained.items()}
+    settle_trainable(model, one_type=one_type, start=None)
+    assert {weight.dtype for weight in trained.values()} == {torch.bfloat16 if one_type else torch.float32}
+    for name, weight in trained.items():
+        if "trainable_tokens" in name:
+            embedding = load_file(f"{tiny_models()}/model.safetensors")["model.embed_tokens.weight"][[5, 9]]
+            assert torch.equal(weight, embedding.to(weight.dtype))
+            assert torch.equal(weight, rounded[name]) == one_type
+        else:
+            assert torch.equal(weight, rounded[name].to(weight.dtype))
+    if not one_type:
+        assert torch.equal(logits_of(model), expected)
+
+
+def test_a_head_with_trained_rows_has_the_attribute_bias():
+    """TRL's fused loss reads it; without it each step would go through the whole logits instead."""
+    base = AutoModelForCausalLM.from_config(tiny.config_for("qwen2", 500, tie_word_embeddings=False))
+    rows = {"embed_tokens": [5], "lm_head": [5]}
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    head = model.get_output_embeddings()
+    with pytest.raises(AttributeError):
+        head.bias  # noqa: B018
+    settle_trainable(model, one_type=False, start=None)
+    assert head.bias is None
