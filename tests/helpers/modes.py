@@ -16,8 +16,6 @@ MODES = {
     "pissa": ["--init_lora_weights", "pissa"],
     "rspissa": ["--init_lora_weights", "pissa", "--use_rslora", "true", "--learning_rate", "1e-3"],
 }
-
-
 IDS = torch.arange(5, 25)[None]
 
 

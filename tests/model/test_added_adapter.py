@@ -5,9 +5,9 @@ from typing import Literal
 
 import pytest
 import torch
+from modes import logits_of
 from peft import PeftModel
 from safetensors.torch import load_file
-from modes import logits_of
 from transformers import AutoModelForCausalLM
 
 import main_train

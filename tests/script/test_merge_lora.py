@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 from conftest import write_rows
+from modes import MODES, base_with_untrained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from modes import MODES, base_with_untrained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main_train
