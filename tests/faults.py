@@ -2098,14 +2098,14 @@ FAULTS = [
         "utils/train/plan.py",
         "else math.ceil(train_args.num_train_epochs * per_epoch)",
         "else math.floor(train_args.num_train_epochs * per_epoch)",
-        "tests/explain/test_explain.py -k the_plan_is_what_a_run_does",
+        "tests/explain/test_explain.py -k test_the_plan_equals_a_run",
     ),
     Fault(
         "plan: padding is computed for free",
         "utils/train/plan.py",
         "len(batch) * rows.sequences * int(rows.longest[batch].max()) if padded",
         "int(rows.tokens[batch].sum()) if padded",
-        "tests/explain/test_explain.py -k padding_is_what",
+        "tests/explain/test_explain.py -k test_padding_equals_the_collators",
     ),
     Fault(
         "run: a token reaches the hub",
