@@ -2209,4 +2209,32 @@ FAULTS = [
         "file = min((file for",
         "tests/data/test_report.py",
     ),
+    Fault(
+        "plan: rows end to end whatever the probe says",
+        "utils/memory/planner.py",
+        "end_to_end=_lays_end_to_end(args, train_args)",
+        "end_to_end=task.lays_end_to_end(train_args)",
+        "tests/memory/test_planner.py -k layout",
+    ),
+    Fault(
+        "plan: a line for every model that is built",
+        "utils/memory/planner.py",
+        "log=not self._models",
+        "log=True",
+        "tests/memory/test_planner.py -k named_once",
+    ),
+    Fault(
+        "parts: packed bytes counted for weights",
+        "utils/model/parts.py",
+        "math.prod(packed_from) if packed_from else ",
+        "",
+        "tests/model/test_parts.py",
+    ),
+    Fault(
+        "lengths: a pair without its prompt",
+        "utils/data/lengths.py",
+        "for name in ids)",
+        "for name in ids[-1:])",
+        "tests/data/test_lengths.py",
+    ),
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from utils.data.lengths import list_lengths, sequence_lengths
 from utils.data.places import locate_sources
 from utils.data.row_type import RowType, SequenceColumns
 from utils.doctor.codes import ERROR, WARNING
@@ -21,13 +22,6 @@ def arrays(dataset, name: str) -> Iterator[tuple]:
     for chunk in dataset.data.column(name).chunks:
         offsets = chunk.offsets.to_numpy()
         yield chunk.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]  # the chunk may be a slice
-
-
-def lengths(dataset, name: str):
-    """Returns the lengths of a column's lists, [rows]."""
-    import numpy
-
-    return numpy.concatenate([numpy.diff(offsets) for _, offsets in arrays(dataset, name)])
 
 
 def sources(dataset):
@@ -115,7 +109,7 @@ def _bos(dataset, files, name: str, tokenizer) -> list[Finding]:
 def _length_bias(dataset, row_type: RowType) -> list[Finding]:
     """Checks that neither answer of the pairs is nearly always the longer one."""
     (name_a, ids_a, _), (name_b, ids_b, _) = row_type.sequence_columns
-    first, second = lengths(dataset, ids_a[-1]), lengths(dataset, ids_b[-1])
+    first, second = (list_lengths(dataset.data, ids[-1]) for ids in (ids_a, ids_b))
     if len(first) < _PAIRS:
         return []
     findings = []
@@ -136,8 +130,7 @@ def row_lengths(dataset, row_type: RowType):
 
     if "seq_lengths" in dataset.column_names:
         return numpy.concatenate([values for values, _ in arrays(dataset, "seq_lengths")])
-    each = [sum(lengths(dataset, name) for name in ids) for _, ids, _ in row_type.sequence_columns]
-    return numpy.maximum.reduce(each)
+    return numpy.maximum.reduce(sequence_lengths(dataset.data, row_type))
 
 
 def eval_in_train_findings(data, rows: int | None, row_type: RowType) -> list[Finding]:

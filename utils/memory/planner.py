@@ -10,6 +10,7 @@ from utils.memory.layout import Layout, layout_of
 from utils.memory.states import States, hold
 from utils.model.adapter import ADAPTERS, FULL, adapter_of
 from utils.model.base_config import load_config
+from utils.model.layout import expected_layout
 from utils.model.meta import meta_model
 from utils.model.options import compute_dtype, uses_checkpointing
 from utils.runtime.errors import UserError, first_line
@@ -82,10 +83,28 @@ def batch_of(args, train_args, on_gpu: bool = True, whole_logits: bool = False) 
     return Batch(
         rows=train_args.per_device_train_batch_size * len(task.row_type.sequence_columns),
         tokens=args.max_len,
-        end_to_end=task.lays_end_to_end(train_args),
+        end_to_end=_lays_end_to_end(args, train_args),
         on_gpu=on_gpu,
         whole_logits=whole_logits,
     )
+
+
+def _lays_end_to_end(args, train_args) -> bool:
+    """Whether the run lays its rows end to end, by the same probe of a small model as `utils.script.explain`."""
+    if not args.task.lays_end_to_end(train_args):
+        return False
+    problem, chosen, _ = expected_layout(args, train_args, args.task, _any_tokenizer())
+    return chosen or problem is not None  # a model that the run would refuse is planned as the flags set it
+
+
+def _any_tokenizer():
+    """A tokenizer of 512 words: the probe's rows are arbitrary ids, and beside a config.json there may be none."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({str(number): number for number in range(512)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
 
 
 class Planner:
@@ -134,7 +153,8 @@ class Planner:
         size = compute_dtype(args).itemsize
         key = (setting.mode, layout.laid_out)
         if key not in self._models:
-            self._models[key] = self._model(args, layout.laid_out)
+            # of the many models the first, which is the run's own, logs which parts are not trained
+            self._models[key] = self._model(args, layout.laid_out, log=not self._models)
         model = self._models[key]
         states = hold(args, self.train_args, model, layout, size)
         reference, told = self._reference(args, model, layout, size)
@@ -146,8 +166,8 @@ class Planner:
         args = dataclasses.replace(self.args, train_mode=train_mode, use_dora=dora)
         return adapter_of(args).without_foreign_flags(args)
 
-    def _model(self, args, laid_out: bool, config=None):
-        return meta_model(args, self.train_args, laid_out, config or self.config)
+    def _model(self, args, laid_out: bool, config=None, log: bool = False):
+        return meta_model(args, self.train_args, laid_out, config or self.config, log)
 
     def _step(self, setting: Setting, args, layout: Layout) -> Activations:
         # what is split does not change what a layer computes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from loguru import logger
 
-from utils.model.adapter_targets import find_targets, tell
+from utils.model.adapter_targets import find_targets, log_untouched
 from utils.model.parts import freeze_towers
 from utils.model.special_tokens import refuse_token_rows, special_tokens_to_train, token_rows
 from utils.runtime.errors import Problem, refusal
@@ -186,14 +186,15 @@ def row_of_type(peft_type: str | None) -> Adapter | None:
     return next((row for row in ADAPTERS.values() if row.is_adapter and row.peft_type == peft_type), None)
 
 
-def build_adapter(args, model, tokenizer, template):
-    """Makes the PEFT configuration that the trainer wraps the model with, and logs what it leaves out.
+def build_adapter(args, model, tokenizer, template, log: bool = True):
+    """Makes the PEFT configuration that the trainer wraps the model with, and logs the parts that are not trained.
 
     Args:
         args: CommonArgs.
         model: the base, loaded.
         tokenizer: names the special tokens' ids.
         template: utils.template.Template, which uses them; None where plain text is trained.
+        log: False where models of one run are built several times, so that each line comes once.
 
     Returns:
         peft.PeftConfig, or None where every weight is trained or the model has its adapter already.
@@ -203,13 +204,13 @@ def build_adapter(args, model, tokenizer, template):
     """
     row = adapter_of(args)
     if not row.is_adapter:
-        freeze_towers(model)
+        freeze_towers(model, log)
         return None
     if args.adapter_name_or_path:
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
-            freeze_towers(model.get_base_model())
+            freeze_towers(model.get_base_model(), log)
         return None
     tokens: list[int] = []
     if template and row.trains_token_rows:
@@ -218,9 +219,10 @@ def build_adapter(args, model, tokenizer, template):
         names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
         refuse_token_rows(model, names)
     targets = find_targets(model, args.lora_target_modules)
-    tell(targets, model, args.lora_target_modules)
+    if log:
+        log_untouched(targets, model, args.lora_target_modules)
     config = new_config(args, model, targets, tokens)
-    if tokens:
+    if tokens and log:
         logger.info("the embeddings of {} are trained as well", names)
     return config
 

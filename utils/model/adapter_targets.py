@@ -72,17 +72,17 @@ def find_targets(model, chosen: str | None) -> Targets:
     )
 
 
-def tell(targets: Targets, model, chosen: str | None) -> None:
-    """Says which layers get no adapter and why, and which large part of the weights none reaches."""
+def log_untouched(targets: Targets, model, chosen: str | None) -> None:
+    """Logs which layers get no adapter and why, and each large part of the weights that no adapter reaches."""
     if chosen is None:
         for reason, names in targets.left.items():
             logger.info("no adapter on {} ({})", ", ".join(names), reason)
     for name, share in frozen_tensors(model):
         logger.warning(
-            "{} holds {:.0%} of the model's weights in tensors of its own rather than in linear layers; no adapter "
+            "{} holds {:.0f} % of the model's weights in tensors of its own rather than in linear layers; no adapter "
             "goes there, so they stay as they are",
             name,
-            share,
+            100 * share,
         )
 
 

@@ -57,7 +57,7 @@ def whole_models(train_args):
         set_hf_deepspeed_config(config)
 
 
-def meta_model(args, train_args, laid_out: bool, config=None):
+def meta_model(args, train_args, laid_out: bool, config=None, log: bool = False):
     """Builds what the trainer would have, adapters included, without memory for a single weight.
 
     Args:
@@ -65,6 +65,7 @@ def meta_model(args, train_args, laid_out: bool, config=None):
         train_args: the recipe's TrainArgument.
         laid_out: whether DeepSpeed lays the weights out, which wants all of them in one type.
         config: from `load_config`, to read it once for several models.
+        log: whether to log which parts are not trained.
 
     Returns:
         transformers.PreTrainedModel, or peft.PeftModel around it, on the meta device.
@@ -77,7 +78,7 @@ def meta_model(args, train_args, laid_out: bool, config=None):
 
     dtype = compute_dtype(args)
     model = meta_base(args, train_args, config)
-    adapter = _adapter(args, model)
+    adapter = _adapter(args, model, log)
     if adapter is not None:
         with torch.device("meta"), _shapes_of_quantised_weights():
             model = get_peft_model(model, adapter)
@@ -105,7 +106,7 @@ def meta_base(args, train_args, config=None):
     return model
 
 
-def _adapter(args, model):
+def _adapter(args, model, log: bool):
     """The configuration of the adapter that the run would start with, new or trained before; None without one."""
     row = adapter_of(args)
     if args.adapter_name_or_path and row.is_adapter:
@@ -117,7 +118,7 @@ def _adapter(args, model):
 
         tokenizer = tokenizer_of(args)
         template = get_template(args.template_name, tokenizer, args.template_date)
-    return build_adapter(args, model, tokenizer, template)
+    return build_adapter(args, model, tokenizer, template, log)
 
 
 def _how_quantised(args, train_args, dtype):

@@ -1,5 +1,6 @@
 """The parts of a model, found by how it is built: linear layers, what text does not go through, routers of experts."""
 
+import math
 import re
 
 from loguru import logger
@@ -85,17 +86,21 @@ def _modalities(module) -> set[str]:
     return {given} if isinstance(given, str) else set(given)
 
 
-def freeze_towers(model) -> None:
-    """Leaves the parts that text does not go through as they are, and says so.
+def freeze_towers(model, log: bool = True) -> None:
+    """Freezes the parts that text does not go through, and logs their names.
 
     Optimizer and gradient synchronisation between processes would otherwise wait for gradients that never come.
+
+    Args:
+        model: transformers' model.
+        log: whether to log the names.
     """
     moving = []
     for name in towers_of(model):
         tower = model.get_submodule(name)
         moving += [name] if any(weight.requires_grad for weight in tower.parameters()) else []
         tower.requires_grad_(False)
-    if moving:
+    if moving and log:
         logger.info("only text is trained: {} stay as they are", ", ".join(moving))
 
 
@@ -177,16 +182,22 @@ def frozen_tensors(model) -> list[tuple[str, float]]:
     """Modules that hold much of the weights and are neither linear layers nor embeddings: experts as one tensor."""
     import torch
 
-    total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    total = sum(map(count_weights, model.parameters()))
     plain = (torch.nn.Linear, torch.nn.Embedding)
     towers = tuple(f"{name}." for name in towers_of(model))
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, plain) or is_conv1d(module) or f"{name}.".startswith(towers):
             continue
-        own = sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters(recurse=False))
+        own = sum(map(count_weights, module.parameters(recurse=False)))
         shares[numberless(name)] = shares.get(numberless(name), 0) + own / total
     return [(name, share) for name, share in shares.items() if share >= MUCH]
+
+
+def count_weights(weight) -> int:
+    """Counts the weights in a parameter: all of one that ZeRO-3 splits; of one in 4 bits the weights, not the bytes."""
+    packed_from = getattr(getattr(weight, "quant_state", None), "shape", None)  # bitsandbytes' Params4bit
+    return math.prod(packed_from) if packed_from else getattr(weight, "ds_numel", weight.numel())
 
 
 def numberless(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from utils.args import parse_args
 from utils.config.deepspeed import ALLOWED, NAMES
-from utils.config.flags import arg, make_parser, read_flags, split_flags
+from utils.config.flags import arg, flag_of, make_parser, read_flags, split_flags, split_own, value_of
 from utils.memory.planner import batch_of
 from utils.memory.report import advice, as_json, cheapest, formula, make_plan, table
 from utils.memory.search import command_of
@@ -46,15 +46,12 @@ class PlanArgs:
 
 def _split(argv: list[str]) -> tuple[list[str], list[str], dict]:
     """Splits the flags into this command's, main_train.py's, and those of main_train.py that are resolved here."""
-    own = {f"--{name}" for name in PlanArgs.__dataclass_fields__} | {"--help", "-h"}
-    mine, theirs, resolved = [], [], {}
-    for group in split_flags(argv):
-        name, _, value = group[0].partition("=")
-        flag = name.removeprefix("--")
-        value = value or (group[1] if len(group) > 1 else "")
-        if name in own:
-            mine += group
-        elif flag in _NOT_NEEDED:
+    mine, rest = split_own(argv, PlanArgs)
+    theirs, resolved = [], {}
+    for group in split_flags(rest):
+        flag = flag_of(group)
+        value = value_of(group, flag)
+        if flag in _NOT_NEEDED:
             continue
         elif flag == "deepspeed" or (flag == "precision" and value in ("auto", "bf16", "fp16", "fp32")):
             resolved[flag] = value
@@ -99,14 +96,12 @@ def read(argv: list[str]):
     except UserError as error:
         raise UserError(*problems, *error.problems) from error
     raise_if_any(problems)
-    _set_precision_and_layout(args, train_args, resolved, {group[0].partition("=")[0] for group in split_flags(theirs)})
+    _set_precision_and_layout(args, train_args, resolved, set(map(flag_of, split_flags(theirs))))
     if plan.tokens_per_row is not None:
         args.max_len = plan.tokens_per_row
     if plan.gpu_memory is None:
         plan.gpu_memory = _gpu_memory()
-    own = {f"--{name}" for name in PlanArgs.__dataclass_fields__}
-    given = [word for group in split_flags(argv) if group[0].partition("=")[0] not in own for word in group]
-    return plan, args, train_args, given
+    return plan, args, train_args, split_own(argv, PlanArgs)[1]
 
 
 def _set_precision_and_layout(args, train_args, resolved: dict, given: set[str]) -> None:
@@ -114,7 +109,7 @@ def _set_precision_and_layout(args, train_args, resolved: dict, given: set[str])
     precision = resolved.get("precision", "auto")
     if precision != "auto":
         args.precision = precision
-    elif not given & {"--bf16", "--fp16", "--config"}:
+    elif not given & {"bf16", "fp16", "config"}:
         args.precision = "bf16"
     layout = resolved.get("deepspeed")
     if layout is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from utils.data.lengths import list_lengths, sequence_lengths
 from utils.data.row_type import RowType
 from utils.runtime.errors import UserError
 from utils.template.tokenize import IGNORE_INDEX
@@ -43,26 +44,20 @@ def measure(dataset, row_type: RowType) -> Rows:
     """
     parts: list[list[numpy.ndarray]] = []
     for batch in dataset.with_format("arrow").iter(_PARTS):
-        each = [sum(_lengths(batch, name) for name in ids) for _, ids, _ in row_type.sequence_columns]
+        each = sequence_lengths(batch, row_type)
         trained = sum(_labelled(batch, labels) for _, _, labels in row_type.sequence_columns)
         packed = "seq_lengths" in batch.column_names
-        examples = _lengths(batch, "seq_lengths") if packed else numpy.ones_like(each[0])
+        examples = list_lengths(batch, "seq_lengths") if packed else numpy.ones_like(each[0])
         parts.append([sum(each), trained, numpy.maximum.reduce(each), examples])
     columns = (numpy.concatenate(column) for column in zip(*parts, strict=True))
     return Rows(*columns, sequences=len(row_type.sequence_columns))
-
-
-def _lengths(batch, name: str) -> numpy.ndarray:
-    import pyarrow.compute
-
-    return pyarrow.compute.list_value_length(batch[name]).to_numpy().astype(numpy.int64)
 
 
 def _labelled(batch, name: str) -> numpy.ndarray:
     """The number of trained labels of each row, [rows]."""
     values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     before = numpy.concatenate([[0], numpy.cumsum(values != IGNORE_INDEX)])
-    ends = numpy.cumsum(_lengths(batch, name))
+    ends = numpy.cumsum(list_lengths(batch, name))
     return before[ends] - before[numpy.concatenate([[0], ends[:-1]])]
 
 
