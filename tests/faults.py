@@ -1115,14 +1115,14 @@ FAULTS = [
         "utils/evaluate/multiple_choice.py",
         "counted[place, row.first : len(row.ids)] = True",
         "counted[place, row.first + 1 : len(row.ids)] = True",
-        "tests/script/test_evaluate.py -k likelihoods_equal",
+        "tests/evaluate/test_multiple_choice.py -k likelihoods_equal",
     ),
     Fault(
         "choices: by character instead of by byte",
         "utils/evaluate/methods.py",
         "value / len(text.encode())",
         "value / len(text)",
-        "tests/script/test_evaluate.py -k 'choices_of_a_run'",
+        "tests/script/test_evaluate.py -k choices_of_a_run",
     ),
     # ------------------------------------------------------------------ optimizer, numbers that are none
     Fault(
@@ -2179,7 +2179,7 @@ FAULTS = [
         "utils/evaluate/models.py",
         'if "base_model" in p.flags else',
         "if not p.message else",
-        "tests/script/test_evaluate.py -k gone_or_has_other_weights",
+        "tests/script/test_evaluate.py -k test_a_base_that_is_missing_or_has_other_weights",
     ),
     Fault(
         "problems: a row's bytes taken for any malformed row",
