@@ -988,21 +988,21 @@ FAULTS = [
         "utils/export/merge.py",
         "types if last else None, rounding",
         "types, rounding",
-        "tests/script/test_merge_lora.py -k chain_on_a_bf16_base",
+        "tests/export/test_merge.py -k chain_on_a_bf16_base",
     ),
     Fault(
         "merge: in the base's own type",
         "utils/model/merge_layers.py",
         "base = layer.get_base_layer().float()",
         "base = layer.get_base_layer()",
-        "tests/script/test_merge_lora.py -k 'a_bf16_base_is_merged'",
+        "tests/export/test_merge.py -k a_bf16_base_is_merged",
     ),
     Fault(
         "merge: weights that are not finite are written",
         "utils/model/merge_layers.py",
         "if smallest is torch.float16 and not all(",
         "if False and not all(",
-        "tests/script/test_merge_lora.py -k too_large_for_fp16",
+        "tests/export/test_merge.py -k too_large_for_fp16",
     ),
     Fault(
         "merge: tied head and embedding move together",
@@ -1037,7 +1037,7 @@ FAULTS = [
         "utils/export/merge.py",
         'if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):',
         "if lacking := []:",
-        "tests/script/test_merge_lora.py -k 'what_cannot_be_merged'",
+        "tests/script/test_merge_lora.py -k test_damaged_runs_are_refused",
     ),
     # ------------------------------------------------------------------ answers
     Fault(

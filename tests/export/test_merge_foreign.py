@@ -8,10 +8,10 @@ import peft
 import pytest
 import tiny
 import torch
+from merging import load, logits
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_merge_lora import load, logits
 from transformers import AutoModelForCausalLM
 
 from utils.export import merge as merging
