@@ -231,7 +231,7 @@ FAULTS = [
         "utils/tasks/plain_loss.py",
         'for row in rows for label in row["labels"][1:])',
         'for row in rows for label in row["labels"]) + 1',
-        "tests/prove/test_prove.py -k all_hold",
+        "tests/prove/test_registry.py -k test_all_proofs_hold_and_no_file_is_left",
     ),
     Fault(
         "probe: a model that sees what comes is trained",
