@@ -1030,7 +1030,7 @@ FAULTS = [
         "utils/model/merge_check.py",
         "    if compared.share <= allowed and kept:",
         "    if compared.share <= allowed:",
-        "tests/export/test_merge_foreign.py -k 'lost'",
+        "tests/export/test_merge_foreign.py tests/model/test_merge_check.py -k 'loses or lost'",
     ),
     Fault(
         "merge: an incomplete base is completed by chance",
@@ -2193,7 +2193,7 @@ FAULTS = [
         "utils/infer/answer_rows.py",
         "(files.index(problem.file), problem.line)",
         "problem.file",
-        "tests/script/test_infer.py",
+        "tests/infer/test_answer_rows.py -k several_files",
     ),
     Fault(
         "report: one record too many",

@@ -7,10 +7,9 @@ import pytest
 import tiny
 
 from utils.args import parse_args
-from utils.memory import Setting
 from utils.memory.activations import step_bytes
 from utils.memory.report import PARTS
-from utils.memory.search import LAYOUTS, command_of
+from utils.memory.search import LAYOUTS
 from utils.model.options import CHECKPOINTING_FROM
 from utils.script import plan_memory
 
@@ -118,23 +117,6 @@ def test_fewer_tokens_and_fewer_trained_take_less_and_whole_logits_more(plan):
     assert first("--tokens_per_row", "32")["activations"] < usual["activations"]
     assert first("--trained_share", "0.25")["logits"] < usual["logits"]
     assert first("--logits", "whole")["logits"] > 64 * 2 * 512 * 4
-
-
-@pytest.mark.parametrize(
-    ("setting", "gpus", "command"),
-    [
-        (Setting("lora", "none", False), 1, "python main_train.py --max_len 64"),
-        (Setting("lora", "zero3", True), 2,
-         "deepspeed --num_gpus 2 main_train.py --max_len 64 --gradient_checkpointing true --deepspeed zero3"),
-        (Setting("qlora", "none", False), 2,
-         "torchrun --nproc_per_node 2 main_train.py --max_len 64 --train_mode qlora"),
-        (Setting("dora", "zero2_offload", False), 1,
-         "python main_train.py --max_len 64 --train_mode lora --use_dora true --deepspeed zero2_offload"),
-    ],
-)  # fmt: skip
-def test_commands(setting, gpus, command):
-    given = ["--max_len", "64", "--deepspeed", "zero1"]
-    assert command_of(setting, Setting("lora", "zero1", False), given, gpus) == command
 
 
 @pytest.mark.parametrize(
