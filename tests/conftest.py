@@ -14,10 +14,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import base64  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+
+# a valid PNG of one pixel
+BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +35,39 @@ def alone():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def collector():
+    """Has the garbage collector pass over the libraries once they are loaded: it takes as long as a short training."""
+    yield
+    if "trl" in sys.modules and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def pictures(request):
+    """Draws a run's figures, but renders no picture of them, which takes longer than a short training.
+
+    A test that needs the picture itself asks for the fixture `rendered`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "rendered" not in request.fixturenames:
+            patch.setattr("utils.run.plot._save", _save_blank)
+        yield
+
+
+@pytest.fixture
+def rendered():
+    """Has the pictures rendered: for tests of the picture itself."""
+
+
+def _save_blank(figure, panels, path):
+    from matplotlib import pyplot
+
+    pyplot.close(figure)
+    path.write_bytes(BLANK)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +122,10 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def train(tiny_models, rows_file, tmp_path):
-    """Runs main_train.py in this process on a tiny model; returns the run's folder."""
+    """Runs main_train.py in this process on a tiny model; returns the run's folder.
+
+    Its card has no answers, as they take as long as a short training; `--card_samples` asks for them.
+    """
     import main_train
 
     def run(*flags, model=None, data=None, output="run"):
@@ -107,6 +148,8 @@ def train(tiny_models, rows_file, tmp_path):
                 "no",
                 "--disable_tqdm",
                 "true",
+                "--card_samples",
+                "0",
                 *flags,
             ]
         )

@@ -79,8 +79,8 @@ def test_the_command_and_the_files_it_leaves(tiny_models, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_what_each_mode_leaves(train, mode):
-    folder = train("--train_mode", mode)
+def test_what_each_mode_leaves(rendered, train, mode):
+    folder = train("--train_mode", mode, "--card_samples", "3")
     assert files_of(folder) == ALWAYS | (FULL if mode == "full" else ADAPTER)
 
 

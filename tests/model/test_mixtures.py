@@ -60,7 +60,7 @@ def test_a_saved_configuration_is_the_base_s(task, mode, train, tmp_path, rows_f
 
 def test_the_card_s_answers_are_made_for_several_prompts(train, tmp_path):
     base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
-    folder = train("--max_steps", "1", "--train_mode", "full", model=base)
+    folder = train("--max_steps", "1", "--train_mode", "full", "--card_samples", "3", model=base)
     assert "could not be made" not in (folder / "README.md").read_text(encoding="utf-8")
     assert "will show no answers" not in (folder / "train.log").read_text(encoding="utf-8")
 

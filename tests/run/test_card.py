@@ -27,6 +27,7 @@ from utils.runtime.text import code_block, escape_markdown, inline_code, setting
 FP32 = ["--precision", "fp32"]
 DPO = ["--train_args_path", "train_args/dpo/base.py"]
 PRETRAIN = ["--train_args_path", "train_args/pretrain/base.py"]
+ANSWERS = ["--card_samples", "3"]
 
 
 def card_of(folder) -> str:
@@ -49,7 +50,7 @@ def answers_of(card: str, title: str) -> list[str]:
 def test_the_card_of_a_run(train, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     rows = write_rows(tmp_path / "some rows.jsonl", [*tiny.ROWS, {"instruction": "Nothing?", "output": ""}])
-    folder = train(*FP32, "--val_size", "2", "--lora_rank", "4", "--hub_token", "hf_given", data=rows)
+    folder = train(*FP32, *ANSWERS, "--val_size", "2", "--lora_rank", "4", "--hub_token", "hf_given", data=rows)
     card, record = card_of(folder), json.loads((folder / "train_args.json").read_text())
     data = ModelCard(card).data
     assert (data.library_name, data.tags) == ("peft", ["llm-dojo", "trl", "sft", "lora"]) and data.base_model is None
@@ -103,7 +104,7 @@ def test_the_losses_of_a_card_are_the_first_the_last_and_the_best():
 
 
 def test_texts_cannot_break_the_card(train):
-    folder = train("--max_steps", "1", "--card_samples", "0")
+    folder = train("--max_steps", "1")
     record = json.loads((folder / "train_args.json").read_text())
     assert "none were asked for" in card_of(folder)
     sample = Sample([1], "````\n# not a title", "a", "```", "b")
@@ -159,7 +160,7 @@ def test_a_text_is_shown_as_it_is_and_does_nothing(text):
 
 def test_what_others_named_cannot_write_into_the_card(train):
     """Every text of the record is one that a user, a hub or the rows could have chosen."""
-    folder = train("--max_steps", "1", "--card_samples", "0")
+    folder = train("--max_steps", "1")
     record = json.loads((folder / "train_args.json").read_text())
     bad = "<img src=x onerror=alert(1)>`|[a](b)\n# x\n```\n<b>"
 
@@ -194,9 +195,9 @@ def test_a_readme_of_ones_own_is_not_written_over(train, refused, tmp_path, tiny
 
 
 def test_a_card_of_an_earlier_run_is_replaced(tmp_path, train):
-    folder = train("--max_steps", "1", "--card_samples", "0")
+    folder = train("--max_steps", "1")
     before = card_of(folder)
-    train("--max_steps", "2", "--card_samples", "0", "--overwrite_output_dir", "true")
+    train("--max_steps", "2", "--overwrite_output_dir", "true")
     assert card_of(folder) != before and "| steps | 2 |" in card_of(folder)
     assert not (folder / "run_card.md").exists()
     assert write_card(folder, "mine") == folder / "README.md"
@@ -225,7 +226,7 @@ QUICK = ["--num_train_epochs", "10", "--learning_rate", "1e-2"]
 
 @pytest.mark.parametrize(("mode", "more"), [("lora", ()), ("lora", ("--init_lora_weights", "pissa")), ("full", ())])
 def test_answers_are_those_of_the_base_and_of_the_run(train, tiny_models, mode, more):
-    folder = train(*FP32, *QUICK, "--train_mode", mode, "--train_special_tokens", "off", *more)
+    folder = train(*FP32, *QUICK, *ANSWERS, "--train_mode", mode, "--train_special_tokens", "off", *more)
     card = card_of(folder)
     before, after, wanted = (answers_of(card, title) for title in ("Before:", "After:", "Wanted:"))
     prompts = [part.split("\n```")[0] for part in card.split("```text\n")[1::4]]
@@ -258,17 +259,17 @@ def base_answer(base, run, prompt: str) -> str:
 )
 def test_answers_change_nothing_of_the_training(train, flags):
     flags = [*FP32, "--logging_steps", "1", *flags]
-    with_answers, without = train(*flags, output="with"), train(*flags, "--card_samples", "0", output="without")
+    with_answers, without = train(*flags, *ANSWERS, output="with"), train(*flags, output="without")
     for name in [path.name for path in with_answers.glob("*.safetensors")] + ["tokenizer_config.json"]:
         assert (with_answers / name).read_bytes() == (without / name).read_bytes()
 
 
 def test_preferences_and_plain_text_have_answers_too(train, tmp_path):
-    card = card_of(train(*DPO, data=write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS), output="dpo"))
+    card = card_of(train(*DPO, *ANSWERS, data=write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS), output="dpo"))
     assert answers_of(card, "Wanted:")[0] == "Paris is." and "Pairs" not in card
     # four texts share two packed rows
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in tiny.TEXT[:4]])
-    card = card_of(train(*PRETRAIN, "--max_len", "64", data=texts, output="pretrain"))
+    card = card_of(train(*PRETRAIN, *ANSWERS, "--max_len", "64", data=texts, output="pretrain"))
     assert len(answers_of(card, "After:")) == 2 and "none: plain text" in card
 
 
@@ -299,7 +300,7 @@ def test_answers_that_fail_cost_no_run(train, monkeypatch, when):
         return answers(*args)
 
     monkeypatch.setattr(utils.run.samples, "_answers", failing)
-    folder = train()
+    folder = train(*ANSWERS)
     assert "No answers: they could not be made (RuntimeError)." in card_of(folder)
     assert (folder / "train_args.json").exists() and "no memory" in (folder / "train.log").read_text()
 
@@ -355,7 +356,7 @@ def test_what_is_pushed_is_the_finished_run_and_no_token_ever(train, hub, monkey
         "--hub_strategy",
         "end",
     ]
-    folder = train(*FP32, *flags, "--save_strategy", "steps", "--save_steps", "2")
+    folder = train(*FP32, *flags, *ANSWERS, "--save_strategy", "steps", "--save_steps", "2")
     pushed = hub[-1]
     wanted = {"README.md", "adapter_model.safetensors", "generation_config.json", "train_args.json", "loss.png"}
     assert wanted <= pushed.keys()

@@ -149,7 +149,7 @@ def test_on_a_logarithmic_scale_the_average_is_the_logarithms(drawn, tmp_path):
     assert len(found) == 2
 
 
-def test_readable_at_the_width_of_a_readme(drawn, tmp_path):
+def test_readable_at_the_width_of_a_readme(rendered, drawn, tmp_path):
     import matplotlib.image
 
     plot_history(history_of(60), tmp_path / "loss.png")
@@ -161,7 +161,7 @@ def test_readable_at_the_width_of_a_readme(drawn, tmp_path):
         assert text.get_fontsize() / 72 * 100 >= 12  # pixels, at 800 for 8 inches
 
 
-def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_picture_is_whole_or_not_there(rendered, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     plot_history(history_of(3), tmp_path / "loss.png")

@@ -74,7 +74,7 @@ def test_folders_and_flags_in_any_order():
     assert split_folders(words) == (["a", "b", "c", "d"], ["--smooth", "0.5", "--output=x.png"])
 
 
-def test_the_command_draws_and_prints(tmp_path, capsys, monkeypatch):
+def test_the_command_draws_and_prints(rendered, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", learning_rate=0.5)

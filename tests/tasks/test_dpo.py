@@ -353,7 +353,7 @@ def height_of(picture):
     return int.from_bytes(picture.read_bytes()[20:24], "big")
 
 
-def test_the_picture_has_a_panel_for_margins_and_one_for_accuracy(train, train_dpo, rows_file):
+def test_the_picture_has_a_panel_for_margins_and_one_for_accuracy(rendered, train, train_dpo, rows_file):
     sft, dpo = train(data=rows_file, output="sft"), train_dpo(output="dpo")[0]
     # two panels of 2 inches more, at 150 dots an inch
     assert height_of(dpo / "loss.png") - height_of(sft / "loss.png") == 600

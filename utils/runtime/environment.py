@@ -1,5 +1,6 @@
 """Records the environment of a run: library versions, hardware, launcher."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,10 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
 
 def versions() -> dict[str, str]:
     """Returns the versions of the main libraries."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {name: _version(name) for name in LIBRARIES}
+
+
+_version = functools.cache(importlib.metadata.version)  # it parses the package's metadata, several ms for each
 
 
 def launcher() -> dict:
