@@ -2237,4 +2237,18 @@ FAULTS = [
         "for name in ids[-1:])",
         "tests/data/test_lengths.py",
     ),
+    Fault(
+        "checkpoint: an incomplete one named on an interrupt",
+        "utils/train/checkpointing.py",
+        "if read_manifest(folder) is not None]",
+        "]",
+        "tests/train/test_checkpointing.py",
+    ),
+    Fault(
+        "command: an interrupt without the way to continue",
+        "utils/runtime/command.py",
+        "way_on = str(interrupt) if",
+        'way_on = "" if',
+        "tests/runtime/test_command.py -k interrupt",
+    ),
 ]

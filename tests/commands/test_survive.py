@@ -122,14 +122,14 @@ def test_two_processes_go_on_in_the_middle_of_a_later_epoch(flags, tmp_path):
 # ---------------------------------------------------------------------- stopped
 @pytest.fixture
 def stopped_run(flags, tmp_path):
-    """Runs in a process of its own that gets signals before its fifth optimizer step."""
+    """Runs in a process of its own that gets signals at one of its moments: by default before the fifth optimizer step."""
 
-    def run(*signums, more=()):
+    def run(*signums, more=(), chance=5):
         script = (
             "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/helpers']\n"
             "from pathlib import Path\nfrom kill_often import Chances\nimport main_train\n"
             "from utils.runtime.command import run_command\n"
-            "chances = Chances(Path('/nowhere'), 5, *map(int, sys.argv[2].split(',')))\n"
+            f"chances = Chances(Path('/nowhere'), {chance}, *map(int, sys.argv[2].split(',')))\n"
             "chances.install()\nrun_command(lambda: main_train.main(sys.argv[3:]))\n"
         )
         told = ",".join(str(int(signum)) for signum in signums)
@@ -156,8 +156,15 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(stopped_run, train, flag
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(stopped_run, tmp_path):
     done = stopped_run(signal.SIGINT, signal.SIGINT)
-    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert done.returncode == 130 and "interrupted. No checkpoint is saved yet" in done.stderr
     assert not checkpoints_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_names_the_checkpoint_to_continue_from(stopped_run, tmp_path):
+    done = stopped_run(signal.SIGINT, signal.SIGINT, more=("--save_steps", "1"), chance=30)
+    newest = [path for path in checkpoints_of(tmp_path / "run") if read_manifest(path)][-1]
+    assert done.returncode == 130 and f"The newest checkpoint is {newest}. To continue" in done.stderr
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import utils.run.plot
 import utils.run.save
 from utils.run.plot import plot_history, plot_runs, series, smoothed, smoothing_for
 from utils.runtime.errors import Interrupted, UserError
+from utils.train.checkpointing import CompleteCheckpointMixin
 
 PNG = b"\x89PNG"
 
@@ -260,7 +261,7 @@ def fail(error):
 
 STOPS = {
     "an error": (fail(RuntimeError("the original one")), RuntimeError, "the original one"),
-    "Ctrl-C twice": (fail(KeyboardInterrupt()), KeyboardInterrupt, "^$"),
+    "Ctrl-C twice": (fail(KeyboardInterrupt()), KeyboardInterrupt, "No checkpoint is saved yet"),
     "a full disk": (fail(UserError("no room")), UserError, "no room"),
     "SIGTERM": (lambda trainer: os.kill(os.getpid(), signal.SIGTERM), Interrupted, "stopped after step 3"),
     "no number": (lambda trainer: setattr(trainer, "_bad_sources", [1]), UserError, "the loss is"),
@@ -293,7 +294,8 @@ def test_a_failure_to_draw_hides_no_error_and_costs_no_run(train, tmp_path, monk
 def test_only_the_first_process_draws(tmp_path, monkeypatch):
     write = lambda path: Path(path).write_text("{}")  # noqa: E731
     state = types.SimpleNamespace(log_history=history_of(3), max_steps=3, save_to_json=write)
-    trainer = types.SimpleNamespace(state=state, args=types.SimpleNamespace(output_dir=str(tmp_path)))
+    trainer = CompleteCheckpointMixin()
+    trainer.state, trainer.args = state, types.SimpleNamespace(output_dir=str(tmp_path))
     monkeypatch.setenv("RANK", "1")
     with utils.run.save.keep_figures(trainer):
         pass

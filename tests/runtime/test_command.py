@@ -51,3 +51,10 @@ def test_an_error_of_another_file_is_no_matter_of_stdout():
     process = start(code)
     assert "FileNotFoundError" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("message", "printed"), [("", "\ninterrupted\n"), ("Go on so", "\ninterrupted. Go on so\n")])
+def test_an_interrupt_prints_how_to_continue(message, printed):
+    code = "from utils.runtime.command import run_command\ndef main(): raise KeyboardInterrupt({!r})\nrun_command(main)"
+    process = start(code.format(message))
+    assert process.communicate(timeout=60)[1] == printed and process.returncode == 130

@@ -127,7 +127,8 @@ def keep_figures(trainer):
     """Writes and plots the trainer's history, also if the training fails, without hiding its error."""
     ended = False
     try:
-        yield
+        with trainer.checkpoint_named_on_interrupt():
+            yield
         ended = True
     finally:
         if is_main_process() and trainer.state.log_history:
@@ -155,8 +156,9 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     folder = Path(trainer.args.output_dir)
     check_weights_finite(trainer)
     try:
-        save_weights(trainer, args, folder)
-        trainer.save_state()
+        with trainer.checkpoint_named_on_interrupt():
+            save_weights(trainer, args, folder)
+            trainer.save_state()
     except Exception as error:
         if not is_disk_error(error):
             raise

@@ -46,8 +46,9 @@ def run_command(main: Callable[[], object]) -> None:
             print(stopped, file=sys.stderr, flush=True)
         wait_for_everyone()  # a launcher kills the other processes once one has exited
         code = 128 + stopped.signum
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        way_on = str(interrupt) if is_main_process() else ""  # what to type to continue, from a training
+        print(f"\ninterrupted. {way_on}" if way_on else "\ninterrupted", file=sys.stderr)
         code = 130
     exit_process(code)
     if code:

@@ -18,6 +18,7 @@ from utils.storage.run_folder import (
     mark_complete,
     mark_incomplete,
     new_run_remedy,
+    read_manifest,
     remove_incomplete_checkpoints,
     rotate_checkpoints,
 )
@@ -131,7 +132,27 @@ class CompleteCheckpointMixin:
 
     def how_to_resume(self) -> str:
         """What to type to continue a run that ended before its last step, for messages."""
-        folder, found = shlex.quote(self.args.output_dir), checkpoints_of(Path(self.args.output_dir))
+        folder, found = shlex.quote(self.args.output_dir), self._complete_checkpoints()
         if self.args.save_only_model and found:
             return new_run_remedy(shlex.quote(str(found[-1])), ADAPTERS[self.settings["must"]["train_mode"]].is_adapter)
         return f"give the same command with --output_dir {folder} --resume_from_checkpoint true"
+
+    def _complete_checkpoints(self) -> list[Path]:
+        return [folder for folder in checkpoints_of(Path(self.args.output_dir)) if read_manifest(folder) is not None]
+
+    @contextlib.contextmanager
+    def checkpoint_named_on_interrupt(self):
+        """Adds to a KeyboardInterrupt, which ends the run before its step is saved, what to type to continue."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(self._after_interrupt()) from interrupt
+
+    def _after_interrupt(self) -> str:
+        if found := self._complete_checkpoints():
+            return f"The newest checkpoint is {found[-1]}. To continue, {self.how_to_resume()}"
+        folder = shlex.quote(self.args.output_dir)
+        return (
+            "No checkpoint is saved yet. To start anew, give the same command with "
+            f"--output_dir {folder} --overwrite_output_dir true"
+        )
