@@ -2251,4 +2251,11 @@ FAULTS = [
         'way_on = "" if',
         "tests/runtime/test_command.py -k interrupt",
     ),
+    Fault(
+        "scripts: the folder of the script first",
+        "utils/script/utils.py",
+        "    sys.path[0] = str(",
+        "    str(",
+        "tests/script/test_utils.py",
+    ),
 ]
