@@ -2258,4 +2258,18 @@ FAULTS = [
         "    str(",
         "tests/script/test_utils.py",
     ),
+    Fault(
+        "model path: any folder suggested",
+        "utils/config/model_path.py",
+        "if any((found / file).is_file() for file in files)]",
+        "]",
+        "tests/config/test_model_path.py -k suggested",
+    ),
+    Fault(
+        "suggestions: paths compared whole",
+        "utils/runtime/errors.py",
+        "found = {each.name: str(each) for",
+        "found = {str(each): str(each) for",
+        "tests/config/test_model_path.py -k 'suggested or misspelt'",
+    ),
 ]

@@ -122,7 +122,7 @@ def test_two_processes_go_on_in_the_middle_of_a_later_epoch(flags, tmp_path):
 # ---------------------------------------------------------------------- stopped
 @pytest.fixture
 def stopped_run(flags, tmp_path):
-    """Runs in a process of its own that gets signals at one of its moments: by default before the fifth optimizer step."""
+    """Runs in a process of its own that gets signals at one of its moments, by default an early one."""
 
     def run(*signums, more=(), chance=5):
         script = (

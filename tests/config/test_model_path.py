@@ -31,3 +31,14 @@ def test_a_misspelt_folder_shows_its_neighbour(parse):
 
 def test_a_hub_name_is_not_taken_for_a_path(parse):
     assert parse("--model_name_or_path", "Qwen/Qwen1.5-7B")[0].model_name_or_path == "Qwen/Qwen1.5-7B"
+
+
+def test_only_folders_with_a_model_are_suggested(parse, tmp_path):
+    for name in ("llama-7b", "llama-8b", "llama-9"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "llama-8b" / "config.json").write_text("{}")
+    (tmp_path / "other").mkdir()  # in the same long folder, and of another name
+    (tmp_path / "other" / "config.json").write_text("{}")
+    said = problems_of(parse, "--model_name_or_path", str(tmp_path / "llama-6b"))[0]
+    assert f"does not exist. Did you mean '{tmp_path / 'llama-8b'}'? Give" in said
+    assert "Did you mean" not in problems_of(parse, "--model_name_or_path", "/nomodel")[0]

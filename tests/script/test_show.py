@@ -16,11 +16,21 @@ def test_the_catalogue_is_not_stale():
 def test_show_template_prints_one(name, capsys):
     show_template.main(["--name", name])
     out = capsys.readouterr().out
+    show_template.main(["--template_name", name])
+    assert capsys.readouterr().out == out
     assert out.startswith(f"## {name}\n")
     assert template_dict[name].models[0] in out
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--name", "qwem"], "Did you mean 'qwen'"), ([], "--write")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--name", "qwem"], "--name 'qwem' is not a template. Did you mean 'qwen'"),
+        (["--template_name", "qwem"], "--template_name 'qwem' is not a template. Did you mean 'qwen'"),
+        (["--name", "auto"], "'auto' is the tokenizer's own chat template"),
+        ([], "--write"),
+    ],
+)
 def test_show_template_refuses(refused, flags, said):
     assert said in refused(show_template.main, *flags)
 

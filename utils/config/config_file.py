@@ -11,7 +11,7 @@ from loguru import logger
 from utils.config.flags import fits, suggest_flag, type_in_words
 from utils.data.files import TEXT_SUFFIXES, find_files
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
-from utils.runtime.errors import Problem, UserError, nearest
+from utils.runtime.errors import Problem, UserError, nearest_path
 from utils.storage.files import ROOT, project_path, sha256_of
 from utils.storage.run_folder import RECORD_FILE, RECORD_IN_PROGRESS
 from utils.storage.weights import weights_fingerprint
@@ -227,8 +227,8 @@ def _read_object(path: str, flag: str) -> dict:
             (file / name for name in (RECORD_FILE, RECORD_IN_PROGRESS) if (file / name).exists()), file / RECORD_FILE
         )
     if not file.is_file():
-        siblings = [str(found) for found in file.parent.glob("*")] if file.parent.is_dir() else []
-        message = f" is not a file ({file}).{nearest(str(file), siblings)} Give a run's train_args.json"
+        siblings = file.parent.glob("*") if file.parent.is_dir() else []
+        message = f" is not a file ({file}).{nearest_path(str(file), siblings)} Give a run's train_args.json"
         raise _unusable(path, flag, message)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

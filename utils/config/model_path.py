@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.model.base_config import load_config
 from utils.model.quantised import check_base, resolve_base
-from utils.runtime.errors import Problem, UserError, nearest, refusal
+from utils.runtime.errors import Problem, UserError, nearest_path, refusal
 from utils.storage.weights import check_weight_files
 
 
@@ -56,7 +56,7 @@ def check_model_path(
     if folder.is_file():
         return refusal(f"{name} {path!r} is a file; give the folder it lies in", *_flags(name))
     if not folder.is_dir():
-        return _check_name(name, path, folder.parent)
+        return _check_name(name, path, folder.parent, adapter_allowed)
     if adapter_allowed and (folder / "adapter_config.json").is_file():
         return []
     return _check_folder(name, path, folder, trust_remote_code, needs_weights)
@@ -88,19 +88,27 @@ def _flags(name: str) -> list[str]:
     return [name.removeprefix("--")] if name.startswith("--") else []
 
 
-def _check_name(name: str, path: str, parent: Path) -> list[Problem]:
+def _check_name(name: str, path: str, parent: Path, adapter_allowed: bool) -> list[Problem]:
     """Whether a path that does not exist can be a hub's name."""
     looks_local = (
         path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or parent.is_dir() or parent.name == "output"
     )
     if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        files = ["config.json", *(["adapter_config.json"] if adapter_allowed else [])]
+        models = [found for found in _siblings(parent) if any((found / file).is_file() for file in files)]
         return refusal(
-            f"{name} {path!r} does not exist.{nearest(path, siblings)} Give a model folder, or a hub name like "
+            f"{name} {path!r} does not exist.{nearest_path(path, models)} Give a model folder, or a hub name like "
             "Qwen/Qwen1.5-7B",
             *_flags(name),
         )
     return []
+
+
+def _siblings(parent: Path) -> list[Path]:
+    try:
+        return list(parent.iterdir())
+    except OSError:  # there is no such folder, or it cannot be read
+        return []
 
 
 def _check_config(name: str, path: str, trust_remote_code: bool) -> list[Problem]:

@@ -9,7 +9,7 @@ from typing import Any
 from utils.data.json_rows import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
 from utils.data.splits import DESCRIPTIONS, choose_split, saved_by_datasets
 from utils.data.tables import read_csv, read_parquet
-from utils.runtime.errors import Problem, nearest, refusal
+from utils.runtime.errors import Problem, nearest_path, refusal
 from utils.storage.files import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -141,8 +141,8 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
         return [], f"is a link to {str(Path(path).readlink())!r}, which does not exist"
     if not Path(path).is_file():
         parent = Path(path).parent
-        siblings = [str(p) for p in parent.iterdir()] if parent.is_dir() else []
-        return [], f"does not exist.{nearest(path, siblings)}"
+        siblings = parent.iterdir() if parent.is_dir() else []
+        return [], f"does not exist.{nearest_path(path, siblings)}"
     if Path(path).suffix.lower() not in suffixes:
         return [], f"is not one of the kinds of file this task reads: {allowed}"
     return [path], None

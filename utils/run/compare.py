@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.run.plot import series
-from utils.runtime.errors import UserError, nearest
+from utils.runtime.errors import UserError, nearest_path
 from utils.runtime.text import format_setting, markdown_table
 from utils.storage.run_folder import STATE, checkpoints_of, read_record
 
@@ -51,8 +51,8 @@ def read_run(path: str) -> Run:
     """
     folder = Path(path)
     if not folder.is_dir():
-        siblings = [str(found) for found in folder.parent.glob("*")] if folder.parent.is_dir() else []
-        raise UserError(f"{path!r} is not a folder.{nearest(path, siblings)} Give runs' folders: {_A_RUN}")
+        siblings = folder.parent.glob("*") if folder.parent.is_dir() else []
+        raise UserError(f"{path!r} is not a folder.{nearest_path(path, siblings)} Give runs' folders: {_A_RUN}")
     states = [state for place in (folder, *checkpoints_of(folder)) if (state := _read_state(place / STATE))]
     if not states:
         below = sorted(str(found.parent) for found in folder.glob(f"*/{STATE}"))

@@ -122,7 +122,16 @@ def raise_if_any(problems: Iterable[str | Problem]) -> None:
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`nearest("qwem", ["qwen", "yi"])` → `" Did you mean 'qwen'?"`, or an empty text."""
-    close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
+    return _did_you_mean(difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6))
+
+
+def nearest_path(path: str, paths: Iterable[Path]) -> str:
+    """As `nearest`, of paths in one folder by their names: the folder they share would make all of them alike."""
+    found = {each.name: str(each) for each in paths}
+    return _did_you_mean([found[name] for name in difflib.get_close_matches(Path(path).name, found, n=3, cutoff=0.6)])
+
+
+def _did_you_mean(close: list[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

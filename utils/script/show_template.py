@@ -26,6 +26,7 @@ class ShowTemplateArgs:
     """Flags of this command."""
 
     name: str | None = arg(None, "The format to print.")
+    template_name: str | None = arg(None, "The same as --name; main_train.py's flag.")
     write: bool = arg(False, "Write chat_template/README.md anew, from the registry.")
 
 
@@ -82,8 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     values, _, problems = read_flags(make_parser([ShowTemplateArgs], "utils.script.show_template", __doc__), argv)
     args = ShowTemplateArgs(**values)
-    if args.name is not None and args.name not in template_dict:
-        problems.append(unknown_template(args.name, "name"))
+    flag = "name" if args.name is not None else "template_name"
+    args.name = getattr(args, flag)
+    if args.name == "auto":
+        problems.append(f"--{flag} 'auto' is the tokenizer's own chat template; show_data shows rows in it, and takes "
+                        "--model_name_or_path and --template_name")  # fmt: skip
+    elif args.name is not None and args.name not in template_dict:
+        problems.append(unknown_template(args.name, flag))
     if args.name is None and not args.write:
         problems.append(f"nothing to do: give --name (one of {', '.join(template_dict)}) or --write")
     raise_if_any(problems)
