@@ -17,6 +17,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import base64  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -120,42 +121,66 @@ def run_folder(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture
-def train(tiny_models, rows_file, tmp_path):
-    """Runs main_train.py in this process on a tiny model; returns the run's folder.
+def train_tiny(folder, model, data, *flags):
+    """Runs main_train.py in this process; returns the run's folder.
 
     Its card has no answers, as they take as long as a short training; `--card_samples` asks for them.
     """
     import main_train
 
+    main_train.main(
+        [
+            "--model_name_or_path", model, "--train_data_path", data, "--output_dir", str(folder),
+            "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--report_to", "none",
+            "--save_strategy", "no", "--disable_tqdm", "true", "--card_samples", "0", *flags,
+        ]
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def train(tiny_models, rows_file, tmp_path):
+    """`train(*flags)` → the folder of a new run on a tiny model, see `train_tiny`."""
+
     def run(*flags, model=None, data=None, output="run"):
-        folder = tmp_path / output
-        main_train.main(
-            [
-                "--model_name_or_path",
-                model or tiny_models(),
-                "--train_data_path",
-                data or rows_file,
-                "--output_dir",
-                str(folder),
-                "--num_train_epochs",
-                "2",
-                "--per_device_train_batch_size",
-                "4",
-                "--report_to",
-                "none",
-                "--save_strategy",
-                "no",
-                "--disable_tqdm",
-                "true",
-                "--card_samples",
-                "0",
-                *flags,
-            ]
-        )
-        return folder
+        return train_tiny(tmp_path / output, model or tiny_models(), data or rows_file, *flags)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_models, tmp_path_factory):
+    """`trained(*flags)` → the folder of a run that all tests share: trained once, and only read; see `copied`."""
+    runs, found = {}, {}
+
+    def run(*flags, rows=tiny.ROWS):
+        key = (*flags, json.dumps(rows))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("trained")
+            data = write_rows(folder / "rows.jsonl", rows)
+            runs[key] = train_tiny(folder / "run", tiny_models(), data, *flags)
+            found[key] = state_of(runs[key])
+        return runs[key]
+
+    yield run
+    changed = [key[:-1] for key, folder in runs.items() if state_of(folder) != found[key]]
+    assert not changed, f"a test changed a shared run; it should have `copied` it: {changed}"
+
+
+def state_of(folder):
+    """The files below a folder, each with its size and when it was written; not the log, which is open for longer."""
+    paths = {str(path): path.stat() for path in folder.rglob("*") if path.is_file() and path.name != "train.log"}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in paths.items()}
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """`copied(*flags, output="run")` → a copy of such a run in the test's own folder, to change or to resume."""
+
+    def copy(*flags, output="run", **options):
+        return shutil.copytree(trained(*flags, **options), tmp_path / output)
+
+    return copy
 
 
 @pytest.fixture

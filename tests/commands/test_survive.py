@@ -497,8 +497,8 @@ def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
 
 # ---------------------------------------------------------------------- resumed with the wrong things
 @pytest.fixture
-def begun(train, tiny_models):
-    return train("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
+def begun(copied):
+    return copied("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
 
 
 def test_an_older_checkpoint_is_not_mixed_with_newer_ones(refused, train, begun, tiny_models, rows_file):

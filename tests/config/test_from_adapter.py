@@ -13,9 +13,9 @@ DPO = ["--train_args_path", "train_args/dpo/base.py"]
 
 
 @pytest.fixture
-def tuned(train):
+def tuned(copied):
     """An SFT run's folder, of rank 4 in another format than the default."""
-    return train("--lora_rank", "4", "--lora_alpha", "6", "--template_name", "yi")
+    return copied("--lora_rank", "4", "--lora_alpha", "6", "--template_name", "yi")
 
 
 def test_a_start_from_an_adapter_takes_over_its_settings(tuned, tiny_models):
@@ -80,8 +80,8 @@ def test_a_checkpoint_brings_its_format_too(train):
     assert parse_args([*DPO, "--adapter_name_or_path", str(checkpoint)])[0].template_name == "yi"
 
 
-def test_an_adapter_trained_with_dropout_goes_on_without(train, tmp_path):
-    tuned = train("--lora_dropout", "0.1")
+def test_an_adapter_trained_with_dropout_goes_on_without(train, trained, tmp_path):
+    tuned = trained("--lora_dropout", "0.1")
     data = write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS)
     folder = train(*DPO, "--adapter_name_or_path", str(tuned), "--logging_steps", "1", data=data, output="dpo")
     first = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]

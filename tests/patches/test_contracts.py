@@ -7,6 +7,7 @@ with `test_still_needed` fails once the library does without the workaround, whi
 import ast
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 
@@ -213,10 +214,57 @@ def test_attributes_of_trainers_and_models(name, module):
 # ------------------------------------------------------------------ equal results
 
 
-def in_new_process(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def in_new_process(code: str) -> dict:
+    """Runs code in a process that has imported nothing yet; returns what it kept in `found`, as JSON keeps it."""
+    code = f"import json, sys\nfound = {{}}\n{code}\nprint(json.dumps(found))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def without_patches(tmp_path_factory) -> dict:
+    """What the libraries do by themselves."""
+    state = str(tmp_path_factory.mktemp("state") / "state.pt")
+    return in_new_process(
+        "import torch\nfrom accelerate.utils import extract_model_from_parallel\n"
+        "found['deepspeed'] = ['deepspeed' in sys.modules]\n"
+        "extract_model_from_parallel(torch.nn.Linear(1, 1))\nfound['deepspeed'].append('deepspeed' in sys.modules)\n"
+        # DeepSpeed's load, then the one that reads as much without running code
+        "from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine as engines\n"
+        "engine = engines.TorchCheckpointEngine.__new__(engines.TorchCheckpointEngine)\n"
+        f"path, state = {state!r}, {{'module': torch.arange(3.0), 'step': 7, 'names': ['a']}}\n"
+        "torch.save(state, path)\ntheirs = engine.load(path)\n"
+        "from utils.storage.pickles import use_safe_deepspeed_load\nuse_safe_deepspeed_load()\n"
+        "ours = engine.load(path, 'cpu')\n"
+        "found['state'] = [ours['module'].equal(theirs['module']), ours['step'], ours['names'], "
+        "ours.keys() == theirs.keys()]\n"
+        "found['bitsandbytes'] = ['bitsandbytes' in sys.modules]\nimport peft\n"
+        "found['bitsandbytes'].append('bitsandbytes' in sys.modules)\n"
+        "from peft.tuners.tuners_utils import BaseTunerLayer as layer\n"
+        "found['casts'] = [str(layer._cast_input_dtype(None, x, t).dtype) for x in (torch.zeros(1), "
+        "torch.zeros(1).bfloat16()) for t in (torch.float32, torch.bfloat16)]\n"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "    cast = layer._cast_input_dtype(None, torch.zeros(1).bfloat16(), torch.float32)\n"
+        "found['cast under autocast'] = str(cast.dtype)"
+    )
+
+
+@pytest.fixture(scope="module")
+def with_patches() -> dict:
+    """What they do with the patches of their imports."""
+    return in_new_process(
+        "import torch\nfrom utils.patches.lazy_imports import import_peft, skip_deepspeed_import\n"
+        "skip_deepspeed_import()\nfrom accelerate.utils import extract_model_from_parallel\n"
+        "model = torch.nn.Linear(1, 1)\n"
+        "found['unwrapped'] = [extract_model_from_parallel(model) is model, 'deepspeed' in sys.modules]\n"
+        "import_peft()\n"
+        "import peft.import_utils, peft.tuners.lora.model as lora\nfrom transformers.utils import import_utils\n"
+        "found['before'] = ['bitsandbytes' in sys.modules, lora.is_bnb_available()]\n"
+        "found['package'] = [peft.import_utils.is_bnb_available(), import_utils.is_bitsandbytes_available()]\n"
+        "import bitsandbytes\n"
+        "found['after'] = [lora.is_bnb_available(), lora.is_bnb_4bit_available()]"
+    )
 
 
 def test_the_head_equals_trl_s():
@@ -277,20 +325,16 @@ def test_attention_of_one_row_equals_transformers():
         torch.testing.assert_close(ours(module, query, key, value, given)[0], theirs)
 
 
-def test_an_adapter_s_input_is_cast_as_peft_does():
+def test_an_adapter_s_input_is_cast_as_peft_does(without_patches):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    theirs = in_new_process(
-        "import torch\nfrom peft.tuners.tuners_utils import BaseTunerLayer as layer\n"
-        "print([layer._cast_input_dtype(None, x, t).dtype for x in (torch.zeros(1), torch.zeros(1).bfloat16())"
-        " for t in (torch.float32, torch.bfloat16)])"
-    )
     from utils.patches.layers import leave_casts_to_autocast
 
     leave_casts_to_autocast()
     kinds = (torch.float32, torch.bfloat16)
     cast = BaseTunerLayer._cast_input_dtype
-    assert str([cast(None, torch.zeros(1, dtype=kind), to).dtype for kind in kinds for to in kinds]) == theirs
+    ours = [str(cast(None, torch.zeros(1, dtype=kind), to).dtype) for kind in kinds for to in kinds]
+    assert ours == without_patches["casts"]
     assert cast(None, None, torch.float32) is None
     with torch.autocast("cpu", torch.bfloat16):  # which casts by itself
         x = torch.zeros(1, 2, dtype=torch.bfloat16)
@@ -312,39 +356,17 @@ def test_only_arrow_casts_by_itself():
     assert {kind.__module__ for kind in others} <= {arrow.__name__} and peft.tuners.lora.LoraLayer not in others
 
 
-def test_peft_knows_of_bitsandbytes_as_before():
+def test_peft_knows_of_bitsandbytes_as_before(with_patches):
     """Imported without it, PEFT and transformers find the package, and layers of it once something imported it."""
-    code = (
-        "import sys\nfrom utils.patches.lazy_imports import import_peft\nimport_peft()\n"
-        "import peft.import_utils, peft.tuners.lora.model as lora\nfrom transformers.utils import import_utils\n"
-        "before = 'bitsandbytes' in sys.modules, lora.is_bnb_available()\n"
-        "found = peft.import_utils.is_bnb_available(), import_utils.is_bitsandbytes_available()\n"
-        "import bitsandbytes\nprint(before, found, lora.is_bnb_available(), lora.is_bnb_4bit_available())"
-    )
-    assert in_new_process(code) == "(False, False) (True, True) True True"
+    assert [with_patches[name] for name in ("before", "package", "after")] == [[False] * 2, [True] * 2, [True] * 2]
 
 
-def test_accelerate_unwraps_a_model_without_deepspeed():
-    code = (
-        "import sys, torch\nfrom utils.patches.lazy_imports import skip_deepspeed_import\nskip_deepspeed_import()\n"
-        "from accelerate.utils import extract_model_from_parallel\nmodel = torch.nn.Linear(1, 1)\n"
-        "print(extract_model_from_parallel(model) is model, 'deepspeed' in sys.modules)"
-    )
-    assert in_new_process(code) == "True False"
+def test_accelerate_unwraps_a_model_without_deepspeed(with_patches):
+    assert with_patches["unwrapped"] == [True, False]
 
 
-def test_a_deepspeed_state_is_read_as_by_deepspeed(tmp_path):
-    code = (
-        "import sys, torch\nfrom deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine as engines\n"
-        "engine = engines.TorchCheckpointEngine.__new__(engines.TorchCheckpointEngine)\n"
-        "state = {'module': torch.arange(3.0), 'step': 7, 'names': ['a']}\ntorch.save(state, sys.argv[1])\n"
-        "theirs = engine.load(sys.argv[1])\nfrom utils.storage.pickles import use_safe_deepspeed_load\n"
-        "use_safe_deepspeed_load()\nours = engine.load(sys.argv[1], 'cpu')\n"
-        "print(ours['module'].equal(theirs['module']), ours['step'], ours['names'], ours.keys() == theirs.keys())"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "state.pt")]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines()[-1] == "True 7 ['a'] True"
+def test_a_deepspeed_state_is_read_as_by_deepspeed(without_patches):
+    assert without_patches["state"] == [True, 7, ["a"], True]
 
 
 def test_a_template_s_date_is_the_one_given():
@@ -385,16 +407,12 @@ def test_the_noise_of_whole_rows_equals_transformers():
 # ------------------------------------------------------------------ what each workaround is still for
 
 
-def test_still_needed_peft_imports_bitsandbytes():
-    assert in_new_process("import sys, peft; print('bitsandbytes' in sys.modules)") == "True"
+def test_still_needed_peft_imports_bitsandbytes(without_patches):
+    assert without_patches["bitsandbytes"] == [False, True]
 
 
-def test_still_needed_accelerate_imports_deepspeed():
-    code = (
-        "import sys, torch\nfrom accelerate.utils import extract_model_from_parallel\n"
-        "extract_model_from_parallel(torch.nn.Linear(1, 1))\nprint('deepspeed' in sys.modules)"
-    )
-    assert in_new_process(code).splitlines()[-1] == "True"
+def test_still_needed_accelerate_imports_deepspeed(without_patches):
+    assert without_patches["deepspeed"] == [False, True]
 
 
 def test_still_needed_a_wrapped_head_has_no_bias():
@@ -411,41 +429,5 @@ def test_still_needed_a_wrapped_head_has_no_bias():
     assert head.bias is head.original_module.bias
 
 
-def test_still_needed_peft_casts_what_autocast_casts_back():
-    code = (
-        "import torch\nfrom peft.tuners.tuners_utils import BaseTunerLayer\n"
-        "with torch.autocast('cpu', torch.bfloat16):\n"
-        "    print(BaseTunerLayer._cast_input_dtype(None, torch.zeros(1).bfloat16(), torch.float32).dtype)"
-    )
-    assert in_new_process(code) == "torch.float32"
-
-
-def test_still_needed_bitsandbytes_packs_weights_anew_on_a_cpu():
-    import bitsandbytes
-
-    from utils.patches.layers import keep_quantised_weights
-
-    assert "_convert_weight_packed_for_cpu" in inspect.getsource(bitsandbytes.nn.Linear4bit.forward)
-    model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64))
-    model[0].support_avx512bf16_for_cpu = True  # an attribute of each layer, by the processor
-    keep_quantised_weights(model)
-    assert model[0].support_avx512bf16_for_cpu is False
-    assert "self.support_avx512bf16_for_cpu" in inspect.getsource(bitsandbytes.nn.Linear4bit.forward)
-
-
-def test_still_needed_deepspeed_unpickles_anything():
-    from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
-
-    assert "weights_only=False" in inspect.getsource(torch_checkpoint_engine)
-
-
-def test_still_needed_trl_scores_every_position_without_triton():
-    from trl.kernels.chunked_logprob import _use_triton
-
-    assert not _use_triton(torch.device("cpu"))
-
-
-def test_still_needed_transformers_takes_noise_from_the_batch():
-    from transformers.integrations.neftune import neftune_post_forward_hook
-
-    assert "output.size(1) * output.size(2)" in inspect.getsource(neftune_post_forward_hook)
+def test_still_needed_peft_casts_what_autocast_casts_back(without_patches):
+    assert without_patches["cast under autocast"] == "torch.float32"

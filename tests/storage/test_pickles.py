@@ -44,10 +44,9 @@ def sizes_noted_again(checkpoint):
 
 
 @pytest.fixture
-def checkpoint(train):
+def checkpoint(copied):
     """A checkpoint of a run of two updates."""
-    flags = ["--max_steps", "2", "--save_steps", "1", "--save_strategy", "steps", "--card_samples", "0"]
-    return train(*flags) / "checkpoint-1"
+    return copied("--max_steps", "2", "--save_steps", "1", "--save_strategy", "steps") / "checkpoint-1"
 
 
 def command_of(checkpoint, *flags):

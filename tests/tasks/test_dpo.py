@@ -51,6 +51,12 @@ def train_dpo(train, pairs_file):
     return run
 
 
+@pytest.fixture
+def dpo_steps(trained):
+    """What was logged at each step of a run on the pairs that all tests share."""
+    return lambda *flags: steps_of(trained(*DPO, *flags, rows=tiny.PAIRS))
+
+
 def steps_of(folder):
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry for entry in history if "loss" in entry]
@@ -192,8 +198,8 @@ def test_loss_gradients_and_rewards_equal_trls(task_trainers, kind):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_begins_at_ln_2_and_both_modes_go_the_same_way(train_dpo, kind):
-    logged = {mode: train_dpo("--task_type", mode, *ADAPTERS[kind], output=mode)[1] for mode in MODES}
+def test_begins_at_ln_2_and_both_modes_go_the_same_way(dpo_steps, kind):
+    logged = {mode: dpo_steps("--task_type", mode, *ADAPTERS[kind]) for mode in MODES}
     for steps in logged.values():
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
@@ -204,10 +210,10 @@ def test_begins_at_ln_2_and_both_modes_go_the_same_way(train_dpo, kind):
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "trained_tokens"])
-def test_every_adapter_begins_as_the_base(train_dpo, kind):
+def test_every_adapter_begins_as_the_base(dpo_steps, kind):
     flags = ["--max_steps", "1", "--per_device_train_batch_size", "8"]
-    base = train_dpo(*flags, output="base")[1][0]
-    begun = train_dpo(*flags, *ADAPTERS[kind], output=kind)[1][0]
+    base = dpo_steps(*flags)[0]
+    begun = dpo_steps(*flags, *ADAPTERS[kind])[0]
     for name in ("logps/chosen", "logps/rejected"):
         assert begun[name] == pytest.approx(base[name], abs=1e-4)
 
@@ -227,10 +233,10 @@ def test_one_step_lowers_the_loss(train_dpo, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_precomputed_reference_has_the_same_losses(train_dpo, mode):
+def test_precomputed_reference_has_the_same_losses(train_dpo, dpo_steps, mode):
     for kind in ("full", "lora"):
         flags = ["--task_type", mode, *ADAPTERS[kind]]
-        _, kept = train_dpo(*flags, output=f"{kind}-kept")
+        kept = dpo_steps(*flags)
         for again in range(2):  # the second time from what TRL keeps beside the rows
             folder, before = train_dpo(*flags, "--precompute_ref_log_probs", "true", output=f"{kind}-before-{again}")
             assert [step["loss"] for step in before] == pytest.approx([step["loss"] for step in kept], abs=1e-5)
@@ -239,8 +245,8 @@ def test_precomputed_reference_has_the_same_losses(train_dpo, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sft", ["lora", "trained_tokens", "qlora"])
-def test_precomputed_reference_under_an_sft_adapter(train, train_dpo, rows_file, mode, sft, tiny_models):
-    tuned = train("--learning_rate", "1e-2", *ADAPTERS[sft], data=rows_file, output="sft", model=tiny_models())
+def test_precomputed_reference_under_an_sft_adapter(trained, train_dpo, mode, sft):
+    tuned = trained("--learning_rate", "1e-2", *ADAPTERS[sft])
     flags = ["--task_type", mode, "--adapter_name_or_path", str(tuned), "--precompute_ref_log_probs", "true"]
     _, steps = train_dpo(*flags, *(["--train_mode", "qlora"] if sft == "qlora" else []))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -277,17 +283,17 @@ def test_precomputed_reference_is_not_taken_from_a_run_of_another_precision(trai
     assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)  # the reference is float32's own
 
 
-def test_precomputed_reference_is_not_taken_from_a_run_with_other_lengths_weighed(train_dpo):
+def test_precomputed_reference_is_not_taken_from_a_run_with_other_lengths_weighed(train_dpo, dpo_steps):
     for number, flags in enumerate([[], ["--ld_alpha", "0.2"]]):
-        _, kept = train_dpo(*flags, output=f"kept-{number}")
+        kept = dpo_steps("--task_type", "dpo_multi", *flags)
         _, before = train_dpo(*flags, "--precompute_ref_log_probs", "true", output=f"before-{number}")
         assert [step["loss"] for step in before] == pytest.approx([step["loss"] for step in kept], abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sft", ["lora", "dora", "trained_tokens", "qlora", "pissa"])
-def test_an_sft_adapter_is_start_and_reference(train, train_dpo, rows_file, mode, sft, tiny_models):
-    tuned = train("--precision", "fp32", *ADAPTERS[sft], data=rows_file, output="sft", model=tiny_models())
+def test_an_sft_adapter_is_start_and_reference(trained, train_dpo, mode, sft, tiny_models):
+    tuned = trained("--precision", "fp32", *ADAPTERS[sft])
     before = load_file(tuned / "adapter_model.safetensors")
     flags = ["--task_type", mode, "--adapter_name_or_path", str(tuned)]
     flags += ["--train_mode", "qlora"] if sft == "qlora" else []
@@ -303,7 +309,7 @@ def test_an_sft_adapter_is_start_and_reference(train, train_dpo, rows_file, mode
     assert config["model_name_or_path"] == tiny_models()
 
 
-def test_reference_under_an_sft_adapter_is_the_tuned_model(train, train_dpo, rows_file, tiny_models):
+def test_reference_under_an_sft_adapter_is_the_tuned_model(trained, train_dpo, tiny_models):
     """The first logged log-probabilities are those of the SFT run, loaded by plain PEFT."""
     from peft import PeftModel
 
@@ -312,7 +318,7 @@ def test_reference_under_an_sft_adapter_is_the_tuned_model(train, train_dpo, row
     from utils.model.tokenizer import load_tokenizer
     from utils.template import get_template
 
-    tuned = train("--precision", "fp32", "--learning_rate", "1e-2", data=rows_file, output="sft", model=tiny_models())
+    tuned = trained("--precision", "fp32", "--learning_rate", "1e-2")
     flags = ["--adapter_name_or_path", str(tuned), "--per_device_train_batch_size", "8", "--max_steps", "1"]
     _, steps = train_dpo(*flags)
     base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
@@ -327,8 +333,8 @@ def test_reference_under_an_sft_adapter_is_the_tuned_model(train, train_dpo, row
     assert steps[0]["logps/chosen"] == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_full_training_from_an_sft_adapter_begins_at_the_tuned_model(train, train_dpo, rows_file, tiny_models):
-    tuned = train("--precision", "fp32", data=rows_file, output="sft", model=tiny_models())
+def test_full_training_from_an_sft_adapter_begins_at_the_tuned_model(trained, train_dpo):
+    tuned = trained("--precision", "fp32")
     folder, steps = train_dpo("--adapter_name_or_path", str(tuned), "--train_mode", "full")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and (folder / "model.safetensors").is_file()
     _, other = train_dpo("--adapter_name_or_path", str(tuned), output="adapter")
@@ -337,10 +343,10 @@ def test_full_training_from_an_sft_adapter_begins_at_the_tuned_model(train, trai
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("start", ["base", "sft"])
-def test_resume_ends_where_an_undisturbed_run_ends(train, train_dpo, rows_file, mode, start, tiny_models):
+def test_resume_ends_where_an_undisturbed_run_ends(trained, train_dpo, mode, start):
     flags = ["--task_type", mode, "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
     if start == "sft":
-        tuned = train("--precision", "fp32", data=rows_file, output="sft", model=tiny_models())
+        tuned = trained("--precision", "fp32")
         flags += ["--adapter_name_or_path", str(tuned)]
     whole, _ = train_dpo(*flags, output="whole")
     checkpoint = sorted(whole.glob("checkpoint-*"))[1]

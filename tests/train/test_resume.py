@@ -21,9 +21,9 @@ def history(folder, name="loss"):
 
 
 @pytest.fixture
-def begun(train):
+def begun(copied):
     """A run of six steps, with checkpoints after 2, 4 and 6."""
-    return train(*STEPS, "--max_steps", "6", "--save_total_limit", "9", output="begun")
+    return copied(*STEPS, "--max_steps", "6", "--save_total_limit", "9", output="begun")
 
 
 @pytest.fixture
