@@ -6,9 +6,11 @@ import torch
 from modes import logits_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from small_models import small
 from transformers import AutoModelForCausalLM
 
 from utils.model.adapter_start import adapter_weights, settle_trainable
+from utils.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
@@ -66,3 +68,24 @@ def test_a_head_with_trained_rows_has_the_attribute_bias():
         head.bias  # noqa: B018
     settle_trainable(model, one_type=False, start=None)
     assert head.bias is None
+
+
+def test_a_new_adapter_that_changes_the_model_is_refused():
+    """Inkling normalises what its embedding looks up, which PEFT leaves out where it trains rows of it."""
+    from peft import LoraConfig, get_peft_model
+
+    from utils.model.adapter_start import check_new_adapter
+
+    plain = LoraConfig(target_modules=["q_proj"])
+    check_new_adapter(get_peft_model(small("qwen2"), plain))
+    rounded = LoraConfig(target_modules=["q_proj"], use_dora=True)  # its magnitudes are rounded as the weights are
+    check_new_adapter(get_peft_model(small("qwen2").bfloat16(), rounded))
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 14]})
+    check_new_adapter(get_peft_model(small("gemma3_text"), rows))  # PEFT knows its scaled embedding
+    model = get_peft_model(small("qwen2"), rows)
+    embedding = model.get_base_model().model.embed_tokens.original_module
+    embedding.forward = lambda ids: torch.nn.functional.normalize(
+        torch.nn.functional.embedding(ids, embedding.weight), dim=-1
+    )
+    with pytest.raises(UserError, match="--train_special_tokens off"):
+        check_new_adapter(model)

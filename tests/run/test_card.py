@@ -434,20 +434,3 @@ def test_secrets_of_a_recipe_are_not_recorded(tmp_path, train):
     recipe.write_text(text + '    wandb_api_key: str = "sk-SECRET"\n    my_password: str = "sk-SECRET"\n')
     folder = train("--train_args_path", str(recipe), "--max_steps", "1")
     assert not any(b"sk-SECRET" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.mark.parametrize(
-    ("variables", "command"),
-    [
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 main_train.py"),
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nnodes 2 --nproc_per_node 8 main_train.py"),
-        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}, "deepspeed --num_gpus 2 main_train.py"),
-        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8", "CROSS_SIZE": "2"}, "deepspeed --hostfile hosts main_train.py"),
-    ],
-)
-def test_the_command_starts_as_many_processes(variables, command, monkeypatch):
-    from utils.runtime.environment import launcher
-
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert launcher()["command"] == command

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import small
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from utils.model.small import small_config, small_model
@@ -45,3 +46,10 @@ def test_lists_with_an_entry_for_each_layer_are_cut():
     assert small.num_attention_heads_per_layer == [4, 2] and small.mlp_layer_types == ["dense", "sparse"]
     assert small_config(CONFIG_MAPPING["smollm3"]()).no_rope_layers == [1, 1, 1, 0]
     assert small_config(CONFIG_MAPPING["llama"](num_hidden_layers=4)).hidden_act == "silu"  # four letters, no list
+
+
+def test_a_small_model_draws_no_random_numbers():
+    """It is built on every process of ZeRO-3, after the seed is set: other numbers would be another order of rows."""
+    state = torch.random.get_rng_state()
+    small("qwen2")
+    assert torch.equal(torch.random.get_rng_state(), state)
