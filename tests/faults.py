@@ -2448,4 +2448,11 @@ FAULTS = [
         "(token for token in _PAD_CANDIDATES[::-1] if token in vocabulary)",
         "tests/model/test_tokenizer.py",
     ),
+    Fault(
+        "prompts: marks of the training read",
+        "utils/infer/prompts.py",
+        "_read(_without_training_marks(row))",
+        "_read(row)",
+        "tests/infer/test_prompts.py -k marks",
+    ),
 ]

@@ -119,3 +119,13 @@ def test_a_file_that_is_missing_or_not_readable_to_its_end_is_no_row_to_leave_ou
     (tmp_path / "cut.json").write_text('[{"prompt": "Hi"}, {"pro', encoding="utf-8")
     with pytest.raises(UserError, match="cut.json:1 is not JSON"):
         read_prompts(str(tmp_path / "cut.json"), "--input")
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": 0}, {"train": False, "loss": 1}, {"train_on_turn": True}])
+def test_marks_of_what_is_trained_are_ignored(mark):
+    user, said = USER | mark, SAID | mark
+    assert to_prompt({"messages": [user, said, user, said]}) == ([USER, SAID, USER], None, "Hello")
+    turns = [{"from": "human", "value": "Hi"} | mark, {"from": "gpt", "value": "Hello"} | mark]
+    assert to_prompt({"conversations": turns}) == ([USER], None, "Hello")
+    assert to_prompt({"prompt": [user], "chosen": [said], "rejected": said}) == ([USER], None, "Hello")
+    assert to_prompt({"messages": [user], "tools": [mark]})[1] == [mark]  # of a tool it is no mark

@@ -8,7 +8,7 @@ from utils.data.fields import is_empty
 from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set whether a turn is trained: OpenAI's, then those of other trainers
-_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
+TRAINING_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
 
@@ -42,14 +42,14 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
             message[key] = text
     if not _is_trained(turn, role) and role == "assistant":
         message["train"] = False
-    known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *_MARKS, *REASONING_FIELDS}
+    known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *TRAINING_MARKS, *REASONING_FIELDS}
     extra = {key: _as_json(value) for key, value in turn.items() if key not in known and not is_empty(value)}
     return {**message, "extra": extra} if extra else message
 
 
 def _is_trained(turn: dict, role: str) -> bool:
     """Whether the marks of a turn allow it to be trained: 0 and false do not, 1, true and null do."""
-    marks = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
+    marks = {name: turn[name] for name in TRAINING_MARKS if turn.get(name) is not None}
     for name, value in marks.items():
         if value not in (0, 1):  # true and false, too
             raise BadRow(

@@ -17,6 +17,7 @@ from utils.data.conversations import (
 )
 from utils.data.files import find_files, read_rows
 from utils.data.pairs import check_prompt, read_pair
+from utils.data.turns import TRAINING_MARKS
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import original_fields
 
@@ -24,6 +25,7 @@ PROMPT_FORMATS = (
     '{"instruction": …} (with "input", "system", "history" if wanted), {"messages": […]} or {"conversations": […]}, '
     '{"prompt": …} as a text or a list of turns, or a preference pair'
 )
+_TURNS = ("messages", "conversations", "prompt", "chosen", "rejected", "reject")  # fields that may hold turns
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     row = {name: value for name, value in row.items() if value is not None}  # tables have every column in every row
     check_fields(row, "prompt", [])
-    messages, answer = _read(row)
+    messages, answer = _read(_without_training_marks(row))
     if not messages:
         raise BadRow("has an answer and no prompt before it")
     check_prompt(messages)
@@ -103,6 +105,19 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     except (TypeError, UnicodeEncodeError) as error:  # such as a date from a Parquet file, or a lone surrogate
         raise BadRow(f"has something that JSON cannot hold ({error})") from None
     return [original_fields(message) for message in messages], tools, answer or None
+
+
+def _without_training_marks(row: dict) -> dict:
+    """Removes the marks that set which turns are trained, whatever their values: here nothing is trained."""
+
+    def plain(turn: Any) -> Any:
+        marked = isinstance(turn, dict) and not turn.keys().isdisjoint(TRAINING_MARKS)
+        return {key: value for key, value in turn.items() if key not in TRAINING_MARKS} if marked else turn
+
+    return {
+        name: value if name not in _TURNS else [*map(plain, value)] if isinstance(value, list) else plain(value)
+        for name, value in row.items()
+    }
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:
