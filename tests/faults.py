@@ -725,8 +725,8 @@ FAULTS = [
     Fault(
         "dpo: batches count once in the figures, not pairs",
         "utils/tasks/dpo_trainer.py",
-        "values.extend([values[-1]] * (pairs - 1))",
-        "pass",
+        "counts = {name: pairs for name in figures",
+        "counts = {name: 1 for name in figures",
         "tests/tasks/test_dpo.py -k each_pair_counts_once",
     ),
     Fault(
@@ -2454,5 +2454,33 @@ FAULTS = [
         "_read(_without_training_marks(row))",
         "_read(row)",
         "tests/infer/test_prompts.py -k marks",
+    ),
+    Fault(
+        "figures: each batch counts once",
+        "utils/train/figures.py",
+        "([total * before[0]] if total else [])",
+        "([count * before[0]] if total else [])",
+        "tests/tasks/test_accumulation.py -k figures",
+    ),
+    Fault(
+        "figures: a line's batches counted in the next",
+        "utils/train/figures.py",
+        "if before else 0",
+        "if True else 0",
+        "tests/tasks/test_accumulation.py -k 'batches and dpo_multi'",
+    ),
+    Fault(
+        "figures: logits of rejected weighed by chosen",
+        "utils/tasks/dpo_trainer.py",
+        '"logits/rejected": tokens[1]',
+        '"logits/rejected": tokens[0]',
+        "tests/tasks/test_accumulation.py -k figures",
+    ),
+    Fault(
+        "figures: SFT's weighed by rows",
+        "utils/train/eval_metrics.py",
+        'tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()',
+        'tokens = (inputs["labels"][:, :1] == IGNORE_INDEX).sum()',
+        "tests/tasks/test_accumulation.py -k 'batches and sft'",
     ),
 ]

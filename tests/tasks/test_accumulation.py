@@ -56,9 +56,54 @@ def test_pairs_of_a_short_micro_batch_count_as_others_do(task_trainers, mode):  
     assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-3
 
 
+def plain_figures(model, pairs):
+    """The figures of the pairs' trained tokens, one row at a time, from whole logits."""
+    parts = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        for side, found in parts.items():
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            labels = torch.tensor([-100] * len(pair["prompt_ids"]) + pair[f"{side}_labels"])[1:]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1][labels != -100].float()
+            log_probs, labels = logits.log_softmax(-1), labels[labels != -100]
+            entropy, right = -(log_probs.exp() * log_probs).sum(-1), logits.argmax(-1) == labels
+            found.append(torch.stack([logits.mean(-1), entropy, right.float()]))
+    (mean_c, entropy_c, right_c), (mean_r, entropy_r, _) = (torch.cat(found, 1) for found in parts.values())
+    return {
+        "logits/chosen": mean_c.mean().item(),
+        "logits/rejected": mean_r.mean().item(),
+        "entropy": torch.cat([entropy_c, entropy_r]).mean().item(),
+        "mean_token_accuracy": right_c.mean().item(),
+    }
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 2, 1), (1, 1, 1, 1, 1)])
+def test_figures_of_an_update_are_means_over_its_tokens(task_trainers, sizes):  # noqa: F811
+    trainer, rows = task_trainers("dpo_multi", "lora")
+    rows = sorted(rows, key=lambda row: len(row["chosen_ids"]))[:5]  # of different lengths
+    wanted = plain_figures(trainer.model, rows)
+    trainer.model.train()
+    trainer._metrics["train"].clear()
+    accumulated(trainer, rows, sizes)
+    logged = {}
+    trainer.log(logged)
+    assert {name: logged[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
 def losses_and_weights(folder):
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry], load_file(folder / "adapter_model.safetensors")
+
+
+FIGURES = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm", "logits/chosen", "logits/rejected",
+           "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+           "logps/rejected")  # fmt: skip
+
+
+def figures(folder):
+    """Every figure of each line of the training's log."""
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [{name: entry[name] for name in FIGURES if name in entry} for entry in log if "loss" in entry]
 
 
 def the_same(one, other):
@@ -69,14 +114,19 @@ def the_same(one, other):
 
 @pytest.mark.parametrize("task", ["sft", *MODES])
 def test_a_run_in_micro_batches_is_the_run_in_batches(train, tmp_path, task):
-    """Seven rows, four an update, in batches of 4 and 3, and in micro-batches of 2, 2 and 2, 1."""
+    """Seven rows, four an update, in batches of 4 and 3, in micro-batches of 2, 2 and 2, 1, and of 1 each."""
     flags, rows = [*STEPS, "--task_type", task], tiny.ROWS[:7]
     if task != "sft":
         flags, rows = ["--train_args_path", "train_args/dpo/base.py", *flags], tiny.PAIRS[:7]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     whole = train(*flags, "--per_device_train_batch_size", "4", data=data, output="whole")
-    parts = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    the_same(losses_and_weights(train(*flags, *parts, data=data, output="parts")), losses_and_weights(whole))
+    for size, steps in ((2, 2), (1, 4)):
+        given = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps)]
+        parts = train(*flags, *given, data=data, output=f"parts-{size}")
+        the_same(losses_and_weights(parts), losses_and_weights(whole))
+        for found, wanted in zip(figures(parts), figures(whole), strict=True):
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+            assert set(found) >= {"sft": {"entropy"}, "dpo_multi": {"logits/chosen", "entropy"}}.get(task, set())
 
 
 # ---------------------------------------------------------------------- several processes

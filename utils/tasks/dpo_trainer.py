@@ -16,11 +16,12 @@ from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
 from utils.tasks.trainer import make_trainer, wants_one_type
+from utils.train.figures import WeightedFiguresMixin
 from utils.train.filler import FillLastStepMixin, fills_up
 from utils.train.trainer import FaultTolerantTrainerMixin
 
 
-class PreparedPairs(FillLastStepMixin, FaultTolerantTrainerMixin):
+class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTrainerMixin):
     """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
 
     TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short
@@ -75,9 +76,20 @@ class PreparedPairs(FillLastStepMixin, FaultTolerantTrainerMixin):
         uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
         with uneven:
             result = super()._compute_loss(model, inputs, return_outputs)
-        _weigh_figures(self, sum(counts))
+        self.weigh_figures(self._counts_of_figures(inputs, sum(counts)))
         self._pairs = None
         return result
+
+    def _counts_of_figures(self, inputs, pairs: int) -> dict[str, int]:
+        """How many pairs, or tokens of answers, each figure of a batch is the mean of."""
+        figures = self._metrics["train" if self.model.training else "eval"]
+        counts = {name: pairs for name in figures if name.startswith(("rewards/", "logps/", "aux_loss"))}
+        if "entropy" in figures:  # TRL's own loss; its collator's first half of the rows has the chosen answers
+            chosen, rejected = (half.sum() for half in inputs["completion_mask"][:, 1:].chunk(2))
+            tokens = self.accelerator.gather(torch.stack([chosen, rejected])).view(-1, 2).sum(dim=0).tolist()
+            counts |= {"entropy": sum(tokens), "mean_token_accuracy": tokens[0]}
+            counts |= {"logits/chosen": tokens[0], "logits/rejected": tokens[1]}
+        return counts
 
     def compute_ref_log_probs(self, model, inputs):
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
@@ -132,14 +144,6 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
     return trainer
-
-
-def _weigh_figures(trainer, pairs: int) -> None:
-    """Lets each pair count once in the figures: TRL takes the mean of batches, the last of which may be smaller."""
-    figures = trainer._metrics["train" if trainer.model.training else "eval"]
-    for name, values in figures.items():
-        if name.startswith(("rewards/", "logps/")):
-            values.extend([values[-1]] * (pairs - 1))
 
 
 def gather_uneven(gather, counts: list[int], here: int, values):

@@ -4,10 +4,12 @@ import math
 
 from utils.data.row_type import RowType
 from utils.runtime.distributed import all_gather_objects
+from utils.template.tokenize import IGNORE_INDEX
+from utils.train.figures import WeightedFiguresMixin
 
 
-class TokenWeightedEvalMixin:
-    """A mix-in for TRL's SFTTrainer: evaluation metrics do not depend on how rows are divided into batches.
+class TokenWeightedEvalMixin(WeightedFiguresMixin):
+    """A mix-in for TRL's SFTTrainer: no metric depends on how rows are divided into batches.
 
     transformers averages the losses of batches, TRL their accuracies, and with several processes both count the rows
     that fill up the last step twice. Here, over all trained tokens t of the set,
@@ -34,6 +36,13 @@ class TokenWeightedEvalMixin:
         output.metrics[f"{metric_key_prefix}_token_accuracy"] = figures[1]
         output.metrics[f"{metric_key_prefix}_entropy"] = figures[2]
         return output
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        count = int(self.accelerator.gather(tokens).sum())
+        self.weigh_figures({name: count for name in ("entropy", "mean_token_accuracy")})
+        return result
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
