@@ -102,7 +102,7 @@ def write_rows(path, rows):
     return str(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """A run that knows three rows by heart, tiny.LEARNED: of whole weights, its base noted, long enough trained."""
     import main_train
@@ -118,7 +118,9 @@ def run_folder(tmp_path_factory):
             "--disable_tqdm", "true", "--precision", "fp32",
         ]
     )  # fmt: skip
-    return folder / "run"
+    found = state_of(folder)
+    yield folder / "run"
+    assert state_of(folder) == found, "a test changed this run, which all tests share"
 
 
 def train_tiny(folder, model, data, *flags):

@@ -188,8 +188,8 @@ def test_a_model_without_a_pad_token_is_handled(train, tmp_path):
     assert load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_finished_run_is_replaced_only_when_told(train, refused, tmp_path, tiny_models, rows_file):
-    folder = train("--save_strategy", "epoch")
+def test_a_finished_run_is_replaced_only_when_told(train, copied, refused, tiny_models, rows_file):
+    folder = copied("--save_strategy", "epoch")
     assert list(folder.glob("checkpoint-*"))
     before = (folder / "adapter_model.safetensors").read_bytes()
     said = refused(
@@ -229,11 +229,10 @@ def test_remote_code_is_not_run_unless_asked(tmp_path, refused, tiny_models, row
     assert not (tmp_path / "ran").exists()
 
 
-def test_resuming_ends_where_an_undisturbed_run_does(train):
+def test_resuming_ends_where_an_undisturbed_run_does(train, trained, copied):
     """Half a run, then the rest from its checkpoint: the weights of the whole run, to the bit."""
     flags = ["--precision", "fp32", "--num_train_epochs", "4", "--save_strategy", "epoch", "--save_total_limit", "10"]
-    whole = train(*flags, output="whole")
-    parts = train(*flags, output="parts")
+    whole, parts = trained(*flags), copied(*flags, output="parts")
     for name in ("train_args.json", "adapter_model.safetensors"):
         (parts / name).unlink()
     import shutil
@@ -347,18 +346,18 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, 
         (["--card_samples", "-1"], "--card_samples -1"),
     ],
 )
-def test_what_the_trainer_would_refuse_late_costs_no_earlier_run(train, refused, flags, said, tiny_models, rows_file):
-    folder = train("--max_steps", "1")
+def test_what_the_trainer_would_refuse_late_costs_no_earlier_run(copied, refused, flags, said, tiny_models, rows_file):
+    folder = copied("--max_steps", "1")
     before = files_with_content(folder)
     run = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder)]
     assert said in refused(main_train.main, *run, "--overwrite_output_dir", "true", *flags)
     assert files_with_content(folder) == before
 
 
-def test_a_run_that_fails_before_it_trains_leaves_the_earlier_one(train, monkeypatch):
+def test_a_run_that_fails_before_it_trains_leaves_the_earlier_one(train, copied, monkeypatch):
     import utils.tasks.sft
 
-    folder = train("--max_steps", "1")
+    folder = copied("--max_steps", "1")
     before = files_with_content(folder)
 
     def fails(*_):
@@ -405,10 +404,10 @@ def test_a_folder_with_weights_or_checkpoints_is_refused(refused, tmp_path, tiny
     assert "already holds 'config.json'" in refused(main_train.main, *common, "--output_dir", str(tmp_path / "mine"))
 
 
-def test_a_checkpoint_cut_short_is_passed_over(train):
+def test_a_checkpoint_cut_short_is_passed_over(train, copied):
     """Resuming takes the newest whole one, and ends where the undisturbed run did."""
     flags = ["--precision", "fp32", "--num_train_epochs", "4", "--save_strategy", "epoch", "--save_total_limit", "10"]
-    folder = train(*flags)
+    folder = copied(*flags)
     whole = (folder / "adapter_model.safetensors").read_bytes()
     newest = folder / "checkpoint-8" / "adapter_model.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -416,8 +415,8 @@ def test_a_checkpoint_cut_short_is_passed_over(train):
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
 
 
-def test_a_checkpoint_of_another_kind_is_refused(train, refused, tmp_path, tiny_models, rows_file):
-    folder = train("--save_strategy", "epoch")
+def test_a_checkpoint_of_another_kind_is_refused(copied, refused, tiny_models, rows_file):
+    folder = copied("--save_strategy", "epoch")
     common = ["--model_name_or_path", tiny_models(), "--train_data_path", rows_file, "--output_dir", str(folder),
               "--resume_from_checkpoint", "true"]  # fmt: skip
     assert "was made with lora_rank 16, now: 4" in refused(main_train.main, *common, "--lora_rank", "4")

@@ -62,9 +62,9 @@ def test_a_run_is_repeated_to_the_bit(train, tmp_path, monkeypatch, flags):
 
 
 @pytest.fixture
-def run(train):
+def run(copied):
     """A short run."""
-    return train("--max_steps", "1", "--lora_rank", "4", "--card_samples", "0")
+    return copied("--max_steps", "1", "--lora_rank", "4")
 
 
 @pytest.fixture
@@ -205,6 +205,7 @@ def test_other_versions_data_and_base_are_told(run, changed, tmp_path, rows_file
         record["hardware"]["gpus"] = ["A GPU"]
         record["start"]["processes"] = 8
         record["resumed"] = [{"from": "x/checkpoint-2", "changed": {"seed": ["42", "7"]}}]
+        record["common"]["train_data_path"] = record["data"]["train"]["files"][0]["file"] = rows_file
 
     path = changed(change)
     (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")

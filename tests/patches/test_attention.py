@@ -1,11 +1,7 @@
 """Rows end to end are attended to one at a time: the same sums as under one block-diagonal mask."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -100,24 +96,3 @@ def test_a_mask_of_another_kind_is_left_as_it_is():
     assert _find_blocks(mask) == []
     for ours, theirs in zip(attend(mask, True), attend(mask, False), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_a_start_without_bitsandbytes_that_finds_it_when_it_is_needed():
-    code = """
-import sys
-from utils.patches.lazy_imports import import_peft
-import_peft()
-from peft import LoraConfig, get_peft_model
-from peft.import_utils import is_bnb_available
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import is_bitsandbytes_available
-tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-get_peft_model(LlamaForCausalLM(tiny), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-assert "bitsandbytes" not in sys.modules
-assert is_bnb_available() and is_bitsandbytes_available()
-import bitsandbytes
-from peft.tuners.lora import model
-assert model.is_bnb_available() and model.is_bnb_4bit_available()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -261,6 +261,12 @@ def with_patches() -> dict:
         "import_peft()\n"
         "import peft.import_utils, peft.tuners.lora.model as lora\nfrom transformers.utils import import_utils\n"
         "found['before'] = ['bitsandbytes' in sys.modules, lora.is_bnb_available()]\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "sizes = ('vocab_size', 'hidden_size', 'intermediate_size')\n"
+        "tiny = LlamaConfig(**dict.fromkeys(sizes, 8), num_hidden_layers=1, num_attention_heads=1)\n"
+        "config = peft.LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj'])\n"
+        "peft.get_peft_model(LlamaForCausalLM(tiny), config)\n"
+        "found['with an adapter'] = 'bitsandbytes' in sys.modules\n"
         "found['package'] = [peft.import_utils.is_bnb_available(), import_utils.is_bitsandbytes_available()]\n"
         "import bitsandbytes\n"
         "found['after'] = [lora.is_bnb_available(), lora.is_bnb_4bit_available()]"
@@ -359,6 +365,10 @@ def test_only_arrow_casts_by_itself():
 def test_peft_knows_of_bitsandbytes_as_before(with_patches):
     """Imported without it, PEFT and transformers find the package, and layers of it once something imported it."""
     assert [with_patches[name] for name in ("before", "package", "after")] == [[False] * 2, [True] * 2, [True] * 2]
+
+
+def test_an_adapter_is_added_without_bitsandbytes(with_patches):
+    assert with_patches["with an adapter"] is False
 
 
 def test_accelerate_unwraps_a_model_without_deepspeed(with_patches):

@@ -17,7 +17,7 @@ from utils.storage.run_folder import (
     rotate_checkpoints,
 )  # fmt: skip
 
-STEPS = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9", "--card_samples", "0"]
+STEPS = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
 OVER = ["--overwrite_output_dir", "true"]
 
 
@@ -105,8 +105,8 @@ def test_a_list_that_names_files_elsewhere_removes_none_of_them(tmp_path):
 
 
 # ---------------------------------------------------------------------- resuming
-def test_resuming_leaves_older_checkpoints_without_optimizer_alone(train):
-    folder = train("--max_steps", "3", *STEPS)
+def test_resuming_leaves_older_checkpoints_without_optimizer_alone(train, copied):
+    folder = copied("--max_steps", "3", *STEPS)
     (folder / "checkpoint-1" / "optimizer.pt").unlink()
     before = contents(folder / "checkpoint-1")
     train("--max_steps", "4", *STEPS, "--resume_from_checkpoint", "true", "--save_total_limit", "1")
@@ -114,8 +114,8 @@ def test_resuming_leaves_older_checkpoints_without_optimizer_alone(train):
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-1", "checkpoint-4"]
 
 
-def test_a_newer_checkpoint_that_was_changed_is_not_written_over(train, refused):
-    folder = train("--max_steps", "3", *STEPS)
+def test_a_newer_checkpoint_that_was_changed_is_not_written_over(copied, refused):
+    folder = copied("--max_steps", "3", *STEPS)
     record = json.loads((folder / "train_args.json").read_text())["common"]
     (folder / "checkpoint-3" / "optimizer.pt").unlink()
     before = contents(folder)
@@ -138,11 +138,11 @@ def test_a_folder_that_no_run_made_is_not_overwritten(name, tmp_path, refused, t
     assert contents(folder) == {name: b"mine"}
 
 
-def test_only_what_the_run_wrote_is_overwritten(train, refused, tmp_path):
-    folder = train("--max_steps", "2", *STEPS)
+def test_only_what_the_run_wrote_is_overwritten(train, copied, refused, tmp_path):
+    folder = copied("--max_steps", "2", *STEPS)
     write(folder, **{"notes.txt": "mine", "model.gguf": "mine"})
     write(folder / "checkpoint-1", **{"notes.txt": "mine"})
-    train("--max_steps", "1", "--card_samples", "0", *OVER)
+    train("--max_steps", "1", *OVER)
     left = contents(folder)
     assert left["notes.txt"] == left["model.gguf"] == left["checkpoint-1/notes.txt"] == b"mine"
     assert not (folder / "checkpoint-2").exists() and {path.name for path in (folder / "checkpoint-1").iterdir()} == {
@@ -151,8 +151,8 @@ def test_only_what_the_run_wrote_is_overwritten(train, refused, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["weights", "more weights", "checkpoint", "link"])
-def test_what_was_changed_in_a_runs_folder_is_not_overwritten(change, train, refused, tmp_path):
-    folder = train("--max_steps", "1", *STEPS)
+def test_what_was_changed_in_a_runs_folder_is_not_overwritten(change, copied, refused, tmp_path):
+    folder = copied("--max_steps", "1", *STEPS)
     record = json.loads((folder / "train_args.json").read_text())
     assert record["files"]["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").stat().st_size
     name = {"weights": "adapter_model.safetensors", "more weights": "model.safetensors"}.get(change, "checkpoint-1")
@@ -170,8 +170,8 @@ def test_what_was_changed_in_a_runs_folder_is_not_overwritten(change, train, ref
     assert contents(folder) == before
 
 
-def test_going_on_from_elsewhere_writes_over_no_weights_of_others(train, refused, tmp_path):
-    folder = train("--max_steps", "2", *STEPS)
+def test_going_on_from_elsewhere_writes_over_no_weights_of_others(copied, refused, tmp_path):
+    folder = copied("--max_steps", "2", *STEPS)
     record = json.loads((folder / "train_args.json").read_text())["common"]
     write(tmp_path / "theirs", **{"adapter_model.safetensors": "mine"})
     paths = [word for name in ("model_name_or_path", "train_data_path") for word in (f"--{name}", record[name])]
@@ -181,11 +181,11 @@ def test_going_on_from_elsewhere_writes_over_no_weights_of_others(train, refused
     assert contents(tmp_path / "theirs") == {"adapter_model.safetensors": b"mine"}
 
 
-def test_a_run_through_a_symbolic_link(train, tmp_path, refused, tiny_models, rows_file):
-    folder = train("--max_steps", "1", *STEPS)
+def test_a_run_through_a_symbolic_link(train, copied, tmp_path, refused, tiny_models, rows_file):
+    folder = copied("--max_steps", "1", *STEPS)
     folder.rename(tmp_path / "real")
     folder.symlink_to(tmp_path / "real")
-    assert train("--max_steps", "2", "--card_samples", "0", *OVER) == folder  # the same folder
+    assert train("--max_steps", "2", *OVER) == folder  # the same folder
     assert folder.is_symlink() and not checkpoints_of(tmp_path / "real")
     assert json.loads((tmp_path / "real" / "trainer_state.json").read_text())["global_step"] == 2
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
