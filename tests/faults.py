@@ -1938,6 +1938,20 @@ FAULTS = [
         "return numel",
         "tests/memory/test_states.py -k test_states_equal_a_count_by_hand",
     ),
+    Fault(
+        "fp16: the scaler's skips not counted",
+        "utils/train/callbacks.py",
+        'getattr(optimizer, "step_was_skipped", False) and not noted',
+        "False",
+        "tests/train/test_callbacks.py -k scaler",
+    ),
+    Fault(
+        "fp16: a step counted twice",
+        "utils/train/callbacks.py",
+        '"step_was_skipped", False) and not noted:',
+        '"step_was_skipped", False):',
+        "tests/train/test_callbacks.py -k twice",
+    ),
     # ------------------------------------------------------------------ the doctor
     Fault(
         "doctor: rows without a stop token",

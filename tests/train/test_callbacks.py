@@ -1,5 +1,7 @@
 """The callbacks: a signal stops after the step, early stopping keeps its count, the best step is found again."""
 
+import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -9,7 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from utils.runtime.errors import Interrupted
 from utils.storage.run_folder import mark_complete
-from utils.train.callbacks import FindBest, StopEarly, StopOnSignal
+from utils.train.callbacks import CountScalerSkips, FindBest, StopEarly, StopOnSignal
+from utils.train.nonfinite import note_skipped_step
 
 
 @pytest.fixture
@@ -73,3 +76,55 @@ def test_the_best_step_is_that_of_a_complete_checkpoint(tmp_path):
     FindBest().on_train_begin(args, state, None)
     assert (state.best_metric, state.best_global_step) == (1.5, 3)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+
+
+def optimizer_of_fp16(weight):
+    """A gradient scaler on the CPU in accelerate's wrapper, as a GPU's fp16 training has it."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)  # the wrapper reads its state
+    return AcceleratedOptimizer(torch.optim.SGD([weight], lr=1.0), scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+
+
+def test_steps_that_the_gradient_scaler_skips_are_counted():
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, callback, state = optimizer_of_fp16(weight), CountScalerSkips(), TrainerState()
+    for gradient in (1.0, math.inf, 1.0, math.nan, 1.0):
+        before = weight.item()
+        optimizer.scaler.scale(weight.sum()).backward()  # the scaler's first use
+        weight.grad.fill_(gradient)
+        optimizer.step()
+        callback.on_optimizer_step(None, state, None, optimizer=optimizer)
+        assert (weight.item() == before) is not math.isfinite(gradient)
+        state.global_step += 1
+        optimizer.zero_grad()
+    assert state.log_history == [{"step": 2, "steps_skipped": 1}, {"step": 4, "steps_skipped": 2}]
+
+
+def test_a_step_that_is_left_out_for_its_loss_is_not_counted_twice():
+    skipped, state = SimpleNamespace(step_was_skipped=True), TrainerState(global_step=6)
+    note_skipped_step(state)
+    CountScalerSkips().on_optimizer_step(None, state, None, optimizer=skipped)
+    assert state.log_history == [{"step": 7, "steps_skipped": 1}]
+
+
+@pytest.mark.slow
+def test_the_summary_counts_the_steps_that_fp16_skips(train, monkeypatch):
+    """The scaler's own decision is planted: of three steps the second."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    made, steps = AcceleratedOptimizer.step, []
+
+    def step(self, closure=None):
+        steps.append(self)
+        self._is_overflow = len(steps) == 2
+        return None if self._is_overflow else made(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    folder = train("--max_steps", "3")
+    record = json.loads((folder / "train_args.json").read_text())
+    assert record["summary"]["steps_skipped"] == 1

@@ -41,7 +41,11 @@ def print_summary(summary: dict) -> None:
     def figure(value):
         return "not measured" if value is None else f"{value:.4f}"
 
-    skipped = f", {summary['steps_skipped']:,} of them skipped (--on_nan skip)" if summary["steps_skipped"] else ""
+    skipped = (
+        f", {summary['steps_skipped']:,} of them skipped (loss or gradients not finite)"
+        if summary["steps_skipped"]
+        else ""
+    )
     untrained = summary["answers_untrained"]
     untrained = f"; {untrained:,} answers of the training rows are not trained" if untrained else ""
     logger.info(

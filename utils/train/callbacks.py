@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from utils.runtime.distributed import any_rank, launcher_parent_pid
 from utils.runtime.errors import Interrupted
 from utils.storage.run_folder import read_manifest
+from utils.train.nonfinite import count_skipped_steps, note_skipped_step
 
 
 class MetricsToLog(TrainerCallback):
@@ -21,6 +22,15 @@ class MetricsToLog(TrainerCallback):
                 f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()
             )
             logger.debug("step {}: {}", state.global_step, figures)
+
+
+class CountScalerSkips(TrainerCallback):
+    """Counts the steps that fp16's gradient scaler skips because a scaled gradient is infinite or NaN."""
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        noted = {"step": state.global_step + 1, "steps_skipped": count_skipped_steps(state)} in state.log_history[-1:]
+        if getattr(optimizer, "step_was_skipped", False) and not noted:  # of accelerate's wrappers, also DeepSpeed's
+            note_skipped_step(state)
 
 
 class FindBest(TrainerCallback):

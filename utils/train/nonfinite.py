@@ -17,7 +17,8 @@ class NonFiniteStepMixin:
     Attributes:
         on_nan: `stop`, or `skip` to leave such a step out.
         files: the data files, by which rows are named.
-        steps_skipped: how many steps were left out, those before a resume included.
+        steps_skipped: how many steps were left out, those before a resume and those that the gradient scaler of fp16
+            left out included.
     """
 
     on_nan = "stop"
@@ -51,8 +52,7 @@ class NonFiniteStepMixin:
 
     @property
     def steps_skipped(self) -> int:
-        """Counted in the log history, which a resumed run continues."""
-        return sum("steps_skipped" in entry for entry in self.state.log_history)
+        return count_skipped_steps(self.state)
 
     def _skip_or_stop(self, norm) -> None:
         """Logs a bad step if it may be skipped. Called on every process in the same step, as it gathers the rows.
@@ -68,7 +68,7 @@ class NonFiniteStepMixin:
         rows = format_sources(bad or all_gather_objects(self._step_sources), self.files)
         what = f"the loss is {self._bad_loss}" if bad else f"the gradients' norm is {float(norm)}"
         step = self.state.global_step + 1
-        self.state.log_history.append({"step": step, "steps_skipped": self.steps_skipped + 1})
+        note_skipped_step(self.state)
         self._skipped_in_a_row += 1
         if self.on_nan == "skip" and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             logger.warning("step {}: {}, the step is skipped; its rows are{}", step, what, rows)
@@ -81,6 +81,20 @@ class NonFiniteStepMixin:
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, without_sources(inputs)[0], *args, **kwargs)
+
+
+def count_skipped_steps(state) -> int:
+    """Counts the steps noted in the log history, which a resumed run continues."""
+    return sum("steps_skipped" in entry for entry in state.log_history)
+
+
+def note_skipped_step(state) -> None:
+    """Notes in the log history that the step at hand is skipped.
+
+    Args:
+        state: the trainer's, before `global_step` is raised.
+    """
+    state.log_history.append({"step": state.global_step + 1, "steps_skipped": count_skipped_steps(state) + 1})
 
 
 def without_sources(inputs: dict | list[dict]) -> tuple[dict | list[dict], list[int]]:

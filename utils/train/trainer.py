@@ -51,9 +51,10 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         template: the chat format; None for a task without one.
         args: CommonArgs.
     """
-    from utils.train.callbacks import FindBest, MetricsToLog, StopEarly, StopOnSignal
+    from utils.train.callbacks import CountScalerSkips, FindBest, MetricsToLog, StopEarly, StopOnSignal
 
     trainer.add_callback(MetricsToLog())
+    trainer.add_callback(CountScalerSkips())
     trainer.add_callback(FindBest())
     if args.early_stopping_patience:
         trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
