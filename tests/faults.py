@@ -1952,6 +1952,13 @@ FAULTS = [
         '"step_was_skipped", False):',
         "tests/train/test_callbacks.py -k twice",
     ),
+    Fault(
+        "places: rows of the groups left out not counted",
+        "utils/data/places.py",
+        'format_count(sum(left), "row")',
+        'format_count(len(left), "row")',
+        "tests/data/test_places.py",
+    ),
     # ------------------------------------------------------------------ the doctor
     Fault(
         "doctor: rows without a stop token",

@@ -26,9 +26,13 @@ def test_rows_are_listed_by_file_in_order_and_once():
 
 
 def test_a_full_list_of_lines_is_shown_as_incomplete():
-    assert format_lines({"a": [1, 2]}, max_lines=2) == "\n  a: line 1, 2 and more"
+    assert format_lines({"a": [1, 2]}, {"a": 1002}) == "\n  a: line 1, 2 and 1,000 more"
     assert format_lines({"a": [1, 2]}) == "\n  a: line 1, 2"
-    assert format_lines({str(i): [1] for i in range(21)}).endswith("\n  19: line 1\n  …")
+    assert format_lines({str(i): [1] for i in range(20)}).endswith("\n  19: line 1")
+    many = {str(i): [1] for i in range(23)}
+    assert format_lines(many).endswith("\n  19: line 1\n  … and 3 more groups of such rows, 3 rows in all")
+    told = format_lines(many, {place: 1000 for place in many})
+    assert told.endswith("19: line 1 and 999 more\n  … and 3 more groups of such rows, 3,000 rows in all")
 
 
 def test_of_many_lines_the_first_are_kept_and_all_counted():

@@ -50,7 +50,7 @@ def test_rows_are_kept_by_file_kind_and_reason():
 def test_the_log_names_the_lines():
     hundred = ", ".join(map(str, range(1, 101)))
     assert filled().named_places() == (
-        f"\n  a b.jsonl is too long for --max_len 100: line {hundred} and more"
+        f"\n  a b.jsonl is too long for --max_len 100: line {hundred} and 50 more"
         "\n  a is not JSON: line 7\n  a is not UTF-8: line 9"
     )
 

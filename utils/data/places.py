@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from utils.runtime.text import format_count
+
 MAX_PLACES_SHOWN = 20  # files, or files with a reason, that a message lists
 _LINE_BITS = 40
 _MAX_LINES_KEPT = 1000  # of one file in a RowLocations
@@ -32,18 +34,22 @@ def format_sources(sources: Iterable[int], files: list[str]) -> str:
     return format_lines(lines)
 
 
-def format_lines(lines: dict[str, list[int]], max_lines: int | None = None) -> str:
+def format_lines(lines: dict[str, list[int]], counts: dict[str, int] | None = None) -> str:
     """Formats line numbers, one output line for each key.
 
     Args:
         lines: file, or file and reason → line numbers.
-        max_lines: how many numbers of a key were kept at most; a full list is shown as incomplete.
+        counts: the same keys → how many rows there are, where not every line number was kept.
     """
+    counts = counts or {place: len(numbers) for place, numbers in lines.items()}
     shown = []
     for place, numbers in list(lines.items())[:MAX_PLACES_SHOWN]:
-        more = " and more" if len(numbers) == max_lines else ""
-        shown.append(f"\n  {place}: line {', '.join(map(str, numbers))}{more}")
-    return "".join(shown) + ("\n  …" if len(lines) > MAX_PLACES_SHOWN else "")
+        more = counts[place] - len(numbers)
+        shown.append(f"\n  {place}: line {', '.join(map(str, numbers))}" + (f" and {more:,} more" if more else ""))
+    if left := list(counts.values())[MAX_PLACES_SHOWN:]:
+        groups, rows = format_count(len(left), "more group"), format_count(sum(left), "row")
+        shown.append(f"\n  … and {groups} of such rows, {rows} in all")
+    return "".join(shown)
 
 
 @dataclass

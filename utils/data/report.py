@@ -219,7 +219,9 @@ def _from_places(kept: dict, files: list[str]) -> dict:
 
 
 def _name_groups(groups: list[RowGroup]) -> str:
-    return format_lines({f"{group.file} {group.reason}": group.lines for group in groups}, MAX_LINES_KEPT)
+    named = {f"{group.file} {group.reason}": group for group in groups}
+    lines = {name: group.lines for name, group in named.items()}
+    return format_lines(lines, {name: group.count for name, group in named.items()})
 
 
 def _name_fields(counts: dict[str, int]) -> str:
