@@ -973,14 +973,14 @@ FAULTS = [
         "utils/model/pissa.py",
         '*= 2**0.5 if config["use_rslora"] else 2',
         "*= 2",
-        "tests/run/test_save.py -k 'test_a_saved_run_has_the_logits_of_the_trained_model and rspissa'",
+        "tests/run/test_save.py -k 'test_a_saved_run_and_its_merge_have_the_trained_logits and rspissa'",
     ),
     Fault(
         "pissa: the scale stays at the rank's",
         "utils/model/pissa.py",
         '    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2\n',
         "",
-        "tests/run/test_save.py -k 'test_a_saved_run_has_the_logits_of_the_trained_model and rspissa'",
+        "tests/run/test_save.py -k 'test_a_saved_run_and_its_merge_have_the_trained_logits and rspissa'",
     ),
     # ------------------------------------------------------------------ merging
     Fault(
@@ -1794,7 +1794,7 @@ FAULTS = [
         "utils/model/options.py",
         'bnb_4bit_quant_type="nf4"',
         'bnb_4bit_quant_type="fp4"',
-        "tests/run/test_save.py -k 'test_a_saved_run_has_the_logits_of_the_trained_model and llama-qlora'",
+        "tests/run/test_save.py -k 'test_a_saved_run_and_its_merge_have_the_trained_logits and llama-qlora'",
     ),
     Fault(
         "model: a base in 4 bits is trained as lora",

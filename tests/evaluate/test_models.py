@@ -4,8 +4,8 @@ from utils.evaluate.models import check_eval_models, load_eval_models
 from utils.script import evaluate
 
 
-def test_a_base_without_a_format_has_the_stop_token_of_the_trained_model(train, tiny_models):
-    args = evaluate.EvaluateArgs(model_path=str(train()))
+def test_a_base_without_a_format_has_the_stop_token_of_the_trained_model(trained):
+    args = evaluate.EvaluateArgs(model_path=str(trained()))
     models, problems = check_eval_models(args, compare_base=True, insist=True)
     assert not problems
     for eval_model in load_eval_models(args, models):

@@ -42,7 +42,7 @@ def explained(flags_for):
 
 
 @pytest.fixture
-def trained(flags_for):
+def train_explained(flags_for):
     """A run's history by the same flags, every step of it logged; its folder."""
 
     def run(*flags, folder="trained"):

@@ -38,9 +38,9 @@ from utils.train.plan import first_epoch, measure
     ],
     ids=["last smaller", "drop_last", "max_steps", "packing", "rebalance", "pretrain", "dpo_multi", "dpo_single"],
 )  # fmt: skip
-def test_the_plan_equals_a_run(explained, trained, flags):
+def test_the_plan_equals_a_run(explained, train_explained, flags):
     plan = explained("--logging_steps", "1", *flags).plan
-    state, folder = trained(*flags)
+    state, folder = train_explained(*flags)
     history = state["log_history"]
     losses = [entry for entry in history if "loss" in entry]
     assert plan["steps"] == state["max_steps"] == state["global_step"]
@@ -123,10 +123,10 @@ def test_the_plan_of_two_processes_equals_their_run(explained, flags_for, tmp_pa
 @pytest.mark.parametrize(
     "flags", [["--lora_rank", "3"], ["--use_dora", "true"], FULL, ["--init_lora_weights", "pissa"]]
 )
-def test_trained_weights_are_counted(explained, trained, flags):
+def test_trained_weights_are_counted(explained, train_explained, flags):
     off = ["--train_special_tokens", "off", "--max_steps", "1", *flags]
     counted = explained(*off).weights
-    _, folder = trained(*off)
+    _, folder = train_explained(*off)
     saved = 0
     for name in ("adapter_model.safetensors", "model.safetensors"):
         if os.path.exists(f"{folder}/{name}"):

@@ -135,12 +135,12 @@ NOTHING_CHANGES = [
 
 
 @pytest.mark.parametrize(("flags", "idle"), NOTHING_CHANGES, ids=["sft full", "dpo_multi", "pretrain"])
-def test_settings_without_effect_change_no_loss_and_no_weight(explained, trained, flags, idle):
+def test_settings_without_effect_change_no_loss_and_no_weight(explained, train_explained, flags, idle):
     flags = [*flags, "--max_steps", "2", "--save_strategy", "no"]
     reported = explained(*flags, *idle).no_effect
     names = {flag.removeprefix("--") for flag in idle if flag.startswith("--")}
     assert names <= set(reported), names - set(reported)
-    one, other = (trained(*flags, *more, folder=name) for name, more in (("one", []), ("other", idle)))
+    one, other = (train_explained(*flags, *more, folder=name) for name, more in (("one", []), ("other", idle)))
     kept = [
         [entry.get(name) for entry in state["log_history"] for name in ("loss", "eval_loss")]
         for state, _ in (one, other)

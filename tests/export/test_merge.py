@@ -5,13 +5,12 @@ import json
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from conftest import write_rows
-from merging import listing, load, logits, merged
+from merging import check_merge, listing, load, logits, merged
 from modes import MODES, base_with_untrained
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,26 +20,11 @@ from utils.export import merge as merging
 from utils.script import merge_lora
 from utils.storage.weights import weights_fingerprint
 
-KINDS = [kind for kind in MODES if kind != "full"]
-CASES = [("qwen2", kind, {}) for kind in KINDS]
-CASES += [(name, kind, {}) for name in tiny.ARCHITECTURES[1:] for kind in ("lora", "dora", "rslora", "pissa", "qlora")]
-CASES += [("qwen2", "lora", {"tie_word_embeddings": True})]
 
-
-@pytest.mark.parametrize(("architecture", "kind", "changes"), CASES)
-def test_a_merged_model_has_the_adapters_logits(architecture, kind, changes, train, tiny_models):
-    """In float32, to 1e-5; a QLoRA adapter is merged into the base that is not quantised."""
-    base = tiny_models(architecture, **changes)
-    folder = train("--precision", "fp32", "--learning_rate", "1e-2", *MODES[kind], model=base)
-    whole = merged(folder)
-    wanted = logits(load(base, folder))
-    torch.testing.assert_close(logits(load(whole)), wanted, rtol=1e-5, atol=1e-5)
-    assert (wanted - logits(load(base))).abs().max() > 1e-2
-    config = json.loads((whole / "config.json").read_text())
-    assert "quantization_config" not in config and config["dtype"] == "float32"
-    of_base = json.loads((Path(base) / "config.json").read_text())
-    assert config["tie_word_embeddings"] == of_base["tie_word_embeddings"]
-    assert not (whole / "adapter_config.json").exists()
+def test_a_merged_model_with_tied_embeddings_has_the_adapters_logits(train, tiny_models):
+    """Every other base and kind of adapter: tests/run/test_save.py, with the run that it trains."""
+    base = tiny_models(tie_word_embeddings=True)
+    check_merge(base, train("--precision", "fp32", "--learning_rate", "1e-2", model=base))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -71,21 +55,21 @@ def test_sft_then_dpo_then_merged(train, tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_chain_of_adapters_is_merged_in_order(kind, run, train):
-    base, middle = run.parent / "base", merged(run, output=f"middle-{kind}")
+def test_a_chain_of_adapters_is_merged_in_order(kind, lora_run, train):
+    base, middle = lora_run.parent / "base", merged(lora_run, output=f"middle-{kind}")
     flags = ["--learning_rate", "1e-2", "--precision", "fp32", "--template_name", "qwen2.5", *MODES[kind]]
     second = train(*flags, model=str(middle))
     wanted = logits(load(middle, second))
-    torch.testing.assert_close(wanted, logits(load(base, run, second)), rtol=1e-5, atol=1e-5)
-    by_base = merged(base, "--adapter", f"{run},{second}", output=f"by-base-{kind}")
+    torch.testing.assert_close(wanted, logits(load(base, lora_run, second)), rtol=1e-5, atol=1e-5)
+    by_base = merged(base, "--adapter", f"{lora_run},{second}", output=f"by-base-{kind}")
     by_middle = merged(second)
     for whole in (by_base, by_middle):
         torch.testing.assert_close(logits(load(whole)), wanted, rtol=1e-5, atol=1e-5)
     origin = json.loads((by_base / "merged.json").read_text())
-    assert [adapter["path"] for adapter in origin["adapters"]] == [str(run), str(second)]
+    assert [adapter["path"] for adapter in origin["adapters"]] == [str(lora_run), str(second)]
     # an adapter whose recorded base is an adapter itself
     config = json.loads((second / "adapter_config.json").read_text())
-    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(run)}))
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(lora_run)}))
     assert weights_fingerprint(merged(second, output="by-adapter")) == weights_fingerprint(by_base)
 
 
@@ -150,23 +134,29 @@ def test_a_chain_on_a_bf16_base_is_rounded_once_at_the_end(tmp_path):
         assert wrong.float().mean() < 1e-3  # a sum in another order may fall on the other side of a half
 
 
-def test_weights_too_large_for_fp16_are_refused(refused, copied, tmp_path):
-    weights = load_file(copied / "adapter_model.safetensors")
+def test_weights_too_large_for_fp16_are_refused(refused, lora_copy, tmp_path):
+    weights = load_file(lora_copy / "adapter_model.safetensors")
     for name, weight in weights.items():
         weight.zero_()
         if "layers.1.self_attn.v_proj.lora" in name:
             weight[0, 0] = 400  # one weight of 160,000 or more
-    save_file(weights, copied / "adapter_model.safetensors", metadata={"format": "pt"})
-    flags = ["--model_path", str(copied), "--output_dir", str(tmp_path / "merged")]
+    save_file(weights, lora_copy / "adapter_model.safetensors", metadata={"format": "pt"})
+    flags = ["--model_path", str(lora_copy), "--output_dir", str(tmp_path / "merged")]
     assert "bfloat16" in refused(merge_lora.main, *flags, "--dtype", "float16")
     merge_lora.main([*flags, "--dtype", "bfloat16"])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_full_disk_is_reported_before_the_merge(dtype, refused, run, tmp_path, monkeypatch):
-    size = sum(path.stat().st_size for path in (run.parent / "base").glob("*.safetensors")) / (2 if dtype else 1)
-    flags = ["--model_path", str(run), "--output_dir", str(tmp_path / "merged"), *(["--dtype", dtype] if dtype else [])]
+def test_a_full_disk_is_reported_before_the_merge(dtype, refused, lora_run, tmp_path, monkeypatch):
+    size = sum(path.stat().st_size for path in (lora_run.parent / "base").glob("*.safetensors")) / (2 if dtype else 1)
+    flags = [
+        "--model_path",
+        str(lora_run),
+        "--output_dir",
+        str(tmp_path / "merged"),
+        *(["--dtype", dtype] if dtype else []),
+    ]
     monkeypatch.setattr(merging, "load_merged", lambda *_: pytest.fail("loaded"))
     room = {"free": 0.9 * size}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), room))
@@ -177,8 +167,8 @@ def test_a_full_disk_is_reported_before_the_merge(dtype, refused, run, tmp_path,
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_a_failed_merge_leaves_the_folder_as_it_was(error, refused, run, tmp_path, monkeypatch):
-    flags = ["--model_path", str(run), "--output_dir", str(tmp_path / "merged")]
+def test_a_failed_merge_leaves_the_folder_as_it_was(error, refused, lora_run, tmp_path, monkeypatch):
+    flags = ["--model_path", str(lora_run), "--output_dir", str(tmp_path / "merged")]
     merge_lora.main(flags)
     assert "--overwrite true" in refused(merge_lora.main, *flags)
     before = listing(tmp_path)
@@ -200,12 +190,12 @@ def test_a_failed_merge_leaves_the_folder_as_it_was(error, refused, run, tmp_pat
     assert listing(tmp_path).keys() == before.keys() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_merging_does_not_import_deepspeed(train, tmp_path, monkeypatch):
+def test_merging_does_not_import_deepspeed(trained, tmp_path, monkeypatch):
     """What is merged is saved, for which accelerate would import it: seconds, and a warning of its own."""
     import accelerate.utils.imports
     import accelerate.utils.other
 
-    folder, asked = train(), []
+    folder, asked = trained(), []
 
     class Watched(types.ModuleType):
         def __getattr__(self, name):

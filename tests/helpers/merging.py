@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -37,8 +38,21 @@ def merged(folder, *flags, output="merged"):
     return output
 
 
+def check_merge(base, folder):
+    """Merges a run; its logits are the adapter's on the base that is not quantised, in float32 to 1e-5."""
+    whole = merged(folder)
+    wanted = logits(load(base, folder))
+    torch.testing.assert_close(logits(load(whole)), wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - logits(load(base))).abs().max() > 1e-2
+    config = json.loads((whole / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    of_base = json.loads((Path(base) / "config.json").read_text())
+    assert config["tie_word_embeddings"] == of_base["tie_word_embeddings"]
+    assert not (whole / "adapter_config.json").exists()
+
+
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
+def lora_run(tmp_path_factory):
     """A run with an adapter that moved its base, `folder/run` on `folder/base`; read, never written."""
     folder = tmp_path_factory.mktemp("merge")
     flags = ["--model_name_or_path", tiny.save_tiny_model(folder / "base"), "--output_dir", str(folder / "run")]
@@ -51,10 +65,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(run, tmp_path):
+def lora_copy(lora_run, tmp_path):
     """A copy of that run with its base, to be changed; returns the run's folder."""
-    shutil.copytree(run.parent, tmp_path / "copy")
-    config = json.loads((run / "adapter_config.json").read_text())
+    shutil.copytree(lora_run.parent, tmp_path / "copy")
+    config = json.loads((lora_run / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "copy" / "base")
     (tmp_path / "copy" / "run" / "adapter_config.json").write_text(json.dumps(config))
     return tmp_path / "copy" / "run"

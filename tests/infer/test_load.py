@@ -14,6 +14,7 @@ from utils.infer.load import TrainedArgs, allows_special, base_of_run, check_tra
 from utils.storage.weights import check_weight_files, read_header, weights_fingerprint
 
 IDS = torch.arange(5, 25)[None]
+SPECIAL = ["--save_strategy", "steps", "--save_steps", "2", "--allow_special_tokens_in_content", "true"]
 
 
 def load(**values):
@@ -32,8 +33,8 @@ def logits(model):
         return model(IDS.to(model.device)).logits.float().cpu()
 
 
-def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(train, tiny_models, tmp_path):
-    run, base = train(), tiny_models()
+def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(trained, tiny_models, tmp_path):
+    run, base = trained(), tiny_models()
     assert base_of_run(str(run)) == {"path": base, "fingerprint": weights_fingerprint(base)}
     by_run = logits(load(model_path=run))
     shutil.copytree(base, tmp_path / "moved")
@@ -46,8 +47,8 @@ def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(train, tiny
     assert not torch.equal(logits(load(model_path=base)), by_run)
 
 
-def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(train, tiny_models, tmp_path):
-    run, base = train(), tiny_models()
+def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(trained, tiny_models, tmp_path):
+    run, base = trained(), tiny_models()
     shutil.copytree(base, tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     weights = load_file(file)
@@ -65,8 +66,8 @@ def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(train, ti
     assert not problems_of(model_path=other, adapter=str(run), allow_other_base=True)
 
 
-def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(train, tiny_models, tmp_path):
-    run = train("--save_strategy", "steps", "--save_steps", "2", "--allow_special_tokens_in_content", "true")
+def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(trained, tiny_models, tmp_path):
+    run = trained(*SPECIAL)
     checkpoint = next(run.glob("checkpoint-*"))
     other = tiny.save_tiny_model(tmp_path / "other", seed=3)
     assert "was trained on" in problems_of(model_path=str(checkpoint), base_model=other)
@@ -74,16 +75,16 @@ def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(train, tiny_mod
     assert problems == [] and allows_special(parts)
 
 
-def test_a_base_that_is_gone_asks_for_its_new_place(train, tmp_path):
-    run = train()
+def test_a_base_that_is_gone_asks_for_its_new_place(copied):
+    run = copied()
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
     said = problems_of(model_path=str(run))
     assert "'/gone/base'" in said and "--base_model" in said
 
 
-def test_a_chain_of_adapters_each_trained_on_the_merged_ones_before(train, tiny_models, tmp_path):
-    base, first = tiny_models(), train("--learning_rate", "1e-2", output="first")
+def test_a_chain_of_adapters_each_trained_on_the_merged_ones_before(trained, train, tiny_models, tmp_path):
+    base, first = tiny_models(), trained("--learning_rate", "1e-2")
     merged = load(model_path=first).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     for file in Path(first).glob("token*"):
@@ -161,10 +162,10 @@ def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_pat
     assert not problems_of(model_path=str(run / "checkpoint-2"))
 
 
-def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(train, tiny_models):
+def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(copied):
     from utils.infer.load import load_for_inference
 
-    run = train()
+    run = copied()
     (run / "generation_config.json").unlink()
     args = TrainedArgs(model_path=str(run))
     model, tokenizer = load_for_inference(args, check_trained(args)[0])
@@ -172,9 +173,7 @@ def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(train, tiny_model
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
-def test_a_run_trained_with_special_tokens_in_messages_is_known(train):
-    from utils.infer.load import allows_special
-
-    for flags, allowed in (([], False), (["--allow_special_tokens_in_content", "true"], True)):
-        parts, _ = check_trained(TrainedArgs(model_path=str(train(*flags, output=f"run-{allowed}"))))
+def test_a_run_trained_with_special_tokens_in_messages_is_known(trained):
+    for flags, allowed in (([], False), (SPECIAL, True)):
+        parts, _ = check_trained(TrainedArgs(model_path=str(trained(*flags))))
         assert allows_special(parts) is allowed

@@ -45,8 +45,8 @@ def test_only_adapter_weights_change_in_training(mode, train, tiny_models, monke
         assert same != (name in adapter), name
 
 
-def test_lora_is_added_to_every_linear_layer_but_the_head(train, tiny_models):
-    folder = train()
+def test_lora_is_added_to_every_linear_layer_but_the_head(trained):
+    folder = trained()
     weights = load_file(folder / "adapter_model.safetensors")
     adapted = {name.split(".lora_")[0].split(".")[-1] for name in weights if ".lora_" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -44,42 +44,42 @@ def added(monkeypatch):
 
 
 @pytest.fixture
-def trained(train):
+def miss_run(trained):
     """A run's folder, of an adapter that was trained by `--train_mode miss`."""
-    return train("--train_mode", "miss", "--precision", "fp32", "--learning_rate", "1e-2", "--lora_rank", "4")
+    return trained("--train_mode", "miss", "--precision", "fp32", "--learning_rate", "1e-2", "--lora_rank", "4")
 
 
-def test_it_trains_and_plain_peft_loads_it(trained, tiny_models):
-    config = json.loads((trained / "adapter_config.json").read_text())
+def test_it_trains_and_plain_peft_loads_it(miss_run, tiny_models):
+    config = json.loads((miss_run / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("MISS", 4)
     base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
     expected = logits_of(base)
-    assert (logits_of(PeftModel.from_pretrained(base, trained)) - expected).abs().max() > 1e-3
-    log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    assert (logits_of(PeftModel.from_pretrained(base, miss_run)) - expected).abs().max() > 1e-3
+    log = json.loads((miss_run / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
-    card = (trained / "README.md").read_text()
+    card = (miss_run / "README.md").read_text()
     assert "MiSS trained by" in card and "library_name: peft" in card
     assert "lora_rank 4" in card and "use_dora" not in card
 
 
-def test_its_trained_weights_are_counted(trained, tiny_models):
+def test_its_trained_weights_are_counted(miss_run, tiny_models):
     args, _ = parse_args(["--model_name_or_path", tiny_models(), "--train_mode", "miss", "--lora_rank", "4"])
-    saved = sum(weight.numel() for weight in load_file(trained / "adapter_model.safetensors").values())
+    saved = sum(weight.numel() for weight in load_file(miss_run / "adapter_model.safetensors").values())
     assert model_size(args).trained == saved
 
 
-def test_infer_answers_and_merge_gives_the_same_logits(trained, tiny_models, tmp_path, capsys):
-    infer.main(["--model_path", str(trained), "--prompt", "Hello", "--max_new_tokens", "4", "--do_sample", "false"])
-    merge_lora.main(["--model_path", str(trained), "--output_dir", str(tmp_path / "merged")])
+def test_infer_answers_and_merge_gives_the_same_logits(miss_run, tiny_models, tmp_path, capsys):
+    infer.main(["--model_path", str(miss_run), "--prompt", "Hello", "--max_new_tokens", "4", "--do_sample", "false"])
+    merge_lora.main(["--model_path", str(miss_run), "--output_dir", str(tmp_path / "merged")])
     base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
-    expected = logits_of(PeftModel.from_pretrained(base, trained))
+    expected = logits_of(PeftModel.from_pretrained(base, miss_run))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_starts_from_it_in_its_own_kind_alone(trained, train, tiny_models):
-    start = ["--adapter_name_or_path", str(trained), "--max_steps", "1", "--precision", "fp32"]
+def test_a_run_starts_from_it_in_its_own_kind_alone(miss_run, train, tiny_models):
+    start = ["--adapter_name_or_path", str(miss_run), "--max_steps", "1", "--precision", "fp32"]
     again = train("--train_mode", "miss", *start, model=tiny_models(), output="again")
     assert json.loads((again / "adapter_config.json").read_text())["r"] == 4
     with pytest.raises(UserError, match="is a MISS adapter; only LORA ones can be trained on with --train_mode lora"):

@@ -1,11 +1,13 @@
 """PiSSA: saved as plain LoRA of twice the rank, from a run and from a checkpoint."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from conftest import train_tiny, write_rows
 from modes import logits_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -65,13 +67,21 @@ def test_pissa_saved_in_bf16_has_the_logits_of_training(task, train, tiny_models
         assert difference.norm() < 1e-4 * moved.norm(), name
 
 
-@pytest.mark.parametrize("use", ["load", "merge", "train"])
-def test_a_pissa_checkpoint_in_bf16_has_the_logits_of_the_run(use, train, tiny_models, tmp_path):
-    """Its adapter on the base as loaded in bf16 gives the logits of the finished run, whose last step it is."""
-    base = tiny.save_tiny_model(tmp_path / "base")
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    """A base in bf16, and a PiSSA run on it with a checkpoint of each step; only read."""
+    folder = tmp_path_factory.mktemp("pissa")
+    base = tiny.save_tiny_model(folder / "base")
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     flags = ["--init_lora_weights", "pissa", "--precision", "bf16", "--learning_rate", "1e-3", "--max_steps", "2"]
-    folder = train(*flags, "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", model=base)
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+    return base, train_tiny(folder / "run", base, write_rows(folder / "rows.jsonl", tiny.ROWS), *flags)
+
+
+@pytest.mark.parametrize("use", ["load", "merge", "train"])
+def test_a_pissa_checkpoint_in_bf16_has_the_logits_of_the_run(use, checkpointed, tmp_path):
+    """Its adapter on the base as loaded in bf16 gives the logits of the finished run, whose last step it is."""
+    base, folder = checkpointed
     wanted = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).float(), folder))
     moved = (wanted - logits_of(AutoModelForCausalLM.from_pretrained(base).float())).norm()
     checkpoint = str(folder / "checkpoint-2")
@@ -85,6 +95,11 @@ def test_a_pissa_checkpoint_in_bf16_has_the_logits_of_the_run(use, train, tiny_m
         args = SimpleNamespace(adapter_name_or_path=checkpoint, train_mode="lora", model_name_or_path=base)
         found = with_trained_adapter(AutoModelForCausalLM.from_pretrained(base), args).float()
     assert (logits_of(found.eval()) - wanted).norm() < 1e-3 * moved
-    (folder / "checkpoint-2" / "pissa_start.safetensors").unlink()
+
+
+def test_a_pissa_checkpoint_without_its_start_is_refused(checkpointed, tmp_path):
+    base, folder = checkpointed
+    checkpoint = shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / "pissa_start.safetensors").unlink()
     with pytest.raises(UserError, match="PiSSA run without pissa_start"):
-        load_trained(TrainedArgs(), Parts(base, (checkpoint,)))
+        load_trained(TrainedArgs(), Parts(base, (str(checkpoint),)))

@@ -1,3 +1,3 @@
 """Fixtures of the tests of commands: a run to merge, and a copy of it to change."""
 
-from merging import copied, run  # noqa: F401
+from merging import lora_copy, lora_run  # noqa: F401

@@ -40,8 +40,8 @@ def test_the_model_sees_the_ids_it_was_trained_on(run_folder, monkeypatch):
     assert seen[1][0].tolist() == row["input_ids"][:answer_from]
 
 
-def test_an_adapter_and_a_base_with_a_template(train, tiny_models, capsys):
-    folder = train()
+def test_an_adapter_and_a_base_with_a_template(trained, tiny_models, capsys):
+    folder = trained()
     assert printed(capsys, "--model_path", str(folder), "--prompt", "Hi", "--max_new_tokens", "3")
     base = ["--model_path", tiny_models(), "--prompt", "Hi", "--max_new_tokens", "3"]
     assert printed(capsys, *base, "--template_name", "qwen")
@@ -90,10 +90,10 @@ def test_refused_flags(refused, flags, told):
     assert told in refused(infer.main, *flags)
 
 
-def test_a_base_without_a_format_and_an_adapter_whose_base_is_missing(refused, tiny_models, train, tmp_path):
+def test_a_base_without_a_format_and_an_adapter_whose_base_is_missing(refused, tiny_models, trained, tmp_path):
     assert "--template_name" in refused(infer.main, "--model_path", tiny_models(), "--prompt", "Hi")
     moved = tmp_path / "moved"
-    shutil.copytree(train(), moved)
+    shutil.copytree(trained(), moved)
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
     assert "/gone/base" in refused(infer.main, "--model_path", str(moved), "--prompt", "Hi")

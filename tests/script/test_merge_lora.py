@@ -16,17 +16,18 @@ from utils.script import merge_lora
 from utils.storage.weights import weights_fingerprint
 
 
-def test_the_files_of_a_merged_folder(run, tmp_path):
+def test_the_files_of_a_merged_folder(lora_run, tmp_path):
     """Its exact files, in shards, with what it was merged of; base and run stay as they were."""
-    before = listing(run.parent / "base"), listing(run)
-    (run.parent / "base" / "tokenizer.model").write_bytes(b"SentencePiece")  # as bases for the converters have it
+    base = lora_run.parent / "base"
+    before = listing(base), listing(lora_run)
+    (base / "tokenizer.model").write_bytes(b"SentencePiece")  # as bases for the converters have it
     try:
         whole = tmp_path / "whole"
         flags = ["--max_shard_size", "50KB", "--modelfile", "true"]
-        merge_lora.main(["--model_path", str(run), "--output_dir", str(whole), *flags])
+        merge_lora.main(["--model_path", str(lora_run), "--output_dir", str(whole), *flags])
     finally:
-        (run.parent / "base" / "tokenizer.model").unlink()
-    assert (listing(run.parent / "base"), listing(run)) == before
+        (base / "tokenizer.model").unlink()
+    assert (listing(base), listing(lora_run)) == before
     shards = {path.name for path in whole.glob("model-*.safetensors")}
     assert len(shards) > 3 and sum(path.stat().st_size > 60_000 for path in whole.glob("model-*")) <= 2
     assert {path.name for path in whole.iterdir()} - shards == {
@@ -38,27 +39,32 @@ def test_the_files_of_a_merged_folder(run, tmp_path):
     index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == shards
     origin = json.loads((whole / "merged.json").read_text())
-    assert origin["base"] == {"path": str(run.parent / "base"), "fingerprint": weights_fingerprint(run.parent / "base")}
-    sha256 = hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert origin["adapters"] == [{"path": str(run), "sha256": sha256}]
+    assert origin["base"] == {
+        "path": str(base),
+        "fingerprint": weights_fingerprint(base),
+    }
+    sha256 = hashlib.sha256((lora_run / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert origin["adapters"] == [{"path": str(lora_run), "sha256": sha256}]
     assert origin["dtype"] == "float32" and origin["fingerprint"] == weights_fingerprint(whole)
     for name in ("chat_template.jinja", "tokenizer.json"):
-        assert (whole / name).read_bytes() == (run / name).read_bytes(), name
-    stops = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in (whole, run)]
+        assert (whole / name).read_bytes() == (lora_run / name).read_bytes(), name
+    stops = [
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in (whole, lora_run)
+    ]
     assert stops[0] == stops[1] == [2, 0]
     text = (whole / "Modelfile").read_text(encoding="utf-8")
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n' in text
     assert 'SYSTEM """You are Qwen' in text  # the run's format, not the default one
 
 
-def test_infer_and_training_take_a_merged_folder(run, train, tmp_path, capsys):
+def test_infer_and_training_take_a_merged_folder(lora_run, train, tmp_path, capsys):
     from utils.script import infer
 
     whole = tmp_path / "whole"
-    merge_lora.main(["--model_path", str(run), "--output_dir", str(whole)])
+    merge_lora.main(["--model_path", str(lora_run), "--output_dir", str(whole)])
     flags = ["--prompt", "Hi", "--max_new_tokens", "8"]
     said = []
-    for folder in (run, whole):
+    for folder in (lora_run, whole):
         capsys.readouterr()
         infer.main(["--model_path", str(folder), *flags])
         said.append(capsys.readouterr().out)
@@ -69,27 +75,27 @@ def test_infer_and_training_take_a_merged_folder(run, train, tmp_path, capsys):
     assert not problems and parts.base == str(whole)
 
 
-def test_an_adapter_without_a_runs_record(copied):
+def test_an_adapter_without_a_runs_record(lora_copy):
     """Without a run's notes: the base's tokenizer and stops, the format of what is saved, or the one that is named."""
     for name in ("train_args.json", "generation_config.json"):
-        (copied / name).unlink()
-    whole = merged(copied, output="no-notes")
+        (lora_copy / name).unlink()
+    whole = merged(lora_copy, output="no-notes")
     assert json.loads((whole / "train_args.json").read_text()) == {"common": {"template_name": "qwen2.5"}}
-    for path in [*copied.glob("token*"), copied / "chat_template.jinja"]:
+    for path in [*lora_copy.glob("token*"), lora_copy / "chat_template.jinja"]:
         path.unlink()
-    bare = merged(copied, output="bare")
+    bare = merged(lora_copy, output="bare")
     assert AutoTokenizer.from_pretrained(bare).chat_template is None
-    named = merged(copied, "--template_name", "yi", "--modelfile", "true", output="named")
+    named = merged(lora_copy, "--template_name", "yi", "--modelfile", "true", output="named")
     assert AutoTokenizer.from_pretrained(named).eos_token == "<|im_end|>"
     assert json.loads((named / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     assert json.loads((named / "train_args.json").read_text())["common"]["template_name"] == "yi"
     assert "SYSTEM" not in (named / "Modelfile").read_text()
 
 
-def test_modelfile_for_a_model_without_adapter(run, tmp_path, refused, monkeypatch):
+def test_modelfile_for_a_model_without_adapter(lora_run, tmp_path, refused, monkeypatch):
     """For whole weights: written into their folder, with what the converters are told of the BOS, and nothing else."""
     whole = tmp_path / "whole"
-    merge_lora.main(["--model_path", str(run), "--output_dir", str(whole)])
+    merge_lora.main(["--model_path", str(lora_run), "--output_dir", str(whole)])
     before = listing(whole)
     merge_lora.main(["--model_path", str(whole), "--modelfile", "true"])
     after = listing(whole)
@@ -106,15 +112,15 @@ def test_modelfile_for_a_model_without_adapter(run, tmp_path, refused, monkeypat
     assert listing(whole)["Modelfile"] == after["Modelfile"]
 
 
-def test_whole_weights_and_a_format_that_go_cannot_express_are_refused(refused, copied):
-    said = refused(merge_lora.main, "--model_path", str(copied.parent / "base"))
+def test_whole_weights_and_a_format_that_go_cannot_express_are_refused(refused, lora_copy):
+    said = refused(merge_lora.main, "--model_path", str(lora_copy.parent / "base"))
     assert "nothing to merge" in said and "--modelfile true" in said
-    whole = ["--model_path", str(copied.parent / "base"), "--modelfile", "true"]
+    whole = ["--model_path", str(lora_copy.parent / "base"), "--modelfile", "true"]
     assert "is not saved with it" in refused(merge_lora.main, *whole)
     assert "--output_dir" in refused(merge_lora.main, *whole, "--output_dir", "x")
-    (copied / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
-    out = copied.parent / "merged"
-    flags = ["--model_path", str(copied), "--output_dir", str(out), "--modelfile", "true"]
+    (lora_copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    out = lora_copy.parent / "merged"
+    flags = ["--model_path", str(lora_copy), "--output_dir", str(out), "--modelfile", "true"]
     said = refused(merge_lora.main, *flags)
     assert "cannot be written in Go's syntax" in said and "--template_name" in said and "convert_hf_to_gguf.py" in said
     assert not out.exists()
@@ -135,11 +141,16 @@ def test_whole_weights_and_a_format_that_go_cannot_express_are_refused(refused, 
     (["--model_path", "RUN", "--output_dir", "x", "--dtype", "float8"], ["'float8'", "bfloat16"]),
     (["--model_path", "RUN", "--output_dir", "x", "--outputdir", "y"], ["Did you mean '--output_dir'"]),
 ])  # fmt: skip
-def test_refused_flags(flags, told, refused, run, tmp_path):
+def test_refused_flags(flags, told, refused, lora_run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    names = {"RUN": run, "BASE": run.parent / "base", "EMPTY": tmp_path / "empty", "FULL": tmp_path / "full"}
+    names = {
+        "RUN": lora_run,
+        "BASE": lora_run.parent / "base",
+        "EMPTY": tmp_path / "empty",
+        "FULL": tmp_path / "full",
+    }
     for name, path in names.items():
         flags = [flag.replace(name, str(path)) for flag in flags]
     said = refused(merge_lora.main, *flags)
@@ -199,20 +210,20 @@ def of_another_kind(run):
     (quantised, ["quantised (gptq)", "--base_model"]),
     (of_another_kind, ["PROMPT_TUNING", "cannot be merged"]),
 ])  # fmt: skip
-def test_damaged_runs_are_refused(damage, told, refused, copied, tmp_path):
-    damage(copied)
-    said = refused(merge_lora.main, "--model_path", str(copied), "--output_dir", str(tmp_path / "merged"))
+def test_damaged_runs_are_refused(damage, told, refused, lora_copy, tmp_path):
+    damage(lora_copy)
+    said = refused(merge_lora.main, "--model_path", str(lora_copy), "--output_dir", str(tmp_path / "merged"))
     assert all(text in said for text in told), said
     assert not [path.name for path in tmp_path.iterdir() if "merged" in path.name]
 
 
-def test_base_model_and_allow_other_base(copied, tmp_path):
-    wanted = logits(load(copied.parent / "base", copied))
-    base_gone(copied)
-    elsewhere = copied.parent / "elsewhere"
-    whole = merged(copied, "--base_model", str(elsewhere))
+def test_base_model_and_allow_other_base(lora_copy, tmp_path):
+    wanted = logits(load(lora_copy.parent / "base", lora_copy))
+    base_gone(lora_copy)
+    elsewhere = lora_copy.parent / "elsewhere"
+    whole = merged(lora_copy, "--base_model", str(elsewhere))
     torch.testing.assert_close(logits(load(whole)), wanted, rtol=1e-5, atol=1e-5)
-    elsewhere.rename(copied.parent / "base")
-    other_base(copied)
-    other = merged(copied, "--allow_other_base", "true", output="other")
+    elsewhere.rename(lora_copy.parent / "base")
+    other_base(lora_copy)
+    other = merged(lora_copy, "--allow_other_base", "true", output="other")
     assert (logits(load(other)) - wanted).abs().max() > 1e-2
