@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import base64  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
@@ -38,13 +39,19 @@ def alone():
             os.environ[name] = value
 
 
+@functools.cache
+def set_libraries_aside():
+    """Has the garbage collector pass over all that is loaded: going through it takes as long as a short training."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def collector():
-    """Has the garbage collector pass over the libraries once they are loaded: it takes as long as a short training."""
+    """Sets the libraries aside after the first test that loaded them."""
     yield
-    if "trl" in sys.modules and not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+    if "trl" in sys.modules:
+        set_libraries_aside()
 
 
 @pytest.fixture(autouse=True)
