@@ -1,11 +1,12 @@
 """The arguments that every recipe shares, and `parse_args`, which reads them together with the recipe's own."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from utils.config.flags import arg
 from utils.config.parse import parse
+from utils.data.columns import parse_columns
 from utils.model.adapter import ADAPTERS
 from utils.tasks import TASKS, get_task
 from utils.tasks.task import Task
@@ -52,6 +53,11 @@ class CommonArgs:
     train_mode: Literal[tuple(ADAPTERS)] = arg(
         "lora",
         "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
+    )
+    columns: str | None = arg(
+        None,
+        "Fields of the data files under other names, as a JSON object from the name in a format of docs/data.md: "
+        '\'{"instruction": "frage", "output": "antwort"}\'.',
     )
     template_name: str = arg(
         "qwen", "The chat template, the one the base model was trained with; auto: the tokenizer's own."
@@ -141,8 +147,14 @@ class CommonArgs:
 
     @property
     def task(self) -> Task:
-        """The task of `--task_type`."""
-        return get_task(self.task_type)
+        """The task of `--task_type`, which reads the fields that `--columns` renames."""
+        task = get_task(self.task_type)
+        return replace(task, row_type=task.row_type.with_columns(self.column_names)) if self.columns else task
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The value of `--columns`: name in a format → name in the data files."""
+        return parse_columns(self.columns)[0]
 
 
 def parse_args(argv: list[str] | None = None, needs_weights: bool = True):

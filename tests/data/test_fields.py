@@ -24,8 +24,6 @@ LOST = {
     "image": {"bytes": "x"},
     "videos": ["cat.mp4"],
     "audio": "cat.wav",
-    "system_prompt": "Talk like a pirate.",
-    "functions": [{"name": "f"}],
     "chat_template_kwargs": {"enable_thinking": False},
 }
 
@@ -41,7 +39,7 @@ def test_content_that_would_be_lost_is_refused_by_name(kind, name):
     read({**row, name: type(LOST[name])()})
 
 
-@pytest.mark.parametrize("name", ["images", "system_prompt"])
+@pytest.mark.parametrize("name", ["images", "chat_template_kwargs"])
 def test_what_is_asked_of_a_model_is_whole_as_well(name):
     with pytest.raises(BadRow, match=f"has a field '{name}'"):
         to_prompt({**PLAIN, name: LOST[name]})
@@ -69,8 +67,12 @@ def test_what_is_asked_of_a_model_is_whole_as_well(name):
             for row in (PLAIN, CHAT, {"conversations": OTHER}, PAIR)
             for name in ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
         ),
-        ({**PLAIN, "context": "Of pears."}, "has a field 'context', which is not read and changes the question"),
-        ({"instruction": "Hi", "context": "Of pears.", "chosen": "a", "rejected": "b"}, "has a field 'context'"),
+        ({**PLAIN, "context": "Of pears.", "input": "Pears"}, "has 'context' beside 'input', and they differ"),
+        ({"question": "Hi", "answer": "Ho", "context": "Of pears."}, "has a field 'context', which is not read and"),
+        ({"question": "Hi", "answer": "A", "choices": ["Ho", "Hum"]}, "has a field 'choices', which is not read and"),
+        ({**PAIR, "context": "Of pears."}, "has a field 'context', which is not read and changes the question"),
+        ({**PLAIN, "system": "Be kind.", "system_prompt": "Be rude."}, "has 'system_prompt' beside 'system'"),
+        ({**CHAT, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "has 'functions' beside 'tools'"),
         ({"messages": [{**USER, "value": "Ho"}, ANSWER]}, "turn 1 has 'value' beside 'content', and they differ"),
         ({"conversations": [OTHER[0], {**OTHER[1], "content": "X"}]}, "turn 2 has 'content' beside 'value'"),
         ({"messages": [USER, {**ANSWER, "content": "", "value": "X"}]}, "turn 2 has 'value' beside 'content'"),
@@ -97,7 +99,7 @@ def test_a_second_conversation_and_marks_of_bad_answers_are_refused(row, said):
         {**CHAT, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {**CHAT, "conversations": None, "instruction": "", "output": float("nan"), "images": []},
         {**PLAIN, "messages": None, "conversations": None, "label": True, "weight": 1},
-        {**PLAIN, "context": "Hi\n"},
+        {"question": "Hi", "answer": "Hello", "context": "Hi\n"},
         {**PLAIN, "context": "", "label": 1, "thought": None},
         {**CHAT, "label": "1", "reasoning": ""},
         {"messages": [{**USER, "value": "Hi"}, {**ANSWER, "value": ""}]},

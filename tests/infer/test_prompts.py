@@ -71,7 +71,7 @@ def test_what_is_trained_on_is_asked_for(rows, read):
     ({"messages": [{"role": "user", "content": " "}]}, "has an empty prompt"),
     ({"prompt": "Hi", "chosen": "Hello"}, "has no field 'rejected'"),
     ({"prompt": "Hi", "reference": 5}, "has a number in 'reference'"),
-    ({"prompt": "Hi", "tools": {}}, "has an object in 'tools'"),
+    ({"prompt": "Hi", "tools": {"name": "f"}}, "has an object in 'tools'"),
     ({"prompt": "Hi", "tools": ["\ud800"]}, "JSON cannot hold"),
 ])  # fmt: skip
 def test_what_is_no_prompt(row, told):

@@ -20,7 +20,7 @@ def test_answers_of_a_run_beside_its_base(run_folder, tmp_path, capsys):
         {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "The fox."}]},
         {"instruction": "Who? " * 600, "output": "x"},
         {"instruction": "再见", "output": "好！"},
-        {"question": "?"},
+        {"notes": "?"},
         {"instruction": "Who? " * 9, "output": "The fox, the fox."},  # the longest prompt is answered first
     ]
     lines, summary, out, err = evaluate_rows(tmp_path, capsys, run_folder, rows, "--max_new_tokens", "8")

@@ -4,6 +4,7 @@ import datetime
 import math
 from importlib.util import find_spec
 
+from utils.data.columns import parse_columns
 from utils.data.files import find_files
 from utils.runtime.errors import Problem, nearest, refusal
 
@@ -28,7 +29,8 @@ _AT_LEAST = {
 def validate(settings) -> list[Problem]:
     """Checks what would fail only after the weights are loaded, or be silently ignored."""
     common, train_args = settings.common, settings.train_args
-    problems = _check_numbers(common) + _check_data_files(settings) + _check_attention(common)
+    problems = _check_numbers(common) + _check_data_files(settings) + parse_columns(common.columns)[1]
+    problems += _check_attention(common)
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)

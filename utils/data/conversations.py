@@ -1,19 +1,32 @@
 """Reads conversations from raw rows of all supported formats."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.data.bad_rows import BadRow, EmptyRow
-from utils.data.fields import RECOGNISED_BY, conversation_kind, field_problem, is_empty
-from utils.data.turns import kind_name, read_text, read_turn
+from utils.data.fields import field_problem
+from utils.data.formats import (
+    CONVERSATION_FORMATS,
+    PAIR_FORMATS,
+    SYSTEM_FIELDS,
+    TEXT_FORMATS,
+    TOOL_FIELDS,
+    Format,
+    find_format,
+    is_empty,
+    missing_fields,
+    show_formats,
+)
+from utils.data.turns import from_json, kind_name, read_text, read_turn
 from utils.template.messages import is_empty_answer
 
 Message = dict[str, Any]
 
-# names for the roles in other programs' data
-_ROLES = {
+# names for the roles in other programs' data, in lower case; those of a call have the call as their text
+ROLES = {
     "system": "system",
-    "tool": "tool",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -21,34 +34,45 @@ _ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
 }
-FORMATS = (
-    '{"instruction": …, "output": …} (with "input", "system", "history" if wanted), {"messages": […]} '
-    'or {"conversations": […]}'
-)
+# recipe → the formats of its rows
+_RECIPES = {
+    "train_args/dpo/base.py": PAIR_FORMATS,
+    "train_args/sft/base.py": CONVERSATION_FORMATS,
+    "train_args/pretrain/base.py": TEXT_FORMATS,
+}
 
 
 class WrongTask(BadRow):
     """The row is one for another task."""
 
-    def __init__(self, row: dict, needed: str):
+    def __init__(self, row: dict, formats: tuple[Format, ...]):
         recipe = recipe_for(row)
         if recipe is None:
-            super().__init__(f"has the fields {sorted(map(str, row))}; expected {needed}")
+            names = sorted(map(str, row))
+            super().__init__(f"has the fields {names}; expected one of {show_formats(formats)}")
         else:
-            super().__init__(
-                f"looks like a row for {Path(recipe).parent.name}, not for this task; use --train_args_path {recipe}, "
-                f"or rows of {needed}"
-            )
+            task = Path(recipe).parent.name
+            super().__init__(f"looks like a row for {task}, not for this task; use --train_args_path {recipe}")
 
 
 def recipe_for(row: dict) -> str | None:
-    """The recipe for the fields of a row: `{"text": …}` → `"train_args/pretrain/base.py"`; None if there is none."""
-    return next((recipe for recipe, names in RECOGNISED_BY.items() if any(name in row for name in names)), None)
+    """The recipe for the format of a row: `{"text": …}` → `"train_args/pretrain/base.py"`; None if there is none."""
+    for recipe, formats in _RECIPES.items():
+        form = find_format(row, formats)
+        if form is not None and form.is_complete(row):
+            return recipe
+    return None
 
 
 def to_messages(row: Any) -> list[Message]:
-    """Reads one SFT row of any known format.
+    """Reads one SFT row of any format in `CONVERSATION_FORMATS`.
 
     `{"instruction": "Hi", "output": "Hello"}`
     → `[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]`
@@ -59,37 +83,65 @@ def to_messages(row: Any) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
-    kind = conversation_kind(row)
-    if kind == "messages":
-        messages = read_turns(row["messages"], "messages", "role", "content")
-    elif kind == "conversations":
-        messages = read_turns(row["conversations"], "conversations", "from", "value")
-    elif kind == "instruction" or ("instruction" in row and recipe_for(row) is None):
-        messages = _from_instruction(row)
-        check_fields(row, "instruction", messages)
-        return with_tools(messages, row.get("tools"))
+    form = find_format(row, CONVERSATION_FORMATS)
+    if form is None or not form.is_complete(row):
+        if form is None or recipe_for(row):
+            raise WrongTask(row, CONVERSATION_FORMATS)
+        raise BadRow(missing_fields(row, CONVERSATION_FORMATS))
+    usual = in_usual_structure(row, form)
+    if form.turns:
+        messages = with_system(read_turns(usual[form.turns], form.turns), row)
     else:
-        raise WrongTask(row, FORMATS)
-    check_fields(row, kind, messages)
-    messages = with_system(messages, row)
+        messages = _from_question_and_answer(usual, form)
+    check_fields(row, form, messages)
     _check_answers(messages)
-    return with_tools(messages, row.get("tools"))
+    return with_tools(messages, row)
 
 
-def check_fields(row: dict, kind: str, messages: list[Message]) -> None:
+def in_usual_structure(row: dict, form: Format) -> dict:
+    """A row with its fields structured as those of most formats are; see `Format.convert`."""
+    try:
+        return form.convert(row) if form.convert else row
+    except ValueError as error:
+        raise BadRow(str(error)) from None
+
+
+def check_fields(row: dict, form: Format, messages: list[Message]) -> None:
     """Raises a `BadRow` for a field that would be ignored although it matters; see `fields.field_problem`."""
-    problem = field_problem(row, kind, messages)
+    problem = field_problem(row, form, messages)
     if problem:
         raise BadRow(problem)
 
 
+def filled_field(row: dict, names: Sequence[str]) -> str | None:
+    """The name of the field that has a value, of a field with several names; None where none has.
+
+    Raises:
+        BadRow: two of them have values that differ.
+    """
+    found = None
+    for name in names:
+        if name in row and not is_empty(row[name]):
+            if found is not None and row[name] != row[found]:
+                raise BadRow(f"has {name!r} beside {found!r}, and they differ; keep one of them")
+            found = found or name
+    return found
+
+
+def system_text(row: dict) -> str | None:
+    """The system message in the fields of a row, which has several names; None without one."""
+    name = filled_field(row, SYSTEM_FIELDS)
+    return read_text(row, name) if name else None
+
+
 def with_system(messages: list[Message], row: dict) -> list[Message]:
-    """Puts the text of a row's field 'system' before the turns."""
-    if is_empty(row.get("system")):
+    """Puts the system message in the fields of a row before the turns."""
+    text = system_text(row)
+    if text is None:
         return messages
     if messages[0]["role"] == "system":
-        raise BadRow("has a field 'system' and a system turn as well; keep one of them")
-    return [{"role": "system", "content": read_text(row, "system")}, *messages]
+        raise BadRow("has a system message in a field and a system turn as well; keep one of them")
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _check_answers(messages: list[Message]) -> None:
@@ -101,7 +153,7 @@ def _check_answers(messages: list[Message]) -> None:
 
 
 def to_text(row: Any) -> str:
-    """Reads one pretraining row: `{"text": "…"}` → its text.
+    """Reads one pretraining row of any format in `TEXT_FORMATS`: `{"text": "…"}` → its text.
 
     Raises:
         BadRow: there is no text.
@@ -109,55 +161,88 @@ def to_text(row: Any) -> str:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with the field 'text'")
-    if "text" not in row:
-        raise WrongTask(row, '{"text": …}')
-    text = read_text(row, "text")
-    check_fields(row, "text", [])
+    form = find_format(row, TEXT_FORMATS)
+    if form is None:
+        raise WrongTask(row, TEXT_FORMATS)
+    text = read_text(row, form.texts[0])
+    check_fields(row, form, [])
     if not text.strip():
         raise EmptyRow("has an empty text")
     return text
 
 
-def _from_instruction(row: dict) -> list[Message]:
-    messages = read_question(row, "instruction")
-    output = read_text(row, "output")
-    if not output.strip():
-        raise EmptyRow("has an empty output")
-    return [*messages, {"role": "assistant", "content": output}]
+def _from_question_and_answer(row: dict, form: Format) -> list[Message]:
+    messages = read_question(row, form.question)
+    (name,) = form.answers
+    answer = row[name]
+    if holds_turns(answer):
+        # as in TRL, answers within the prompt belong to the question
+        given = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]
+        return [*given, *read_turns([answer] if isinstance(answer, dict) else answer, name)]
+    text = read_text(row, name)
+    if not text.strip():
+        raise EmptyRow(f"has an empty {name}")
+    return [*messages, {"role": "assistant", "content": text}]
 
 
 def read_question(row: dict, field: str) -> list[Message]:
-    """Reads a question from a text field, after the system message and the history if there are any.
+    """Reads a question from a field with a text or a list of turns.
+
+    A text comes after the system message and the history if there are any, and before `input` or Dolly's `context`.
 
     `{"instruction": "Add.", "input": "1, 2"}` → `[{"role": "user", "content": "Add.\\n1, 2"}]`
     """
-    messages: list[Message] = []
-    if not is_empty(row.get("system")):
-        read_text(row, "system")
-        messages.append({"role": "system", "content": row["system"]})
-    for turn, pair in enumerate(_history(row), 1):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise BadRow(f"has a history whose turn {turn} is not a pair of texts [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if holds_turns(row.get(field)):
+        if not is_empty(row.get("history")):
+            raise BadRow(f"has 'history' beside the list of turns in {field!r}; keep one of them")
+        turns = row[field] if isinstance(row[field], list) else [row[field]]
+        return with_system(read_turns(turns, field), row)
+    system = system_text(row)
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages += _history(row)
     question = read_text(row, field)
-    if not is_empty(row.get("input")):
-        read_text(row, "input")
-        question = f"{question}\n{row['input']}" if question else row["input"]
+    more = {"instruction": ("input", "context"), "input": ()}.get(field, ("input",))
+    if name := filled_field(row, more):
+        question = f"{question}\n{read_text(row, name)}" if question else read_text(row, name)
     if not question.strip():
         raise BadRow(f"has an empty {field}")
     return [*messages, {"role": "user", "content": question}]
 
 
-def _history(row: dict) -> list:
-    history = row.get("history")
+def holds_turns(value: Any) -> bool:
+    """Whether the value of a field with a question or an answer is a turn or a list of turns, rather than a text."""
+    if isinstance(value, str):
+        return False
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+
+
+def _history(row: dict) -> list[Message]:
+    """The turns before the question: a list of pairs of texts, or of turns."""
+    history = from_json(row.get("history"))
     if is_empty(history):
         return []
     if not isinstance(history, list):
         raise BadRow(f"has {kind_name(history)} in 'history', not a list of [question, answer]")
-    return history
+    if holds_turns(history):
+        return read_turns(history, "history")
+    messages = []
+    for turn, pair in enumerate(history, 1):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow(f"has a history whose turn {turn} is not a pair of texts [question, answer]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
 
 
-def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Message]:
+def read_turns(turns: Any, field: str) -> list[Message]:
+    """Reads a list of turns, which may be written as JSON text.
+
+    Args:
+        turns: the value of the field; both spellings of the keys occur in it, `role` and `content`, and ShareGPT's
+            `from` and `value`.
+        field: its name, for the messages.
+    """
+    turns = from_json(turns)
     if isinstance(turns, dict) and {"role", "from"} & turns.keys():
         raise BadRow(f"has one message in {field!r} where a list of them belongs; write it as [{{…}}]")
     if not isinstance(turns, list):
@@ -167,27 +252,36 @@ def read_turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Mes
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise BadRow(f"turn {number} is {kind_name(turn)}, not an object with {role_key!r} and {text_key!r}")
-        # both spellings of the keys occur under either field name
-        role_name, text_name = (role_key, text_key) if role_key in turn else _other_keys(role_key)
-        role = turn.get(role_name)
-        if not isinstance(role, str) or role not in _ROLES:
-            raise BadRow(f"turn {number} has the role {role!r}; allowed are {', '.join(_ROLES)}")
+            raise BadRow(f"turn {number} is {kind_name(turn)}, not an object with 'role' and 'content'")
+        role_name = "from" if "from" in turn and "role" not in turn else "role"
+        usual = {"role": ("content", "value"), "from": ("value", "content")}[role_name]
+        text_name = usual[1] if usual[1] in turn and usual[0] not in turn else usual[0]
+        name = turn.get(role_name)
+        role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+        if role is None:
+            raise BadRow(f"turn {number} has the role {name!r}; allowed are {', '.join(ROLES)}")
         try:
-            messages.append(read_turn(turn, _ROLES[role], role_name, text_name))
+            messages.append(read_turn(turn, role, role_name, text_name))
         except BadRow as error:
             raise BadRow(f"turn {number} {error}") from None
     return messages
 
 
-def with_tools(messages: list[Message], tools: Any) -> list[Message]:
-    """Attaches the tools of a row to its first message."""
-    if tools != {} and is_empty(tools):
+def with_tools(messages: list[Message], row: dict) -> list[Message]:
+    """Attaches the tools in the fields of a row to its first message.
+
+    `tools` may be JSON text, and tools may be described without the outer object, as in OpenAI's older `functions`.
+    """
+    name = filled_field(row, TOOL_FIELDS)
+    tools = from_json(row[name]) if name else None
+    if is_empty(tools):
         return messages
     if not isinstance(tools, list):
         raise BadRow(f"has {kind_name(tools)} in 'tools', not a list of tool descriptions")
-    return [{**messages[0], "tools": tools}, *messages[1:]]
+    return [{**messages[0], "tools": list(map(_wrapped, tools))}, *messages[1:]]
 
 
-def _other_keys(role_key: str) -> tuple[str, str]:
-    return ("from", "value") if role_key == "role" else ("role", "content")
+def _wrapped(tool: Any) -> Any:
+    """A description of a tool in the form that chat templates take: `{"type": "function", "function": {…}}`."""
+    bare = isinstance(tool, dict) and "name" in tool and not {"type", "function"} & tool.keys()
+    return {"type": "function", "function": tool} if bare else tool

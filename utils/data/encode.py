@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.data.bad_rows import BadRow, BrokenUnicode, EmptyRow, unreadable
 from utils.data.cache import tokenizer_key
+from utils.data.columns import with_columns
 from utils.data.files import SUFFIXES, RawRow, parse_row
 from utils.data.packing import pack_rows
 from utils.data.parallel import Chunk, map_chunks
@@ -63,9 +64,11 @@ def build_row_encoder(
         if validation:
             pack = functools.partial(pack, val_size=args.val_size, seed=train_args.seed)
         versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}
+    if args.columns:
+        key["columns"] = args.columns
     return RowEncoder(
         suffixes=suffixes,
-        read=read,
+        read=with_columns(read, args.column_names),
         encode=encode,
         key={
             "tokenizer": tokenizer_key(tokenizer),
@@ -77,7 +80,7 @@ def build_row_encoder(
         columns=row_type.columns,
         pack=pack,
         refuse_long=args.overlong == "error",
-        unread=row_type.unread,
+        unread=row_type.with_columns(args.column_names).unread,
     )
 
 

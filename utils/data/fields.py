@@ -1,17 +1,15 @@
-"""The fields of a row: which are read, which are metadata, and which must not be ignored."""
+"""The fields of a row that are not read: which describe it only, and which must not be ignored."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, Format, is_empty
 from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS
 
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
-_SYSTEM = "name it 'system' to have it read"
 # field that would be ignored although it matters → how to correct a row with it, which is refused
 REFUSED = {
     **dict.fromkeys(["image", "images", "image_url", "image_path", "video", "videos", "audio", "audios"], MEDIA),
-    **dict.fromkeys(["system_prompt", "system_message", "sys_prompt"], _SYSTEM),
-    "functions": 'name it \'tools\', each as {"type": "function", "function": …}, to have them read',
     "chat_template_kwargs": "the template is rendered in one form for all rows; remove the field",
     "documents": "put them into a turn, or remove the field",
 }
@@ -20,71 +18,65 @@ _REASONING = dict.fromkeys(
     REASONING_FIELDS,
     "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
 )
-# row type → the fields that are read
-READ = {
-    "messages": ("messages", "system", "tools"),
-    "conversations": ("conversations", "system", "tools"),
-    "instruction": ("instruction", "input", "output", "system", "history", "tools"),
-    "pair": (
-        "prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", "chosen",
-        "rejected", "reject",
-    ),
-    "text": ("text",),
-    "prompt": (
-        "prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", "chosen",
-        "rejected", "reject", "output", "reference",
-    ),
-}  # fmt: skip
-# the recipe of each type of rows → fields by which such a row is recognised where another type is needed
-RECOGNISED_BY = {
-    "train_args/dpo/base.py": ("chosen", "rejected", "reject"),
-    "train_args/sft/base.py": ("messages", "conversations", "output"),
-    "train_args/pretrain/base.py": ("text",),
-}
-_MAIN = {"instruction": "output", "pair": "chosen"}  # row type → the field named in a message, where it is another
+# fields that a question may need to be understood
+_PART_OF_QUESTION = ("context", "passage", "article", "choices", "options")
 # fields with a question, an answer or both; next to the fields that are read they are a second conversation
 _CONVERSATION = (
-    "messages", "conversations", "conversation", "instruction", "input", "output", "history", "prompt", "completion",
-    "response", "chosen", "rejected", "reject",
+    "messages", "message", "conversations", "conversation", "instruction", "input", "output", "history", "prompt",
+    "completion", "response", "chosen", "rejected", "reject", "rejected_response", "preferred_output",
+    "non_preferred_output",
 )  # fmt: skip
+# rows to be answered may be of any format, with an answer or without
+PROMPT_FIELDS = frozenset(
+    name for form in (*CONVERSATION_FORMATS, *PAIR_FORMATS) for name in (*form.reads, "reject", "reference")
+)
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a value is null, NaN (an empty cell in pandas), a blank text, an empty list or object.
+def field_problem(row: dict, form: Format, turns: Sequence[dict] = ()) -> str | None:
+    """Describes what is wrong with the fields of a row that are not read; None if none of them matters.
 
-    Tables have every column in each row, so a field without a value counts as one that is not there.
-    """
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value != value or value in ([], {})
-
-
-def field_problem(row: dict, kind: str, turns: list[dict] = ()) -> str | None:
-    """Describes what is wrong with the fields that are not read; None if none of them matters.
-
-    `field_problem({"messages": […], "images": ["a.png"]}, "messages")` → `"has a field 'images', which is not read: …"`
+    `{"messages": […], "images": ["a.png"]}` → `"has a field 'images', which is not read: …"`
 
     Args:
         row: as it stands in its file.
-        kind: a key of `READ`.
+        form: the format that it is read in.
         turns: the messages read from it; a field that repeats one, or all of them, is no second conversation.
     """
-    refused = REFUSED if kind in ("text", "prompt") else REFUSED | _REASONING
     for name, value in row.items():
-        if name in READ[kind] or name in METADATA_FIELDS or is_empty(value):
+        if name in form.reads or name in METADATA_FIELDS or is_empty(value):
             continue
-        if name in refused:
-            return f"has a field {name!r}, which is not read: {refused[name]}"
-        if kind in ("text", "prompt"):
-            continue
-        if name in _CONVERSATION and not _repeats(name, row, kind, turns):
-            return f"has {name!r} beside {_MAIN.get(kind, kind)!r}, which is the conversation already; keep one of them"
-        if name == "context" and row.get("instruction") and not _is_within(value, turns):  # Dolly's
-            return "has a field 'context', which is not read and changes the question; name it 'input', or remove it"
-        if name == "label" and _is_false(value):
-            return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
-        if name == "weight" and value not in (1, "1", "1.0"):
-            return f"has 'weight' {value!r}, but all rows weigh the same here; remove the field, or the row"
+        if problem := refused_field(name) or (None if form.texts else _problem_beside_turns(row, name, form, turns)):
+            return problem
+    return None
+
+
+def prompt_problem(row: dict) -> str | None:
+    """As `field_problem`, for a row that is to be answered, not trained."""
+    names = (name for name, value in row.items() if name not in PROMPT_FIELDS and not is_empty(value))
+    return next(filter(None, map(refused_field, names)), None)
+
+
+def refused_field(name: str) -> str | None:
+    """Describes a field that no format reads and no row may have."""
+    return f"has a field {name!r}, which is not read: {REFUSED[name]}" if name in REFUSED else None
+
+
+def _problem_beside_turns(row: dict, name: str, form: Format, turns: Sequence[dict]) -> str | None:
+    value = row[name]
+    if name in _REASONING:
+        return f"has a field {name!r}, which is not read: {_REASONING[name]}"
+    if name in _CONVERSATION and not _repeats(name, row, form, turns):
+        shown = form.turns or form.answers[0]
+        return f"has {name!r} beside {shown!r}, which is the conversation already; keep one of them"
+    if form.question and name in _PART_OF_QUESTION and not _is_within(value, turns):
+        return (
+            f"has a field {name!r}, which is not read and changes the question; write it into {form.question!r}, or "
+            "remove it"
+        )
+    if name == "label" and _is_false(value):
+        return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
+    if name == "weight" and value not in (1, "1", "1.0"):
+        return f"has 'weight' {value!r}, but all rows weigh the same here; remove the field, or the row"
     return None
 
 
@@ -104,18 +96,7 @@ def unread_fields(row: dict, read: Collection[str]) -> list[str]:
     ]
 
 
-def conversation_kind(row: dict) -> str | None:
-    """Which field holds an SFT row's conversation, a key of `READ`; None where no field does.
-
-    A field without a value gives way to one that has one.
-    """
-    names = {"messages": "messages", "conversations": "conversations", "output": "instruction"}
-    filled = [kind for name, kind in names.items() if not is_empty(row.get(name))]
-    empty = sorted((row[name] is None, place, kind) for place, (name, kind) in enumerate(names.items()) if name in row)
-    return (filled or [kind for *_, kind in empty] or [None])[0]
-
-
-def _repeats(name: str, row: dict, kind: str, turns: list[dict]) -> bool:
+def _repeats(name: str, row: dict, form: Format, turns: Sequence[dict]) -> bool:
     """Whether a field repeats a turn or the whole conversation.
 
     A rejected answer beside a conversation that is the chosen one (UltraFeedback) is no second conversation either.
@@ -125,14 +106,14 @@ def _repeats(name: str, row: dict, kind: str, turns: list[dict]) -> bool:
         return value.strip() in {str(turn.get("content")).strip() for turn in turns}
     if not isinstance(value, list):
         return False
-    return value == row.get(kind) or [_said(turn) for turn in value] == [_said(turn) for turn in turns]
+    return value == row.get(form.turns) or [_text_of(turn) for turn in value] == [_text_of(turn) for turn in turns]
 
 
 def _is_within(value: Any, turns: list[dict]) -> bool:
     return isinstance(value, str) and any(value.strip() in str(turn.get("content")) for turn in turns)
 
 
-def _said(turn: Any) -> Any:
+def _text_of(turn: Any) -> Any:
     return turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from utils.data.fields import conversation_kind
+from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, find_format
 
 
 class RawRow(NamedTuple):
@@ -149,10 +149,12 @@ def _skip_space(text: str, place: int) -> int:
 def _from_one(file: str, value: Any) -> list[RawRow]:
     """The rows of a file that is one value: an array, an object with an array of rows in it, or a row."""
     if isinstance(value, dict):
-        if _are_columns(value):
+        form = find_format(value, CONVERSATION_FORMATS + PAIR_FORMATS)
+        complete = form is not None and form.is_complete(value)
+        if _are_columns(value) and not (complete and form.convert):  # UltraChat's rows are a list of texts
             problem = "is one object of columns, not of rows; save it a row a line (pandas: to_json(orient='records'))"
             return [RawRow(file, 1, None, problem, fatal=True)]
-        if conversation_kind(value) or "chosen" in value:
+        if complete:
             return [RawRow(file, 1, value)]  # a row, whatever lists its other fields hold
         lists = [name for name, items in value.items() if _are_rows(items)]
         wrapped = [name for name in lists if name in _WRAPPERS]

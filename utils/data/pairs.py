@@ -7,24 +7,23 @@ from utils.data.conversations import (
     Message,
     WrongTask,
     check_fields,
-    kind_name,
+    in_usual_structure,
     read_question,
-    read_text,
     read_turns,
     with_system,
     with_tools,
 )
+from utils.data.formats import PAIR_FORMATS, Format, find_format, is_empty, missing_fields
+from utils.data.turns import from_json, kind_name, read_text
 from utils.template.messages import is_empty_answer
 
-PAIR_FORMATS = (
-    '{"prompt": …, "chosen": …, "rejected": …} as texts or lists of turns, or {"chosen": […], "rejected": […]}, '
-    "two conversations that begin alike"
-)
+# fields with the prompt of a pair: as turns, and as a text or turns
+_TURNS, _QUESTIONS = ("messages", "conversations"), ("prompt", "instruction", "question")
 Pair = dict[str, list[Message]]
 
 
 def to_pair(row: Any) -> Pair:
-    """Reads one preference pair of any known format.
+    """Reads one preference pair of any format in `PAIR_FORMATS`.
 
     `{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}`
     → `{"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Hello"}],
@@ -37,14 +36,15 @@ def to_pair(row: Any) -> Pair:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
+    row = _usual_names(row)
     prompt, chosen, rejected = read_pair(row)
-    check_fields(row, "pair", [*prompt, *chosen, *rejected])
+    check_fields(row, _format_of(row), [*prompt, *chosen, *rejected])
     check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(name, answer)
     if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
-    return {"prompt": with_tools(prompt, row.get("tools")), "chosen": chosen, "rejected": rejected}
+    return {"prompt": with_tools(prompt, usual_fields(row)), "chosen": chosen, "rejected": rejected}
 
 
 def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
@@ -53,17 +53,7 @@ def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
     Raises:
         BadRow: a field is missing, or the two do not answer the same prompt.
     """
-    if "reject" in row and "rejected" not in row:
-        row = {**row, "rejected": row["reject"]}
-    elif "reject" in row:
-        raise BadRow("has both 'rejected' and 'reject'; keep one of them")
-    missing = [name for name in ("chosen", "rejected") if name not in row]
-    if len(missing) == 2:
-        raise WrongTask(row, PAIR_FORMATS)
-    if missing:
-        raise BadRow(f"has no field {missing[0]!r}")
-    if row.get("messages") in (row["chosen"], row["rejected"]):  # UltraFeedback's rows repeat the chosen one there
-        row = {name: value for name, value in row.items() if name != "messages"}
+    row = usual_fields(row)
     prompt = _with_their_system(_read_prompt(row), row)
     chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
     if prompt is None:
@@ -72,16 +62,50 @@ def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
     return prompt, chosen, rejected
 
 
+def is_pair(row: dict) -> bool:
+    """Whether a row is a preference pair, or lacks only one of its answers."""
+    if {"chosen", "rejected", "reject"} & row.keys():
+        return True
+    form = find_format(row, PAIR_FORMATS)
+    return form is not None and form.is_complete(row)
+
+
+def _usual_names(row: dict) -> dict:
+    """A row whose rejected answer has its usual name, and without `messages` where they repeat an answer."""
+    if "reject" in row:
+        if "rejected" in row:
+            raise BadRow("has both 'rejected' and 'reject'; keep one of them")
+        row = {"rejected" if name == "reject" else name: value for name, value in row.items()}
+    if {"messages", "chosen", "rejected"} <= row.keys() and row["messages"] in (row["chosen"], row["rejected"]):
+        row = {name: value for name, value in row.items() if name != "messages"}  # UltraFeedback
+    return row
+
+
+def _format_of(row: dict) -> Format:
+    form = find_format(row, PAIR_FORMATS)
+    if form is not None and form.is_complete(row):
+        return form
+    if form is None or not {"chosen", "rejected"} & row.keys():
+        raise WrongTask(row, PAIR_FORMATS)
+    raise BadRow(missing_fields(row, PAIR_FORMATS))
+
+
+def usual_fields(row: dict) -> dict:
+    """A pair of any format with its fields in the usual structure, the answers as `chosen` and `rejected`."""
+    row = _usual_names(row)
+    return in_usual_structure(row, _format_of(row))
+
+
 def _read_prompt(row: dict) -> list[Message] | None:
     """Returns the turns before the answers; None if only the conversations of both sides contain them."""
-    for name, role, text in (("prompt", "role", "content"), ("messages", "role", "content"),
-                             ("conversations", "from", "value")):  # fmt: skip
-        if isinstance(row.get(name), list):
-            _refuse_beside(row, name, "instruction", "input", "history", "prompt", "messages", "conversations")
-            return with_system(read_turns(row[name], name, role, text), row)
-    for name in ("prompt", "instruction"):
+    turns = {name: row[name] for name in _QUESTIONS if isinstance(row.get(name), list)}
+    turns |= {name: from_json(row[name]) for name in _TURNS if not is_empty(row.get(name))}
+    for name, value in turns.items():
+        _refuse_beside(row, name, *_TURNS, *_QUESTIONS, "input", "history")
+        return with_system(read_turns(value, name), row)
+    for name in _QUESTIONS:
         if name in row:
-            _refuse_beside(row, name, "instruction")
+            _refuse_beside(row, name, *_QUESTIONS)
             return read_question(row, name)
     return None
 
@@ -99,7 +123,7 @@ def _with_their_system(prompt: list[Message] | None, row: dict) -> list[Message]
     alike = len(begins) == 2 and begins[0] == begins[1] and isinstance(begins[0], dict)
     if prompt is None or prompt[0]["role"] == "system" or not alike or begins[0].get("role") != "system":
         return prompt
-    return [*read_turns(begins[:1], "chosen", "role", "content"), *prompt]
+    return [*read_turns(begins[:1], "chosen"), *prompt]
 
 
 def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Message]:
@@ -109,7 +133,7 @@ def _read_answer(row: dict, name: str, prompt: list[Message] | None) -> list[Mes
         if prompt is None:
             raise BadRow(f"has a text in {name!r} and no 'prompt' that it answers")
         return [{"role": "assistant", "content": read_text(row, name)}]
-    turns = read_turns([value] if isinstance(value, dict) else value, name, "role", "content")
+    turns = read_turns([value] if isinstance(value, dict) else value, name)
     for head in (prompt, [turn for turn in prompt or [] if turn["role"] != "system"]):
         if head and _bare(turns[: len(head)]) == _bare(head):
             return turns[len(head) :]

@@ -14,10 +14,11 @@ of a new task, and nowhere else:
     )
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from utils.data.columns import rename_fields, with_columns
 from utils.data.fields import unread_fields
 from utils.template.tokenize import IGNORE_INDEX
 
@@ -104,7 +105,7 @@ class RowType:
     name: str
     read: Callable[[Any], Any]
     texts: Callable[[Any], Texts]
-    fields_read: Callable[[dict], tuple[str, ...]]
+    fields_read: Callable[[dict], Collection[str]]
     columns: dict[str, str]
     sequence_columns: tuple[SequenceColumns, ...]
     token_counts: Callable[[Any, Any, Any], tuple[int, int]] | None = None
@@ -149,6 +150,14 @@ class RowType:
             parts = [ids[:start], *[[] for _ in columns[1:-1]], [*ids[start:], *ids[: 2 * number]]][-len(columns) :]
             row |= dict(zip(columns, parts, strict=True)) | {labels: parts[-1]}
         return row
+
+    def with_columns(self, columns: dict[str, str]) -> "RowType":
+        """This type for rows with other names: `columns` is name in a format → name in the files (`--columns`)."""
+
+        def fields_read(row: dict) -> list[str]:
+            return [columns.get(name, name) for name in self.fields_read(rename_fields(row, columns))]
+
+        return replace(self, read=with_columns(self.read, columns), fields_read=fields_read) if columns else self
 
     def unread(self, row: Any) -> list[str]:
         """The fields of a raw row that are neither read nor known to be descriptive."""

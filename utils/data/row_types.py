@@ -1,14 +1,21 @@
 """The row types there are: conversation, plain text and preference pair."""
 
 import json
+from collections.abc import Collection
 
 from utils.data.conversations import to_messages, to_text
-from utils.data.fields import READ, conversation_kind
+from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TEXT_FORMATS, Format, find_format
 from utils.data.pairs import to_pair
 from utils.data.row_type import IDS, LABELS, RowType, SequenceColumns, Texts
 from utils.data.truncate import count_tokens
 from utils.template.messages import REASONING_FIELDS
 from utils.template.tokenize import IGNORE_INDEX
+
+
+def _fields_read(row: dict, formats: tuple[Format, ...]) -> Collection[str]:
+    form = find_format(row, formats)
+    return form.reads if form else ()
+
 
 # ------------------------------------------------------------------ conversation and text
 _ONE_SEQUENCE = (SequenceColumns("", ("input_ids",), "labels"),)
@@ -35,7 +42,7 @@ CONVERSATION = RowType(
     "conversation",
     read=to_messages,
     texts=_conversation_texts,
-    fields_read=lambda row: READ[conversation_kind(row) or "instruction"],
+    fields_read=lambda row: _fields_read(row, CONVERSATION_FORMATS),
     columns=_ONE_SEQUENCE_COLUMNS,
     sequence_columns=_ONE_SEQUENCE,
     token_counts=lambda messages, template, tokenizer: (count_tokens(template.render(messages), tokenizer), 0),
@@ -45,7 +52,7 @@ PLAIN_TEXT = RowType(
     "text",
     read=to_text,
     texts=lambda text: Texts([], [text]),
-    fields_read=lambda row: READ["text"],
+    fields_read=lambda row: _fields_read(row, TEXT_FORMATS),
     columns=_ONE_SEQUENCE_COLUMNS,
     sequence_columns=_ONE_SEQUENCE,
     # the eos token ends each
@@ -72,7 +79,7 @@ PAIR = RowType(
     "preference pair",
     read=to_pair,
     texts=_pair_texts,
-    fields_read=lambda row: READ["pair"],
+    fields_read=lambda row: (*_fields_read(row, PAIR_FORMATS), "reject"),
     columns={
         "prompt_ids": IDS, "chosen_ids": IDS, "chosen_labels": LABELS, "rejected_ids": IDS, "rejected_labels": LABELS,
     },

@@ -46,8 +46,11 @@ def _header_problem(names: list[str]) -> str | None:
     return twice and f"has the column {twice!r} twice; keep one of them"
 
 
-_LISTS = ("messages", "conversations", "history", "tools")
-_TEXTS_OR_LISTS = ("prompt", "chosen", "rejected", "reject")
+_LISTS = ("messages", "message", "conversations", "conversation", "data", "history", "tools", "functions")
+_TEXTS_OR_LISTS = (
+    "prompt", "completion", "response", "chosen", "rejected", "reject", "input", "preferred_output",
+    "non_preferred_output",
+)  # fmt: skip
 
 
 def _cell(name: str, value: str) -> Any:

@@ -4,13 +4,15 @@ import json
 from typing import Any
 
 from utils.data.bad_rows import BadRow, BrokenUnicode
-from utils.data.fields import is_empty
+from utils.data.fields import MEDIA
+from utils.data.formats import is_empty
 from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set whether a turn is trained: OpenAI's, then those of other trainers
 TRAINING_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
+_CALL_ROLES = ("function_call", "tool_call")  # of a turn whose text is a call, or a list of calls, as JSON
 
 
 def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Message:
@@ -24,17 +26,17 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
         BadRow: a field has a value that is malformed or not supported.
     """
     message = {"role": role, "content": ""}
-    if len(turn) == 2 and text_field in turn:
-        return {**message, "content": read_text(turn, text_field)}
+    if turn[role_field].strip().lower() in _CALL_ROLES:
+        turn = _as_calls(turn, text_field)
+    elif len(turn) == 2 and text_field in turn:
+        return {**message, "content": _content(turn, text_field)}
     other = _TEXTS[text_field]
     if text_field in turn and not is_empty(turn.get(other)) and turn[other] != turn[text_field]:
         raise BadRow(f"has {other!r} beside {text_field!r}, and they differ; keep one of them")
     thoughts = {key: read_text(turn, key) for key in REASONING_FIELDS if not is_empty(turn.get(key))}
-    calls = [] if is_empty(turn.get("tool_calls")) else _calls(turn["tool_calls"])
-    if turn.get(text_field) is not None or not (thoughts or calls or turn.get("function_call")):
-        message["content"] = read_text(turn, text_field)
-    if not is_empty(turn.get("function_call")):
-        raise BadRow("has 'function_call', the older form of 'tool_calls', which is not read; write it as 'tool_calls'")
+    calls = _all_calls(turn)
+    if turn.get(text_field) is not None or not (thoughts or calls):
+        message["content"] = _content(turn, text_field)
     message |= {"tool_calls": calls} if calls else {}
     message |= {key: read_text(turn, key) for key in _NAMES if turn.get(key) is not None}
     for key, text in thoughts.items():
@@ -63,6 +65,44 @@ def _is_trained(turn: dict, role: str) -> bool:
     return all(marks.values())
 
 
+def _content(turn: dict, field: str) -> str:
+    """The text of a turn, which may be a list of parts: `[{"type": "text", "text": "Hi"}]` → `"Hi"`.
+
+    Parts are joined without anything between them, as the templates that take such lists do.
+    """
+    parts = turn.get(field)
+    if not isinstance(parts, list):
+        return read_text(turn, field)
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or "text" not in part:
+            shown = repr(part["type"]) if isinstance(part, dict) and "type" in part else kind_name(part)
+            raise BadRow(f"has in {field!r} a part of another kind than text ({shown}); {MEDIA}")
+        texts.append(read_text(part, "text"))
+    return "".join(texts)
+
+
+def _as_calls(turn: dict, text_field: str) -> dict:
+    """A turn of a call, with the call under the usual name in place of its text."""
+    calls = from_json(turn.get(text_field))
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not (isinstance(calls, list) and calls and all(isinstance(call, dict) for call in calls)):
+        raise BadRow("is a tool call, and its text is neither a call nor a list of calls as JSON")
+    return {name: value for name, value in turn.items() if name != text_field} | {"tool_calls": calls}
+
+
+def _all_calls(turn: dict) -> list[dict]:
+    """The calls of a turn, also in OpenAI's older form `function_call`."""
+    calls = [] if is_empty(turn.get("tool_calls")) else _calls(from_json(turn["tool_calls"]))
+    if is_empty(turn.get("function_call")):
+        return calls
+    if calls:
+        raise BadRow("has 'function_call' beside 'tool_calls'; keep one of them")
+    return _calls([from_json(turn["function_call"])])
+
+
 def _calls(calls: Any) -> list[dict]:
     """Parses tool calls, whose arguments may be objects or JSON text.
 
@@ -71,7 +111,12 @@ def _calls(calls: Any) -> list[dict]:
     """
     if not isinstance(calls, list):
         raise BadRow(f"has {kind_name(calls)} in 'tool_calls', not a list")
-    return [_call(call) for call in calls]
+    return [_wrapped(_call(call)) for call in calls]
+
+
+def _wrapped(call: dict) -> dict:
+    """A call in the form that chat templates take: `{"type": "function", "function": {"name": …, "arguments": …}}`."""
+    return call if "function" in call or "type" in call else {"type": "function", "function": call}
 
 
 def _call(call: Any) -> dict:
@@ -89,6 +134,16 @@ def _call(call: Any) -> dict:
     if not isinstance(parsed, dict):
         raise BadRow(f"has a tool call whose arguments are {kind_name(parsed)}, not an object")
     return {**call, "arguments": parsed}
+
+
+def from_json(value: Any) -> Any:
+    """The value of a field that may be written as JSON text: `'["a"]'` → `["a"]`; any other text stays as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _as_json(value: Any) -> Any:

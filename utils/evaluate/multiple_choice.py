@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from utils.data.bad_rows import BadRow, unreadable
-from utils.data.conversations import Message, check_fields, kind_name, read_question, read_text
+from utils.data.conversations import Message, kind_name, read_question, read_text
+from utils.data.fields import prompt_problem
 from utils.data.files import RawRow
+from utils.data.formats import TOOL_FIELDS, is_empty
 from utils.runtime.errors import UserError
 from utils.template.tokenize import (
     IGNORE_INDEX,
@@ -73,7 +75,10 @@ def read_choices(raw: RawRow) -> Choices:
     missing = [name for name in ("question", "choices", "answer") if row.get(name) is None]
     if missing:
         raise BadRow(f"has no field {missing[0]!r}; expected {CHOICE_FORMAT}")
-    check_fields(row, "prompt", [])
+    if problem := prompt_problem(row):
+        raise BadRow(problem)
+    if name := next((name for name in TOOL_FIELDS if not is_empty(row.get(name))), None):
+        raise BadRow(f"has a field {name!r}, and questions with choices are asked without tools; remove it")
     messages = read_question(row, "question")
     letters, texts = _read_texts(row["choices"])
     answer = _find(row["answer"], letters, texts, by_index=not isinstance(_parsed(row["choices"]), dict))

@@ -7,7 +7,8 @@ from typing import Any
 from utils.data.bad_rows import BadRow, unreadable
 from utils.data.conversations import (
     Message,
-    check_fields,
+    holds_turns,
+    in_usual_structure,
     kind_name,
     read_question,
     read_text,
@@ -15,17 +16,16 @@ from utils.data.conversations import (
     with_system,
     with_tools,
 )
+from utils.data.fields import prompt_problem
 from utils.data.files import find_files, read_rows
-from utils.data.pairs import check_prompt, read_pair
-from utils.data.turns import TRAINING_MARKS
+from utils.data.formats import CONVERSATION_FORMATS, Format, is_empty, show_formats
+from utils.data.pairs import check_prompt, is_pair, read_pair, usual_fields
+from utils.data.turns import TRAINING_MARKS, from_json
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import original_fields
 
-PROMPT_FORMATS = (
-    '{"instruction": …} (with "input", "system", "history" if wanted), {"messages": […]} or {"conversations": […]}, '
-    '{"prompt": …} as a text or a list of turns, or a preference pair'
-)
-_TURNS = ("messages", "conversations", "prompt", "chosen", "rejected", "reject")  # fields that may hold turns
+_JSON_TEXTS = [form.turns for form in CONVERSATION_FORMATS if form.turns]  # fields whose turns may be JSON text
+PROMPT_FORMATS = f"{show_formats(CONVERSATION_FORMATS)}, with an answer or without, or a preference pair"
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,16 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     row = {name: value for name, value in row.items() if value is not None}  # tables have every column in every row
-    check_fields(row, "prompt", [])
+    if problem := prompt_problem(row):
+        raise BadRow(problem)
+    row = usual_fields(row) if is_pair(row) else row
     messages, answer = _read(_without_training_marks(row))
     if not messages:
         raise BadRow("has an answer and no prompt before it")
     check_prompt(messages)
     if "reference" in row:
         answer = read_text(row, "reference")
-    tools = with_tools(messages, row.get("tools"))[0].get("tools")
+    tools = with_tools(messages, row)[0].get("tools")
     try:
         json.dumps([messages, tools], ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as error:  # such as a date from a Parquet file, or a lone surrogate
@@ -110,27 +112,37 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
 def _without_training_marks(row: dict) -> dict:
     """Removes the marks that set which turns are trained, whatever their values: here nothing is trained."""
 
-    def plain(turn: Any) -> Any:
-        marked = isinstance(turn, dict) and not turn.keys().isdisjoint(TRAINING_MARKS)
-        return {key: value for key, value in turn.items() if key not in TRAINING_MARKS} if marked else turn
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) if isinstance(item, dict) else item for item in value]
+        if isinstance(value, dict) and holds_turns(value):
+            return {name: item for name, item in value.items() if name not in TRAINING_MARKS}
+        return value
 
-    return {
-        name: value if name not in _TURNS else [*map(plain, value)] if isinstance(value, list) else plain(value)
-        for name, value in row.items()
-    }
+    return {name: plain(from_json(value) if name in _JSON_TEXTS else value) for name, value in row.items()}
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:
-    if any(name in row for name in ("chosen", "rejected", "reject")):
+    """The messages of a row up to the answer, and the answer."""
+    if is_pair(row):
         prompt, chosen, _ = read_pair(row)
         return prompt, chosen[0]["content"] if chosen else None
-    for name, role, text in (("messages", "role", "content"), ("conversations", "from", "value"),
-                             ("prompt", "role", "content")):  # fmt: skip
-        if name in row and (name != "prompt" or not isinstance(row[name], str)):
-            turns = read_turns(row[name], name, role, text)
-            last = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-            return (with_system(turns, row) if turns else turns), last
-    for name in ("prompt", "instruction"):
-        if name in row:
-            return read_question(row, name), read_text(row, "output") if "output" in row else None
-    raise BadRow(f"has the fields {sorted(map(str, row))}; expected {PROMPT_FORMATS}")
+    form = _question_format(row)
+    if form is None:
+        raise BadRow(f"has the fields {sorted(map(str, row))}; expected {PROMPT_FORMATS}")
+    if form.turns or isinstance(row[form.question], list):
+        turns = read_turns(in_usual_structure(row, form)[form.main[0]], form.main[0])
+        if turns[-1]["role"] == "assistant":
+            return (with_system(turns[:-1], row) if len(turns) > 1 else []), turns[-1]["content"]
+        messages = with_system(turns, row)
+    else:
+        messages = read_question(row, form.question)
+    answers = [name for other in CONVERSATION_FORMATS if other.question == form.question for name in other.answers]
+    name = next((name for name in answers if name in row), None) if form.question else None
+    return messages, read_text(row, name) if name else None
+
+
+def _question_format(row: dict) -> Format | None:
+    """The first format whose question, or whole conversation, has a value in a row; or else is there without one."""
+    found = [form for form in CONVERSATION_FORMATS if form.main[0] in row and (form.question or form.matches(row))]
+    return next((form for form in found if not is_empty(row[form.main[0]])), found[0] if found else None)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.data.bad_rows import BadRow
+from utils.data.columns import with_columns
 from utils.data.places import row_location
 from utils.data.report import SHORTENED
 from utils.export.merge import load_merged
@@ -132,12 +133,16 @@ def _rows_with_answer(subject: Subject) -> list[tuple[dict, dict]]:
     found = []
     for row, raw in zip(subject.rows, subject.raw_rows, strict=True):
         try:
-            answer = to_prompt(raw)[2]
+            answer = _prompt_of(subject, raw)[2]
         except BadRow:  # it has earlier answers, and no question at its end
             continue
         if answer and row_location(row) not in shortened:
             found.append((row, raw))
     return sorted(found, key=lambda pair: subject.task.row_type.length(pair[0]))
+
+
+def _prompt_of(subject: Subject, raw: dict) -> tuple[list[dict], list | None, str | None]:
+    return with_columns(to_prompt, subject.args.column_names)(raw)
 
 
 def _trained(subject: Subject, row: dict) -> int:
@@ -148,7 +153,7 @@ def _trained(subject: Subject, row: dict) -> int:
 def _ends_with_stop(subject: Subject, raw: dict, limit: int) -> bool:
     """Whether an answer to a row's question, not an empty one, ends by the stop token within `limit` tokens."""
     model, tokenizer = subject.trainer.model, subject.tokenizer
-    messages, tools, _ = to_prompt(raw)
+    messages, tools, _ = _prompt_of(subject, raw)
     prompt = prompt_ids(model, tokenizer, messages, tools, subject.args.allow_special_tokens_in_content)
     (answer,) = generate_ids(model, tokenizer, [prompt], GenerateArgs(max_new_tokens=limit), [0])
     return tokenizer.eos_token_id in answer[1:]
