@@ -4,12 +4,13 @@ import csv
 import json
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import tiny
 from conftest import write_rows
 
-from utils.data.files import find_files, read_rows
+from utils.data.files import TEXT_SUFFIXES, find_files, read_rows
 
 ROWS = [{"instruction": 'Hi,\n"you"', "output": "Hello"}, {"instruction": "你好", "output": "再见"}]
 
@@ -141,3 +142,57 @@ def test_a_file_found_in_two_ways_is_read_once(tmp_path):
     write_rows(tmp_path / "a.jsonl", tiny.ROWS)
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
     assert find_files(f"{tmp_path},{tmp_path}/*.jsonl", "--train_data_path") == ([str(tmp_path / "a.jsonl")], [])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
+def test_a_compressed_file_is_read_as_it_is_uncompressed(tmp_path, kind, suffix):
+    texts = {
+        ".jsonl": '\ufeff{"instruction": "Hi", "output": "你好"}\n{"instruction": "Ho", "output": "Hello"}\n',
+        ".json": '[{"instruction": "Hi", "output": "你好"},\n{"instruction": "Ho", "output": "Hello"}]',
+        ".csv": 'instruction,output\nHi,你好\nHo,"Hello\nthere"\n',
+        ".txt": "one\ntwo\n\nthree\n",
+    }
+    plain, compressed = tmp_path / f"rows{kind}", tmp_path / f"rows{kind.upper()}{suffix}"
+    plain.write_bytes(texts[kind].encode())
+    compress = {".gz": "gzip", ".zst": "zstd"}[suffix]
+    with pyarrow.output_stream(str(compressed), compression=compress) as stream:
+        stream.write(texts[kind].encode())
+    read = [(raw.line, raw.value, raw.problem) for raw in read_rows(str(compressed))]
+    assert len(read) == 2 and read == [(raw.line, raw.value, raw.problem) for raw in read_rows(str(plain))]
+    assert find_files(str(compressed), "--train_data_path", TEXT_SUFFIXES) == ([str(compressed)], [])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_is_damaged_stops_the_run(tmp_path, suffix):
+    path = tmp_path / f"rows.jsonl{suffix}"
+    lines = "".join(
+        json.dumps({"instruction": f"{number}?", "output": str(number**7)}) + "\n" for number in range(5000)
+    )
+    with pyarrow.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[suffix]) as stream:
+        stream.write(lines.encode())
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"not compressed at all"):
+        path.write_bytes(damaged)
+        *_, last = read_rows(str(path))
+        assert last.fatal and last.problem.startswith("cannot be read: ")
+
+
+def test_parquet_and_arrow_are_not_read_compressed_a_second_time(tmp_path):
+    for name in ("rows.parquet.gz", "rows.arrow.zst", "rows.tar.gz"):
+        (tmp_path / name).write_bytes(b"x")
+        files, (problem,) = find_files(str(tmp_path / name), "--train_data_path")
+        assert not files and "is not one of the kinds of file this task reads: " in str(problem)
+        assert "text also as .gz or .zst" in str(problem)
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_an_arrow_file_is_read_in_both_forms(tmp_path, form):
+    table = pyarrow.Table.from_pylist([{"instruction": "Hi", "output": "Hello"}, {"instruction": "Ho", "output": None}])
+    path = tmp_path / "rows.arrow"
+    with getattr(pyarrow.ipc, f"new_{form}")(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert [(raw.line, raw.value) for raw in read_rows(str(path))] == list(enumerate(table.to_pylist(), 1))
+    path.write_bytes(path.read_bytes()[:200])
+    *_, last = read_rows(str(path))
+    assert last.fatal and "is not a whole Arrow file" in last.problem

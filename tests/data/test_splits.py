@@ -1,8 +1,10 @@
 """A folder stands for its training or validation split, as `datasets` reads the names."""
 
+from pathlib import Path
+
 import pytest
 
-from utils.data.files import files_left_out, find_files
+from utils.data.files import files_left_out, find_files, read_rows
 
 ROWS = [{"messages": [{"role": "user", "content": f"Q{i}\n"}, {"role": "assistant", "content": "A"}]} for i in range(3)]
 
@@ -54,11 +56,11 @@ def test_a_folder_is_trained_on_without_its_test_split(folder, names, train, hel
 
 
 def test_files_of_other_kinds_are_named(folder):
-    made = folder("rows.jsonl", "more/rows.jsonl.gz", "notes.txt", ".hidden.txt", "README.md", "dataset_infos.json")
+    made = folder("rows.jsonl", "more/rows.xml", "notes.txt", ".hidden.txt", "README.md", "dataset_infos.json")
     (line,) = files_left_out(made, TRAIN)
-    assert ": more/rows.jsonl.gz, notes.txt; " in line
+    assert ": more/rows.xml, notes.txt; " in line
     (line,) = files_left_out(made, TRAIN, (".jsonl", ".txt"))
-    assert ": more/rows.jsonl.gz; " in line
+    assert ": more/rows.xml; " in line
     many = folder(*(f"many/{number}.xml" for number in range(12)), "many/rows.jsonl") + "/many"
     assert files_left_out(many, TRAIN)[0].split("; ")[0].endswith(" and 2 more")
 
@@ -89,12 +91,21 @@ def test_a_folder_without_the_split_that_is_needed_is_refused(folder, flag, name
     assert not files and said in str(problem)
 
 
-def test_a_folder_of_save_to_disk_says_what_it_is(tmp_path):
-    from datasets import Dataset, DatasetDict
+def test_a_folder_of_save_to_disk_is_read_by_split_without_its_caches(tmp_path):
+    from datasets import Dataset, DatasetDict, load_from_disk
 
-    rows = Dataset.from_list(ROWS)
-    rows.save_to_disk(tmp_path / "rows")
-    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
-    for name, call in (("rows", "').to_parquet('rows.parquet')"), ("both", "')['train'].to_parquet('rows.parquet')")):
-        files, (problem,) = find_files(str(tmp_path / name), TRAIN)
-        assert not files and "is a folder of datasets' save_to_disk" in str(problem) and str(problem).endswith(call)
+    rows = [{"instruction": f"{number}?", "output": str(number)} for number in range(5)]
+    train = Dataset.from_list(rows).shuffle(seed=3)  # an order of its own, which save_to_disk writes out
+    train.save_to_disk(tmp_path / "rows", num_shards=2)
+    load_from_disk(tmp_path / "rows").map(
+        lambda row: {"output": "changed"}, cache_file_name=str(tmp_path / "rows/cache-1.arrow")
+    )
+    DatasetDict(train=train, test=Dataset.from_list(rows[:1])).save_to_disk(tmp_path / "both")
+    for name in ("rows", "both"):
+        files, problems = find_files(str(tmp_path / name), TRAIN)
+        assert not problems and files_left_out(str(tmp_path / name), TRAIN) == (
+            [] if name == "rows" else [f"{TRAIN} {str(tmp_path / name)!r} takes the training split; left out: "
+                                       "test/data-00000-of-00001.arrow (test)"])  # fmt: skip
+        read = [raw for file in files for raw in read_rows(file)]
+        assert [raw.value for raw in read] == list(train) and {raw.problem for raw in read} == {None}
+    assert [Path(file).parent.name for file in find_files(str(tmp_path / "both"), EVAL)[0]] == ["test"]

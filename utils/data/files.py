@@ -6,13 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.data.json_rows import NOT_UTF8, RawRow, bad_bytes, open_text, parse_line, read_json
-from utils.data.splits import DESCRIPTIONS, choose_split, saved_by_datasets
-from utils.data.tables import read_csv, read_parquet
+from utils.data.json_rows import (
+    COMPRESSIONS,
+    NOT_UTF8,
+    RawRow,
+    bad_bytes,
+    kind_of_file,
+    open_text,
+    parse_line,
+    read_json,
+)
+from utils.data.splits import DESCRIPTIONS, choose_split, is_left_by_datasets
+from utils.data.tables import read_arrow, read_csv, read_parquet
 from utils.runtime.errors import Problem, nearest_path, refusal
 from utils.storage.files import project_path
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (*SUFFIXES, ".txt")
 _MAX_NAMES = 10  # of files, in one message
 
@@ -104,6 +113,7 @@ def _files_in(folder: str) -> list[Path]:
         for path in Path(folder).rglob("*")
         if path.is_file()
         and path.name not in DESCRIPTIONS
+        and not is_left_by_datasets(path)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
@@ -113,7 +123,7 @@ def _files_of_other_kinds(folder: str, suffixes: tuple[str, ...], name: str) -> 
     others = [
         str(path.relative_to(folder))
         for path in _files_in(folder)
-        if path.suffix.lower() not in suffixes and path.stem.upper() not in ("README", "LICENSE")
+        if not _is_read(path, suffixes) and path.stem.upper() not in ("README", "LICENSE")
     ]
     if not others:
         return []
@@ -122,16 +132,21 @@ def _files_of_other_kinds(folder: str, suffixes: tuple[str, ...], name: str) -> 
     return [f"{name} has files that are not read: {shown}{more}; kinds read: {', '.join(suffixes)}"]
 
 
+def _is_read(file: str | Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is of a kind that is read; text may be compressed, Parquet and Arrow compress by themselves."""
+    kind = kind_of_file(file)
+    compressed = Path(file).suffix.lower() in COMPRESSIONS
+    return kind in suffixes and not (compressed and kind in (".parquet", ".arrow"))
+
+
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
-    allowed = ", ".join(suffixes)
+    allowed = f"{', '.join(suffixes)} (text also as {' or '.join(COMPRESSIONS)})"
     if Path(path).is_dir():
-        if problem := saved_by_datasets(path):
-            return [], problem
-        found = sorted(str(p) for p in _files_in(path) if p.suffix.lower() in suffixes)
+        found = sorted(str(p) for p in _files_in(path) if _is_read(p, suffixes))
         return found, None if found else f"is a folder without any {allowed} file"
     if glob.has_magic(path) and not Path(path).exists():
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
-        wrong = [p for p in found if Path(p).suffix.lower() not in suffixes]
+        wrong = [p for p in found if not _is_read(p, suffixes)]
         if wrong:
             return [], f"matches {wrong[0]!r}, which is not one of {allowed}"
         return found, None if found else "matches no file"
@@ -143,7 +158,7 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
         parent = Path(path).parent
         siblings = parent.iterdir() if parent.is_dir() else []
         return [], f"does not exist.{nearest_path(path, siblings)}"
-    if Path(path).suffix.lower() not in suffixes:
+    if not _is_read(path, suffixes):
         return [], f"is not one of the kinds of file this task reads: {allowed}"
     return [path], None
 
@@ -155,9 +170,15 @@ def read_rows(file: str) -> Iterator[RawRow]:
 
 def raw_rows(file: str) -> Iterator[RawRow]:
     """Yields the rows of a file; lines of JSON unparsed, since `parse_row` is left to the worker processes."""
-    reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    reader = {
+        ".jsonl": read_json,
+        ".json": read_json,
+        ".csv": read_csv,
+        ".parquet": read_parquet,
+        ".arrow": read_arrow,
+    }
     try:
-        yield from reader.get(Path(file).suffix.lower(), _read_text)(file)
+        yield from reader.get(kind_of_file(file), _read_text)(file)
     except OSError as error:
         yield RawRow(file, 0, None, f"cannot be read: {error.strerror or error}", fatal=True)
 

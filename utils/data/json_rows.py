@@ -4,9 +4,11 @@ The content of a file decides, not its name: one row a line (JSON Lines), one ar
 (`{"data": […]}`), one object that is a row, or several objects that each span lines.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, find_format
@@ -32,6 +34,7 @@ class RawRow(NamedTuple):
 
 
 NOT_UTF8, _BYTES = "is not UTF-8; save the file as UTF-8", re.compile("[\udc80-\udcff]")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # suffix → pyarrow's name
 _WRAPPERS = ("data", "rows", "examples", "instances", "items", "train")  # keys under which a file's rows may stand
 
 
@@ -41,8 +44,23 @@ def bad_bytes(text: str) -> bool:
 
 
 def open_text(file: str, newline: str | None = None):
-    """Opens a text file without its BOM; bytes that are not UTF-8 become lone surrogates, without an error."""
-    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    """Opens a text file, also a compressed one, without its BOM.
+
+    Bytes that are not UTF-8 become lone surrogates, without an error.
+    """
+    decoding = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": newline}
+    compression = COMPRESSIONS.get(Path(file).suffix.lower())
+    if compression is None:
+        return open(file, **decoding)
+    import pyarrow
+
+    return io.TextIOWrapper(pyarrow.input_stream(file, compression=compression), **decoding)
+
+
+def kind_of_file(file: str | Path) -> str:
+    """The suffix that tells what a file holds: `rows.JSONL.gz` → `.jsonl`."""
+    path = Path(file)
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
 class _TwoValues(ValueError):

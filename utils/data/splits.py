@@ -1,5 +1,6 @@
 """Chooses the files of a split in a folder, by the naming conventions of data sets on the Hugging Face hub."""
 
+import json
 import re
 from pathlib import Path
 
@@ -63,13 +64,12 @@ def _glob(files: list[str], kind: str) -> str:
     return str(file.parent / f"{kind}-*{file.suffix}")
 
 
-def saved_by_datasets(folder: str) -> str | None:
-    """What is wrong with a folder that `Dataset.save_to_disk` wrote; None for any other."""
-    kept = next((name for name in ("dataset_dict.json", "state.json") if (Path(folder) / name).is_file()), None)
-    if kept is None:
-        return None
-    split = "['train']" if kept == "dataset_dict.json" else ""
-    return (
-        "is a folder of datasets' save_to_disk, whose Arrow files are not read here; write it as Parquet first: "
-        f"datasets.load_from_disk({folder!r}){split}.to_parquet('rows.parquet')"
-    )
+def is_left_by_datasets(file: Path) -> bool:
+    """Whether a file in a folder of `Dataset.save_to_disk` holds none of its rows: `map` leaves its caches there."""
+    if file.suffix != ".arrow":
+        return False
+    try:
+        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
+        return file.name not in [part["filename"] for part in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError):  # not such a folder
+        return False

@@ -1,4 +1,4 @@
-"""CSV and Parquet files → raw rows."""
+"""CSV, Parquet and Arrow files → raw rows."""
 
 import csv
 import json
@@ -79,6 +79,27 @@ def read_parquet(file: str) -> Iterator[RawRow]:
                 yield RawRow(file, number, without_padding(value))
     except (pyarrow.ArrowException, OSError) as error:
         yield RawRow(file, 0, None, f"is not a whole Parquet file ({error})", fatal=True)
+
+
+def read_arrow(file: str) -> Iterator[RawRow]:
+    """Yields the rows of an Arrow file, as a stream (which `datasets` writes) or in the file format."""
+    import pyarrow
+    import pyarrow.ipc
+
+    number = 0
+    try:
+        with pyarrow.memory_map(file) as source:
+            try:
+                batches = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                opened = pyarrow.ipc.open_file(source)
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            for batch in batches:
+                for value in batch.to_pylist():
+                    number += 1
+                    yield RawRow(file, number, without_padding(value))
+    except (pyarrow.ArrowException, OSError) as error:
+        yield RawRow(file, 0, None, f"is not a whole Arrow file ({error})", fatal=True)
 
 
 def without_padding(row: dict) -> dict:
