@@ -1588,15 +1588,15 @@ FAULTS = [
     Fault(
         "rows: a byte-order mark is part of the first row",
         "utils/data/json_rows.py",
-        'encoding="utf-8-sig", errors="surrogateescape"',
-        'encoding="utf-8", errors="surrogateescape"',
+        '"encoding": "utf-8-sig", "errors": "surrogateescape"',
+        '"encoding": "utf-8", "errors": "surrogateescape"',
         "tests/data/test_prepare.py -k byte_order_mark",
     ),
     Fault(
         "rows: bytes that are not UTF-8 are replaced",
         "utils/data/json_rows.py",
-        'encoding="utf-8-sig", errors="surrogateescape"',
-        'encoding="utf-8-sig", errors="replace"',
+        '"encoding": "utf-8-sig", "errors": "surrogateescape"',
+        '"encoding": "utf-8-sig", "errors": "replace"',
         "tests/data/test_files.py -k broken_files",
     ),
     Fault(
