@@ -1,4 +1,4 @@
-"""The run card: what it says of a run, and the answers before and after."""
+"""The run card: what it says of a run, and that texts in it stay texts."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from cards import ANSWERS, DPO, FP32, card_of
 from conftest import ROOT, write_rows
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -18,20 +19,10 @@ from markdown_it import MarkdownIt
 import main_train
 import utils.run.samples
 import utils.run.save
-from utils.args import CommonArgs, parse_args
-from utils.data.row_types import CONVERSATION, PAIR
+from utils.args import parse_args
 from utils.run.card import _front_matter, _result, card_text, changed_settings, is_own_card, write_card
-from utils.run.samples import Sample, split_row
+from utils.run.samples import Sample
 from utils.runtime.text import code_block, escape_markdown, inline_code, settings_table
-
-FP32 = ["--precision", "fp32"]
-DPO = ["--train_args_path", "train_args/dpo/base.py"]
-PRETRAIN = ["--train_args_path", "train_args/pretrain/base.py"]
-ANSWERS = ["--card_samples", "3"]
-
-
-def card_of(folder) -> str:
-    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def rows_of(card: str) -> dict[str, str]:
@@ -40,13 +31,6 @@ def rows_of(card: str) -> dict[str, str]:
     return {row[0]: row[1] for row in cells if len(row) == 2}
 
 
-def answers_of(card: str, title: str) -> list[str]:
-    """The fenced texts under `Before:`, say."""
-    found = card.split(f"{title}\n\n```text\n")[1:]
-    return [text.split("\n```")[0] for text in found]
-
-
-# ---------------------------------------------------------------------- what it says
 def test_the_card_of_a_run(train, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     rows = write_rows(tmp_path / "some rows.jsonl", [*tiny.ROWS, {"instruction": "Nothing?", "output": ""}])
@@ -182,7 +166,6 @@ def test_what_others_named_cannot_write_into_the_card(train):
     assert ModelCard(card).data.library_name == "peft"
 
 
-# ---------------------------------------------------------------------- a README.md of the user's own
 def test_a_readme_of_ones_own_is_not_written_over(train, refused, tmp_path, tiny_models, rows_file):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -203,108 +186,6 @@ def test_a_card_of_an_earlier_run_is_replaced(tmp_path, train):
     assert write_card(folder, "mine") == folder / "README.md"
 
 
-# ---------------------------------------------------------------------- before and after
-def greedy(folder, adapter, prompt: str) -> str:
-    """The answer of plain transformers."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(adapter or folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = GenerationConfig.from_pretrained(adapter or folder)
-    model = (
-        PeftModel.from_pretrained(model, adapter) if adapter and (adapter / "adapter_config.json").exists() else model
-    )
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    stop = {"eos_token_id": config.eos_token_id, "pad_token_id": 0}
-    out = model.eval().generate(ids, max_new_tokens=64, do_sample=False, **stop)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-QUICK = ["--num_train_epochs", "10", "--learning_rate", "1e-2"]
-
-
-@pytest.mark.parametrize(("mode", "more"), [("lora", ()), ("lora", ("--init_lora_weights", "pissa")), ("full", ())])
-def test_answers_are_those_of_the_base_and_of_the_run(train, tiny_models, mode, more):
-    folder = train(*FP32, *QUICK, *ANSWERS, "--train_mode", mode, "--train_special_tokens", "off", *more)
-    card = card_of(folder)
-    before, after, wanted = (answers_of(card, title) for title in ("Before:", "After:", "Wanted:"))
-    prompts = [part.split("\n```")[0] for part in card.split("```text\n")[1::4]]
-    clean = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)  # noqa: E731
-    assert len(before) == len(after) == len(wanted) == len(prompts) == 3
-    assert wanted[0] == tiny.ROWS[0]["output"] and prompts[0].count("<|im_start|>") == 3
-    assert prompts[0].endswith("<|im_start|>assistant\n")
-    base = tiny_models()
-    for prompt, first, last in zip(prompts, before, after, strict=True):
-        # the run's own tokenizer and stop tokens, the base's weights
-        assert last == clean(greedy(base if mode == "lora" else folder, folder if mode == "lora" else None, prompt))
-        assert first == clean(base_answer(base, folder, prompt))
-    assert before != after
-
-
-def base_answer(base, run, prompt: str) -> str:
-    """As `greedy`, with the run's stop tokens on the base's weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    stop = {"eos_token_id": GenerationConfig.from_pretrained(run).eos_token_id, "pad_token_id": 0}
-    out = model.generate(ids, max_new_tokens=64, do_sample=False, **stop)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-@pytest.mark.parametrize(
-    "flags", [[], ["--train_mode", "full"], ["--lora_dropout", "0.1", "--gradient_checkpointing", "true"]]
-)
-def test_answers_change_nothing_of_the_training(train, flags):
-    flags = [*FP32, "--logging_steps", "1", *flags]
-    with_answers, without = train(*flags, *ANSWERS, output="with"), train(*flags, output="without")
-    for name in [path.name for path in with_answers.glob("*.safetensors")] + ["tokenizer_config.json"]:
-        assert (with_answers / name).read_bytes() == (without / name).read_bytes()
-
-
-def test_preferences_and_plain_text_have_answers_too(train, tmp_path):
-    card = card_of(train(*DPO, *ANSWERS, data=write_rows(tmp_path / "pairs.jsonl", tiny.PAIRS), output="dpo"))
-    assert answers_of(card, "Wanted:")[0] == "Paris is." and "Pairs" not in card
-    # four texts share two packed rows
-    texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in tiny.TEXT[:4]])
-    card = card_of(train(*PRETRAIN, *ANSWERS, "--max_len", "64", data=texts, output="pretrain"))
-    assert len(answers_of(card, "After:")) == 2 and "none: plain text" in card
-
-
-@pytest.mark.parametrize(
-    ("row", "parts"),
-    [
-        ({"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, 3, 4, -100, 6]}, ([1, 2], [3, 4])),
-        ({"input_ids": [1, 2, 3, 9, 8], "labels": [-100, 2, 3, -100, 8], "seq_lengths": [3, 2]}, ([1], [2, 3])),
-        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, ([1], [2])),
-        ({"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}, ([1, 2], [3, 4])),
-    ],
-)
-def test_where_a_row_is_cut(row, parts):
-    row_type = PAIR if "prompt_ids" in row else CONVERSATION
-    empty = {name: [] for name in row_type.columns}
-    assert split_row({**empty, **row}, row_type) == parts
-
-
-@pytest.mark.parametrize("when", [1, 2])
-def test_answers_that_fail_cost_no_run(train, monkeypatch, when):
-    calls = []
-    answers = utils.run.samples._answers
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == when:
-            raise RuntimeError("no memory")
-        return answers(*args)
-
-    monkeypatch.setattr(utils.run.samples, "_answers", failing)
-    folder = train(*ANSWERS)
-    assert "No answers: they could not be made (RuntimeError)." in card_of(folder)
-    assert (folder / "train_args.json").exists() and "no memory" in (folder / "train.log").read_text()
-
-
 def test_a_card_that_fails_costs_no_run(train, monkeypatch):
     def fail(*args):
         raise KeyError("told")
@@ -313,13 +194,6 @@ def test_a_card_that_fails_costs_no_run(train, monkeypatch):
     folder = train("--max_steps", "1")
     assert (folder / "train_args.json").exists() and not (folder / "README.md").exists()
     assert "the run's card cannot be written" in (folder / "train.log").read_text()
-
-
-def test_divided_weights_are_not_asked(monkeypatch):
-    monkeypatch.setattr(utils.run.samples, "zero_stage", lambda train_args: 3)
-    args = CommonArgs()
-    samples, why = utils.run.samples.begin_samples(None, args, types.SimpleNamespace(fsdp=None), None, None)
-    assert samples == [] and "ZeRO-3" in why
 
 
 @pytest.fixture
