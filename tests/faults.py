@@ -2015,6 +2015,27 @@ FAULTS = [
         'format_count(len(left), "row")',
         "tests/data/test_places.py",
     ),
+    Fault(
+        "explain: 1 updates",
+        "utils/explain/report.py",
+        "format_count(plan['steps'], 'update')",
+        "plan['steps']} updates{''",
+        "tests/explain/test_report.py -k update_is",
+    ),
+    Fault(
+        "doctor: a kept template without its flag",
+        "utils/doctor/template.py",
+        "f\"Keep --template_name {template.name}: the",
+        "f\"Keep it: the",
+        "tests/doctor/test_template.py -k to_keep",
+    ),
+    Fault(
+        "samples: a base's generation_config told of in a training",
+        "utils/run/samples.py",
+        "    logger.disable(own_generation.__module__)",
+        "    logger.enable(own_generation.__module__)",
+        "tests/run/test_samples.py -k says_nothing",
+    ),
     # ------------------------------------------------------------------ the doctor
     Fault(
         "doctor: rows without a stop token",

@@ -9,12 +9,24 @@ from utils.template import get_template
 
 
 def test_a_different_format_names_the_flag_for_the_tokenizers_own(case, report):
-    """A registered one by its name, any other as auto; both in the line that the log has."""
+    """A registered one by its name, any other as auto; as the remedy alone."""
     for form, name in ((get_template("yi").to_jinja(), "qwen3"), (_ODD, "auto")):
         model = case.model(lambda form=form: tokenizer_with(chat_template=form))
         findings = report(*case.flags(model=model))[1]["findings"]
         (finding,) = (finding for finding in findings if finding["code"] == "TEMPLATE_DIFFERS")
-        assert f"give --template_name {name}" in finding["message"]
+        assert f"Give --template_name {name} " in finding["remedy"] and "--template_name" not in finding["message"]
+
+
+def test_a_format_that_cannot_be_trained_exactly_names_the_flag_to_keep(tokenizer, monkeypatch):
+    from utils.doctor import template as checks
+    from utils.runtime.errors import UserError
+
+    def refused(*_):
+        raise UserError("no exact mask")
+
+    monkeypatch.setattr(checks, "template_in", lambda tokenizer: None)
+    monkeypatch.setattr(checks.AutoTemplate, "of", refused)
+    assert "Keep --template_name qwen" in checks._flag_for(get_template("qwen"), tokenizer)
 
 
 # ChatML with another opening

@@ -1,9 +1,13 @@
 """The printed explanation, as text and as JSON."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 from conftest import ROOT
 from explaining import EVAL, FULL, printed
+
+from utils.explain.report import _steps
 
 
 def test_the_text_has_the_plan_and_where_values_come_from(flags_for, capsys):
@@ -37,3 +41,14 @@ def test_a_recipes_line_without_a_type_is_named(flags_for, capsys, tmp_path):
     text = printed(capsys, *flags_for("--train_args_path", str(recipe)))
     line = len(recipe.read_text().splitlines())
     assert f"adam_beta1 at {recipe}:{line}\n    it has no type annotation" in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "line"), [(1, 1.0, "1 update = 1 epoch of 4"), (6, 1.5, "6 updates = 1.5 epochs of 4")]
+)
+def test_one_update_is_written_without_s(steps, epochs, line):
+    explained = SimpleNamespace(
+        plan={"steps": steps, "epochs": epochs, "updates_per_epoch": 4},
+        train_args=SimpleNamespace(max_steps=-1, resume_from_checkpoint=None),
+    )
+    assert _steps(explained) == f"{line} (--num_train_epochs)"

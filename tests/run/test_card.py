@@ -48,6 +48,7 @@ def test_the_card_of_a_run(train, tmp_path, monkeypatch):
     sha = hashlib.sha256((tmp_path / "some rows.jsonl").read_bytes()).hexdigest()
     assert f"| `{rows}` | {(tmp_path / 'some rows.jsonl').stat().st_size:,} | `{sha}` |" in card
     assert told["lora_rank"] == "4 (default: 16)" and "lora_rank 4, lora_alpha 32" in told["adapter"]
+    assert "lora_target_modules every linear layer but the head" in told["adapter"]
     assert f"torch {torch.__version__}" in told["libraries"] and "cores" in told["processor"]
     assert told["GPUs"] == "none" and told["processes"] == "1" and "tokens seen" in told and "training time" in told
     assert f"python main_train.py --config {folder}/train_args.json" in card

@@ -1,7 +1,9 @@
 """The card's answers before and after training: which rows, how they are cut, and at no cost to the run."""
 
+import json
 import re
 import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -122,3 +124,11 @@ def test_partitioned_weights_get_no_answers(monkeypatch):
     args = CommonArgs()
     samples, why = utils.run.samples.begin_samples(None, args, types.SimpleNamespace(fsdp=None), None, None)
     assert samples == [] and "ZeRO-3" in why
+
+
+def test_a_training_says_nothing_of_the_base_s_generation_config(train, tmp_path):
+    base = Path(tiny.save_tiny_model(tmp_path / "base"))
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": True, "temperature": 0.3}))
+    folder = train("--max_steps", "1", "--card_samples", "1", model=str(base))
+    assert "generation_config" not in (folder / "train.log").read_text(encoding="utf-8")

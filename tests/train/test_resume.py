@@ -91,7 +91,7 @@ def test_new_options_of_the_optimizer_are_used(begun, resume, group_of):
         assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
         assert {(*group["betas"], group["eps"]) for group in groups} == {(0.8, 0.5, 1e-6)}
     log = (begun / ".." / "later" / "train.log").read_text(encoding="utf-8")
-    assert "resuming with adam_beta2 0.5, it was 0.999: which applies from here on" in log
+    assert "resuming with adam_beta2 0.5, it was 0.999: the new value applies from here on" in log
 
 
 def test_new_intervals_are_used(resume):

@@ -249,7 +249,7 @@ def examine(args, train_args, data, template, tokenizer) -> None:
     findings = broadcast_object(findings)
     warnings, errors = (in_order(with_severity(findings, severity)) for severity in (WARNING, ERROR))
     for finding in warnings:
-        logger.warning("doctor: {}", finding.line())
+        logger.warning("doctor: {}\n  → {}", finding.line(), finding.remedy)
     if errors:
         problems = [f"{finding.line()}\n     → {finding.remedy}" for finding in errors]
         problems[-1] += f"\n   {_MORE_HELP}"

@@ -95,21 +95,23 @@ def _differences(template, tokenizer) -> list[Finding]:
             message = (
                 f"{name}: template {template.name!r} and the tokenizer's own differ {_first_difference(ours, theirs)}"
             )
-            remedy = _flag_for(tokenizer)
-            return [Finding("TEMPLATE_DIFFERS", f"{message}; {remedy}", remedy=remedy[0].upper() + remedy[1:])]
+            return [Finding("TEMPLATE_DIFFERS", message, remedy=_flag_for(template, tokenizer))]
     return []
 
 
-def _flag_for(tokenizer) -> str:
-    """Returns the advice on which flag trains the tokenizer's own format."""
+def _flag_for(template, tokenizer) -> str:
+    """Returns the advice on which `--template_name` to give."""
     same = template_in(tokenizer)
     name = same.name if same else "auto"
     if same is None:
         try:
             AutoTemplate.of(tokenizer)
         except UserError:
-            return "the tokenizer's own has no exact mask, so that a model which knows it learns this format anew"
-    return f"give --template_name {name} to train the tokenizer's own; a base model may be taught any"
+            return (
+                f"Keep --template_name {template.name}: the tokenizer's own format cannot be trained exactly, so that "
+                "a model which knows it learns this one anew"
+            )
+    return f"Give --template_name {name} to train the tokenizer's own; a base model may be taught any"
 
 
 def _rendered(template, messages, prompt: bool) -> str | None:

@@ -71,7 +71,8 @@ def _rows(explained) -> str:
 def _steps(explained) -> str:
     plan = explained.plan
     by = "--max_steps" if explained.train_args.max_steps > 0 else "--num_train_epochs"
-    text = f"{plan['steps']:,} updates = {plan['epochs']:.4g} epochs of {plan['updates_per_epoch']:,} ({by})"
+    epochs = f"{plan['epochs']:.4g} {'epoch' if plan['epochs'] == 1 else 'epochs'}"
+    text = f"{format_count(plan['steps'], 'update')} = {epochs} of {plan['updates_per_epoch']:,} ({by})"
     resumed = explained.train_args.resume_from_checkpoint
     return f"{text}, resumed from {resumed}" if resumed else text
 

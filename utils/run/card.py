@@ -224,7 +224,10 @@ def _settings(record: dict) -> list[tuple]:
     rows.append(("longest row", f"{common['max_len']:,} tokens"))
     if ADAPTERS[common["train_mode"]].is_adapter:
         names = [name for name in _ADAPTER if ADAPTERS[common["train_mode"]].takes(name)]
-        rows.append(("adapter", ", ".join(f"{name} {format_setting(common[name])}" for name in names)))
+        values = {name: format_setting(common[name]) for name in names}
+        if "lora_target_modules" in values and common["lora_target_modules"] is None:
+            values["lora_target_modules"] = "every linear layer but the head"
+        rows.append(("adapter", ", ".join(f"{name} {value}" for name, value in values.items())))
     rows += [("DeepSpeed", format_setting(trainer["deepspeed"]))] if trainer.get("deepspeed") else []
     return rows + [(name, format_setting(trainer[name])) for name in names if name in trainer]
 

@@ -6,6 +6,7 @@ from loguru import logger
 
 from utils.data.row_type import RowType
 from utils.infer.generate import GenerateArgs, answer_all, room_for, text_of
+from utils.model.generation_config import own_generation
 from utils.runtime.distributed import uses_fsdp, zero_stage
 from utils.template.tokenize import IGNORE_INDEX
 
@@ -120,6 +121,7 @@ def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
         model.to(args.device)  # DeepSpeed would only place it when it trains
     rows = min(len(samples), args.per_device_eval_batch_size) or 1
     training, cached = model.training, model.config.use_cache
+    logger.disable(own_generation.__module__)  # which flags decide an answer's tokens is of no matter to a training
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         model.eval()
@@ -127,6 +129,7 @@ def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
         with torch.random.fork_rng(devices=devices), trainer.accelerator.autocast():
             found = dict(answer_all(model, tokenizer, [sample.ids for sample in samples], _HOW, rows))
     finally:
+        logger.enable(own_generation.__module__)
         model.train(training)
         model.config.use_cache = cached
     return [found[place].strip() for place in range(len(samples))]

@@ -128,7 +128,7 @@ def check_resume(args, train_args, data) -> list[dict]:
 def _log_changes(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
     """Logs the settings that differ from the checkpoint's, and the consequence."""
     for name, (before, value) in changed.items():
-        how = "which applies from here on" if name in UPDATED else "the steps to come will differ"
+        how = "the new value applies from here on" if name in UPDATED else "later steps will differ"
         if name not in SIZES:
             logger.warning("resuming with {} {}, it was {}: {}", name, value, before, how)
     if changed.keys() & set(SIZES):
