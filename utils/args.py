@@ -6,7 +6,7 @@ from typing import Literal
 
 from utils.config.flags import arg
 from utils.config.parse import parse
-from utils.data.columns import parse_columns
+from utils.data.columns import COLUMNS_HELP, parse_columns
 from utils.model.adapter import ADAPTERS
 from utils.tasks import TASKS, get_task
 from utils.tasks.task import Task
@@ -54,11 +54,7 @@ class CommonArgs:
         "lora",
         "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
     )
-    columns: str | None = arg(
-        None,
-        "Fields of the data files under other names, as a JSON object from the name in a format of docs/data.md: "
-        '\'{"instruction": "frage", "output": "antwort"}\'.',
-    )
+    columns: str | None = arg(None, COLUMNS_HELP)
     template_name: str = arg(
         "qwen", "The chat template, the one the base model was trained with; auto: the tokenizer's own."
     )

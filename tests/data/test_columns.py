@@ -93,3 +93,16 @@ def test_every_command_reads_them(tiny_models, tmp_path, capsys):
     assert f"{len(ROWS)} rows" in capsys.readouterr().out
     args, _ = parse_args(flags)
     assert model_checks._prompt_of(SimpleNamespace(args=args), ROWS[0])[2] == ROWS[0]["antwort"]
+
+
+def test_prompts_and_questions_with_choices_are_read_under_other_names(tmp_path):
+    from utils.evaluate.methods import read_task
+    from utils.infer.prompts import read_prompts
+
+    file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"frage": "Hi", "instruction": "Ho"}])
+    prompts, (problem,) = read_prompts(file, "--input", NAMES)
+    assert [prompt.reference for prompt in prompts] == [row["antwort"] for row in ROWS]
+    assert f"a.jsonl:{len(ROWS) + 1} has 'instruction' beside 'frage'" in problem.message
+    choices = write_rows(tmp_path / "b.jsonl", [{"frage": "Which?", "optionen": ["a", "b"], "answer": "B"}])
+    kind, (row,), problems = read_task(choices, "--eval_data_path", {"question": "frage", "choices": "optionen"})
+    assert kind == "choices" and row.answer == 1 and not problems

@@ -6,8 +6,13 @@ from typing import Any
 
 from utils.data.bad_rows import BadRow
 from utils.data.formats import is_empty
+from utils.data.json_rows import RawRow
 from utils.runtime.errors import Problem, refusal
 
+COLUMNS_HELP = (
+    "Fields of the data files under other names, as a JSON object from the name in a format of docs/data.md: "
+    '\'{"instruction": "frage", "output": "antwort"}\'.'
+)
 _SHAPE = (
     """an object such as '{"instruction": "frage", "output": "antwort"}': the name in a format → that in the files"""
 )
@@ -52,6 +57,14 @@ def rename_fields(row: Any, columns: dict[str, str]) -> Any:
                 raise BadRow(f"has {new!r} beside {columns[new]!r}, which --columns reads as {new!r}; keep one of them")
         renamed[new] = value
     return renamed
+
+
+def rename_raw(raw: RawRow, columns: dict[str, str]) -> RawRow:
+    """As `rename_fields`, for a row with its place; a row that cannot be renamed gets a `problem`."""
+    try:
+        return raw._replace(value=rename_fields(raw.value, columns))
+    except BadRow as error:
+        return raw._replace(value=None, problem=str(error))
 
 
 def with_columns(read: Callable[[Any], Any], columns: dict[str, str]) -> Callable[[Any], Any]:

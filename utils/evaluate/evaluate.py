@@ -7,6 +7,7 @@ from typing import Literal
 from loguru import logger
 
 from utils.config.flags import arg
+from utils.data.columns import COLUMNS_HELP, parse_columns
 from utils.evaluate.methods import Generation, MultipleChoice, read_task
 from utils.evaluate.metrics import METRICS
 from utils.evaluate.models import EvalModel, load_eval_models
@@ -25,6 +26,7 @@ class EvaluateArgs(GenerateArgs, TrainedArgs):
     eval_data_path: str | None = arg(
         None, "Rows with answers: .jsonl, .json, .csv, .parquet, a folder, a glob; separated by commas."
     )
+    columns: str | None = arg(None, COLUMNS_HELP)
     output: str | None = arg(None, "The .jsonl file for every row with answers and scores.")
     overwrite: bool = arg(False, "Replace --output and its summary.")
     compare_base: bool = arg(True, "Also evaluate the model that the training started from, if it is known.")
@@ -117,7 +119,7 @@ def evaluate(args: EvaluateArgs, models: dict[str, Parts], metrics: list[str], g
         metrics: names of `utils.evaluate.metrics.METRICS`.
         given: names of the flags on the command line.
     """
-    kind, rows, problems = read_task(args.eval_data_path, "--eval_data_path")
+    kind, rows, problems = read_task(args.eval_data_path, "--eval_data_path", parse_columns(args.columns)[0])
     task = make_task(args, kind, metrics, given)
     rows = rows[: args.max_rows]
     eval_models = load_eval_models(args, models)

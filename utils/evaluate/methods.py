@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from utils.data.bad_rows import BadRow
+from utils.data.columns import rename_raw
 from utils.data.files import find_files, read_rows
 from utils.evaluate.metrics import Figure, score_file, score_row
 from utils.evaluate.models import EvalModel
@@ -126,8 +127,13 @@ def share_right(key: str, label: str, right: list[bool]) -> Figure:
     return Figure(key, label, count, 100 * share, error)
 
 
-def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
+def read_task(paths: str, flag: str, columns: dict[str, str] | None = None) -> tuple[str, list, list[Problem]]:
     """Reads the rows to evaluate, and finds out which method they are for.
+
+    Args:
+        paths: files, folders and globs, separated by commas.
+        flag: the flag's name, for the messages.
+        columns: name in a format → name in the files, from `parse_columns`.
 
     Returns:
         `choices` if any row has choices, else `generation`; the rows; a problem for each row that cannot be used.
@@ -137,9 +143,9 @@ def read_task(paths: str, flag: str) -> tuple[str, list, list[Problem]]:
     """
     files, problems = find_files(paths, flag)
     raise_if_any(problems)
-    raws = [raw for file in files for raw in read_rows(file)]
+    raws = [rename_raw(raw, columns or {}) for file in files for raw in read_rows(file)]
     if not any(isinstance(raw.value, dict) and raw.value.get("choices") is not None for raw in raws):
-        prompts, problems = read_prompts(paths, flag)
+        prompts, problems = read_prompts(paths, flag, columns)
         problems += [
             Problem(
                 f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"',

@@ -8,6 +8,7 @@ from typing import Literal
 from loguru import logger
 
 from utils.config.flags import arg
+from utils.data.columns import COLUMNS_HELP, parse_columns
 from utils.data.files import find_files
 from utils.infer.answer_file import AnswerFile, check_output, partial_of
 from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids
@@ -36,6 +37,7 @@ class InferArgs(GenerateArgs, TrainedArgs):
     input: str | None = arg(
         None, "Rows to answer: .jsonl, .json, .csv, .parquet, a folder, a glob; separated by commas."
     )
+    columns: str | None = arg(None, COLUMNS_HELP)
     output: str | None = arg(None, "The .jsonl file for the answers.")
     batch_size: int = arg(8, "The largest number of rows answered at once.")
     on_bad_row: Literal["drop", "error"] = arg(
@@ -54,12 +56,12 @@ def check_infer(args: InferArgs, given: set[str]) -> list:
     if args.batch_size < 1:
         problems.append(f"--batch_size {args.batch_size} is not allowed; give a whole number of at least 1")
     if args.input is None:
-        only = [f"--{name}" for name in ("output", "batch_size", "on_bad_row", "overwrite") if name in given]
+        only = [f"--{name}" for name in ("columns", "output", "batch_size", "on_bad_row", "overwrite") if name in given]
         return problems + ([f"{', '.join(only)} without --input; give the rows as --input"] if only else [])
     if args.prompt is not None:
         problems.append("--prompt and --input are both given; give one of them")
     files, found = find_files(args.input, "--input")
-    problems += found
+    problems += found + parse_columns(args.columns)[1]
     if args.output is None:
         problems.append("--output is missing; give the .jsonl file for the answers to --input")
     elif Path(args.output).resolve() in [Path(file).resolve() for file in files]:
@@ -77,7 +79,7 @@ def answer_rows(args: InferArgs, parts: Parts) -> None:
     """
     from tqdm import tqdm
 
-    prompts, problems = read_prompts(args.input, "--input")
+    prompts, problems = read_prompts(args.input, "--input", parse_columns(args.columns)[0])
     prompts = [_with_system(prompt, args.system) for prompt in prompts]
     tokenizer = load_format(args, parts)
     ids = _encode_prompts(args, parts, tokenizer, prompts, problems)
@@ -148,6 +150,7 @@ def settings_of(args: InferArgs, parts: Parts) -> dict:
         for name in ("--temperature", "--top_p", "--top_k", "--seed"):
             del flags[name]
     flags |= {f"--{name}": getattr(args, name) for name in ("system", "dtype", "template_name")}
+    flags |= {"--columns": args.columns} if args.columns else {}
     weights = [f"{path} (weights {weights_fingerprint(path)})" for path in (parts.base, *parts.adapters)]
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     home = Path(parts.last())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.data.bad_rows import BadRow, unreadable
+from utils.data.columns import rename_raw
 from utils.data.conversations import (
     Message,
     holds_turns,
@@ -47,12 +48,13 @@ class Prompt:
     reference: str | None
 
 
-def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[Problem]]:
+def read_prompts(paths: str, flag: str, columns: dict[str, str] | None = None) -> tuple[list[Prompt], list[Problem]]:
     """Reads the prompts of files, folders and globs, separated by commas.
 
     Args:
         paths: as given to `flag`.
         flag: the flag's name, for the messages.
+        columns: name in a format → name in the files, from `parse_columns`.
 
     Returns:
         the prompts in the order of files and lines, and a problem for each other row, `"rows.jsonl:3 has …"`.
@@ -66,6 +68,7 @@ def read_prompts(paths: str, flag: str) -> tuple[list[Prompt], list[Problem]]:
     prompts: list[Prompt] = []
     for file in files:
         for raw in read_rows(file):
+            raw = rename_raw(raw, columns or {})
             place = f"{file}:{raw.line}"
             if raw.fatal:
                 raise UserError(f"{flag} {place} {raw.problem}")

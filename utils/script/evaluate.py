@@ -12,6 +12,7 @@ all settings to <output>.summary.json.
 from loguru import logger
 
 from utils.config.flags import make_parser, read_flags
+from utils.data.columns import parse_columns
 from utils.data.files import files_left_out, find_files
 from utils.evaluate.evaluate import EvaluateArgs, evaluate
 from utils.evaluate.metrics import check_metrics
@@ -42,7 +43,7 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluateArgs, dict[str, Parts]
     files, found = [], ["--eval_data_path is missing; give rows with answers, such as data/sft_eval_data.jsonl"]
     if args.eval_data_path:
         files, found = find_files(args.eval_data_path, "--eval_data_path")
-    problems += found + check_output(args.output, args.overwrite, files)
+    problems += found + parse_columns(args.columns)[1] + check_output(args.output, args.overwrite, files)
     for name in ("batch_size", "max_rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
