@@ -20,6 +20,7 @@ import gc  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
 
+import fork_server  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
@@ -76,6 +77,19 @@ def _save_blank(figure, panels, path):
 
     pyplot.close(figure)
     path.write_bytes(BLANK)
+
+
+@pytest.fixture
+def fast_processes():
+    """Makes `sys.executable`, and the launchers beside it, start programs whose libraries are imported already."""
+    with fork_server.fast_processes():
+        yield
+
+
+@pytest.fixture
+def real_processes(monkeypatch):
+    """In a module of fast processes: starts those of one test as a user does."""
+    monkeypatch.setattr(sys, "executable", fork_server.PYTHON)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from fork_server import fast_processes
 from pages import commands
 from test_serve import COMMAND as SERVE
 
@@ -15,7 +16,7 @@ COMMANDS = commands("docs/after_training.md")
 OURS = [command for command in COMMANDS if command.startswith("python ") and "gguf" not in command]
 # other programs, which the page says are not run here, but for the server (test_serve.py) and its installation
 OTHERS = ("pip install", "vllm serve", "ollama create", "python convert_hf_to_gguf.py", SERVE)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_processes")]
 
 
 def test_every_command_is_ours_or_a_named_other():
@@ -32,10 +33,11 @@ def folder(tmp_path_factory):
         lines = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / "data" / f"{name}.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"instruction": "What is 7 + 8?"}\n')
-    type_in(
-        folder, f"python main_train.py --model_name_or_path {ROOT}/data/tiny_model --output_dir output/sft "
-        "--train_data_path data/sft_data.jsonl --max_steps 4 --precision fp32 --logging_steps 1",
-    )  # fmt: skip
+    with fast_processes():
+        type_in(
+            folder, f"python main_train.py --model_name_or_path {ROOT}/data/tiny_model --output_dir output/sft "
+            "--train_data_path data/sft_data.jsonl --max_steps 4 --precision fp32 --logging_steps 1",
+        )  # fmt: skip
     return folder
 
 

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 from conftest import ROOT
+from fork_server import fast_processes
 from pages import blocks, commands, read
 
 PAGE = "docs/before_training.md"
 COMMANDS = commands(PAGE)
 NOT_CLEAN = {"python -m utils.script.doctor --eval_data_path data/sft_data.jsonl": 1}  # its mistake is shown there
 SAID = {"doctor": "verdict", "explain": "tokens", "plan_memory": "parameters", "prove": "tolerance"}
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_processes")]
 
 
 def test_the_page_has_the_commands_that_run():
@@ -26,7 +27,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("before")
     for name in ("data", "train_args"):
         (folder / name).symlink_to(ROOT / name)
-    done = type_in(folder, "python main_train.py --output_dir output/sft --max_steps 2 --save_strategy no")
+    with fast_processes():
+        done = type_in(folder, "python main_train.py --output_dir output/sft --max_steps 2 --save_strategy no")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

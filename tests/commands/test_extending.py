@@ -167,6 +167,7 @@ for words in json.load(sys.stdin):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_adapter_and_the_task_are_added_as_the_page_says(tmp_path):
     """In a copy of the project: the page's lines, each put where it says, and its commands."""
     for name in ("utils", "train_args"):

@@ -27,7 +27,11 @@ SHORT = [
     "--max_steps", "2", "--per_device_train_batch_size", "2", "--precision", "fp32", "--logging_steps", "1",
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--train_special_tokens", "off",
 ]  # fmt: skip
-pytestmark = pytest.mark.slow
+# one command of each launcher is started as a user does
+REAL = [
+    next(command for command in ONE_MACHINE if command.startswith(name)) for name in ("deepspeed", "torchrun", "acc")
+]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_processes")]
 
 
 @pytest.fixture
@@ -53,7 +57,9 @@ def launched(command: str, flags: list[str], **changes) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize("command", [*ONE_MACHINE, WITHOUT_A_GPU])
-def test_every_command_of_the_page_trains(command, flags, tmp_path):
+def test_every_command_of_the_page_trains(command, flags, tmp_path, request):
+    if command in REAL:
+        request.getfixturevalue("real_processes")
     done = launched(command, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
@@ -327,6 +333,7 @@ def two_hosts():
             ip("netns", "del", name)
 
 
+@pytest.mark.usefixtures("real_processes")  # a fork would not be in the namespace
 @pytest.mark.parametrize("command", ON_EACH_MACHINE, ids=["deepspeed", "torchrun"])
 def test_two_hosts_train_together(two_hosts, command, flags, tmp_path):
     hosts = tmp_path / "hosts"

@@ -124,6 +124,7 @@ def words_of(command: str, folder, sft_run) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("command", HERE)
 def test_a_command_runs(command, folder, sft_run, monkeypatch, capsys):
     monkeypatch.chdir(folder)

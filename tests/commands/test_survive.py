@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, write_rows
+from fork_server import fast_processes
 from safetensors.torch import load_file
 
 import main_train
@@ -42,6 +43,7 @@ def flags(tiny_models, rows_file):
 
 # ---------------------------------------------------------------------- killed
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_killed_at_twenty_moments_a_run_ends_the_same(flags, tmp_path):
     """SIGKILL between writes, in the middle of them, between steps; one checkpoint kept. Bit for bit."""
     (tmp_path / "scratch").mkdir()
@@ -64,7 +66,8 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
     half = flags.index("--per_device_train_batch_size") + 1
     two = [*flags[:half], "1", *flags[half + 1 :], "--train_special_tokens", "off"]
     run = ["main_train.py", "--deepspeed", zero, *two]
-    whole = two_processes([*run, "--output_dir", str(tmp_path / "whole")])
+    with fast_processes():
+        whole = two_processes([*run, "--output_dir", str(tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr[-3000:]
     os.environ["KILL_RANK"] = "1"
     try:
@@ -78,7 +81,8 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     left = [path.name for path in checkpoints_of(tmp_path / "killed") if read_manifest(path)]
     assert left and "checkpoint-8" not in left
-    resumed = two_processes([*run, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "killed")])
+    with fast_processes():
+        resumed = two_processes([*run, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "killed")])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "whole"))
     assert ours.keys() == theirs.keys()
@@ -87,6 +91,7 @@ def test_a_rank_that_dies_takes_the_other_with_it_and_the_run_goes_on(flags, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_two_processes_go_on_in_the_middle_of_a_later_epoch(flags, tmp_path):
     """With the rows of that epoch: the losses of its last steps are those of the undisturbed run."""
     half = flags.index("--per_device_train_batch_size") + 1
@@ -154,6 +159,7 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(stopped_run, train, flag
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_second_ctrl_c_leaves_at_once(stopped_run, tmp_path):
     done = stopped_run(signal.SIGINT, signal.SIGINT)
     assert done.returncode == 130 and "interrupted. No checkpoint is saved yet" in done.stderr
@@ -161,6 +167,7 @@ def test_a_second_ctrl_c_leaves_at_once(stopped_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_second_ctrl_c_names_the_checkpoint_to_continue_from(stopped_run, tmp_path):
     done = stopped_run(signal.SIGINT, signal.SIGINT, more=("--save_steps", "1"), chance=30)
     newest = [path for path in checkpoints_of(tmp_path / "run") if read_manifest(path)][-1]
@@ -168,12 +175,14 @@ def test_a_second_ctrl_c_names_the_checkpoint_to_continue_from(stopped_run, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_second_ctrl_c_leaves_at_once_after_a_sigterm_too(stopped_run, tmp_path):
     assert stopped_run(signal.SIGTERM, signal.SIGINT, signal.SIGINT).returncode == 130
     assert not checkpoints_of(tmp_path / "run")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_checkpoint_of_a_stop_is_kept_beside_the_best(stopped_run, tmp_path):
     """transformers' own limit would leave the best alone at the end of the training."""
     best = ["--val_size", "2", "--eval_steps", "1", "--load_best_model_at_end", "true", "--save_total_limit", "1"]
@@ -226,6 +235,7 @@ def _gone(pid: int) -> None:
 
 # ---------------------------------------------------------------------- out of disk
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
     """No file may grow beyond 50 KB from the fourth step on, as on a disk that is full."""
     script = (
@@ -248,6 +258,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_disk_that_is_full_for_one_of_two_processes(flags, tmp_path, rank):
     """Each writes its own shard: one message, no torso, the earlier checkpoint whole, and none waits for the other."""
@@ -471,6 +482,7 @@ def test_weights_the_last_step_broke_are_not_saved(refused, tiny_models, rows_fi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_two_processes_name_the_bad_rows_of_either(flags, tmp_path):
     """The loss of rank 1 is no number in step 2; the message is one, and names its rows, not rank 0's."""
     script = tmp_path / "poison.py"

@@ -104,6 +104,7 @@ def test_several_processes_share_the_rows(explained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_plan_of_two_processes_equals_their_run(explained, flags_for, tmp_path):
     flags = ["--per_device_train_batch_size", "3", "--num_train_epochs", "2", "--logging_steps", "1", "--precision",
              "fp32", "--card_samples", "0"]  # fmt: skip

@@ -111,6 +111,7 @@ run_command(infer.main)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_killed_command_continues_without_lost_or_repeated_answers(run_folder, tmp_path, monkeypatch):
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()

@@ -48,6 +48,7 @@ def test_ddp_holds_a_second_copy_of_the_gradients(config_folder, gpus, copies):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize(("layout", "mode"), [("none", "qlora"), ("zero2", "full"), ("zero3", "lora")])
 def test_two_processes_hold_the_planned_bytes(layout, mode, tmp_path):
     flags = flags_of(mode, tmp_path)

@@ -247,6 +247,7 @@ def test_the_other_kinds_of_adapter_train_there_too(architecture, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_two_processes_train_the_text_of_a_multimodal_base(mode, tmp_path, rows_file, tokenizer):
     """Weights that no text reaches have no gradients, which processes would wait for."""

@@ -61,6 +61,7 @@ def check(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize(
     ("function", "fault"), [(resumed, ""), (resumed, "optimizer"), (resumed, "order"), (ranks, ""), (ranks, "shares")]
 )
@@ -71,6 +72,7 @@ def test_resumed_runs_and_ranks(check, function, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_run_that_fails_names_the_reason(runs):
     with pytest.raises(ProofFailed, match="exit code 2: error: --lora_rank 0 is not allowed"):
         run_training(runs, "wrong", ["--lora_rank", "0"])

@@ -162,6 +162,7 @@ def test_an_adapter_on_top_of_itself_is_refused(checkpoint, refused):
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_a_deepspeed_run_goes_on_from_its_own_states_and_from_no_others(stage, tmp_path, tiny_models, rows_file, mark):
     def run(*flags):

@@ -154,6 +154,7 @@ def on_two(tmp_path, model, data, name, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("padding_free", ["true", "false"])
 def test_two_processes_train_each_row_once(train, tiny_models, tmp_path, padding_free):
     """Five rows, two processes of two: the last step has one row, and three that train nothing."""
@@ -170,6 +171,7 @@ def evaluations(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pairs", [5, 7])
 def test_two_processes_of_pairs_are_one(train, tiny_models, tmp_path, mode, pairs):
@@ -186,6 +188,7 @@ def test_two_processes_of_pairs_are_one(train, tiny_models, tmp_path, mode, pair
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_a_run_goes_on_with_other_processes_at_the_same_row(train, tiny_models, tmp_path):
     """One process of two rows, then two of one, in the middle of the second epoch; seven rows in an epoch."""
     data = write_rows(tmp_path / "rows.jsonl", tiny.ROWS[:7])

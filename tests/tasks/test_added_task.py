@@ -172,6 +172,7 @@ def project(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_main_train_trains_saves_and_resumes(project):
     out = project.root / "run"
     flags = ["--output_dir", str(out), "--val_size", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
@@ -188,12 +189,14 @@ def test_main_train_trains_saves_and_resumes(project):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_doctor_swallows_no_error(project):
     report = json.loads(project("-m", "utils.script.doctor", "--json", "true"))
     assert "NOT_EXAMINED" not in [finding["code"] for finding in report["findings"]], report["findings"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_explain_lists_what_the_task_lists(project):
     found = json.loads(project("-m", "utils.script.explain", "--json", "true"))
     assert found["task"] == "labelled" and found["idle"]["train_on"] == "a row has one answer"
@@ -201,6 +204,7 @@ def test_explain_lists_what_the_task_lists(project):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_show_data_shows_the_bool_and_the_texts(project):
     text = project("-m", "utils.script.show_data", "--rows", "2")
     assert "[[It is number 0, and that is all." in text and "label: True\ntags: ['short', 'row 0']" in text
@@ -208,12 +212,14 @@ def test_show_data_shows_the_bool_and_the_texts(project):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_plan_memory_plans(project):
     assert "labelled" not in MODULES  # of this project, as opposed to the copy
     assert "GB" in project("-m", "utils.script.plan_memory")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_prove_proves(project):
     only = ["padded", "accumulation", "adapter_off", "resumed", "padding_free", "packed", "stops"]
     found = json.loads(project("-m", "utils.script.prove", "--json", "true", "--rows", "4", "--only", *only))

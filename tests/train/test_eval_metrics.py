@@ -350,6 +350,7 @@ def launch(launcher, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("form", ["packed"])
 def test_two_processes_have_the_figures_of_one(form, taught, eval_file, rows_file, expected, tmp_path):
     """Eleven rows on two processes of three: the last step is filled up."""
@@ -366,6 +367,7 @@ def test_two_processes_have_the_figures_of_one(form, taught, eval_file, rows_fil
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("launcher, kind", [("torchrun", "lora"), ("zero2", "dora"), ("zero3", "full")])
 def test_two_processes_stop_early_with_the_best_weights(launcher, kind, taught, eval_file, tmp_path):
     folder = tmp_path / "run"

@@ -80,6 +80,7 @@ def heads_and_rows(text: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_script_runs_and_prints_the_heads_and_rows_of_its_readmes_table(folder):
     ran = subprocess.run(
