@@ -47,7 +47,7 @@ def flags_of(mode: str, task: str, folder: Path, processes: int) -> list[str]:
         "--train_args_path", RECIPES[task], *MODES[mode], "--output_dir", str(folder), "--max_steps", "3",
         "--per_device_train_batch_size", str(16 // processes), "--precision", "fp32", "--logging_steps", "1",
         "--warmup_steps", "0", "--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none",
-        "--disable_tqdm", "true", "--cache_dir", str(folder.parent / "cache"),
+        "--disable_tqdm", "true", "--card_samples", "0", "--cache_dir", str(folder.parent / "cache"),
     ]  # fmt: skip
 
 

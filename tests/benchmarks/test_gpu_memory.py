@@ -9,6 +9,7 @@ from benchmarks import gpu_memory
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_script_measures_a_tiny_shape(tmp_path, capsys):
     output = tmp_path / "found.json"
     ways = ["LoRA", "LoRA + ZeRO-2"]

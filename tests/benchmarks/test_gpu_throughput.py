@@ -342,6 +342,7 @@ def test_the_readmes_table_is_what_was_measured():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_script_measures_a_tiny_shape_in_both_programs(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     output, before = tmp_path / "found.json", {path.name for path in ROOT.iterdir()}

@@ -26,6 +26,7 @@ ON_EACH_MACHINE = commands(PAGE, "## Several machines")[1:]
 SHORT = [
     "--max_steps", "2", "--per_device_train_batch_size", "2", "--precision", "fp32", "--logging_steps", "1",
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--train_special_tokens", "off",
+    "--card_samples", "0",
 ]  # fmt: skip
 # one command of each launcher is started as a user does
 REAL = [

@@ -32,7 +32,7 @@ from utils.storage.run_folder import (
 
 SHORT = [
     "--precision", "fp32", "--max_steps", "8", "--per_device_train_batch_size", "2", "--save_steps", "2",
-    "--lora_dropout", "0.1", "--report_to", "none", "--disable_tqdm", "true",
+    "--lora_dropout", "0.1", "--report_to", "none", "--disable_tqdm", "true", "--card_samples", "0",
 ]  # fmt: skip
 
 
