@@ -28,6 +28,13 @@ import tiny  # noqa: E402
 BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Under xdist, puts files with slow tests first: short ones at the end keep every process busy until then."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def alone():
     """What `--deepspeed` sets for a process without a launcher ends with the test: later ones start processes."""
