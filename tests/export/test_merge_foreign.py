@@ -1,4 +1,4 @@
-"""Adapters made with plain PEFT, of every kind: merged, talked to and trained on as PEFT computes them, or refused."""
+"""Adapters made with plain PEFT, of every kind: merged, used and trained further as PEFT computes them, or refused."""
 
 import copy
 import json
@@ -102,7 +102,7 @@ def test_an_adapter_on_the_vocabulary(kind, tied, tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_any_kind(kind, tiny_models, tmp_path):
+def test_an_adapter_of_each_kind_is_merged_used_and_trained(kind, tiny_models, tmp_path):
     base = tiny_models(attention_bias=True, architecture="llama")
     wanted = make_adapter(base, tmp_path / "adapter", KINDS[kind])
     moved = (wanted - logits(load(base))).abs().max()
@@ -112,7 +112,7 @@ def test_an_adapter_of_any_kind(kind, tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_what_is_no_change_of_weights_is_refused_by_name(kind, tiny_models, tmp_path, refused, monkeypatch):
+def test_adapters_that_do_not_change_weights_are_refused(kind, tiny_models, tmp_path, refused, monkeypatch):
     config, told = PROBLEMS[kind]
     make_adapter(tiny_models(), tmp_path / "adapter", config)
     monkeypatch.setattr(merging, "load_merged", lambda *_: pytest.fail("loaded"))
@@ -121,7 +121,7 @@ def test_what_is_no_change_of_weights_is_refused_by_name(kind, tiny_models, tmp_
     assert told in said and "cannot be merged" in said
 
 
-def test_what_peft_cannot_merge_is_refused(tiny_models, tmp_path, refused):
+def test_an_adapter_that_peft_cannot_merge_is_refused(tiny_models, tmp_path, refused):
     """Rows of single tokens, which both tied layers share, and LoRA on one of them."""
     config = lora("q_proj", "lm_head", trainable_token_indices={"embed_tokens": [3, 7]})
     make_adapter(tiny_models(tie_word_embeddings=True), tmp_path / "adapter", config)
@@ -133,7 +133,7 @@ def test_what_peft_cannot_merge_is_refused(tiny_models, tmp_path, refused):
 @pytest.mark.parametrize("rows", [+4, -4])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
 @pytest.mark.parametrize("saved", [[], ["embed_tokens", "lm_head"]], ids=["layers", "modules"])
-def test_a_resized_vocabulary_is_the_adapters(rows, tied, saved, tiny_models, tmp_path, tokenizer):
+def test_the_base_gets_the_vocabulary_of_the_adapter(rows, tied, saved, tiny_models, tmp_path, tokenizer):
     base, rows = tiny_models(tie_word_embeddings=tied), len(tokenizer) + rows
     wanted = make_adapter(base, tmp_path / "adapter", lora(modules_to_save=saved or None), rows)
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -145,7 +145,7 @@ def test_a_resized_vocabulary_is_the_adapters(rows, tied, saved, tiny_models, tm
     torch.testing.assert_close(logits(spoken), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_resized_vocabulary_that_the_adapter_does_not_hold(tiny_models, tmp_path, refused):
+def test_a_resized_vocabulary_that_the_adapter_does_not_hold_is_refused(tiny_models, tmp_path, refused):
     base = tiny_models()
     make_adapter(base, tmp_path / "adapter", lora(), rows=600)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -156,7 +156,7 @@ def test_a_resized_vocabulary_that_the_adapter_does_not_hold(tiny_models, tmp_pa
     assert "600 rows" in said and "save_pretrained" in said and not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_of_other_module_names_is_not_left_out_in_silence(tiny_models, tmp_path, refused):
+def test_an_adapter_for_other_module_names_is_refused(tiny_models, tmp_path, refused):
     make_adapter(tiny_models(), tmp_path / "adapter", lora())
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     held = {name.replace("model.layers", "model.blocks"): value for name, value in load_file(file).items()}
@@ -168,7 +168,9 @@ def test_an_adapter_of_other_module_names_is_not_left_out_in_silence(tiny_models
 
 
 @pytest.mark.parametrize("where", ["layers", "files"])
-def test_a_merge_with_other_logits_is_refused_and_leaves_nothing(where, tiny_models, tmp_path, refused, monkeypatch):
+def test_a_merge_with_different_logits_is_refused_and_writes_nothing(
+    where, tiny_models, tmp_path, refused, monkeypatch
+):
     """A fault on purpose: once in memory, once between saving and loading."""
     base = tiny_models(tie_word_embeddings=True)
     make_adapter(base, tmp_path / "adapter", lora("q_proj", "lm_head"))
@@ -182,7 +184,7 @@ def test_a_merge_with_other_logits_is_refused_and_leaves_nothing(where, tiny_mod
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_base_that_does_not_compute_here_is_merged_with_a_warning(tiny_models, tmp_path, monkeypatch):
+def test_a_base_that_cannot_run_here_is_merged_with_a_warning(tiny_models, tmp_path, monkeypatch):
     wanted = make_adapter(tiny_models(), tmp_path / "adapter", lora())
     told = []
     monkeypatch.setattr(merge_check.logger, "warning", lambda text, *more: told.append(text.format(*more)))
@@ -221,7 +223,7 @@ def spoil(file):
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def test_the_figure_is_printed(tiny_models, tmp_path, monkeypatch):
+def test_the_largest_difference_is_logged(tiny_models, tmp_path, monkeypatch):
     wanted = make_adapter(tiny_models(), tmp_path / "adapter", lora())
     said = []
     monkeypatch.setattr(merge_lora.logger, "info", lambda text, *more: said.append(text.format(*more)))
@@ -231,7 +233,7 @@ def test_the_figure_is_printed(tiny_models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_in_float32_are_those_of_the_whole_model_in_float32(dtype, tiny_models, tmp_path):
+def test_logits_in_float32_equal_those_of_a_float32_model(dtype, tiny_models, tmp_path):
     """Of a model in bf16 with DoRA, trained rows and a mixture's experts; its weights stay as they were."""
     for architecture, config in (
         ("qwen2", lora("q_proj", "lm_head", use_dora=True, trainable_token_indices={"embed_tokens": [1, 2]})),
@@ -279,7 +281,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize("architecture", WIDE)
-def test_what_a_mixture_keeps_in_float32_stays_so(architecture, tmp_path):
+def test_float32_weights_of_a_mixture_stay_float32(architecture, tmp_path):
     """The balance of a router, its bias and the sinks of attention, in files of bf16."""
     tiny.save_tiny_model(tmp_path / "base", architecture, **WIDE[architecture])
     AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
@@ -304,7 +306,7 @@ def bits(file):
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
-def test_untouched_weights_keep_their_bits_and_type(dtype, tmp_path):
+def test_unchanged_weights_keep_their_bits_and_dtype(dtype, tmp_path):
     """And a router that is adapted keeps its type, merged from its own float32 values."""
     base = mixed_base(tmp_path / "base")
     config = lora("q_proj", "gate")

@@ -60,7 +60,7 @@ def all_answers(model, tokenizer, prompts, batch_size, seeds=None, **flags):
 
 
 @pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "gpt2", "gemma2_softcap", "mistral_window"])
-def test_a_batch_answers_as_a_loop_of_argmax_does_row_by_row(architecture, tokenizer):
+def test_a_batch_equals_a_loop_of_argmax_row_by_row(architecture, tokenizer):
     model, prompts = make(architecture), ids_of([*LENGTHS, 60, 62, 55])  # the last ones have 4, 2 and 9 tokens left
     free = [argmax_loop(model, prompt, min(12, 64 - len(prompt))) for prompt in prompts]
     stops = [free[0][5], free[2][3]]
@@ -74,7 +74,7 @@ def test_a_batch_answers_as_a_loop_of_argmax_does_row_by_row(architecture, token
     assert all_answers(model, tokenizer, prompts, 1, max_new_tokens=12) == expected
 
 
-def test_rows_whose_position_codes_depend_on_the_longest_are_not_mixed(tokenizer):
+def test_rows_with_length_dependent_rope_are_not_mixed(tokenizer):
     model = make("phi3", original_max_position_embeddings=32, rope_parameters=LONGROPE)
     prompts = ids_of([30, 40, 10, 40, 29, 30, 36])
     alone = all_answers(model, tokenizer, prompts, 1, max_new_tokens=8)
@@ -90,7 +90,7 @@ def test_rows_whose_position_codes_depend_on_the_longest_are_not_mixed(tokenizer
     [({"rope_type": "default"}, False), ({"rope_type": "linear", "factor": 2.0}, False),
      ({"rope_type": "dynamic", "factor": 4.0}, True)],
 )  # fmt: skip
-def test_rows_of_other_lengths_are_apart_only_where_rope_depends_on_the_longest(rope, apart):
+def test_rows_are_batched_by_length_only_where_rope_depends_on_it(rope, apart):
     """Dynamic NTK scaling stretches the base of the rotation by the longest row of a step; linear scaling does not."""
     model = make("llama", rope_parameters={"rope_theta": 10000.0, **rope})
     prompts = ids_of([50, 40, 20, 20, 50])
@@ -98,7 +98,7 @@ def test_rows_of_other_lengths_are_apart_only_where_rope_depends_on_the_longest(
     assert found == ([[50, 50], [40], [20, 20]] if apart else [[50, 50, 40, 20, 20]])
 
 
-def test_sampling_figures_are_transformers_own():
+def test_sampling_settings_equal_transformers():
     """What the steps before the noise leave of the logits is what `generate` samples from."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -116,7 +116,7 @@ def test_sampling_figures_are_transformers_own():
     assert 1 < expected.isfinite().sum() <= 9
 
 
-def test_batches_are_of_similar_length_the_longest_first():
+def test_batches_have_similar_lengths_longest_first():
     model, prompts = make("qwen2"), ids_of([*LENGTHS, 60, 62])
     batches = list(_batches(model, prompts, GenerateArgs(max_new_tokens=12), 3))
     assert [[len(prompts[place]) for place in batch] for batch in batches] == [
@@ -129,7 +129,7 @@ def test_batches_are_of_similar_length_the_longest_first():
     {"num_beams": 3},
     {"num_beams": 2, "repetition_penalty": 1.7},
 ])  # fmt: skip
-def test_other_ways_are_generates_own_on_a_row_alone(flags, tokenizer):
+def test_other_decoding_uses_generate_on_each_row(flags, tokenizer):
     model, prompts = make("llama"), ids_of(LENGTHS)
     first = argmax_loop(model, prompts[0], 1)[0]
     tokenizer = tiny.byte_level_tokenizer()
@@ -151,7 +151,7 @@ def test_other_ways_are_generates_own_on_a_row_alone(flags, tokenizer):
     assert [text_of(tokenizer, ids) for ids in found] == expected
 
 
-def test_sampled_answers_do_not_depend_on_the_batch_and_do_on_seed_and_number(tokenizer):
+def test_sampled_answers_depend_on_seed_and_number_and_not_on_the_batch(tokenizer):
     model, prompts = make("qwen2"), ids_of(LENGTHS)
     flags = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.5, "top_p": 0.95, "top_k": 50}
     alone = all_answers(model, tokenizer, prompts, 1, **flags)
@@ -173,7 +173,7 @@ def test_noise_draws_from_the_softmax():
     assert shares[3] == 0
 
 
-def test_what_a_message_says_is_no_token_of_the_format(tokenizer):
+def test_special_tokens_in_messages_are_encoded_as_text(tokenizer):
     from utils.model.tokenizer import apply_chat_format
     from utils.template import get_template
 
@@ -193,7 +193,7 @@ def test_what_a_message_says_is_no_token_of_the_format(tokenizer):
         prompt_ids(model, tokenizer, [{"role": "user", "content": "fox " * 70}])
 
 
-def test_memory_that_runs_out_asks_for_a_smaller_batch(tokenizer, monkeypatch):
+def test_out_of_memory_names_batch_size(tokenizer, monkeypatch):
     model = make("qwen2")
 
     def full(**options):
@@ -204,7 +204,7 @@ def test_memory_that_runs_out_asks_for_a_smaller_batch(tokenizer, monkeypatch):
         all_answers(model, tokenizer, ids_of([40, 3]), 4, max_new_tokens=5)
 
 
-def test_figures_that_are_refused():
+def test_refused_settings():
     wrong = GenerateArgs(max_new_tokens=0, temperature=float("nan"), top_p=0.0, top_k=-1, num_beams=0, seed=-1)
     assert [problem.split()[0] for problem in check_generate(wrong)] == [
         "--max_new_tokens", "--temperature", "--top_p", "--top_k", "--num_beams", "--seed"
@@ -225,7 +225,7 @@ OWN = {
 
 @pytest.mark.parametrize("given", [{name: value} for name, value in OWN.items()], ids=list(OWN))
 @pytest.mark.parametrize("adapter", [False, True])
-def test_of_a_bases_generation_config_only_its_stop_tokens_count(given, adapter, tokenizer):
+def test_only_the_stop_tokens_of_a_bases_generation_config_are_used(given, adapter, tokenizer):
     """Whatever else it brings, greedy answers are those of a loop of argmax, and it is the same afterwards."""
     from peft import LoraConfig, get_peft_model
     from transformers import GenerationConfig
@@ -245,7 +245,7 @@ def test_of_a_bases_generation_config_only_its_stop_tokens_count(given, adapter,
     assert all(getattr(own, name) == value for name, value in given.items())
 
 
-def test_what_of_a_bases_generation_config_is_set_aside_is_said_once(tokenizer):
+def test_ignored_settings_of_a_bases_generation_config_are_logged_once(tokenizer):
     from loguru import logger
     from transformers import GenerationConfig
 

@@ -33,7 +33,7 @@ def logits(model):
         return model(IDS.to(model.device)).logits.float().cpu()
 
 
-def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(trained, tiny_models, tmp_path):
+def test_an_adapter_on_its_base_in_any_folder(trained, tiny_models, tmp_path):
     run, base = trained(), tiny_models()
     assert base_of_run(str(run)) == {"path": base, "fingerprint": weights_fingerprint(base)}
     by_run = logits(load(model_path=run))
@@ -47,7 +47,7 @@ def test_an_adapter_on_the_base_it_was_trained_on_wherever_that_lies(trained, ti
     assert not torch.equal(logits(load(model_path=base)), by_run)
 
 
-def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(trained, tiny_models, tmp_path):
+def test_a_base_with_other_weights_needs_allow_other_base(trained, tiny_models, tmp_path):
     run, base = trained(), tiny_models()
     shutil.copytree(base, tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
@@ -66,7 +66,7 @@ def test_a_base_with_other_weights_is_refused_and_allowed_only_by_name(trained, 
     assert not problems_of(model_path=other, adapter=str(run), allow_other_base=True)
 
 
-def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(trained, tiny_models, tmp_path):
+def test_a_checkpoint_has_the_base_and_settings_of_its_run(trained, tiny_models, tmp_path):
     run = trained(*SPECIAL)
     checkpoint = next(run.glob("checkpoint-*"))
     other = tiny.save_tiny_model(tmp_path / "other", seed=3)
@@ -75,7 +75,7 @@ def test_a_checkpoint_knows_the_base_and_the_settings_of_its_run(trained, tiny_m
     assert problems == [] and allows_special(parts)
 
 
-def test_a_base_that_is_gone_asks_for_its_new_place(copied):
+def test_a_missing_base_is_refused_with_the_flag_for_its_new_folder(copied):
     run = copied()
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
@@ -83,7 +83,7 @@ def test_a_base_that_is_gone_asks_for_its_new_place(copied):
     assert "'/gone/base'" in said and "--base_model" in said
 
 
-def test_a_chain_of_adapters_each_trained_on_the_merged_ones_before(trained, train, tiny_models, tmp_path):
+def test_a_chain_of_adapters_is_loaded_in_order(trained, train, tiny_models, tmp_path):
     base, first = tiny_models(), trained("--learning_rate", "1e-2")
     merged = load(model_path=first).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -96,7 +96,7 @@ def test_a_chain_of_adapters_each_trained_on_the_merged_ones_before(trained, tra
     assert not torch.allclose(chained, logits(load(model_path=first)), atol=1e-3)
 
 
-def test_a_fingerprint_is_the_same_however_weights_are_divided_and_tells_others_apart(tiny_models, tmp_path):
+def test_a_fingerprint_depends_on_the_weights_and_not_on_their_files(tiny_models, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = tiny_models()
@@ -114,7 +114,7 @@ def test_a_fingerprint_is_the_same_however_weights_are_divided_and_tells_others_
 @pytest.mark.parametrize(
     "damage", [lambda raw: raw[:-1], lambda raw: raw[:4], lambda raw: b"x" * 500, lambda raw: raw[:8] + b"{" * 900]
 )
-def test_a_damaged_file_is_named_before_anything_loads(tiny_models, tmp_path, damage):
+def test_a_damaged_file_is_named_before_weights_load(tiny_models, tmp_path, damage):
     shutil.copytree(tiny_models(), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     assert not check_weight_files("--model_path", tmp_path / "model")
@@ -132,12 +132,12 @@ def test_a_damaged_file_is_named_before_anything_loads(tiny_models, tmp_path, da
     ({"model_path": "BASE", "base_model": "BASE"}, "has full weights"),
     ({"model_path": "BASE", "template_name": "qwn"}, "Did you mean 'qwen"),
 ])  # fmt: skip
-def test_what_is_refused(tiny_models, values, told):
+def test_refused_flags(tiny_models, values, told):
     base = tiny_models()
     assert told in problems_of(**{name: value.replace("BASE", base) for name, value in values.items()})
 
 
-def test_a_cut_off_base_stops_a_training_before_it_loads(refused, tiny_models, tmp_path):
+def test_a_truncated_base_stops_a_training_before_it_loads(refused, tiny_models, tmp_path):
     import tiny
 
     import main_train
@@ -150,7 +150,7 @@ def test_a_cut_off_base_stops_a_training_before_it_loads(refused, tiny_models, t
     assert "cut off" in said and str(file) in said
 
 
-def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_path):
+def test_an_unfinished_run_names_its_newest_complete_checkpoint(train, tmp_path):
     from utils.storage.run_folder import MANIFEST
 
     run = train("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3")
@@ -162,7 +162,7 @@ def test_a_run_that_has_not_ended_names_its_last_whole_checkpoint(train, tmp_pat
     assert not problems_of(model_path=str(run / "checkpoint-2"))
 
 
-def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(copied):
+def test_an_adapter_without_generation_config_stops_at_its_tokenizers_eos(copied):
     from utils.infer.load import load_for_inference
 
     run = copied()
@@ -173,7 +173,7 @@ def test_an_adapter_from_elsewhere_stops_at_its_tokenizers_eos(copied):
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
-def test_a_run_trained_with_special_tokens_in_messages_is_known(trained):
+def test_allow_special_tokens_in_content_is_read_from_the_run(trained):
     for flags, allowed in (([], False), (SPECIAL, True)):
         parts, _ = check_trained(TrainedArgs(model_path=str(trained(*flags))))
         assert allows_special(parts) is allowed

@@ -36,7 +36,7 @@ def changed(before, after):
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("task", ["sft", "dpo_multi", "dpo_single"])
-def test_a_saved_configuration_is_the_base_s(task, mode, train, tmp_path, rows_file, pairs_file):
+def test_the_saved_configuration_equals_the_bases(task, mode, train, tmp_path, rows_file, pairs_file):
     """Every field but the stop token, which is trained; of what `generate` does only stops and padding."""
     base = Path(tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", pad_token_id=None, **QWEN))
     flags = [*DPO, "--task_type", task] if task != "sft" else []
@@ -58,14 +58,14 @@ def test_a_saved_configuration_is_the_base_s(task, mode, train, tmp_path, rows_f
         assert found.shape == (2, 5)
 
 
-def test_the_card_s_answers_are_made_for_several_prompts(train, tmp_path):
+def test_the_cards_answers_for_several_prompts(train, tmp_path):
     base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
     folder = train("--max_steps", "1", "--train_mode", "full", "--card_samples", "3", model=base)
     assert "could not be made" not in (folder / "README.md").read_text(encoding="utf-8")
     assert "will show no answers" not in (folder / "train.log").read_text(encoding="utf-8")
 
 
-def test_a_model_saved_with_router_logits_answers_several_prompts(tmp_path, rows_file):
+def test_infer_and_merge_take_a_model_saved_with_router_logits(tmp_path, rows_file):
     """As weights trained elsewhere, or by earlier versions, are saved."""
     folder = tmp_path / "base"
     tokenizer = tiny.byte_level_tokenizer()
@@ -96,7 +96,7 @@ def one_step(monkeypatch, train, base, rows, *flags):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "granitemoeshared", "gpt_oss", "qwen3_moe"])
-def test_the_auxiliary_loss_is_the_model_s_own(family, train, tmp_path, rows_file, monkeypatch):
+def test_the_auxiliary_loss_equals_the_models_own(family, train, tmp_path, rows_file, monkeypatch):
     """After a step every weight has moved by the gradient of transformers' loss and its own auxiliary loss."""
     base = tiny.save_tiny_model(tmp_path / "base", family, **(QWEN if family == "qwen3_moe" else FOUR))
     (batch,), folder = one_step(monkeypatch, train, base, rows_file, "--router_aux_loss_coef", "3")
@@ -139,13 +139,13 @@ def test_a_mixture_without_an_auxiliary_loss_is_trained_without_or_refused(
     assert ("cannot be used with DogeForCausalLM" if flags else "auxiliary loss is not trained: ") in said
 
 
-def test_label_smoothing_leaves_the_auxiliary_loss_out_by_name(train, tmp_path, capsys):
+def test_label_smoothing_leaves_the_auxiliary_loss_out_with_a_warning(train, tmp_path, capsys):
     base = tiny.save_tiny_model(tmp_path / "base", "qwen2_moe", **QWEN)
     train("--max_steps", "1", "--label_smoothing_factor", "0.1", model=base)
     assert "auxiliary loss is not trained: TRL leaves it out" in capsys.readouterr().err
 
 
-def test_the_base_may_ask_for_router_logits(train, tmp_path):
+def test_a_base_whose_configuration_returns_router_logits(train, tmp_path):
     base = tmp_path / "base"
     tiny.save_tiny_model(base, "granitemoe", output_router_logits=True, **FOUR)
     folder = train("--max_steps", "1", "--train_mode", "full", "--router_aux_loss_coef", "0", model=str(base))
@@ -163,7 +163,7 @@ def qlora_findings(folder):
     return [finding.message for finding in quantised_findings(args, train_args)]
 
 
-def test_what_qlora_leaves_of_a_mixture_in_16_bits_is_said_with_numbers(tmp_path):
+def test_weights_that_qlora_does_not_quantise_are_reported_with_numbers(tmp_path):
     """The published shape of Qwen3-30B-A3B: its experts are 48 × 128 × 3 × 2048 × 768 weights."""
     shape = {
         "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
@@ -178,7 +178,7 @@ def test_what_qlora_leaves_of_a_mixture_in_16_bits_is_said_with_numbers(tmp_path
     assert "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in said
 
 
-def test_what_is_said_and_planned_of_qlora_is_what_lies_in_memory(tmp_path):
+def test_the_reported_and_planned_qlora_weights_equal_those_in_memory(tmp_path):
     from transformers import BitsAndBytesConfig
 
     from utils.args import parse_args
@@ -202,11 +202,11 @@ def test_what_is_said_and_planned_of_qlora_is_what_lies_in_memory(tmp_path):
     assert found.parameters - found.gradients == held
 
 
-def test_of_a_dense_model_nothing_is_said(tiny_models):
+def test_a_dense_model_has_no_such_finding(tiny_models):
     assert qlora_findings(tiny_models()) == []
 
 
-def test_a_saved_configuration_has_the_stop_token_that_was_trained(train, tiny_models, tokenizer):
+def test_the_saved_configuration_has_the_trained_stop_token(train, tiny_models, tokenizer):
     """The one field in which it is not the base's: many programs stop by it, whatever generation_config.json says."""
     before = json.loads(Path(tiny_models(), "config.json").read_text())
     after = json.loads((train("--train_mode", "full", "--max_steps", "1") / "config.json").read_text())
@@ -215,7 +215,7 @@ def test_a_saved_configuration_has_the_stop_token_that_was_trained(train, tiny_m
 
 
 @pytest.mark.parametrize(("own", "fused", "trained"), [(1.0, 1.01, True), (1.0, 1.5, False), (1.0, 0.5, False)])
-def test_an_auxiliary_loss_that_is_not_the_models_own_is_left_out_or_refused(own, fused, trained, monkeypatch):
+def test_an_auxiliary_loss_that_differs_from_the_models_is_left_out_or_refused(own, fused, trained, monkeypatch):
     """As TRL's for a family whose experts it counts otherwise; to two per cent, since bf16 rounds both."""
     from utils.model import experts as balance
 
