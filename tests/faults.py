@@ -2025,8 +2025,8 @@ FAULTS = [
     Fault(
         "doctor: a kept template without its flag",
         "utils/doctor/template.py",
-        "f\"Keep --template_name {template.name}: the",
-        "f\"Keep it: the",
+        'f"Keep --template_name {template.name}: the',
+        'f"Keep it: the',
         "tests/doctor/test_template.py -k to_keep",
     ),
     Fault(
@@ -2147,7 +2147,7 @@ FAULTS = [
         "utils/run/card.py",
         "    best = min(losses, default=None)",
         "    best = losses[-1] if losses else None",
-        "tests/run/test_card.py -k losses_of_a_card",
+        "tests/run/test_card.py -k test_a_card_has_the_first_the_last_and_the_best_loss",
     ),
     Fault(
         "card: a bar breaks a table",
@@ -2168,7 +2168,7 @@ FAULTS = [
         "utils/runtime/text.py",
         "[\\\\`*_\\[\\]<>&|~@]",
         "[\\\\`*_\\[\\]&|~@]",
-        "tests/run/test_card.py -k 'does_nothing or cannot_break'",
+        "tests/run/test_card.py -k 'test_texts_are_shown_literally or cannot_break'",
     ),
     Fault(
         "plot: the average begins at zero",
@@ -2210,7 +2210,7 @@ FAULTS = [
         "utils/tasks/trainer.py",
         "    settled.hub_token = None\n",
         "",
-        "tests/run/test_card.py -k no_token_ever",
+        "tests/run/test_card.py -k test_the_finished_run_is_pushed_without_any_token",
     ),
     Fault(
         "run: a finished run's weights stay beside the new one's",

@@ -56,7 +56,7 @@ def test_the_card_of_a_run(train, tmp_path, monkeypatch):
     assert record["data"]["train"]["files"][0]["sha256"] == sha
 
 
-def test_a_base_of_the_hub_is_named_and_a_folder_is_not(tiny_models):
+def test_only_a_base_on_the_hub_is_named_in_the_metadata(tiny_models):
     common = {"model_name_or_path": "Qwen/Qwen1.5-7B", "train_mode": "full", "task_type": "dpo_multi"}
     data = ModelCard(_front_matter(common) + "\n").data
     assert (data.base_model, data.library_name, data.tags[2]) == ("Qwen/Qwen1.5-7B", "transformers", "dpo")
@@ -65,7 +65,7 @@ def test_a_base_of_the_hub_is_named_and_a_folder_is_not(tiny_models):
 
 
 @pytest.mark.parametrize("recipe", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "train_args").glob("*/*.py")))
-def test_a_run_by_defaults_has_no_settings_that_differ(recipe, tmp_path, monkeypatch):
+def test_a_run_with_defaults_has_no_changed_settings(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, train_args = parse_args(["--train_args_path", recipe])
     # the sample texts hold chats, written out
@@ -76,7 +76,7 @@ def test_a_run_by_defaults_has_no_settings_that_differ(recipe, tmp_path, monkeyp
     assert set(changed) == {"learning_rate", "use_dora", "max_len", *own} and changed["max_len"] == (1024, 77)
 
 
-def test_the_losses_of_a_card_are_the_first_the_last_and_the_best():
+def test_a_card_has_the_first_the_last_and_the_best_loss():
     summary = {"first_loss": 4.0, "last_loss": 1.5, "steps": 1200, "steps_skipped": 2, "eval_accuracy": 0.625}
     values = {2: 3.0, 4: math.nan, 1100: 2.0, 1200: 2.5}
     history = [{"step": step, "eval_loss": value} for step, value in values.items()]
@@ -124,7 +124,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_text_is_shown_as_it_is_and_does_nothing(text):
+def test_texts_are_shown_literally(text):
     """Read by another program: Markdown to HTML, HTML to text."""
     shown = " ".join(text.split())
     for form, tag in ((escape_markdown, []), (inline_code, [("code",)])):
@@ -143,7 +143,7 @@ def test_a_text_is_shown_as_it_is_and_does_nothing(text):
     assert not re.search(r"https?://|www\.|@", escape_markdown(text))
 
 
-def test_what_others_named_cannot_write_into_the_card(train):
+def test_names_from_outside_are_escaped(train):
     """Every text of the record is one that a user, a hub or the rows could have chosen."""
     folder = train("--max_steps", "1")
     record = json.loads((folder / "train_args.json").read_text())
@@ -167,7 +167,7 @@ def test_what_others_named_cannot_write_into_the_card(train):
     assert ModelCard(card).data.library_name == "peft"
 
 
-def test_a_readme_of_ones_own_is_not_written_over(train, refused, tmp_path, tiny_models, rows_file):
+def test_a_users_readme_is_kept(train, refused, tmp_path, tiny_models, rows_file):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "README.md").write_text("precious")
@@ -187,7 +187,7 @@ def test_a_card_of_an_earlier_run_is_replaced(tmp_path, train):
     assert write_card(folder, "mine") == folder / "README.md"
 
 
-def test_a_card_that_fails_costs_no_run(train, monkeypatch):
+def test_a_failed_card_does_not_end_the_run(train, monkeypatch):
     def fail(*args):
         raise KeyError("told")
 
@@ -219,7 +219,7 @@ def hub(monkeypatch):
     return uploads
 
 
-def test_what_is_pushed_is_the_finished_run_and_no_token_ever(train, hub, monkeypatch):
+def test_the_finished_run_is_pushed_without_any_token(train, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     flags = [
         "--push_to_hub",
@@ -242,9 +242,7 @@ def test_what_is_pushed_is_the_finished_run_and_no_token_ever(train, hub, monkey
     assert not any(b"hf_SECRET" in content for content in everything)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_before_anything_trains(
-    refused, monkeypatch, tmp_path, tiny_models, rows_file
-):
+def test_an_unreachable_hub_is_reported_before_training(refused, monkeypatch, tmp_path, tiny_models, rows_file):
     ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx2"})
 
     def gone(*_, **__):
@@ -256,7 +254,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_anything_trains(
     assert "--push_to_hub true: the hub cannot be used (ConnectError: no route)" in said
 
 
-def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeypatch):
+def test_pefts_model_card_does_not_replace_a_users_readme(train, tmp_path, monkeypatch):
     """Not even for a moment: saving may fail right after it."""
     from utils.train.trainer import FaultTolerantTrainerMixin
 
@@ -275,7 +273,7 @@ def test_pefts_form_never_replaces_a_readme_of_ones_own(train, tmp_path, monkeyp
     assert [(folder / name).read_text() for name in ("README.md", "run_card.md")] == ["mine", "mine too"]
 
 
-def test_a_resume_with_other_settings_is_told(train):
+def test_a_resume_with_changed_settings_is_named_in_the_card(train):
     more = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
     train(*more)
     folder = train(*more[:-1], "3", "--resume_from_checkpoint", "true", "--learning_rate", "7e-5")
@@ -286,7 +284,7 @@ def test_a_resume_with_other_settings_is_told(train):
     assert "Resumed from `" in card and "one command does not repeat it" in card
 
 
-def test_a_changed_start_adapter_is_in_the_record_and_told(train, tmp_path):
+def test_a_changed_start_adapter_is_recorded_and_warned_of(train, tmp_path):
     from loguru import logger
 
     start = train("--max_steps", "1", output="start")

@@ -58,14 +58,14 @@ def test_the_table_the_formula_and_the_command(plan):
     assert "--train_data_path not/here.jsonl" in command and "--gpu" not in command
 
 
-def test_a_tiny_model_is_told_in_mb(plan):
+def test_a_tiny_model_is_shown_in_mb(plan):
     out = plan("--tokens_per_row", "32", "--train_mode", "full", "--gradient_checkpointing", "false")
     assert "MB on each GPU" in out and "GB" not in out[out.index("full, none:") :].split("\n\n")[0]
     weights = 512 * 64 * 2 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64 + 2 * 64) + 64
     assert f"  gradients    {weights * 4 / 1e6:>8.2f} MB" in out and "0.00" not in out
 
 
-def test_json_has_the_same_in_bytes_and_parts_add_up(plan):
+def test_json_is_in_bytes_and_its_parts_add_up(plan):
     told = json.loads(plan("--gpu_memory", "24", "--json", "true"))
     assert told["cheapest"] == {"mode": "lora", "layout": "none", "checkpointing": False} == told["own"]
     assert len(told["settings"]) == 4 * 2 * len(LAYOUTS)
@@ -76,7 +76,7 @@ def test_json_has_the_same_in_bytes_and_parts_add_up(plan):
         assert bool(line["host"]) == ("offload" in line["layout"])
 
 
-def test_what_does_not_fit_is_said(plan, monkeypatch):
+def test_nothing_fits(plan, monkeypatch):
     assert "nothing fits 0.1 GB; the least is" in plan("--gpu_memory", "0.1")
     monkeypatch.setattr(plan_memory, "_gpu_memory", lambda: None)
     assert "give --gpu_memory" in plan()
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_said(plan, monkeypatch):
     assert "cheapest that fits 24 GB" in plan()
 
 
-def test_a_step_back_where_the_first_does_not_fit(plan, monkeypatch):
+def test_the_next_cheaper_setting_where_the_first_does_not_fit(plan, monkeypatch):
     """What is wanted is told in bytes, so the limit is put between two settings."""
     told = json.loads(plan("--train_mode", "full", "--json", "true", "--gpus", "2", "--gpu_memory", "24"))
     found = {tuple(line[key] for key in ("mode", "layout", "checkpointing")): line for line in told["settings"]}
@@ -98,7 +98,7 @@ def test_a_step_back_where_the_first_does_not_fit(plan, monkeypatch):
     assert out.strip().endswith("--train_mode full --gradient_checkpointing true")
 
 
-def test_own_choices_are_kept(plan):
+def test_the_users_settings_are_kept(plan):
     told = json.loads(plan("--gradient_checkpointing", "true", "--deepspeed", "zero0", "--use_dora", "true",
                            "--json", "true", "--gpus", "2", "--gpu_memory", "24"))  # fmt: skip
     assert told["own"] == {"mode": "dora", "layout": "zero0", "checkpointing": True} == told["cheapest"]
@@ -108,7 +108,7 @@ def test_own_choices_are_kept(plan):
     assert words.count("--deepspeed") == 1 and words[words.index("--deepspeed") + 1] == "zero0"
 
 
-def test_fewer_tokens_and_fewer_trained_take_less_and_whole_logits_more(plan):
+def test_tokens_trained_share_and_logits_change_the_estimate(plan):
     def first(*flags):
         flags = ["--json", "true", "--gradient_checkpointing", "false", "--precision", "fp32", *flags]
         return json.loads(plan(*flags))["settings"][0]
@@ -143,14 +143,14 @@ def test_a_folder_without_config_is_refused(refused, tmp_path):
     assert "cannot be loaded" in refused(plan_memory.main, "--model_name_or_path", str(tmp_path))
 
 
-def test_training_itself_still_asks_for_weights(refused, tmp_path):
+def test_training_itself_requires_weights(refused, tmp_path):
     import main_train
 
     tiny.config_for("llama", 512).save_pretrained(tmp_path)
     assert "has no *.safetensors" in refused(main_train.main, "--model_name_or_path", str(tmp_path))
 
 
-def test_gradient_checkpointing_is_left_to_the_models_size(tmp_path):
+def test_gradient_checkpointing_follows_the_models_size(tmp_path):
     """transformers makes False of an option that is left open, which would leave it off for a 7B as well."""
     from types import SimpleNamespace
 
