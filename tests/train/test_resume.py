@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import main_train
 from utils.config.recipe import load_recipe
+from utils.storage.run_folder import mark_complete
 from utils.train.resume_rules import FIXED, FREE, LIVE, ORDER, SIZES, UPDATED, rule_of
 
 STEPS = ["--precision", "fp32", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1",
@@ -161,13 +162,14 @@ def test_how_to_go_on_without_an_optimizer_is_a_new_run(tmp_path):
     from utils.train.trainer import FaultTolerantTrainerMixin
 
     (tmp_path / "checkpoint-3").mkdir()
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), save_only_model=False))
-    assert FaultTolerantTrainerMixin.how_to_resume(trainer).endswith(
-        f"--output_dir {tmp_path} --resume_from_checkpoint true"
-    )
+    (tmp_path / "checkpoint-3" / "weights").write_text("x")
+    mark_complete(tmp_path / "checkpoint-3", {})
+    trainer = FaultTolerantTrainerMixin.__new__(FaultTolerantTrainerMixin)
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=False)
+    assert trainer.how_to_resume().endswith(f"--output_dir {tmp_path} --resume_from_checkpoint true")
     trainer.args.save_only_model, trainer.settings = True, {"must": {"train_mode": "lora"}}
     wanted = f"start a new run from its weights: --adapter_name_or_path {tmp_path}/checkpoint-3, with another"
-    assert FaultTolerantTrainerMixin.how_to_resume(trainer).startswith(wanted)
+    assert trainer.how_to_resume().startswith(wanted)
 
 
 def test_deepspeed_keeps_the_checkpoints_options(tiny_models, rows_file, tmp_path):
