@@ -18,44 +18,44 @@ def main(argv: list[str] | None = None) -> dict:
 
     from utils.doctor.examine import examine
     from utils.model.adapter import build_adapter
-    from utils.model.layout import resolve_layout
+    from utils.model.layout import resolve_padding_free
     from utils.model.load import load_model
-    from utils.model.tokenizer import tokenizer_of
-    from utils.run.save import finish_run, keep_figures, note_start, open_run
+    from utils.model.tokenizer import load_run_tokenizer
+    from utils.run.save import begin_run, finish_run, open_run_folder, save_history_on_exit
     from utils.run.summary import print_summary
     from utils.tasks import get_task
     from utils.template import get_template
     from utils.train.resume import check_resume
-    from utils.train.trainer import end_if_stopped, prepare_trainer
+    from utils.train.trainer import prepare_trainer, raise_if_stopped
 
     set_seed(train_args.seed)
     task = get_task(args.task_type)
 
     # ------------------------------------------------------------------ template and tokenizer
-    tokenizer = tokenizer_of(args)
+    tokenizer = load_run_tokenizer(args)
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
 
     # ------------------------------------------------------------------ datasets
     data = task.load_datasets(args, train_args, template, tokenizer)
-    resumed = check_resume(args, train_args, data)
+    check_resume(args, train_args, data)
     examine(args, train_args, data, template, tokenizer)
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)
-    resolve_layout(args, train_args, task, model, tokenizer)
+    resolve_padding_free(args, train_args, task, model, tokenizer)
     adapter = build_adapter(args, model, tokenizer, template)
 
     # ------------------------------------------------------------------ collator and trainer
     collator = task.build_collator(args, train_args, tokenizer)
-    open_run(train_args, args)
+    open_run_folder(args, train_args)
     trainer = task.build_trainer(args, train_args, model, adapter, data, collator, tokenizer)
-    prepare_trainer(trainer, tokenizer, template, args)
-    start = note_start(trainer, args, train_args, data, tokenizer, resumed)
+    prepare_trainer(trainer, args, template, tokenizer)
+    start = begin_run(trainer, args, train_args, data, tokenizer)
 
     # ------------------------------------------------------------------ train
-    with keep_figures(trainer):
+    with save_history_on_exit(trainer):
         trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
-        end_if_stopped(trainer)
+        raise_if_stopped(trainer)
 
     # ------------------------------------------------------------------ save
     summary = finish_run(trainer, args, train_args, data, tokenizer, start)

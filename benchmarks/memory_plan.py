@@ -88,14 +88,14 @@ def planned(layout: str, flags: list[str]) -> dict[str, int]:
     """The same, as it is planned, what lies in CPU memory included."""
     from utils.args import parse_args
     from utils.memory.layout import layout_of
-    from utils.memory.states import hold
+    from utils.memory.states import model_states
     from utils.model.meta import meta_model
     from utils.model.options import compute_dtype
 
     args, train_args = parse_args(flags)
     where = layout_of(layout, 2)
     model = meta_model(args, train_args, where.laid_out)
-    states = hold(args, train_args, model, where, compute_dtype(args).itemsize)
+    states = model_states(args, train_args, model, where, compute_dtype(args).itemsize)
     return {part: getattr(states, part) + getattr(states, f"host_{part}") for part in PARTS}
 
 

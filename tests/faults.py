@@ -215,8 +215,8 @@ FAULTS = [
     Fault(
         "layout: packing goes on where rows see each other",
         "utils/model/layout.py",
-        "        if found.end_to_end:\n            return (",
-        "        if found.end_to_end and False:\n            return (",
+        "if packs and found.end_to_end:",
+        "if False:",
         "tests/model/test_layout.py -k test_the_chosen_layout",
     ),
     Fault(
@@ -1962,8 +1962,8 @@ FAULTS = [
     Fault(
         "memory: no reference",
         "utils/memory/planner.py",
-        "return trained * each // split, f",
-        "return 0, f",
+        "return trained * itemsize // split, text",
+        "return 0, text",
         "tests/memory/test_planner.py -k pairs_count",
     ),
     Fault(
@@ -2208,7 +2208,7 @@ FAULTS = [
     Fault(
         "run: a token reaches the hub",
         "utils/tasks/trainer.py",
-        "    settled.hub_token = None\n",
+        "    copied.hub_token = None\n",
         "",
         "tests/run/test_card.py -k test_the_finished_run_is_pushed_without_any_token",
     ),

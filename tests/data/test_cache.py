@@ -17,7 +17,7 @@ from utils.args import parse_args
 from utils.data import cache as data_keys
 from utils.data import prepare as data_process
 from utils.data.cache import locked, rows_key, tokenizer_key
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template
@@ -39,10 +39,10 @@ from utils.args import parse_args
 from utils.train.resume import run_settings
 from utils.tasks import get_task
 from utils.template import get_template
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 for argv in json.loads(sys.argv[1]):
     args, train_args = parse_args(argv)
-    tokenizer, task = tokenizer_of(args), get_task(args.task_type)
+    tokenizer, task = load_run_tokenizer(args), get_task(args.task_type)
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     print(json.dumps([data.report.files, run_settings(args, train_args, data)["must"]]))
@@ -76,7 +76,7 @@ def prepare(base, tmp_path):
              "--train_data_path", write_rows(tmp_path / "rows.jsonl", rows), "--output_dir", str(tmp_path / "run"),
              "--cache_dir", str(tmp_path / "cache"), "--template_name", "auto", *flags]
         )  # fmt: skip
-        tokenizer = tokenizer_of(args)
+        tokenizer = load_run_tokenizer(args)
         template = get_template("auto", tokenizer, args.template_date)
         return get_task(args.task_type).load_datasets(args, train_args, template, tokenizer)
 

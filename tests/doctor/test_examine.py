@@ -12,7 +12,7 @@ from utils.args import parse_args
 from utils.doctor import resources
 from utils.doctor.examine import quick_findings
 from utils.model import meta
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 from utils.tasks import get_task
 from utils.template import get_template
 
@@ -152,7 +152,7 @@ def test_zero3_does_not_split_the_models_of_the_checks(case, monkeypatch):
 def test_the_quick_checks_read_only_the_first_rows(tiny_models, rows_file, monkeypatch):
     """All rows would be read into memory, a million of them too; the settings are judged by how many there are."""
     args, train_args = parse_args(["--model_name_or_path", tiny_models(), "--train_data_path", rows_file])
-    task, tokenizer = get_task(args.task_type), tokenizer_of(args)
+    task, tokenizer = get_task(args.task_type), load_run_tokenizer(args)
     template = get_template(args.template_name, tokenizer)
     data = task.load_datasets(args, train_args, template, tokenizer)
     seen = {}

@@ -79,11 +79,13 @@ def test_counts_of_rows_equal_the_dataset(explained):
 
 
 def test_padding_equals_the_collators(explained):
-    from utils.model.tokenizer import tokenizer_of
+    from utils.model.tokenizer import load_run_tokenizer
 
     for flags in (["--padding_free", "false"], [], [*DPO, "--max_len", "64"], [*SINGLE, "--max_len", "64"]):
         found = explained("--per_device_train_batch_size", "3", *flags)
-        collate = get_task(found.args.task_type).build_collator(found.args, found.train_args, tokenizer_of(found.args))
+        collate = get_task(found.args.task_type).build_collator(
+            found.args, found.train_args, load_run_tokenizer(found.args)
+        )
         rows = measure(found.data.train, found.args.task.row_type)
         passes = [batch for update in first_epoch(found.train_args, rows, 1) for one in update for batch in one]
         sizes = [collate([found.data.train[row] for row in batch])["input_ids"].numel() for batch in passes]

@@ -8,7 +8,7 @@ from planning import parse_run
 
 from benchmarks.memory_plan import LAYOUTS, MODES, PARTS, STATES, flags_of, held, planned
 from utils.memory.layout import layout_of
-from utils.memory.states import hold
+from utils.memory.states import model_states
 from utils.model.meta import meta_model
 
 # a Llama of vocabulary 512, width 64, 2 layers, 4 heads and 2 of keys of 16, MLP of 64, head and embedding apart
@@ -34,7 +34,7 @@ STEPS = 4  # bytes of the step number that AdamW keeps of each tensor
 def test_states_equal_a_count_by_hand(config_folder, flags, layout, gpus, wanted):
     args, train_args = parse_run(config_folder("llama", tie_word_embeddings=False), *flags)
     args.precision, where = "bf16", layout_of(layout, gpus)
-    found = hold(args, train_args, meta_model(args, train_args, where.laid_out), where, 2)
+    found = model_states(args, train_args, meta_model(args, train_args, where.laid_out), where, 2)
     assert (found.parameters, found.gradients, found.optimizer) == wanted
 
 
@@ -43,7 +43,7 @@ def test_ddp_holds_a_second_copy_of_the_gradients(config_folder, gpus, copies):
     """DDP's buckets, of all that is trained, however many take part; nothing else is split or added."""
     args, train_args = parse_run(config_folder("llama", tie_word_embeddings=False), "--train_mode", "full")
     args.precision = "bf16"
-    found = hold(args, train_args, meta_model(args, train_args, False), layout_of("none", gpus), 2)
+    found = model_states(args, train_args, meta_model(args, train_args, False), layout_of("none", gpus), 2)
     assert (found.buffers, found.parameters, found.gradients) == (copies * 4 * WEIGHTS, 4 * WEIGHTS, 4 * WEIGHTS)
 
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from small_models import small
 from transformers import AutoModelForCausalLM
 
-from utils.model.adapter_start import adapter_weights, settle_trainable
+from utils.model.adapter_start import adapter_weights, prepare_trainable_weights
 from utils.runtime.errors import UserError
 
 
-@pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
-def test_a_loaded_adapter_starts_with_the_weights_of_its_file(one_type, tiny_models):
+@pytest.mark.parametrize("keep_dtype", [False, True], ids=["float32", "the weights' type"])
+def test_a_loaded_adapter_starts_with_the_weights_of_its_file(keep_dtype, tiny_models):
     """And the copy of it that is DPO's reference: both as the files had them, not rounded on the way."""
     base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
     rows = {"embed_tokens": [5, 9]}
@@ -24,17 +24,17 @@ def test_a_loaded_adapter_starts_with_the_weights_of_its_file(one_type, tiny_mod
     start = adapter_weights(model)
     assert len(start) == 5 and not any(".ref" in name for name in start)
     weights = dict(model.named_parameters())
-    dtype = torch.bfloat16 if one_type else torch.float32
+    dtype = torch.bfloat16 if keep_dtype else torch.float32
     for name in start:
         weights[name].data = weights[name].data.bfloat16()
-    settle_trainable(model, one_type=one_type, start=start)
+    prepare_trainable_weights(model, keep_dtype=keep_dtype, start=start)
     for name, value in start.items():
         assert torch.equal(weights[name], value.to(dtype)) and weights[name].dtype == dtype, name
         assert torch.equal(weights[name.replace(".default", ".ref")], value.to(dtype)), name
 
 
-@pytest.mark.parametrize("one_type", [False, True], ids=["float32", "the weights' type"])
-def test_adapters_are_float32_and_token_rows_start_as_the_base_has_them(one_type, tiny_models):
+@pytest.mark.parametrize("keep_dtype", [False, True], ids=["float32", "the weights' type"])
+def test_adapters_are_float32_and_token_rows_start_as_the_base_has_them(keep_dtype, tiny_models):
     """Whatever they were rounded to on the way: TRL makes QLoRA's adapters bf16, which a float32 row is not."""
     base = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
     expected = logits_of(base)
@@ -45,16 +45,16 @@ def test_adapters_are_float32_and_token_rows_start_as_the_base_has_them(one_type
     for weight in trained.values():
         weight.data = weight.data.bfloat16()
     rounded = {name: weight.detach().clone() for name, weight in trained.items()}
-    settle_trainable(model, one_type=one_type, start=None)
-    assert {weight.dtype for weight in trained.values()} == {torch.bfloat16 if one_type else torch.float32}
+    prepare_trainable_weights(model, keep_dtype=keep_dtype, start=None)
+    assert {weight.dtype for weight in trained.values()} == {torch.bfloat16 if keep_dtype else torch.float32}
     for name, weight in trained.items():
         if "trainable_tokens" in name:
             embedding = load_file(f"{tiny_models()}/model.safetensors")["model.embed_tokens.weight"][[5, 9]]
             assert torch.equal(weight, embedding.to(weight.dtype))
-            assert torch.equal(weight, rounded[name]) == one_type
+            assert torch.equal(weight, rounded[name]) == keep_dtype
         else:
             assert torch.equal(weight, rounded[name].to(weight.dtype))
-    if not one_type:
+    if not keep_dtype:
         assert torch.equal(logits_of(model), expected)
 
 
@@ -66,7 +66,7 @@ def test_a_head_with_trained_rows_has_the_attribute_bias():
     head = model.get_output_embeddings()
     with pytest.raises(AttributeError):
         head.bias  # noqa: B018
-    settle_trainable(model, one_type=False, start=None)
+    prepare_trainable_weights(model, keep_dtype=False, start=None)
     assert head.bias is None
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from utils.data.collate import build_collator, build_pair_collator
-from utils.model.load import settle_attention
+from utils.model.load import resolve_attention
 from utils.runtime.log import setup_logging
 
 
@@ -55,7 +55,7 @@ def settled(model, precision="bf16", device="cuda"):
     said = []
     setup_logging()  # which also takes what transformers warns of
     sink = logger.add(said.append, format="{message}")
-    settle_attention(model, precision, torch.device(device))
+    resolve_attention(model, precision, torch.device(device))
     logger.remove(sink)
     assert len(said) == 1
     return model.config._attn_implementation, str(said[0]).strip()

@@ -228,7 +228,7 @@ def test_an_auxiliary_loss_that_differs_from_the_models_is_left_out_or_refused(o
             model=SimpleNamespace(config=config), aux_loss_enabled=True, is_deepspeed_enabled=False,
             is_fsdp_enabled=False, args=SimpleNamespace(router_aux_loss_coef=coefficient),
         )  # fmt: skip
-        balance.settle_balance(trainer)
+        balance.resolve_aux_loss(trainer)
         return trainer.aux_loss_enabled
 
     assert settled(0.0) == trained

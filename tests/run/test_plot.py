@@ -297,11 +297,11 @@ def test_only_the_first_process_draws(tmp_path, monkeypatch):
     trainer = CompleteCheckpointMixin()
     trainer.state, trainer.args = state, types.SimpleNamespace(output_dir=str(tmp_path))
     monkeypatch.setenv("RANK", "1")
-    with utils.run.save.keep_figures(trainer):
+    with utils.run.save.save_history_on_exit(trainer):
         pass
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("RANK", "0")
-    with utils.run.save.keep_figures(trainer):
+    with utils.run.save.save_history_on_exit(trainer):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "trainer_state.json"]
 

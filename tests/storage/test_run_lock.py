@@ -90,7 +90,7 @@ def test_a_second_run_into_a_folder_is_refused(seen, more, flags, refused, tmp_p
     if seen != "at the start":
         monkeypatch.setattr(output_dir, "lock_holder", lambda _: None)
     else:
-        monkeypatch.setattr(utils.run.save, "open_run", lambda *_: pytest.fail("went on"))
+        monkeypatch.setattr(utils.run.save, "open_run_folder", lambda *_: pytest.fail("went on"))
     with held_by_another(run_lock_path(folder)) as other:
         said = refused(main_train.main, *flags, "--output_dir", str(folder), *more)
         assert f"error: --output_dir {str(folder)!r} is in use by process {other.pid} on " in said

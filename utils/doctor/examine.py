@@ -25,7 +25,7 @@ from utils.model.base_config import load_config
 from utils.model.layout import expected_layout
 from utils.model.meta import whole_models, without_weights
 from utils.model.quantised import quantisation_of
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import Problem, UserError, first_line, in_one_line
 from utils.runtime.log import is_main_process
@@ -87,7 +87,7 @@ def _examine_model(examined: Examination, args, train_args, aside: set[str]):
     if aside & _MODEL_FLAGS:
         examined.not_examined("model, tokenizer, lengths and disk", f"--{min(aside & _MODEL_FLAGS)} cannot be used")
         return None
-    tokenizer = _try_check(examined, "the tokens", lambda: tokenizer_of(args))
+    tokenizer = _try_check(examined, "the tokens", lambda: load_run_tokenizer(args))
     with whole_models(train_args):
         _try_check(examined, "lengths, disk and memory", lambda: _check_shapes(args))
     return tokenizer

@@ -14,7 +14,7 @@ from utils.explain.unused import without_effect
 from utils.model.layout import expected_layout
 from utils.model.meta import ModelSize, model_size, whole_models
 from utils.model.options import CHECKPOINTING_FROM, resolve_checkpointing
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 from utils.run.record import effective_args
 from utils.runtime.errors import UserError
 from utils.tasks.no_effect import RunSettings
@@ -90,11 +90,11 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
         UserError: rows or tokenizer that a run would refuse.
     """
     task = args.task
-    tokenizer = tokenizer_of(args)
+    tokenizer = load_run_tokenizer(args)
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = _count(args, train_args), len(data.eval) if data.eval is not None else 0
-    _resolve_layout(args, train_args, task, tokenizer, sources)
+    _resolve_padding_free(args, train_args, task, tokenizer, sources)
     padded = not task.lays_end_to_end(train_args)
     planned = plan(train_args, measure(data.train, task.row_type), evaluated, processes, padded)
     _resolve_checkpointing(counted, train_args, sources)
@@ -140,7 +140,7 @@ def _resolve_checkpointing(counted: ModelSize | None, train_args, sources: Sourc
             sources[name] = Source("derived", where, sources[name])
 
 
-def _resolve_layout(args, train_args, task, tokenizer, sources: Sources) -> None:
+def _resolve_padding_free(args, train_args, task, tokenizer, sources: Sources) -> None:
     """Sets `padding_free` as a run will, which tests a small model of the same architecture.
 
     Raises:

@@ -14,7 +14,7 @@ from utils.export.modelfile import NAME, template_in, write_modelfile
 from utils.export.tensors import absent_tensors, keep_types, load_exactly, main_type
 from utils.infer.load import Parts, TrainedArgs
 from utils.model.base_config import refuse_unloadable
-from utils.model.load import settle_generation
+from utils.model.load import fix_generation_config
 from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
 from utils.model.tokenizer import load_tokenizer, save_chat_format
@@ -23,6 +23,7 @@ from utils.runtime.errors import UserError, load_failure
 from utils.storage.files import sha256_of, write_json
 from utils.storage.run_folder import MERGED, RECORD_FILE, files_in, read_run_note
 from utils.storage.weights import weights_fingerprint
+from utils.tasks import TASKS
 from utils.template import get_template
 
 
@@ -63,15 +64,13 @@ def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Me
 def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     """Loads the base with each tensor in the dtype of its file; returns it with its main dtype."""
     import_peft()
-    from transformers import AutoModelForCausalLM
-
     main = main_type(parts.base)
     options = {"dtype": main or "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     flag = "--base_model" if args.base_model else "--model_path"
     remedy = "keep the adapter, which infer and evaluate load as it is"
     refuse_unloadable(parts.base, flag, args.trust_remote_code, remedy)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(parts.base, output_loading_info=True, **options)
+        model, info = auto_class_of(parts).from_pretrained(parts.base, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("base model", flag, parts.base, error)) from error
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -82,13 +81,21 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     return model, main_type(parts.base) or loaded
 
 
-def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code: bool) -> str:
+def auto_class_of(parts: Parts) -> type:
+    """The transformers class that loads the model: the auto class of the task it was last trained for, if recorded."""
+    import transformers
+
+    task = read_run_note(parts.last(), "common").get("task_type")
+    return getattr(transformers, TASKS[task].auto_class if task in TASKS else "AutoModelForCausalLM")
+
+
+def compare_saved(folder: Path, merged: Merged, args: TrainedArgs, parts: Parts) -> str:
     """Loads a merged model's files and compares their logits with the adapter's.
 
     Args:
         folder: what was saved.
         merged: from `load_merged`; its `model` is not needed.
-        adapter: the last adapter's folder.
+        args, parts: as for `load_merged`.
 
     Returns:
         the result, for the log.
@@ -98,15 +105,13 @@ def compare_saved(folder: Path, merged: Merged, adapter: str, trust_remote_code:
     """
     if merged.adapter is None:
         return "not compared"
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    options = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    model = auto_class_of(parts).from_pretrained(folder, **options)
     load_exactly(model, str(folder))
     found = logits_in_float32(model, merged.ids)
     # the merged model was compared with these very weights, so only float32 rounding is tolerated
     compared = compare(merged.base, merged.merged, found)
-    refuse_difference(compared, "float32", "the merged model, loaded from its files,", adapter)
+    refuse_difference(compared, "float32", "the merged model, loaded from its files,", parts.last())
     return compare(merged.base, merged.adapter, found).text()
 
 
@@ -124,33 +129,42 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     tokenizer = load_tokenizer(_tokenizer_folder(parts), args.trust_remote_code, flag="--model_path")
     template = _template(args, tokenizer, parts)
     merged = load_merged(args, parts, args.dtype)
-    model, dtype = merged.model, args.dtype or main_type(parts.base)
-    model.generation_config = _generation_config(parts, model)
-    settle_generation(model)
+    merged.model.generation_config = _generation_config(parts, merged.model)
+    fix_generation_config(merged.model)
     if args.template_name:
-        save_chat_format(tokenizer, get_template(args.template_name, tokenizer), model)
+        save_chat_format(tokenizer, get_template(args.template_name, tokenizer), merged.model)
     with atomic_folder(folder, f"--output_dir {args.output_dir!r}") as part:
-        model.save_pretrained(part, max_shard_size=args.max_shard_size)
-        if absent := absent_tensors(model, part, parts.base):
-            logger.warning(
-                "{:,} tensors of the base are not in the merged model, since transformers does not load them: {}",
-                len(absent),
-                ", ".join(absent[:3]) + ", …" * (len(absent) > 3),
-            )
-        keep_types(part, parts.base, main_type(parts.base) if args.dtype else None)
-        tokenizer.save_pretrained(part)
-        # SentencePiece's file, which converters to GGUF read and transformers does not save
-        if vocabulary := _file_of(parts.base, "tokenizer.model"):
-            shutil.copyfile(vocabulary, part / "tokenizer.model")
-        if args.modelfile:
-            write_modelfile(part, template, tokenizer, model.generation_config.eos_token_id)
-        found = template.name if template else "auto" if tokenizer.chat_template else None
-        _write_settings(parts, part, args.template_name or _trained_template(parts) or found)
-        merged, model = merged._replace(model=None), None  # frees the memory for the saved one
-        compared = compare_saved(part, merged, parts.last(), args.trust_remote_code)
-        _write_merge_record(parts, part, dtype)
+        _write_model(args, parts, merged.model, part)
+        _write_tokenizer(args, parts, tokenizer, template, merged.model, part)
+        merged = merged._replace(model=None)  # frees the memory for the model that is loaded from the files
+        compared = compare_saved(part, merged, args, parts)
+        _write_merge_record(parts, part, args.dtype or main_type(parts.base))
     logger.info("the merged files against base and adapter: {}", compared)
     return folder
+
+
+def _write_model(args: MergeArgs, parts: Parts, model, folder: Path) -> None:
+    """Writes weights and configuration, each tensor in its final dtype."""
+    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    if absent := absent_tensors(model, folder, parts.base):
+        logger.warning(
+            "{:,} tensors of the base are not in the merged model, since transformers does not load them: {}",
+            len(absent),
+            ", ".join(absent[:3]) + ", …" * (len(absent) > 3),
+        )
+    keep_types(folder, parts.base, main_type(parts.base) if args.dtype else None)
+
+
+def _write_tokenizer(args: MergeArgs, parts: Parts, tokenizer, template, model, folder: Path) -> None:
+    """Writes the tokenizer and what states the chat format: a Modelfile on request, and the run's settings."""
+    tokenizer.save_pretrained(folder)
+    # SentencePiece's file, which converters to GGUF read and transformers does not save
+    if vocabulary := _file_of(parts.base, "tokenizer.model"):
+        shutil.copyfile(vocabulary, folder / "tokenizer.model")
+    if args.modelfile:
+        write_modelfile(folder, template, tokenizer, model.generation_config.eos_token_id)
+    found = template.name if template else "auto" if tokenizer.chat_template else None
+    _write_settings(parts, folder, args.template_name or _trained_template(parts) or found)
 
 
 def _tokenizer_folder(parts: Parts) -> str:

@@ -1,4 +1,7 @@
-"""How much memory a run will take, from config.json alone."""
+"""Estimates the GPU memory of a run from config.json alone, without the weights.
+
+In reading order: planner, layout, states, activations, fake, live, search, report.
+"""
 
 from utils.memory.planner import Estimate, Planner, Setting, estimate
 

@@ -1,7 +1,7 @@
-"""What a training step holds beside weights, gradients and optimizer, told by running it on tensors without memory.
+"""Measures the memory of a training step besides weights and optimizer, by running it on tensors without data.
 
 The model's own code runs forward and backward on PyTorch's fake tensors, so that a 7B model takes seconds. Every
-storage is counted from its making to its end.
+storage is counted from its allocation until it is freed.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ from utils.memory.live import LiveBytes
 from utils.model.adapter import adapter_of
 from utils.model.options import compute_dtype
 
-# deeper models are reckoned from two shallow ones: each further layer adds the same
+# deeper models are extrapolated from two shallow ones, as each further layer adds the same
 SHALLOW, LESS_SHALLOW = 2, 4
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a step holds at its worst moment, the gradients of weights left out.
+    """Bytes of a step at its peak, without the gradients of weights.
 
     Attributes:
-        saved: what the backward pass needs of the forward pass, when the last layer is done.
-        logits: what the language-model head needs on top of it.
-        temporary: what is needed on top of `saved` elsewhere, as in the backward pass of a layer, beyond `logits`.
-        early, late: the worst moments with the gradients of weights as they come, until the last layer has its own and
-            after that. Each grows evenly with the layers, as their maximum does not.
+        saved: saved for the backward pass when the last layer has been computed.
+        logits: needed by the language-model head on top of `saved`.
+        temporary: needed on top of `saved` elsewhere, such as in a layer's backward pass, beyond `logits`.
+        early, late: the peaks with the gradients of weights, until the last layer has its gradients and after that.
+            Each grows linearly with the number of layers, which their maximum does not.
     """
 
     saved: int
@@ -42,15 +42,15 @@ class Activations:
 
 
 def step_bytes(args, train_args, build, config, batch: Batch, laid_out: bool, checkpointing: bool) -> Activations:
-    """Runs a step, of a model as deep as it is or of two shallow ones.
+    """Measures a step: of the full model, or extrapolated from two shallow ones if it is deep.
 
     Args:
         args, train_args: as parsed.
         build: config → the meta model.
         config: the model's.
         batch: the rows.
-        laid_out: whether DeepSpeed holds the weights, which computes without autocast.
-        checkpointing: whether each layer is computed again in the backward pass.
+        laid_out: whether DeepSpeed is used, which computes without autocast.
+        checkpointing: whether each layer is recomputed in the backward pass.
     """
     depth = config.get_text_config().num_hidden_layers
     run = functools.partial(_run, args, train_args, batch=batch, laid_out=laid_out, checkpointing=checkpointing)
@@ -98,7 +98,7 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
         inputs = inputs_of(batch)
         stack.enter_context(live.mode)
         with autocast:
-            mask = mask_of(batch)  # of the step's own as well
+            mask = mask_of(batch)  # counted too: a step makes its own
             inner = model.get_base_model() if hasattr(model, "peft_config") else model
             hidden = inner.base_model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
             saved, forward_peak = live.now, live.peak
@@ -113,6 +113,7 @@ def _run(args, train_args, model, batch: Batch, laid_out: bool, checkpointing: b
 
 
 def _watch_gradients(model, live: LiveBytes) -> None:
+    """Counts weight gradients separately, and notes when the last layer has its own."""
     import torch
 
     depth = model.config.get_text_config().num_hidden_layers

@@ -1,4 +1,4 @@
-"""A meta model made to run: on tensors that have shapes, types and no data, as on a GPU or on the CPU."""
+"""Runs a model on fake tensors, which have shape and dtype but no data, as it would run on a GPU or the CPU."""
 
 import functools
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Batch:
 
     Attributes:
         rows: how many; a preference pair is two.
-        tokens: of each, the longest that is planned for.
+        tokens: the length of each row.
         trained: share of the tokens that have a label.
-        end_to_end: whether the rows stand in one, as padding-free ones do, or side by side.
-        on_gpu: whose kernels to reckon with; the CPU's differ in attention and head.
+        end_to_end: whether the rows are concatenated without padding, [1, rows · tokens], else [rows, tokens].
+        on_gpu: assume a GPU's kernels; on the CPU attention and head differ.
         whole_logits: whether logits of all positions exist at once in float32, as in programs without a fused head.
     """
 
@@ -32,12 +32,12 @@ class Batch:
 
     @property
     def labelled(self) -> int:
-        """How many positions are trained; the first token of a row is never asked for."""
+        """How many positions are trained; the first token of a row is never predicted."""
         return max(1, int(self.trained * self.rows * (self.tokens - 1)))
 
 
 def make_fake(model) -> None:
-    """Gives every weight and buffer of a meta model a fake one; made before the count begins."""
+    """Replaces every weight and buffer of a meta model by a fake tensor; called before counting begins."""
     import torch
 
     made: dict = {}
@@ -61,7 +61,7 @@ def make_fake(model) -> None:
 
 
 def _quantised_forward(module, states):
-    """A layer in 4 bits: its weight is unpacked for each product and thrown away."""
+    """The forward pass of a 4-bit layer: its weight is dequantised for each product and freed."""
     result = _unpacking().apply(states.to(module.compute_dtype), module.weight)
     return (result if module.bias is None else result + module.bias).to(states.dtype)
 
@@ -85,7 +85,7 @@ def _unpacking():
 
 
 def inputs_of(batch: Batch) -> dict:
-    """Ids, and positions where rows stand end to end."""
+    """The model's inputs: token ids, and position ids if the rows are concatenated."""
     import torch
 
     shape = (1, batch.rows * batch.tokens) if batch.end_to_end else (batch.rows, batch.tokens)
@@ -96,20 +96,23 @@ def inputs_of(batch: Batch) -> dict:
 
 
 def mask_of(batch: Batch):
-    """The mask of tokens × tokens that keeps several rows end to end apart; others need none."""
+    """The mask, [1, 1, tokens, tokens], that separates concatenated rows; None for other batches."""
     import torch
 
     if not batch.end_to_end or batch.rows == 1:
         return None
     length = batch.rows * batch.tokens
     mask = torch.empty(1, 1, length, length, dtype=torch.bool)
-    # where utils.patches.attention would find the rows
+    # utils.patches.attention reads the rows from this attribute
     mask.row_blocks = [(start, start + batch.tokens, None) for start in range(0, length, batch.tokens)]
     return mask
 
 
 def changes(batch: Batch, dtype):
-    """What must not look at values, and what a GPU does otherwise, for the time of a run."""
+    """Yields the patches for a run on fake tensors: no operation may read values, and GPU kernels are imitated.
+
+    The names are those of transformers 5.23, PEFT 0.21 and TRL 1.16.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -132,11 +135,13 @@ def changes(batch: Batch, dtype):
         return None
 
     yield patch.dict(AttentionInterface._global_mapping, {"sdpa": attend})
+    # transformers reads the rows of a batch from the values of `position_ids`
     yield patch("transformers.masking_utils.find_packed_sequence_indices", nothing)
-    # a mixture's experts in one product: its shapes are known for bf16 alone, those of its fallback for every type
+    # torch's grouped_mm, one product for all experts, has fake shapes for bf16 only; its fallback for every dtype
     yield patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+    # PEFT would dequantise with bitsandbytes' kernels, which read values
     yield patch("peft.tuners.lora.dora.dequantize_module_weight", _unpacked)
-    if batch.on_gpu:  # a Triton kernel works on each tile where it lies
+    if batch.on_gpu:  # there TRL computes each tile of the logits in place, in a Triton kernel
         yield patch("trl.kernels.chunked_logprob._forward_tile", nothing)
         yield patch("trl.kernels.chunked_logprob._backward_tile", nothing)
         yield patch("trl.kernels.chunked_logprob._addmm_fp32", nothing)
@@ -147,7 +152,7 @@ def _unpacked(layer):
 
 
 def loss_of(task, model, hidden, batch: Batch):
-    """The head and the loss as the task computes them, on the trained positions alone."""
+    """Computes head and loss as the task does, on the trained positions only."""
     import torch
 
     head = model.get_output_embeddings()
@@ -157,9 +162,9 @@ def loss_of(task, model, hidden, batch: Batch):
         logits = head(states).float()
         targets = torch.empty(len(logits) - 1, dtype=torch.long)
         loss = torch.nn.functional.cross_entropy(logits[:-1].contiguous(), targets)
-        loss.logits = logits  # the model's output holds them
+        loss.logits = logits  # kept alive, as the model's output keeps them
         return loss
-    states = states[torch.empty(batch.labelled, dtype=torch.long)]  # as a mask picks them: a copy
+    states = states[torch.empty(batch.labelled, dtype=torch.long)]  # a copy, as selecting with a mask makes
     targets = torch.empty(batch.labelled, dtype=torch.long)
     if task.memory_loss is not None:
         return task.memory_loss(model, states, targets, batch)
@@ -168,21 +173,21 @@ def loss_of(task, model, hidden, batch: Batch):
 
 # ------------------------------------------------------------------ for `Task.memory_loss`
 def frozen_head_loss(model, states, targets):
-    """The log-probabilities of `utils.patches.lm_head`, whose head is not trained.
+    """The loss of `utils.patches.lm_head`, for a head that is not trained.
 
     Args:
         model: on fake tensors.
         states: hidden states of the labelled positions, [positions, width].
         targets: [positions].
     """
-    from utils.patches import lm_head as ours
+    from utils.patches import lm_head
 
-    with patch.object(ours, "_score", _score_shapes):
-        return ours.frozen_head(states, model.get_output_embeddings().weight, targets)[0].sum()
+    with patch.object(lm_head, "_score", _score_shapes):
+        return lm_head.frozen_head(states, model.get_output_embeddings().weight, targets)[0].sum()
 
 
 def chunked_loss(model, states, targets):
-    """TRL's log-probabilities in chunks of the vocabulary; arguments as for `frozen_head_loss`."""
+    """TRL's loss in chunks of the vocabulary; arguments as for `frozen_head_loss`."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -194,7 +199,7 @@ def chunked_loss(model, states, targets):
 
 
 def _score_shapes(states, targets, head, logits, odds):
-    """`utils.patches.lm_head._score` without the step that looks at values."""
+    """`utils.patches.lm_head._score` without the step that reads values."""
     import torch
 
     torch.mm(states, head.T, out=logits)

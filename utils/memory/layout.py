@@ -1,4 +1,4 @@
-"""What is split among GPUs and how it is stored: DeepSpeed's stages, a model's weights, an optimizer's states."""
+"""How a model is sharded over GPUs and stored: DeepSpeed's stages, bytes of weights and of optimizer states."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from utils.config.deepspeed import CONFIGS
 from utils.model.meta import is_quantised
 from utils.runtime.errors import UserError
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale in NF4, and scales that share one (QLoRA, section 3)
+BLOCK, NESTED_BLOCK = 64, 256  # weights per scale in NF4, and scales per second-level scale (QLoRA, section 3)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Over how many GPUs a run goes, and what is split among them.
+    """How many GPUs train together, and what DeepSpeed shards.
 
     Attributes:
         name: none (data parallel, or one GPU), or a short name of `--deepspeed`.
@@ -35,11 +35,11 @@ class Layout:
         return self.config.get("stage", 0)
 
     def offloads(self, what: str) -> bool:
-        """Whether `optimizer` or `param` lie in CPU memory."""
+        """Whether `what`, `optimizer` or `param`, is kept in CPU memory."""
         return (self.config.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
     def figure(self, name: str, default: float, when_auto: int) -> int:
-        """A size in the file, in weights; `auto` is what transformers makes of it."""
+        """A size in the file, in weights; `when_auto` is what transformers sets for `auto`."""
         value = self.config.get(name, default)
         return int(when_auto if value == "auto" else value)
 
@@ -61,31 +61,31 @@ def layout_of(name: str, processes: int) -> Layout:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the model, as one process holds it.
+    """A weight of the model, as it is stored without sharding.
 
     Attributes:
-        numel: numbers in the tensor that is stored (for one in 4 bits in the type it is stored as).
-        size: bytes of each.
-        beside: bytes of the scales of a weight in 4 bits.
-        trained: whether it is.
+        numel: elements of the stored tensor; of a 4-bit weight, of the packed one.
+        size: bytes of each element.
+        scales: bytes of the scales and code tables of a 4-bit weight, else 0.
+        trained: whether it requires a gradient.
     """
 
     numel: int
     size: float
-    beside: int
+    scales: int
     trained: bool
 
     @property
     def bytes(self) -> int:
-        return int(self.numel * self.size) + self.beside
+        return int(self.numel * self.size) + self.scales
 
 
 def weights_of(model, layout: Layout, compute_size: int) -> list[Weight]:
-    """Every weight once, tied ones as one.
+    """Lists the weights, tied ones once.
 
     Args:
         model: from `meta_model`.
-        compute_size: bytes of the arithmetic's type, in which DeepSpeed stores weights in 4 bits.
+        compute_size: bytes of a number in the dtype of the computation, as which DeepSpeed stores 4-bit weights.
     """
     found = []
     for weight in model.parameters():
@@ -99,29 +99,29 @@ def weights_of(model, layout: Layout, compute_size: int) -> list[Weight]:
 
 
 def optimizer_groups(args, train_args, model) -> list[list]:
-    """The trained weights as the trainer groups them: with weight decay, without, and for LoRA+ by their rates."""
+    """The trained weights in the trainer's parameter groups: with and without weight decay, for LoRA+ also by rate."""
     from transformers import Trainer
 
     if args.loraplus_lr_ratio is not None:
         import torch
         from peft.optimizers import create_loraplus_optimizer
 
-        made = create_loraplus_optimizer(model, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=args.loraplus_lr_ratio)
-        return [group["params"] for group in made.param_groups if group["params"]]
+        optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=args.loraplus_lr_ratio)
+        return [group["params"] for group in optimizer.param_groups if group["params"]]
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    groups = [[weight for name, weight in trained if (name in decayed) is wanted] for wanted in (True, False)]
+    groups = [[weight for name, weight in trained if (name in decayed) is decays] for decays in (True, False)]
     return [group for group in groups if group]
 
 
 def optimizer_states(train_args, tensors: list) -> int:
-    """Bytes of what the optimizer keeps beside its tensors, told by a step on the meta device.
+    """Bytes of the optimizer's states, measured by a step on the meta device.
 
     Args:
         tensors: on the meta device.
 
     Raises:
-        UserError: this `--optim` makes no step there.
+        UserError: this `--optim` cannot step there.
     """
     import torch
     from transformers import Trainer
@@ -165,22 +165,22 @@ def _by_size(pairs: list[tuple[int, float]]) -> list[str]:
 
 def sizes_of(weights: list[Weight]) -> str:
     """`7,721,324,544 × 2 B + 39,976,960 × 4 B`"""
-    texts = _by_size([(weight.numel, weight.size) for weight in weights if not weight.beside])
-    packed = [weight for weight in weights if weight.beside]
+    texts = _by_size([(weight.numel, weight.size) for weight in weights if not weight.scales])
+    packed = [weight for weight in weights if weight.scales]
     if packed:
         numbers = sum(int(weight.numel * weight.size) for weight in packed) * 2
-        texts.insert(0, f"{numbers:,} × 0.5 B + {sum(weight.beside for weight in packed):,} B of their scales")
+        texts.insert(0, f"{numbers:,} × 0.5 B + {sum(weight.scales for weight in packed):,} B of their scales")
     return " + ".join(texts)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What bitsandbytes makes of a linear layer's weight (NF4, double quantisation).
+    """The bytes of a linear layer's weight in bitsandbytes' NF4 with double quantisation.
 
     Attributes:
         packed: bytes of the 4-bit numbers, two a byte.
         scales: bytes of the 8-bit scales of each 64 weights, the float32 scales of each 256 of those, and the offset.
-        codes: bytes of the two tables that say what a number stands for, 16 and 256 float32.
+        codes: bytes of the two code tables, 16 and 256 float32.
     """
 
     packed: int

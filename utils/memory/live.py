@@ -1,18 +1,18 @@
-"""Counts the bytes of tensors while they live."""
+"""Counts the bytes of live tensors."""
 
 import weakref
 
 
 class LiveBytes:
-    """Counts the bytes of all storages that operations make and that still live, and their peak.
+    """Counts the bytes of all live storages that operations allocate, and their peak.
 
     Args:
-        model: whose weights and buffers are left out.
+        model: its weights and buffers are not counted.
 
     Attributes:
-        mode: a dispatch mode; what runs under it is counted.
-        now, peak: bytes, the gradients of weights left out.
-        gradients: bytes of those.
+        mode: a dispatch mode; operations that run in it are counted.
+        now, peak: bytes, without the gradients of weights.
+        gradients: bytes of the gradients of weights.
         early, late: peaks with the gradients of weights, before and after `is_late` was set.
     """
 
@@ -22,7 +22,7 @@ class LiveBytes:
         self.now = self.peak = self.early = self.late = self.gradients = 0
         self.is_late = False
         self._living: dict[int, int] = {}
-        # a view of a weight has the weight's storage
+        # `_cdata` of torch 2.13 identifies a storage: a view of a weight has the weight's
         self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
         counter = self
 
@@ -60,7 +60,7 @@ class LiveBytes:
             self.early = max(self.early, self.now + self.gradients)
 
     def is_gradient(self, tensor) -> None:
-        """Counts a tensor as the gradient of a weight from here on."""
+        """From now on counts a tensor as the gradient of a weight."""
         self.gradients += self._living.get(tensor.untyped_storage()._cdata, 0)
         self._drop(tensor.untyped_storage()._cdata)
 

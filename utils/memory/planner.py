@@ -1,4 +1,4 @@
-"""All of a GPU's memory in one figure with its parts, for a run as its flags describe it."""
+"""Estimates the memory of one GPU, with its parts, for the run that the flags describe."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from utils.config.deepspeed import short_name
 from utils.memory.activations import Activations, step_bytes
 from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
-from utils.memory.states import States, hold
+from utils.memory.states import States, model_states
 from utils.model.adapter import ADAPTERS, FULL, adapter_of
 from utils.model.base_config import load_config
 from utils.model.layout import expected_layout
@@ -17,7 +17,7 @@ from utils.runtime.errors import UserError, first_line
 
 
 def modes() -> dict[str, tuple[str, bool]]:
-    """The kinds of training by their names in a plan: `{"dora": ("lora", True)}`, `--train_mode` and `--use_dora`."""
+    """Name of a training mode in a plan → its `--train_mode` and `--use_dora`: `{"dora": ("lora", True)}`."""
     found = {}
     for name, row in ADAPTERS.items():
         found[name] = (name, False)
@@ -28,12 +28,12 @@ def modes() -> dict[str, tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train.
+    """A training mode, a DeepSpeed layout, and whether gradient checkpointing is on.
 
     Attributes:
         mode: a name of `modes()`: full, lora, dora, qlora, `qlora with dora`.
         layout: none, or a name of `--deepspeed`.
-        checkpointing: whether activations are computed again.
+        checkpointing: whether activations are recomputed in the backward pass.
     """
 
     mode: str
@@ -43,16 +43,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one GPU at the worst moment of a step, by what they are for.
+    """Bytes of one GPU at the peak of a step, by purpose.
 
     Attributes:
-        parameters, gradients, optimizer: exact, of the fullest GPU.
-        activations: what the backward pass needs of the forward pass.
-        logits: the language-model head's and the loss's own.
-        buffers: temporary ones: a layer's while it is computed, DeepSpeed's and DDP's for what they send.
-        overlap: how much of all that is gone before the rest is there.
-        host: bytes of CPU memory for each GPU, by offloading.
-        words: how each was reckoned, name → text.
+        parameters, gradients, optimizer: exact, of the GPU that holds most.
+        activations: saved by the forward pass for the backward pass.
+        logits: of the language-model head and the loss.
+        buffers: temporary: of a layer while it is computed, and DeepSpeed's and DDP's communication buffers.
+        overlap: what is freed before the rest is allocated, so that the parts do not add up.
+        host: bytes of offloaded CPU memory for each GPU.
+        words: name of a part → how it was computed, as text.
     """
 
     parameters: int
@@ -78,7 +78,7 @@ def setting_of(args, train_args, weights: int) -> Setting:
 
 
 def batch_of(args, train_args, on_gpu: bool = True, whole_logits: bool = False) -> Batch:
-    """The longest step of a run: every row of `max_len` tokens, each of them trained."""
+    """The largest batch of a run: every row has `max_len` tokens, all of them trained."""
     task = args.task
     return Batch(
         rows=train_args.per_device_train_batch_size * len(task.row_type.sequence_columns),
@@ -108,13 +108,13 @@ def _any_tokenizer():
 
 
 class Planner:
-    """Estimates many settings of one run; what they have in common is reckoned once.
+    """Estimates many settings of one run; what they have in common is computed once.
 
     Args:
         args: CommonArgs, as parsed.
         train_args: the recipe's TrainArgument.
         processes: GPUs.
-        batch: the rows of a step; by default the longest, on a GPU.
+        batch: the rows of a step; by default the largest batch, on a GPU.
 
     Raises:
         UserError: config.json is missing, or describes no model.
@@ -142,7 +142,7 @@ class Planner:
             return self._estimate(setting)
         except UserError:
             raise
-        except Exception as error:  # every model raises its own
+        except Exception as error:  # each model's code raises its own
             raise UserError(
                 f"--model_name_or_path {self.args.model_name_or_path!r} cannot be planned with --train_mode "
                 f"{setting.mode}: its code does not run without weights ({first_line(error)})"
@@ -156,10 +156,11 @@ class Planner:
             # of the many models the first, which is the run's own, logs which parts are not trained
             self._models[key] = self._model(args, layout.laid_out, log=not self._models)
         model = self._models[key]
-        states = hold(args, self.train_args, model, layout, size)
-        reference, told = self._reference(args, model, layout, size)
+        states = model_states(args, self.train_args, model, layout, size)
+        reference, reference_text = self._reference(args, model, layout, size)
         step = self._step(setting, args, layout)
-        return _together(states, step, reference, self._words(states, step, setting, told), layout, self.train_args)
+        words = self._words(states, step, setting, reference_text)
+        return _sum_up(states, step, reference, words, layout, self.train_args)
 
     def _args_of(self, mode: str):
         train_mode, dora = modes()[mode]
@@ -170,7 +171,7 @@ class Planner:
         return meta_model(args, self.train_args, laid_out, config or self.config, log)
 
     def _step(self, setting: Setting, args, layout: Layout) -> Activations:
-        # what is split does not change what a layer computes
+        # how ZeRO shards the weights does not change what a layer computes
         laid_out = layout.laid_out and args.precision != "fp32"
         key = (setting.mode, setting.checkpointing, laid_out)
         if key not in self._steps:
@@ -186,36 +187,37 @@ class Planner:
         return self._steps[key]
 
     def _reference(self, args, model, layout: Layout, size: int) -> tuple[int, str]:
-        """The frozen copy of what is trained, which the reference's log-probabilities come from."""
+        """Bytes of the frozen copy that computes the reference's log-probabilities, and how they were computed."""
         if not args.task.needs_reference or getattr(self.train_args, "precompute_ref_log_probs", False):
             return 0, ""
         if adapter_of(args).is_adapter and not args.adapter_name_or_path:
             return 0, ""  # the same model with the adapter off
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        each = size if layout.laid_out else 4
+        itemsize = size if layout.laid_out else 4
         split = self.processes if layout.stage == 3 else 1
-        return trained * each // split, f" + the reference: {trained:,} × {each} B" + (f" / {split}" * (split > 1))
+        text = f" + the reference: {trained:,} × {itemsize} B" + f" / {split}" * (split > 1)
+        return trained * itemsize // split, text
 
     def _words(self, states: States, step: Activations, setting: Setting, reference: str) -> dict:
         batch = self.batch
-        again = "with" if setting.checkpointing else "without"
+        checkpointing = "with" if setting.checkpointing else "without"
         return {
             **states.words,
             "parameters": states.words["parameters"] + reference,
-            "activations": f"{batch}, {again} gradient checkpointing",
+            "activations": f"{batch}, {checkpointing} gradient checkpointing",
             "logits": f"{batch.labelled:,} trained positions × {self.config.get_text_config().vocab_size:,} tokens, "
             + ("whole, in float32" if batch.whole_logits else "in tiles"),
             "buffers": "; ".join(filter(None, ["a layer while it is computed", states.words.get("buffers")])),
         }
 
 
-def _together(states, step, reference: int, words: dict, layout: Layout, train_args) -> Estimate:
+def _sum_up(states, step, reference: int, words: dict, layout: Layout, train_args) -> Estimate:
     buffers = step.temporary + states.buffers
     overlap = 0
-    moving = step.saved + step.logits + buffers
+    temporary = step.saved + step.logits + buffers
     if layout.laid_out:
-        # the optimizer's step comes when all of that is gone
-        buffers += max(0, states.step - moving)
+        # the optimizer steps when activations and buffers are freed
+        buffers += max(0, states.step - temporary)
     elif train_args.gradient_accumulation_steps == 1:
         worst = max(step.early, step.late, step.peak)
         overlap = max(0, states.gradients + step.peak - worst)
@@ -237,9 +239,9 @@ def estimate(args, train_args, processes: int, on_gpu: bool = True) -> Estimate:
 
     Args:
         args: CommonArgs, as parsed.
-        train_args: the recipe's TrainArgument; its `deepspeed` says what is split.
+        train_args: the recipe's TrainArgument; its `deepspeed` decides what is sharded.
         processes: GPUs.
-        on_gpu: whether to reckon with a GPU's kernels, or with those of this project on the CPU.
+        on_gpu: assume a GPU's kernels, else this project's on the CPU.
 
     Returns:
         Estimate, in bytes.

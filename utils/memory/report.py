@@ -1,11 +1,11 @@
-"""The settings of a plan with their memory, as a table, as a sum, and as JSON."""
+"""Formats the memory plan of plan_memory: a table of settings, one setting as a sum, and JSON."""
 
 import sys
 from dataclasses import asdict, dataclass
 
 from utils.memory import Estimate, Planner, Setting
 from utils.memory.fake import Batch
-from utils.memory.search import LAYOUTS, RESERVE, brings_nothing, fits, modes_of, settings_of
+from utils.memory.search import LAYOUTS, RESERVE, fits, is_useless, modes_of, settings_of
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
@@ -42,7 +42,7 @@ def make_plan(args, train_args, gpus: int, gpu_memory: float | None, batch: Batc
 
 def cheapest(rows: list[Row], gpus: int) -> Row | None:
     """The first row that fits; `settings_of` lists the cheapest setting first."""
-    return next((row for row in rows if row.fits and not brings_nothing(row.setting, gpus)), None)
+    return next((row for row in rows if row.fits and not is_useless(row.setting, gpus)), None)
 
 
 def table(rows: list[Row], own: Setting) -> str:
@@ -55,16 +55,16 @@ def table(rows: list[Row], own: Setting) -> str:
     divisor, unit = _unit(max(row.estimate.total for row in rows))
     lines = [f"{unit + ' on each GPU':<32}" + "".join(f"{name[-14:]:>15}" for name in layouts)]
     for mode in modes_of(own.mode):
-        for again in (False, True):
-            cells = [found.get(Setting(mode, layout, again)) for layout in layouts]
+        for checkpointing in (False, True):
+            cells = [found.get(Setting(mode, layout, checkpointing)) for layout in layouts]
             if any(cells):
-                name = f"{mode}, gradient checkpointing" if again else mode
+                name = f"{mode}, gradient checkpointing" if checkpointing else mode
                 lines.append(f"{name:<32}" + "".join(f"{_cell(row, divisor):>15}" for row in cells))
     return "\n".join(lines)
 
 
 def _unit(largest: int) -> tuple[float, str]:
-    """What bytes are divided by, and its name; small models need less than a tenth of a GB."""
+    """The divisor from bytes and its unit; MB for small models, which need less than 0.1 GB."""
     return (1e9, "GB") if largest >= 1e8 else (1e6, "MB")
 
 
@@ -78,14 +78,14 @@ def _amount(amount: int) -> str:
 
 
 def formula(row: Row) -> str:
-    """Each part with the numbers in it, and their sum."""
+    """Formats one setting: each part with the numbers it is computed from, and their sum."""
     found = row.estimate
-    again = ", gradient checkpointing" if row.setting.checkpointing else ""
-    lines = [f"{row.setting.mode}, {row.setting.layout}{again}:"]
+    checkpointing = ", gradient checkpointing" if row.setting.checkpointing else ""
+    lines = [f"{row.setting.mode}, {row.setting.layout}{checkpointing}:"]
     for part in PARTS:
         lines.append(f"  {part:<12} {_amount(getattr(found, part))} = {found.words.get(part, '')}")
     if found.overlap:
-        lines.append(f"  {'overlap':<12} {_amount(-found.overlap)} = activations gone before all gradients are there")
+        lines.append(f"  {'overlap':<12} {_amount(-found.overlap)} = freed before all gradients are allocated")
     lines.append(f"  {'total':<12} {_amount(found.total)} on each GPU")
     if found.host:
         lines.append(f"  {'CPU memory':<12} {_amount(found.host)} for each GPU")
@@ -95,7 +95,7 @@ def formula(row: Row) -> str:
 def advice(rows: list[Row], gpu_memory: float | None, command: str | None) -> str:
     """The last lines of the report: the command of the cheapest setting that fits, or what to change."""
     if command:
-        return f"cheapest that fits {gpu_memory:g} GB, {RESERVE / 1e9:g} GB of it left to CUDA:\n  {command}"
+        return f"cheapest that fits {gpu_memory:g} GB, {RESERVE / 1e9:g} GB of it reserved for CUDA:\n  {command}"
     if gpu_memory is None:
         return "give --gpu_memory, the GB of one GPU, to see what fits and the command for it"
     least = min(rows, key=lambda row: row.estimate.total)

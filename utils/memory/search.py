@@ -1,4 +1,4 @@
-"""Which settings there are to choose from, the cheapest first, and the command for each."""
+"""Lists the settings to choose from, fastest first, and the command for each."""
 
 import dataclasses
 import shlex
@@ -9,11 +9,11 @@ from utils.model.adapter import ADAPTERS, adapter_of
 from utils.model.quantised import method_of, quantisation_of
 
 LAYOUTS = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-# beside the allocator's peak: CUDA, the libraries' own memory, gaps between tensors; reckoned, not measured
+# on top of the allocator's peak: CUDA, the libraries' own memory, fragmentation; an assumption, not measured
 RESERVE = 1_000_000_000
 
-# what each way costs in speed, least first: splitting gradients costs next to nothing, computing activations again
-# about a third, sending the weights about half, and waiting for CPU memory most of all
+# (layout, gradient checkpointing), fastest first: sharding gradients costs next to nothing, recomputing activations
+# about a third, gathering sharded weights about half, and waiting for CPU memory most
 _LADDER = [
     ("none", False), ("zero1", False), ("zero2", False), ("none", True), ("zero1", True), ("zero2", True),
     ("zero3", False), ("zero3", True), ("zero2_offload", False), ("zero2_offload", True), ("zero3_offload", False),
@@ -22,33 +22,33 @@ _LADDER = [
 
 
 def modes_of(own: str) -> list[str]:
-    """The kinds of training to plan, the run's own first; DoRA on a quantised base only where the run itself has it."""
+    """The training modes to plan, the run's own first; DoRA on a quantised base only if it is the run's own."""
     offered = [mode for mode, (name, dora) in modes().items() if not (dora and ADAPTERS[name].quantised)]
     return [own, *(mode for mode in offered if mode != own)]
 
 
 def settings_of(args, train_args, own: Setting, gpus: int) -> list[Setting]:
-    """Every setting to plan, from the cheapest to the dearest; what cannot be run is left out.
+    """Every setting to plan, fastest first; settings that a run would refuse are left out.
 
     Args:
         args, train_args: as parsed.
-        own: the run's own setting; its kind of training comes first.
-        gpus: how many; on one nothing is split, and only offloading is left.
+        own: the run's own setting; its training mode comes first.
+        gpus: how many.
     """
-    asked = train_args.gradient_checkpointing
-    ladder = [(layout, again) for layout, again in _LADDER if asked in (None, again)]
+    given = train_args.gradient_checkpointing
+    ladder = list(_LADDER)
     if own.layout not in LAYOUTS:  # zero0, or a file of the user's own
-        ladder = [(own.layout, again) for again in (False, True) if asked in (None, again)] + ladder
+        ladder = [(own.layout, False), (own.layout, True), *ladder]
     return [
-        Setting(mode, layout, again)
+        Setting(mode, layout, checkpointing)
         for mode in modes_of(own.mode)
-        for layout, again in ladder
-        if _can_run(args, mode, layout)
+        for layout, checkpointing in ladder
+        if given in (None, checkpointing) and _can_run(args, mode, layout)
     ]
 
 
 def _can_run(args, mode: str, layout: str) -> bool:
-    """Whether a run with these settings would be accepted, by the checks of its arguments."""
+    """Whether the checks of a run's arguments would accept these settings."""
     train_mode, dora = modes()[mode]
     args = dataclasses.replace(args, train_mode=train_mode, use_dora=dora)
     row, saved = adapter_of(args), quantisation_of(args.model_name_or_path)
@@ -59,18 +59,18 @@ def _can_run(args, mode: str, layout: str) -> bool:
     return "zero3" not in layout or not row.check_zero3(args)
 
 
-def brings_nothing(setting: Setting, gpus: int) -> bool:
-    """Whether a setting splits among GPUs where there is only one."""
+def is_useless(setting: Setting, gpus: int) -> bool:
+    """Whether a setting only shards over GPUs, of which there is one."""
     return gpus == 1 and setting.layout in ("zero1", "zero2", "zero3")
 
 
 def fits(total: int, gpu_memory: float | None) -> bool | None:
-    """Whether so many bytes fit a GPU of so many GB (1e9 bytes), with `RESERVE` left; None where that is unknown."""
+    """Whether `total` bytes and `RESERVE` fit a GPU of `gpu_memory` GB (1e9 bytes); None if its memory is not known."""
     return None if gpu_memory is None else total + RESERVE <= gpu_memory * 1e9
 
 
 def command_of(setting: Setting, own: Setting, argv: list[str], gpus: int) -> str:
-    """The command that trains so: the given flags, and what has to be changed.
+    """The command that trains with a setting: the given flags, and those that change.
 
     `deepspeed --num_gpus 2 main_train.py --train_mode qlora --deepspeed zero2`
 

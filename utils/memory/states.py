@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer states of one GPU, byte by byte, under plain training and each ZeRO stage.
+"""Computes the bytes of weights, gradients and optimizer states on one GPU, without DeepSpeed and for each ZeRO stage.
 
-What DeepSpeed 0.19 allocates is read off its stage_1_and_2.py, stage3.py and unfused_optimizer.py; a test compares it
-with real runs of two processes.
+The formulas follow what DeepSpeed 0.19 allocates in stage_1_and_2.py, stage3.py and unfused_optimizer.py; a test
+compares them with real runs on two processes.
 """
 
 import math
@@ -12,15 +12,15 @@ from utils.memory.layout import Layout, each_size, optim_name, optimizer_groups,
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one GPU, and of the CPU memory that belongs to it.
+    """Bytes on one GPU, and in the CPU memory of its process.
 
     Attributes:
-        parameters, gradients, optimizer: on the GPU. Gradients as the backward pass ends; with ZeRO-2 and -3 the part
-            that the process keeps for its step.
+        parameters, gradients, optimizer: on the GPU. Gradients at the end of the backward pass; with ZeRO-2 and -3 the
+            shard that the process keeps for its step.
         host_parameters, host_gradients, host_optimizer, host_buffers: in CPU memory.
-        buffers: DeepSpeed's and DDP's own, in the backward pass.
-        step: what the optimizer's step needs for a moment, when activations and those buffers are gone.
-        words: how each was reckoned, name → text.
+        buffers: DeepSpeed's and DDP's, in the backward pass.
+        step: temporary memory of the optimizer's step, when activations and buffers are freed.
+        words: name of a part → how it was computed, as text.
     """
 
     parameters: int
@@ -39,14 +39,14 @@ class States:
         return self.host_parameters + self.host_gradients + self.host_optimizer + self.host_buffers
 
 
-def hold(args, train_args, model, layout: Layout, compute_size: int) -> States:
-    """Reckons what the fullest of the GPUs holds.
+def model_states(args, train_args, model, layout: Layout, compute_size: int) -> States:
+    """Computes the states on the GPU that holds most.
 
     Args:
         args, train_args: as parsed.
         model: from `meta_model`.
-        layout: how it is split.
-        compute_size: bytes of the arithmetic's type.
+        layout: how it is sharded.
+        compute_size: bytes of a number in the dtype of the computation.
     """
     weights = weights_of(model, layout, compute_size)
     groups = optimizer_groups(args, train_args, model)
@@ -71,7 +71,7 @@ def _plain(train_args, weights, groups, layout) -> States:
         parameters=sum(weight.bytes for weight in weights),
         gradients=gradients,
         optimizer=moments,
-        # DDP sums gradients in buckets of its own, a second copy of them all
+        # DDP reduces gradients in buckets, which are a second copy of all of them
         buffers=gradients if layout.processes > 1 else 0,
         words={
             "parameters": sizes_of(weights),
@@ -83,7 +83,7 @@ def _plain(train_args, weights, groups, layout) -> States:
 
 
 def _zero0(train_args, weights, groups, layout, compute_size, hidden) -> States:
-    """Through DeepSpeed and not split; below float32 each weight also has a float32 copy, on which Adam works."""
+    """DeepSpeed without sharding; below float32 each trained weight also has a float32 copy, which Adam updates."""
     if compute_size == 4:
         return _plain(train_args, weights, groups, layout)
     numels = [weight.numel() for group in groups for weight in group]
@@ -102,19 +102,19 @@ def _zero0(train_args, weights, groups, layout, compute_size, hidden) -> States:
 
 
 def _overlapping(group: list, partition: int, rank: int) -> int:
-    """Numbers of the weights that reach into a process's part, each of them whole, and the padding at its end."""
+    """The size of the weights that overlap a process's partition, each in full, and of the padding at its end."""
     start, end = rank * partition, (rank + 1) * partition
-    place, whole, reached = 0, 0, start
+    place, total, reached = 0, 0, start
     for weight in group:
         if place < end and place + weight.numel() > start:
-            whole += weight.numel()
+            total += weight.numel()
             reached = min(end, place + weight.numel())
         place += weight.numel()
-    return whole + (end - max(reached, start))
+    return total + (end - max(reached, start))
 
 
 def _zero12(train_args, weights, groups, layout, compute_size, hidden) -> States:
-    """Flat groups of trained weights, padded to 2 × GPUs and split evenly; each GPU steps on its part in float32."""
+    """ZeRO-1 and -2: flattened groups of trained weights, padded to 2 × GPUs and sharded evenly; Adam in float32."""
     gpus, stage, offload = layout.processes, layout.stage, layout.offloads("optimizer")
     numels = [sum(weight.numel() for weight in group) for group in groups]
     flat = [math.ceil(numel / (2 * gpus)) * 2 * gpus for numel in numels]
@@ -128,12 +128,12 @@ def _zero12(train_args, weights, groups, layout, compute_size, hidden) -> States
     bucket = layout.figure("reduce_bucket_size", 5e8, hidden**2)
     buckets = compute_size * bucket * (2 if layout.config.get("overlap_comm") else 1)
     largest = compute_size * max(weight.numel() for group in groups for weight in group)
-    # ZeRO-1 copies its part out of the whole gradients; with accumulation ZeRO-2 holds an earlier part beside the new
+    # ZeRO-1 copies its shard from the full gradients; with accumulation ZeRO-2 has the accumulated and the new shard
     copied = kept if stage == 1 or train_args.gradient_accumulation_steps > 1 else 0
     words = {
         "parameters": sizes_of(weights) + (f" + {padding} B of padding" if padding else ""),
         "gradients": f"{gradients // compute_size:,} × {compute_size} B"
-        + (f", of the weights that reach into one of {gpus} parts" if stage == 2 else ""),
+        + (f", of the weights that overlap one of {gpus} shards" if stage == 2 else ""),
         "optimizer": f"{sum(numels):,} / {gpus} × (4 B float32 copy + what {optim_name(train_args)} keeps)",
         "buffers": f"{buckets // bucket // compute_size} buckets of {bucket:,} gradients × {compute_size} B "
         "(reduce_bucket_size)",
@@ -146,14 +146,14 @@ def _zero12(train_args, weights, groups, layout, compute_size, hidden) -> States
         optimizer=0,
         host_gradients=4 * sum(parts),
         host_optimizer=optimizer,
-        host_buffers=compute_size * sum(parts) + largest,  # weights on their way back, and the largest gradient
+        host_buffers=compute_size * sum(parts) + largest,  # updated weights to copy back, and the largest gradient
         buffers=buckets + kept + largest,
         **{**common, "words": {**words, "gradients": "in CPU memory", "optimizer": "in CPU memory"}},
     )
 
 
 def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
-    """Each weight is split by itself; small ones are kept whole beside their part."""
+    """ZeRO-3: each weight is sharded separately; small ones are also kept in full."""
     gpus = layout.processes
 
     def part(numel: int) -> int:
@@ -161,11 +161,11 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
 
     small = layout.figure("stage3_param_persistence_threshold", 1e5, 10 * hidden)
     split = sum(int(part(weight.numel) * weight.size) for weight in weights)
-    whole = sum(int(weight.numel * weight.size) for weight in weights if weight.numel <= small)
-    beside = sum(weight.beside for weight in weights)
+    persistent = sum(int(weight.numel * weight.size) for weight in weights if weight.numel <= small)
+    scales = sum(weight.scales for weight in weights)
     parts = _sub_groups(groups, part, layout.figure("sub_group_size", 1e9, int(1e9)))
     trained = sum(parts)
-    # also where the weights are float32 already: DeepSpeed compares the device with its name, and copies
+    # also if the weights are float32 already: DeepSpeed compares the device with its name, so it always copies
     optimizer = 4 * trained + optimizer_states(train_args, [_meta(numel) for numel in parts])
     gradients = compute_size * trained
     bucket = layout.figure("reduce_bucket_size", 5e8, hidden**2)
@@ -174,14 +174,14 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
     gathered = int(live / total * sum(weight.numel * weight.size for weight in weights))
     offload_param, offload = layout.offloads("param"), layout.offloads("optimizer")
     words = {
-        "parameters": f"{total:,} / {gpus} of {sizes_of(weights)}, and {whole:,} B of small ones whole",
+        "parameters": f"{total:,} / {gpus} of {sizes_of(weights)}, and {persistent:,} B of small ones in full",
         "gradients": f"{trained:,} × {compute_size} B",
         "optimizer": f"{trained:,} × (4 B float32 copy + what {optim_name(train_args)} keeps)",
         "buffers": f"up to {live:,} gathered weights (stage3_max_live_parameters), a bucket of {bucket:,} gradients",
     }
     kept = sum(int(part(weight.numel) * weight.size) for weight in weights if weight.numel <= small)
     return States(
-        parameters=(kept if offload_param else split) + whole + beside,
+        parameters=(kept if offload_param else split) + persistent + scales,
         gradients=0 if offload else gradients,
         optimizer=0 if offload else optimizer,
         host_parameters=split - kept if offload_param else 0,
@@ -194,7 +194,7 @@ def _zero3(train_args, weights, groups, layout, compute_size, hidden) -> States:
 
 
 def _sub_groups(groups: list[list], part, limit: int) -> list[int]:
-    """The sizes of what ZeRO-3 steps on at a time: weights in turn until `limit` numbers are reached."""
+    """The sizes of ZeRO-3's sub-groups, which it updates one at a time: weights in turn until `limit` is reached."""
     sizes = []
     for group in groups:
         numels, size = [part(weight.numel()) for weight in group], 0

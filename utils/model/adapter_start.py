@@ -1,22 +1,22 @@
-"""How an adapter starts: its weights in full precision, and logits equal to those of the base."""
+"""Checks and restores an adapter's start: logits equal to the base's, trainable weights in full precision."""
 
 from utils.model.probe_state import as_for_probing, is_whole
 from utils.patches.layers import leave_casts_to_autocast, show_head_bias
 from utils.runtime.errors import UserError
 
-# relative to the largest logit; PEFT rounds the scale of Gemma's embedding otherwise, which is 2e-4
+# relative to the largest logit; PEFT rounds the scale of Gemma's embedding differently, which makes 2e-4
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.03
 
 
 def check_new_adapter(model) -> None:
-    """Compares the logits of a short row with the adapter on and off, which at its start must be the same.
+    """Compares the logits of a short row with the adapter on and off; at the start they must be equal.
 
-    PEFT computes the embedding or the head by itself where rows of them are trained. A model whose embedding does more
-    than to look rows up would be another model under the adapter.
+    With trained token rows PEFT computes embedding and head itself. If a model's embedding does more than look up rows,
+    the model would be a different one with the adapter.
 
     Args:
-        model: peft.PeftModel with a new adapter, other than PiSSA's. Weights that are split over processes are not
-            looked at.
+        model: peft.PeftModel with a new adapter, other than PiSSA's. A model whose weights are sharded over processes
+            is not checked.
 
     Raises:
         UserError: they differ.
@@ -38,13 +38,13 @@ def check_new_adapter(model) -> None:
     if not difference <= (_TOLERANCE if exact else _TOLERANCE_16_BIT):
         raise UserError(
             f"a new adapter changes the logits of {type(model.get_base_model()).__name__} before it is trained (by "
-            f"{difference:.2g} of the largest): PEFT computes the embeddings otherwise than the model where it trains "
-            "rows of them; use --train_special_tokens off, or --train_mode full"
+            f"{difference:.2g} of the largest): PEFT computes the embeddings differently from the model if token rows "
+            "are trained; use --train_special_tokens off, or --train_mode full"
         )
 
 
 def adapter_weights(model) -> dict | None:
-    """The weights of an adapter that is on the model already, by name; None where there is none."""
+    """A copy of the trainable weights of an adapter that was loaded, by name; None without one."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -52,19 +52,19 @@ def adapter_weights(model) -> dict | None:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def settle_trainable(model, one_type: bool, start: dict | None) -> None:
-    """Undoes what on the way into TRL's trainer would cost exactness.
+def prepare_trainable_weights(model, keep_dtype: bool, start: dict | None) -> None:
+    """Restores the precision and the start values of trainable weights, which TRL and PEFT rounded.
 
     Args:
-        model: the trainer's, wrapped by PEFT or whole.
-        one_type: whether the weights must keep the type they have.
-        start: the weights the adapter came with, from `adapter_weights`.
+        model: the trainer's, with an adapter or trained in full.
+        keep_dtype: whether the weights must keep their dtype, as for DeepSpeed and FSDP.
+        start: the weights of a loaded adapter, from `adapter_weights`; None for a new one.
     """
     show_head_bias(model)
     leave_casts_to_autocast()
-    if not one_type:
-        # TRL rounds QLoRA's adapters to bf16, and PEFT gives trained token rows the base's type. An update
-        # below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
+    if not keep_dtype:
+        # TRL 1.16 casts the adapters of a quantised base to bf16, and PEFT 0.21 gives trained token rows the base's
+        # dtype. An update below 1/256 of a bf16 weight is lost, and fp16's gradient scaling refuses fp16 weights
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -72,10 +72,10 @@ def settle_trainable(model, one_type: bool, start: dict | None) -> None:
 
 
 def _restore(model, start: dict) -> None:
-    """Gives the adapter, and the copy of it that is DPO's reference, the weights they came with.
+    """Sets the weights of a loaded adapter, and of its copy that is DPO's reference, to those it was loaded with.
 
-    TRL copies them before it rounds the policy's to bf16, and leaves out trained token rows,
-    whose names end where it looks for more.
+    TRL 1.16 copies the adapter after loading, casts the policy's to bf16, and does not copy trained token rows, as
+    it looks for `.default.` in a weight's name and theirs end with `.default`.
     """
     weights = dict(model.named_parameters())
     for name, value in start.items():
@@ -86,7 +86,7 @@ def _restore(model, start: dict) -> None:
 
 
 def _restore_token_rows(model) -> None:
-    """A new adapter's trained token rows begin as the base's, not as those rounded to bf16."""
+    """Sets a new adapter's trained token rows to the base's, without the rounding to bf16."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for module in model.modules():

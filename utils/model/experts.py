@@ -23,7 +23,7 @@ def leave_router_logits_out(*models) -> None:
                 config.output_router_logits = False
 
 
-def settle_balance(trainer) -> None:
+def resolve_aux_loss(trainer) -> None:
     """Trains the auxiliary loss where the trainer's loss and the model itself agree on it, else goes on without it.
 
     Args:

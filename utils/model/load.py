@@ -1,4 +1,4 @@
-"""Weights: which type they are loaded in, which attention they use, how they are quantised."""
+"""Loads the base model for training: dtype, quantisation, attention, gradient checkpointing."""
 
 from loguru import logger
 
@@ -18,24 +18,45 @@ from utils.runtime.errors import UserError, load_failure, raise_if_any
 def load_model(args, train_args):
     """Loads the base model for training.
 
-    A model that is trained in full is loaded in float32, since an update is often too small
-    for the 8 bits of a bf16 mantissa to show; the arithmetic is still `--precision`'s. Under an
-    adapter the base never changes, so it is loaded in the precision of the arithmetic.
+    Full training loads the weights in float32, because most updates are too small to change a bf16 weight, whose
+    mantissa has 8 bits; the forward pass still runs in `--precision`. An adapter's base never changes, so it is loaded
+    in the precision of the forward pass.
 
     Args:
         args: CommonArgs.
-        train_args: the recipe's TrainArgument; its `gradient_checkpointing` None is decided here.
+        train_args: the recipe's TrainArgument; its `gradient_checkpointing` None is replaced by a choice.
 
     Returns:
-        transformers.PreTrainedModel
+        transformers.PreTrainedModel, or peft.PeftModel with `--adapter_name_or_path`
 
     Raises:
         UserError: the weights cannot be loaded, or are not safetensors.
     """
-    import torch
-    import transformers
+    _resolve_quantised_base(args, train_args)
+    adapter = adapter_of(args)
+    quantised = loading_options(args, compute_dtype(args))
+    use_row_attention()
+    if not adapter.is_adapter:
+        refuse_unloadable(
+            args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
+        )
+    model = _from_pretrained(args, _options(args, train_args) | quantised)
+    fix_generation_config(model)
+    if quantised:
+        forget_unpacking(model)
+    use_row_rope(model)
+    if adapter.quantised:
+        keep_quantised_weights(model)
+    if args.attn_implementation == "auto":
+        resolve_attention(model, args.precision, train_args.device)
+    _resolve_checkpointing(model, train_args)
+    return with_trained_adapter(model, args) if args.adapter_name_or_path else model
 
-    _settle_quantised_base(args, train_args)
+
+def _options(args, train_args) -> dict:
+    """The arguments of `from_pretrained` for a base that is not saved quantised."""
+    import torch
+
     adapter, dtype = adapter_of(args), compute_dtype(args)
     options = {
         "dtype": dtype if adapter.is_adapter else torch.float32,
@@ -44,35 +65,24 @@ def load_model(args, train_args):
     }
     if args.attn_implementation != "auto":
         options["attn_implementation"] = args.attn_implementation
-    if adapter.quantised:
-        options |= quantisation_options(dtype, train_args)
-    saved = loading_options(args, dtype)
-    options |= saved
-    use_row_attention()
-    if not adapter.is_adapter:
-        refuse_unloadable(
-            args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
-        )
+    return options | quantisation_options(dtype, train_args) if adapter.quantised else options
+
+
+def _from_pretrained(args, options: dict):
+    """Loads the task's kind of model; a base with missing weights is refused."""
+    import transformers
+
     auto_class = getattr(transformers, args.task.auto_class)
     try:
         model, info = auto_class.from_pretrained(args.model_name_or_path, output_loading_info=True, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("model", "--model_name_or_path", args.model_name_or_path, error)) from error
     _refuse_incomplete(info, args.model_name_or_path)
-    settle_generation(model)
-    if saved:
-        forget_unpacking(model)
-    use_row_rope(model)
-    if adapter.quantised:
-        keep_quantised_weights(model)
-    if args.attn_implementation == "auto":
-        settle_attention(model, args.precision, train_args.device)
-    _resolve_checkpointing(model, train_args)
-    return with_trained_adapter(model, args) if args.adapter_name_or_path else model
+    return model
 
 
-def _settle_quantised_base(args, train_args) -> None:
-    """A base from a hub is looked at here: its config.json is not on the machine when the arguments are checked."""
+def _resolve_quantised_base(args, train_args) -> None:
+    """Checks the base again: the arguments are checked before a Hub model's config.json is downloaded."""
     raise_if_any(check_base(args, download=True))
     resolve_base(args, download=True)
     if is_stored_in_bytes(args) and (zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp()):
@@ -84,7 +94,7 @@ def _settle_quantised_base(args, train_args) -> None:
 
 
 def with_trained_adapter(model, args):
-    """The model under an adapter that was trained before, to go on with; merged where every weight is trained.
+    """Adds a trained adapter to continue training it; full training merges it into the weights instead.
 
     Raises:
         UserError: the adapter does not fit the base, or cannot be merged without changing the logits.
@@ -93,42 +103,42 @@ def with_trained_adapter(model, args):
     if not adapter_of(args).is_adapter:
         return merge_onto(model, path, flag, None).model.requires_grad_(True)
     model = attach_adapter(model, path, flag, trainable=True)
-    # where the base lies now, for whoever loads the run
+    # the base may have moved since that adapter was trained
     model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
     return model
 
 
-def settle_attention(model, precision: str, device) -> None:
-    """Under `auto`: FlashAttention-2 (arXiv 2307.08691) where it can be had, else what transformers chose.
+def resolve_attention(model, precision: str, device) -> None:
+    """Selects FlashAttention-2 (arXiv 2307.08691) if model, GPU and precision support it.
 
-    Its kernels take rows that stand end to end as they are: transformers hands them the rows' lengths, from the
-    collator or from positions that start again, so that no mask of tokens × tokens is made.
+    Its kernels compute concatenated rows without a mask of tokens × tokens: transformers passes them the rows' lengths,
+    from the collator or from position ids that start again at 0.
 
     Args:
         model: as loaded; only its configuration changes.
-        precision: bf16, fp16 or fp32, of the arithmetic.
+        precision: of the forward pass: bf16, fp16 or fp32.
         device: torch.device of the training.
     """
     from transformers.utils import logging
 
     chosen, reason = model.config._attn_implementation, _no_flash_attention(model, precision, device)
     if reason is None:
-        told = logging.get_verbosity()
-        # it would warn of float32 weights, which autocast takes care of, and of a model that is not on the GPU yet
+        verbosity = logging.get_verbosity()
+        # it would warn of float32 weights, which autocast casts, and of a model that is not on the GPU yet
         logging.set_verbosity_error()
         try:
             model.set_attn_implementation("flash_attention_2")
-        except Exception as error:  # a build that does not fit its torch raises whatever it likes
+        except Exception as error:  # a build for another torch may raise anything
             reason = f"{type(error).__name__}: {error}"
             model.set_attn_implementation(chosen)
         finally:
-            logging.set_verbosity(told)
+            logging.set_verbosity(verbosity)
     why = "" if reason is None else f" (no flash attention: {reason})"
     logger.info("attention is {}{}", model.config._attn_implementation, why)
 
 
 def _no_flash_attention(model, precision: str, device) -> str | None:
-    """Why FlashAttention-2 cannot be used; None where nothing speaks against it."""
+    """Why FlashAttention-2 cannot be used; None if it can."""
     import torch
     from transformers.utils import is_flash_attn_2_available
 
@@ -141,16 +151,19 @@ def _no_flash_attention(model, precision: str, device) -> str | None:
         return "its kernels are for bf16 and fp16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere"
-    able = model._supports_flash_attn and model._can_set_attn_implementation()
-    if not able or (known is not None and "flash_attention_2" not in known):
+    supported = model._supports_flash_attn and model._can_set_attn_implementation()
+    if not supported or (known is not None and "flash_attention_2" not in known):
         return f"{type(model).__name__} does not support it"
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return f"its heads have {head} dimensions, more than 256" if head > 256 else None
 
 
-def settle_generation(model) -> None:
-    """Some bases bring a temperature without saying that they sample, which transformers refuses to save."""
+def fix_generation_config(model) -> None:
+    """Sets `do_sample` if the base's generation config has a temperature or the like without it.
+
+    transformers 5 refuses to save such a configuration.
+    """
     config = model.generation_config
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
     given = [name for name, neutral in sampling.items() if getattr(config, name, None) not in (None, neutral)]
@@ -160,7 +173,7 @@ def settle_generation(model) -> None:
 
 
 def _refuse_incomplete(info: dict, path: str) -> None:
-    """Weights that the files do not hold would be random, which transformers only warns of."""
+    """Refuses weights that the files lack: transformers would initialise them at random, with only a warning."""
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         if info[key]:
             names = sorted(map(str, info[key]))
@@ -174,7 +187,7 @@ def _refuse_incomplete(info: dict, path: str) -> None:
 
 
 def _resolve_checkpointing(model, train_args) -> None:
-    # ZeRO-3 leaves each process a part, and the whole's size beside it
+    # ZeRO-3 shards weights when they load; the full size of each is in ds_numel
     size = max(model.num_parameters(), sum(getattr(weight, "ds_numel", 0) for weight in model.parameters()))
     if resolve_checkpointing(size, train_args):
         logger.info(

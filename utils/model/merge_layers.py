@@ -1,4 +1,4 @@
-"""One adapter merged into the model it is on: each layer in float32, tied weights separated where they part."""
+"""Merges an adapter into its base layer by layer in float32, and unties head and embedding where it has to."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from utils.runtime.errors import UserError
 
 
 class Merged(NamedTuple):
-    """A merged model, and what it is compared by.
+    """A merged model and the logits it is checked with.
 
     Attributes:
         model: transformers.PreTrainedModel
-        ids: the tokens that are compared, (rows, length).
-        base: the logits before the last adapter; None where the model does not compute on the CPU.
-        adapter: the logits of the last adapter on the models before it; None likewise.
+        ids: the probe's token ids, [rows, tokens].
+        base: the logits without the last adapter; None if the model cannot compute on the CPU.
+        adapter: the logits with the last adapter, unmerged; None likewise.
         merged: the logits of `model`; None likewise.
     """
 
@@ -29,23 +29,23 @@ class Merged(NamedTuple):
 
 
 class Rounding:
-    """How much of what training changed is lost when the merged weights are rounded to a smaller type."""
+    """Measures how much of the trained change is lost when merged weights are rounded to a smaller dtype."""
 
     def __init__(self):
         self.moved = self.lost = 0.0
 
     def add(self, before, merged, rounded) -> None:
-        """Counts one layer's weights; of a chain each adapter's own change."""
+        """Adds one layer's weights: before the merge, merged in float32, and rounded."""
         for old, new, kept in zip(before, merged, rounded, strict=True):
             self.moved += float((new - old).double().square().sum())
             self.lost += float((new - kept.detach().float()).double().square().sum())
 
     def share(self) -> float:
-        """|rounding| / |change|, both as the root of the sum of squares."""
+        """‖rounding error‖ / ‖change‖, Frobenius norms over all weights added."""
         return (self.lost / self.moved) ** 0.5 if self.moved else 0.0
 
     def report(self, dtype: str) -> None:
-        """Logs what was lost, if anything was."""
+        """Logs the share that was lost, if any."""
         if self.lost:
             log = logger.warning if self.share() >= MOST else logger.info
             log(
@@ -62,25 +62,25 @@ def merge_onto(model, adapter: str, flag: str, types: dict | None, rounding: Rou
     Args:
         model: the base, on the CPU.
         adapter: the adapter's folder.
-        flag: the flag it came by, for the messages.
+        flag: the flag that named it, for the messages.
         types, rounding: as for `merge_adapter`.
 
     Raises:
-        UserError: the adapter does not fit, cannot be merged, or the merged model is another.
+        UserError: the adapter does not fit, cannot be merged, or the merged model gives other logits.
     """
     import torch
 
     fit_vocabulary(model, adapter, flag)
-    if any(weight.is_meta for weight in model.parameters()):  # FSDP loads the weights in one process alone
+    if any(weight.is_meta for weight in model.parameters()):  # with FSDP only the first process loads the weights
         return Merged(merge_adapter(attach_adapter(model, adapter, flag), adapter, types, rounding), None, None, None)
     ids = probe_ids(model, trained_tokens(adapter))
     base = logits_or_none(model, ids)
     peft = attach_adapter(model, adapter, flag)
     expected = logits_or_none(peft, ids) if base is not None else None
-    exact = expected is not None and _room_in_float32(peft)
+    exact = expected is not None and _fits_in_float32(peft)
     model = merge_adapter(peft, adapter, types, rounding, wide=exact)
     if exact:
-        # before anything is rounded, so that a fault does not pass for rounding
+        # compared before rounding, so that a wrong merge cannot be mistaken for rounding
         compared = compare(base, expected, logits_in_float32(model, ids))
         refuse_difference(compared, "float32", "the merged model", adapter)
         _round(model, types)
@@ -94,8 +94,8 @@ def merge_onto(model, adapter: str, flag: str, types: dict | None, rounding: Rou
     return Merged(model, ids, base, expected, found)
 
 
-def _room_in_float32(peft) -> bool:
-    """Whether the layers that an adapter changes fit into the machine's free memory in float32, all at once."""
+def _fits_in_float32(peft) -> bool:
+    """Whether all layers that the adapter changes fit into free memory at once in float32."""
     import psutil
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -114,34 +114,25 @@ def _room_in_float32(peft) -> bool:
 
 
 def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None = None, wide: bool = False):
-    """Merges the adapter of a PEFT model and takes PEFT's layers away.
+    """Merges the adapter of a PEFT model and removes PEFT's layers.
 
     Args:
         peft: from `attach_adapter`.
         path: the adapter's, for the messages.
-        types: name of a weight → its torch.dtype afterwards; None leaves what the adapter changed in float32.
+        types: name of a weight → its final torch.dtype; None keeps what the adapter changed in float32.
         rounding: counts what rounding to `types` costs.
-        wide: whether what the adapter changed stays in float32 nevertheless, for `_round` to come.
+        wide: keep what the adapter changed in float32 for now; the caller rounds it later with `_round`.
 
     Returns:
-        transformers.PreTrainedModel; its config says `tie_word_embeddings: false` where embedding and head are no
-        longer the same.
+        transformers.PreTrainedModel; its config has `tie_word_embeddings: false` if embedding and head now differ.
 
     Raises:
-        UserError: the adapter's kind cannot be merged, or the weights are not finite.
+        UserError: this kind of adapter cannot be merged, or the weights are not finite.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     tied = separate_head(peft)
     by_weight = _types_by_weight(peft, types)
     try:
-        for layer in [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]:
-            _merge_layer(layer, by_weight, rounding, wide)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that each layer is merged already
-            model = peft.merge_and_unload(safe_merge=True)
-        if left := [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]:
-            raise NotImplementedError(f"PEFT leaves its layer on {left[0]}, which it wraps twice")
+        model = _merge_and_unload(peft, by_weight, rounding, wide)
     except ValueError as error:  # PEFT's, for weights that are not finite
         raise UserError(
             f"adapter {path!r} cannot be merged: {error}. Its training may have diverged; see its train.log, and take "
@@ -155,7 +146,21 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
     if not wide:
         _round(model, types)
     if tied:
-        _tie_again_or_say_so(model)
+        _retie_head(model)
+    return model
+
+
+def _merge_and_unload(peft, types: dict, rounding: Rounding | None, wide: bool):
+    """Merges layer by layer, so that only one layer at a time takes the memory of float32; then unwraps the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]:
+        _merge_layer(layer, types, rounding, wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that each layer is merged already
+        model = peft.merge_and_unload(safe_merge=True)
+    if left := [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]:
+        raise NotImplementedError(f"PEFT leaves its layer on {left[0]}, which it wraps twice")
     return model
 
 
@@ -182,7 +187,7 @@ def types_of(model) -> dict:
 
 
 def _types_by_weight(peft, types: dict | None) -> dict:
-    """id of a weight → its torch.dtype afterwards; without the names that PEFT's wrappers put between."""
+    """id of a weight → its final torch.dtype, found by its name without the parts that PEFT's wrappers add."""
     wrappers = {"base_layer", "token_adapter", "original_module"}
     found = {}
     for name, weight in peft.get_base_model().named_parameters(remove_duplicate=False) if types is not None else ():
@@ -192,13 +197,13 @@ def _types_by_weight(peft, types: dict | None) -> dict:
 
 
 def separate_head(peft) -> bool:
-    """Gives the head a matrix of its own where an adapter changes it or the embedding, and both are one matrix.
+    """Unties head and embedding if an adapter changes only one of them.
 
-    PEFT adapts each by itself, and merging one of them would change the other as well. Rows of single tokens are
-    trained in both at once, so that these stay one.
+    PEFT adapts each separately, so merging into a shared matrix would change the other as well. Trained token rows
+    change both in the same way, so these stay tied.
 
     Returns:
-        whether they were separated.
+        whether they were untied.
     """
     import torch
     from peft.utils.other import TrainableTokensWrapper
@@ -220,20 +225,21 @@ def separate_head(peft) -> bool:
     return True
 
 
-def _tie_again_or_say_so(model) -> None:
+def _retie_head(model) -> None:
+    """Ties head and embedding again if they are still equal; else config.json says that they are not."""
     import torch
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    one = torch.equal(embedding.weight, head.weight)
-    if one:
+    equal = torch.equal(embedding.weight, head.weight)
+    if equal:
         head.weight = embedding.weight
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "tie_word_embeddings"):
-            config.tie_word_embeddings = one
+            config.tie_word_embeddings = equal
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if one:
+    if equal:
         return
     logger.info(
-        "the adapter changes embedding or head, which were one matrix in the base: they are two now, and config.json "
-        "has tie_word_embeddings false"
+        "the adapter changes the embedding or the head, which were tied in the base: they are two matrices now, and "
+        "config.json has tie_word_embeddings false"
     )

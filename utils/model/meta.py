@@ -113,10 +113,10 @@ def _adapter(args, model, log: bool):
         return saved_config(args.adapter_name_or_path)
     tokenizer = template = None
     if args.train_special_tokens == "on" and args.task.uses_template and row.trains_token_rows:
-        from utils.model.tokenizer import tokenizer_of
+        from utils.model.tokenizer import load_run_tokenizer
         from utils.template import get_template
 
-        tokenizer = tokenizer_of(args)
+        tokenizer = load_run_tokenizer(args)
         template = get_template(args.template_name, tokenizer, args.template_date)
     return build_adapter(args, model, tokenizer, template, log)
 

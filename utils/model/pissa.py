@@ -1,4 +1,4 @@
-"""PiSSA: what is trained beside a changed base, as an adapter for the base as it was."""
+"""Sets up PiSSA training, and converts its adapter to a plain LoRA on the unchanged base."""
 
 import json
 import shutil
@@ -10,23 +10,23 @@ from pathlib import Path
 from utils.runtime.errors import UserError
 from utils.storage.run_folder import MANIFEST
 
-IN_CHECKPOINT = "pissa_start.safetensors"  # A0 and B0, beside the adapter of a checkpoint
+IN_CHECKPOINT = "pissa_start.safetensors"  # A0 and B0, next to the adapter of a checkpoint
 
 
-def with_pissa(model, config, one_type: bool):
+def with_pissa(model, config, keep_dtype: bool):
     """Wraps a model in adapters that start as the main singular vectors of its weights.
 
-    PiSSA (arXiv 2404.02948) trains (W0 - s B0 A0) + s B A. PEFT stores the residual W0 - s B0 A0 in the base's type:
-    in bf16 its rounding is as large as a good part of what training changes, and an adapter for W0 lacks it. Here W0
-    stays as it is, and s B0 A0 x is taken off what the layer gives, so that nothing is rounded but activations.
+    PiSSA (arXiv 2404.02948) trains (W0 - s B0 A0) + s B A. PEFT 0.21 stores the residual W0 - s B0 A0 in the base's
+    dtype. In bf16 the rounding error is of the size of what training changes, and an adapter for W0 does not contain
+    it. Here W0 is kept, and s B0 A0 x is subtracted from the layer's output, so that only activations are rounded.
 
     Args:
         model: the base.
         config: peft.LoraConfig, with `init_lora_weights="pissa"`; the wrapped model keeps it.
-        one_type: whether DeepSpeed or FSDP will turn the adapters into bf16; they then begin with values of that type.
+        keep_dtype: whether DeepSpeed or FSDP will cast the adapters to bf16; they then start with bf16 values.
 
     Returns:
-        peft.PeftModel; its base layers hold A0 and B0 beside their weights, and neither is saved with them.
+        peft.PeftModel; its base layers have A0 and B0 as non-persistent buffers, which are not saved.
     """
     import torch
     from peft import get_peft_model
@@ -39,13 +39,13 @@ def with_pissa(model, config, one_type: bool):
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
-        whole = base.weight.data.clone()
+        original = base.weight.data.clone()
         layer.pissa_init("default", "pissa")
-        base.weight.data = whole
-        for half, name in ((layer.lora_A, "pissa_A"), (layer.lora_B, "pissa_B")):
-            start = half["default"].weight.data.contiguous()
-            start = start.to(torch.bfloat16).float() if one_type else start
-            half["default"].weight.data = start
+        base.weight.data = original
+        for factor, name in ((layer.lora_A, "pissa_A"), (layer.lora_B, "pissa_B")):
+            start = factor["default"].weight.data.contiguous()
+            start = start.to(torch.bfloat16).float() if keep_dtype else start
+            factor["default"].weight.data = start
             base.register_buffer(name, start.clone(), persistent=False)
         base.pissa_scaling = layer.scaling["default"]
         base.register_forward_hook(_residual)
@@ -53,15 +53,15 @@ def with_pissa(model, config, one_type: bool):
 
 
 def _residual(base, args, output):
-    """W0 x → W0 x - s B0 A0 x, in the types in which PEFT adds s B A x."""
+    """W0 x → W0 x - s B0 A0 x, in the dtypes in which PEFT adds s B A x."""
     import torch
     from torch.nn.functional import linear
 
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(base.pissa_A.dtype)
-    taken = linear(linear(x, base.pissa_A), base.pissa_B) * base.pissa_scaling
-    return (output - taken).to(output.dtype)
+    initial = linear(linear(x, base.pissa_A), base.pissa_B) * base.pissa_scaling
+    return (output - initial).to(output.dtype)
 
 
 def pissa_to_lora(folder: Path, start: Path) -> None:
@@ -71,10 +71,10 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
 
         W - W0 = B A - B0 A0 = [B | -B0] [A ; A0]
 
-    PEFT's own conversion loses trained token rows, which stand beside A and B.
+    PEFT 0.21's own conversion loses trained token rows.
 
     Args:
-        folder: holds the trained adapter, and the new one afterwards.
+        folder: of the trained adapter, which is replaced by the LoRA.
         start: the safetensors file of the adapter as it was before training.
     """
     import torch
@@ -87,7 +87,7 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
         elif "lora_B" in name:
             weights[name] = torch.cat([weight, -before[name]], dim=1)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    # the scale stays: alpha / r, or alpha / sqrt(r) when rank-stabilised
+    # keeps the scale: alpha / r, or alpha / sqrt(r) when rank-stabilised
     config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
     config["r"] *= 2
     config["init_lora_weights"] = True
@@ -97,20 +97,19 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
 
 @contextmanager
 def plain_lora(path: str, flag: str) -> Iterator[str]:
-    """The folder that an adapter is loaded from: a checkpoint of a PiSSA run as the plain LoRA that a run ends with.
+    """Yields the folder to load an adapter from: a checkpoint of a PiSSA run is first converted to a plain LoRA.
 
-    PEFT's own start would be computed again, and would round the residual to the type that the base is loaded in.
+    PEFT would compute PiSSA's start again, and round the residual to the dtype in which the base is loaded.
 
     Args:
-        path: the adapter's folder, or a hub's name.
-        flag: the flag it came by, for the message.
+        path: the adapter's folder, or its name on the Hub.
+        flag: the flag that named it, for the message.
 
     Yields:
-        `path` itself for every other adapter, one that plain PEFT trained with PiSSA included; else a folder that is
-        removed afterwards.
+        `path` itself for every other adapter, also for one trained with PEFT's own PiSSA; else a temporary folder.
 
     Raises:
-        UserError: the checkpoint lacks the start.
+        UserError: the checkpoint lacks the start weights.
     """
     folder, config = Path(path), Path(path) / "adapter_config.json"
     start = folder / IN_CHECKPOINT

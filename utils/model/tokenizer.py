@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and making sure that it can pad and that it knows where an answer stops."""
+"""Loads a tokenizer with a pad token, and sets chat template and stop token."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from utils.runtime.errors import UserError, load_failure
 from utils.template import Template
 from utils.template.auto import shows_date, today
 
-_NAMED = "additional_chat_templates"  # transformers' folder for the templates beside the default one
-# a reserved token is better than eos: it never stands for anything else
+_NAMED = "additional_chat_templates"  # transformers' folder for templates other than the default one
+# a reserved token is better than EOS, which also ends answers
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
 
@@ -20,8 +20,8 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, fla
 
     Args:
         model_name_or_path: a folder or a name on a hub.
-        trust_remote_code: whether Python code beside the model may run.
-        flag: the flag it came by, for the messages.
+        trust_remote_code: whether Python code that comes with the model may run.
+        flag: the flag that named it, for the messages.
 
     Raises:
         UserError: there is no tokenizer, or only a slow one, which has no offsets.
@@ -49,11 +49,11 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool = False, fla
     return tokenizer
 
 
-def tokenizer_of(args):
-    """The tokenizer of a run: the base's, where `auto` asks for it with the chat template of the adapter to go on from.
+def load_run_tokenizer(args):
+    """Loads a run's tokenizer: the base's, and for `auto` the chat template of the adapter the run continues from.
 
     Args:
-        args: CommonArgs. `template_date` is set to today where the chat template prints a day and none is given.
+        args: CommonArgs. `template_date` is set to today if the chat template prints a date and none is given.
     """
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
@@ -69,7 +69,7 @@ def tokenizer_of(args):
 
 
 def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) -> None:
-    """A tokenizer without its files loads as an empty one, and one of another model has ids beyond the embedding."""
+    """Refuses an empty tokenizer, as transformers loads without tokenizer.json, and ids beyond the embedding."""
     if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
         raise UserError(f"the tokenizer of {flag} {path!r} makes no tokens of a text; is its tokenizer.json missing?")
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
@@ -90,14 +90,14 @@ def save_chat_format(tokenizer, template: Template, model) -> None:
 
 
 def apply_chat_format(tokenizer, template: Template) -> None:
-    """Writes a chat format and its stop token into a tokenizer; under `auto` it keeps all the templates it has."""
+    """Sets a tokenizer's chat template and EOS token; with `auto` all of its named templates are kept."""
     if template.name != "auto" or not isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = template.to_jinja()
     tokenizer.eos_token = template.stop_token()
 
 
 def stop_at_eos(model, tokenizer) -> None:
-    """Generation ends with the tokenizer's eos token, or with any that the model had before."""
+    """Adds the tokenizer's EOS token to the stop tokens of the model's generation config."""
     config = model.generation_config
     known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known]))

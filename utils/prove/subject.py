@@ -16,10 +16,10 @@ from utils.data.files import read_rows
 from utils.data.places import row_location
 from utils.data.prepare import Data
 from utils.model.adapter import adapter_of, build_adapter
-from utils.model.layout import resolve_layout
+from utils.model.layout import resolve_padding_free
 from utils.model.load import load_model, with_trained_adapter
 from utils.model.probe_state import leave_dropout_out
-from utils.model.tokenizer import tokenizer_of
+from utils.model.tokenizer import load_run_tokenizer
 from utils.prove.figures import Gradients, logits_of
 from utils.runtime.errors import UserError
 from utils.template import get_template
@@ -45,7 +45,7 @@ class Subject:
         self.args, self.train_args = args, train_args
         self.dropout, self.flags, self.scratch = dropout, flags, scratch
         self.task = args.task
-        self.tokenizer = tokenizer_of(args)
+        self.tokenizer = load_run_tokenizer(args)
         template = (args.template_name, self.tokenizer, args.template_date)
         self.template = get_template(*template) if self.task.uses_template else None
         self.data = self._choose(count)
@@ -120,11 +120,11 @@ class Subject:
             self.base_logits = logits_of(model, self.sequences())
         if args.adapter_name_or_path:
             model = with_trained_adapter(model, args)
-        self.layout = resolve_layout(args, train_args, self.task, model, self.tokenizer)
+        self.layout = resolve_padding_free(args, train_args, self.task, model, self.tokenizer)
         adapter = build_adapter(args, model, self.tokenizer, self.template)
         collator = self.collator(self.task.lays_end_to_end(train_args))
         trainer = self.task.build_trainer(args, train_args, model, adapter, self.data, collator, self.tokenizer)
-        prepare_trainer(trainer, self.tokenizer, self.template, args)
+        prepare_trainer(trainer, args, self.template, self.tokenizer)
         if train_args.gradient_checkpointing:
             trainer.model.gradient_checkpointing_enable(train_args.gradient_checkpointing_kwargs)
         if getattr(trainer, "aux_loss_enabled", False):

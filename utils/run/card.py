@@ -1,4 +1,4 @@
-"""The run card: README.md in the run's folder, in the form of a model card of the Hugging Face Hub."""
+"""Writes the run card: README.md in the run's folder, a model card as on the Hugging Face Hub."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from utils.tasks import get_task
 
 CARD = "README.md"
 _MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
-# told elsewhere in the card, or of no meaning for the result
+# shown elsewhere in the card, or without effect on the result
 _NOT_SETTINGS = (
     "config", "train_args_path", "model_name_or_path", "adapter_name_or_path", "train_data_path", "eval_data_path",
     "task_type", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "cache_dir", "local_rank", "precision",
@@ -45,7 +45,7 @@ def changed_settings(args, train_args) -> dict[str, tuple]:
         args: CommonArgs.
         train_args: the recipe's TrainArgument.
     """
-    # what follows from the machine and from there being rows to evaluate is no setting
+    # values that follow from the machine, and from having rows to evaluate, are not settings
     given = {name: getattr(train_args, name) for name in ("output_dir", "bf16", "fp16", "use_cpu")}
     given |= {"eval_strategy": "no"} if train_args.eval_strategy == "no" else {}
     defaults, values = type(train_args)(**given).to_dict(), train_args.to_dict()
@@ -63,7 +63,7 @@ def changed_settings(args, train_args) -> dict[str, tuple]:
 
 
 def write_card(folder: Path, text: str) -> Path:
-    """Writes the card; a README.md that is none of this project's stays, and the card goes beside it.
+    """Writes the card as README.md, or as run_card.md next to a README.md that no run wrote.
 
     Returns:
         the card's file.
@@ -71,9 +71,9 @@ def write_card(folder: Path, text: str) -> Path:
     path = folder / CARD
     if path.exists() and not is_own_card(path):
         path = folder / "run_card.md"
-        logger.warning("{} is not a run's card and stays as it is; the card is {}", folder / CARD, path.name)
+        logger.warning("{} was not written by a run and is kept; the card is {}", folder / CARD, path.name)
     if path.exists() and not is_own_card(path):
-        logger.warning("{} is not a run's card either, so no card is written", path)
+        logger.warning("{} was not written by a run either, so no card is written", path)
         return path
     path.write_text(text, encoding="utf-8")
     return path
@@ -87,19 +87,21 @@ def is_own_card(path: Path) -> bool:
 def card_text(
     record: dict, history: list[dict], changed: dict, samples: list[Sample], no_samples: str, folder: str
 ) -> str:
-    """The whole card.
+    """Returns the text of the card.
 
     Args:
-        record: what the run noted, with its summary.
+        record: the run's record with its summary.
         history: the trainer's log.
         changed: from `changed_settings`.
-        samples: questions and answers; `no_samples` says why there are none.
+        samples: questions and answers.
+        no_samples: why there are none; empty if there are some.
         folder: the run's, for the command that repeats it.
     """
     common = record["common"]
     title = f"{common['task_type']} of {_name(common['model_name_or_path'])}"
     kind = ADAPTERS[common["train_mode"]].label
-    again = f"{record['start']['command']} --config {shlex.quote(f'{folder}/train_args.json')}{_typed(common)}"
+    config = shlex.quote(f"{folder}/train_args.json")
+    command = f"{record['start']['command']} --config {config}{_flags_to_repeat(common)}"
     parts = [
         _front_matter(common), _MARK, f"# {escape_markdown(title)}",
         f"{kind} trained by `main_train.py`. ![loss](loss.png)",
@@ -109,13 +111,13 @@ def card_text(
         *_changed(changed), *_resumed(record),
         "## Answers before and after", *_answers(samples, no_samples),
         "## Machine", settings_table(_machine(record, history)),
-        "## Repeat it", code_block(again, "bash"),
+        "## Repeat it", code_block(command, "bash"),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def _typed(common: dict) -> str:
-    """The flags that `--config` does not take over from a file, since they run code."""
+def _flags_to_repeat(common: dict) -> str:
+    """The flags that `--config` does not take from a file, because they run code."""
     recipe = common["train_args_path"]
     flags = "" if is_own_recipe(recipe) else f" --train_args_path {shlex.quote(recipe)}"
     return flags + (" --trust_remote_code true" if common.get("trust_remote_code") else "")
@@ -132,12 +134,14 @@ def _changed(changed: dict[str, tuple]) -> list[str]:
 
 
 def _resumed(record: dict) -> list[str]:
-    """Where a run went on from; with other settings, one command does not repeat it."""
+    """The checkpoints that the run was resumed from, and the settings that changed there."""
     lines = []
-    for one in record.get("resumed") or []:
-        changes = [escape_markdown(f"{name} {now} (it was {before})") for name, (before, now) in one["changed"].items()]
+    for resume in record.get("resumed") or []:
+        changes = [
+            escape_markdown(f"{name} {now} (it was {before})") for name, (before, now) in resume["changed"].items()
+        ]
         other = f" with other settings, so that one command does not repeat it: {', '.join(changes)}" if changes else ""
-        lines.append(f"Resumed from {inline_code(one['from'])}{other}.")
+        lines.append(f"Resumed from {inline_code(resume['from'])}{other}.")
     return lines
 
 
@@ -146,7 +150,7 @@ def _front_matter(common: dict) -> str:
 
     base = common["model_name_or_path"]
     data = ModelCardData(
-        # the Hub refuses a card whose base is a folder of someone's machine
+        # the Hub refuses a card whose base is not a name on the Hub
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir() else None,
         library_name="peft" if ADAPTERS[common["train_mode"]].is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -188,25 +192,24 @@ def _base(record: dict) -> list[tuple]:
     return [*rows, ("chat template", template)]
 
 
-def _with_weights(noted: dict) -> Markdown:
-    weights = f", weights {inline_code(noted['fingerprint'])}" if noted.get("fingerprint") else ""
-    return Markdown(inline_code(noted["path"]) + weights)
+def _with_weights(model: dict) -> Markdown:
+    weights = f", weights {inline_code(model['fingerprint'])}" if model.get("fingerprint") else ""
+    return Markdown(inline_code(model["path"]) + weights)
 
 
 def _data(record: dict) -> list[str]:
     parts, files = [], []
-    for part, told in (("training", record["data"]["train"]), ("evaluation", record["data"].get("eval"))):
-        if told and "held_back" in told:
-            parts.append((part, "–", f"{told['held_back']:,}, held back of the training rows", "–", "–", "–"))
-        elif told:
-            out = (
-                ", ".join(f"{count:,} {escape_markdown(reason)}" for reason, count in told["dropped"].items()) or "none"
-            )
-            out += f"; {told['shortened']:,} shortened" if told["shortened"] else ""
-            counts = [f"{told[name]:,}" for name in ("rows", "kept", "tokens", "trained_tokens")]
-            parts.append((part, *counts[:2], out, *counts[2:]))
+    for part, rows in (("training", record["data"]["train"]), ("evaluation", record["data"].get("eval"))):
+        if rows and "held_back" in rows:
+            parts.append((part, "–", f"{rows['held_back']:,}, held back of the training rows", "–", "–", "–"))
+        elif rows:
+            reasons = [f"{count:,} {escape_markdown(reason)}" for reason, count in rows["dropped"].items()]
+            dropped = ", ".join(reasons) or "none"
+            dropped += f"; {rows['shortened']:,} shortened" if rows["shortened"] else ""
+            counts = [f"{rows[name]:,}" for name in ("rows", "kept", "tokens", "trained_tokens")]
+            parts.append((part, *counts[:2], dropped, *counts[2:]))
             files += [
-                (inline_code(one["file"]), f"{one['bytes']:,}", inline_code(one["sha256"])) for one in told["files"]
+                (inline_code(file["file"]), f"{file['bytes']:,}", inline_code(file["sha256"])) for file in rows["files"]
             ]
     return [
         markdown_table(["rows", "read", "kept", "left out", "tokens", "trained tokens"], parts),
@@ -251,9 +254,9 @@ def _machine(record: dict, history: list[dict]) -> list[tuple]:
     return [*rows, ("system", f"{machine['system']}, Python {machine['python']}"), ("libraries", libraries)]
 
 
-def _answers(samples: list[Sample], why_none: str) -> list[str]:
+def _answers(samples: list[Sample], no_samples: str) -> list[str]:
     if not samples:
-        return [f"No answers: {why_none}."]
+        return [f"No answers: {no_samples}."]
     lines = [f"Greedy, at most {LONGEST} tokens. The questions are rows of the data, as the model sees them."]
     for number, sample in enumerate(samples, 1):
         lines.append(f"### {number}")

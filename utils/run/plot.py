@@ -1,28 +1,28 @@
-"""The pictures: a run's figures over its steps, and several runs in one."""
+"""Plots a run's metrics over its steps, and compares several runs in one picture."""
 
 import math
 from pathlib import Path
 
 from utils.storage.files import replace_file
 
-# what is drawn, one panel each, where a run has it: figure → (title, unit, height in inches)
+# the panels, drawn if a run logs the metric: metric → (title, unit, height in inches)
 _PANELS = {
     "loss": ("Loss", "nats per trained token", 3.2),
     "rewards/margins": ("Reward margin, chosen over rejected", "β · log-ratio", 2.0),
     "rewards/accuracies": ("Pairs whose chosen answer has the higher reward", "share", 2.0),
     "learning_rate": ("Learning rate", "", 1.1),
 }
-_TRAINING, _EVALUATION, _BAD = "#0072b2", "#d55e00", "#cc0000"  # told apart by the colour-blind too
+_TRAINING, _EVALUATION, _BAD = "#0072b2", "#d55e00", "#cc0000"  # distinguishable for the colour-blind
 _GREY = "#555555"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#56b4e9", "#444444")
 _STYLES = ("-", "-.", ":")  # "--" is the evaluation's
-_DOTS_UNTIL = 30  # so many points are shown one by one
-_POINTS = 4000  # more than this many cannot be told apart on a picture of this width
-_LOG_FROM = 500  # a loss that falls by this factor is a flat line on a linear scale
+_DOTS_UNTIL = 30  # up to this many points get a marker
+_POINTS = 4000  # more are not distinguishable at this width
+_LOG_FROM = 500  # a loss that falls by this factor looks flat on a linear scale
 
 
 def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """A figure's steps and values; a step that was logged twice, before and after a resume, counts once.
+    """A metric's steps and values; of a step that was logged before and after a resume, the last value.
 
     `series([{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 3.0}], "loss")` → `([1], [2.5])`
     """
@@ -35,13 +35,13 @@ def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """The exponential moving average, each divided by the share of the weights it has seen (Adam's bias correction).
+    """The exponential moving average with Adam's bias correction.
 
-    `smoothed([1.0, 3.0], 0.5)` → `[1.0, 2.333…]`. Values that are not finite are passed over.
+    `smoothed([1.0, 3.0], 0.5)` → `[1.0, 2.333…]`. Values that are not finite are skipped.
 
     Args:
         values: in the order of the steps.
-        weight: of what came before, 0 to below 1; 0 leaves the values as they are.
+        weight: of the previous average, in [0, 1); 0 returns the values unchanged.
     """
     average, seen, result = 0.0, 0, []
     for value in values:
@@ -52,20 +52,20 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 
 def smoothing_for(points: int) -> float:
-    """The weight that suits so many points: an average over a twentieth of them; 0 where there are few."""
+    """The weight of an average over about a twentieth of the points; 0 for fewer than 25."""
     return 0.0 if points < 25 else round(min(0.99, 1 - 20 / points), 2)
 
 
 def plot_history(history: list[dict], path: Path, planned: int | None = None, smooth: float | None = None) -> None:
-    """Draws a run: training raw and smoothed, evaluation, learning rate; for DPO margins and accuracies.
+    """Plots a run: training loss raw and smoothed, evaluation, learning rate; for DPO margins and accuracies.
 
-    On a logarithmic scale the logarithm is smoothed: the mean of a loss that falls far lies high above its curve.
+    On a logarithmic scale the logarithm is smoothed, since an average of a fast falling loss lies far above its curve.
 
     Args:
         history: the trainer's log, an entry for each line.
-        path: the PNG file; it is there whole, or not at all.
-        planned: the steps the run was to have; the title says where it stopped before them.
-        smooth: the weight of the moving average; None for one that suits the number of points.
+        path: the PNG file, replaced atomically.
+        planned: the run's planned steps; the title says if it stopped before them.
+        smooth: the weight of the moving average; None for `smoothing_for`.
     """
     last = max((entry.get("step", 0) for entry in history), default=0)
     stopped = f", stopped at step {last:,} of {planned:,}" if planned and last < planned else ""
@@ -82,12 +82,12 @@ def plot_history(history: list[dict], path: Path, planned: int | None = None, sm
 
 
 def plot_runs(runs: dict[str, list[dict]], path: Path, smooth: float | None = None) -> None:
-    """Draws several runs in one picture, a colour each: training smoothed over pale, evaluation as dots on dashes.
+    """Plots several runs in one picture, a colour each: training smoothed and, pale, raw; evaluation dashed.
 
     Args:
         runs: label → the trainer's log.
         path: as in `plot_history`.
-        smooth: the weight of the moving average, the same for all; None for one that suits the longest history.
+        smooth: the weight of the moving average, the same for all; None for `smoothing_for` of the longest history.
     """
     if smooth is None:
         smooth = smoothing_for(max(len(series(history, "loss")[0]) for history in runs.values()))
@@ -108,7 +108,7 @@ def plot_runs(runs: dict[str, list[dict]], path: Path, smooth: float | None = No
 
 
 def _panels(histories: list[list[dict]], stopped: str = ""):
-    """The figure, and the axes of every panel that one of the histories has something for."""
+    """The figure, and the axes of each panel whose metric is in one of the histories."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,7 +142,7 @@ def _unit_of_loss(histories: list[list[dict]]) -> str:
 
 
 def _kinds(histories) -> dict:
-    """What the lines of several runs mean, whatever their colour: label → a line for the legend."""
+    """Legend entries for the line styles of several runs: label → line."""
     from matplotlib.lines import Line2D
 
     styles = {"training": ("loss", "-"), "evaluation": ("eval_loss", "--")}
@@ -154,7 +154,7 @@ def _kinds(histories) -> dict:
 
 
 def _set_scale(axes, histories: list[list[dict]], name: str) -> None:
-    """The scale that suits; it is needed before anything is smoothed."""
+    """Sets a panel's scale; called before smoothing, which depends on it."""
     drawn = [series(history, kind)[1] for history in histories for kind in (name, f"eval_{name}")]
     drawn = [value for values in drawn for value in values if math.isfinite(value)]
     if name == "loss" and drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_FROM:
@@ -165,7 +165,7 @@ def _set_scale(axes, histories: list[list[dict]], name: str) -> None:
 
 
 def _draw_training(axes, steps, values, smooth, colour, style="-", label=None) -> None:
-    """The raw curve and, where there are points enough, its moving average; a label is that of several runs."""
+    """Draws the raw curve and, if it has enough points, its moving average; `label` names one of several runs."""
     weight = smoothing_for(len(values)) if smooth is None else smooth
     shown, finite = _finite(steps, values)
     raw = {"label": label or f"training, {finite[-1]:.4g} at last"} if finite else {}
@@ -201,11 +201,11 @@ def _draw_evaluation(axes, steps, values, colour, label) -> None:
 
 
 def _finish_panel(axes, name: str, more: dict | None = None, outside: bool = False) -> None:
-    """A legend where such curves leave room, with more lines than the drawn ones where they are given."""
+    """Adds a legend; `more` are entries besides the curves, `outside` puts it below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
-    # a run may be called like one of the others
+    # two runs may have the same label
     once = [*dict(zip(labels, handles, strict=True)).items(), *(more or {}).items()]
     labels, handles = zip(*once, strict=True)
     if outside:
@@ -223,7 +223,7 @@ def _finite(steps: list[int], values: list[float]) -> tuple[list[int], list[floa
 
 
 def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """Of a long history the lowest and the highest point of each stretch, so that no spike is lost."""
+    """Keeps the lowest and highest point of each stretch of a long history, so that no spike is lost."""
     if len(steps) <= _POINTS:
         return steps, values
     stretch = math.ceil(2 * len(steps) / _POINTS)
@@ -235,7 +235,7 @@ def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]
 
 
 def _save(figure, panels: dict, path: Path) -> None:
-    """Writes the picture completely or not at all, as when the disk is full."""
+    """Writes the picture atomically, so that a full disk leaves no partial file."""
     from matplotlib import pyplot
 
     try:

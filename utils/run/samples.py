@@ -1,4 +1,4 @@
-"""A few answers before and after the training, for the run's card."""
+"""Generates a few answers before and after the training, for the run's card."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,19 @@ from utils.model.generation_config import own_generation
 from utils.runtime.distributed import uses_fsdp, zero_stage
 from utils.template.tokenize import IGNORE_INDEX
 
-LONGEST = 64  # tokens of an answer: enough to see the difference, and cheap
-_BEGINNING = 32  # tokens of a plain text that the model is to go on with
+LONGEST = 64  # tokens of an answer: enough to see a difference, and fast
+_BEGINNING = 32  # tokens of a plain text that the model continues
 
 
 @dataclass
 class Sample:
-    """A question of the data, and what was said to it.
+    """A prompt from the data, and the model's answers to it.
 
     Attributes:
-        ids: the tokens the answer follows.
-        wanted: how the row goes on.
-        before, after: the answers of the model as the training found and left it; None until they are made.
+        ids: the prompt's tokens.
+        prompt: the prompt as text, with special tokens.
+        wanted: the answer in the data.
+        before, after: the model's answers before and after the training; None until they are generated.
     """
 
     ids: list[int]
@@ -32,12 +33,12 @@ class Sample:
 
 
 def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Sample], str]:
-    """Chooses the questions and has them answered by the model as the training finds it.
+    """Chooses the prompts and generates the answers before the training.
 
-    Where that is the base, which lies unchanged under its adapter, this can wait, so that the training begins sooner.
+    With a new adapter these are the base's answers, which `end_samples` generates, so that the training starts sooner.
 
     Returns:
-        the samples, and why there are none.
+        the samples, and why there are none; empty if there are some.
     """
     if not args.card_samples:
         return [], "none were asked for (`--card_samples 0`)"
@@ -51,13 +52,13 @@ def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Samp
         if not _begins_as_base(trainer.model, args):
             _answer(trainer, tokenizer, chosen, "before")
         return chosen, "" if chosen else "no row leaves room for an answer"
-    except Exception as error:  # a card must never cost a run
+    except Exception as error:  # the card must never fail a run
         logger.warning("the run's card will show no answers: {}: {}", type(error).__name__, error)
         return [], f"they could not be made ({type(error).__name__})"
 
 
 def _begins_as_base(model, args) -> bool:
-    """Whether the model without its adapter is what the training found: a new adapter adds nothing at its start."""
+    """Whether the model with its adapter off gives the answers before the training: a new adapter adds nothing."""
     from peft import PeftModel
 
     # with a PiSSA adapter off the layers give (W0 - s B0 A0) x, which is not what the base gives
@@ -65,10 +66,10 @@ def _begins_as_base(model, args) -> bool:
 
 
 def end_samples(trainer, tokenizer, samples: list[Sample]) -> str:
-    """Has the questions answered by the trained model, and by its base if that was put off.
+    """Generates the answers of the trained model, and those of its base if `begin_samples` left them out.
 
     Returns:
-        why there are no answers, if there are none.
+        why there are no answers; empty if there are some.
     """
     try:
         _answer(trainer, tokenizer, samples, "after")
@@ -85,9 +86,10 @@ _HOW = GenerateArgs(max_new_tokens=LONGEST)  # greedy: the same run has the same
 
 
 def split_row(row: dict, row_type: RowType) -> tuple[list[int], list[int]]:
-    """A prepared row → what is asked, and the first answer that is trained.
+    """Splits a prepared row into a prompt and the first trained answer.
 
-    `{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, -100]}` → `([1, 2], [3])`; of a plain text its beginning.
+    `{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, -100]}` → `([1, 2], [3])`; of a plain text the first tokens
+    are the prompt.
     """
     first = row_type.sequences(row)[0]
     if first.prompt_length:
@@ -103,7 +105,7 @@ def split_row(row: dict, row_type: RowType) -> tuple[list[int], list[int]]:
 
 
 def _sample(ids: list[int], wanted: list[int], tokenizer) -> Sample:
-    # the prompt with its special tokens: it is what the model sees
+    # with special tokens, as the model sees the prompt
     return Sample(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False), text_of(tokenizer, wanted))
 
 
@@ -113,12 +115,12 @@ def _answer(trainer, tokenizer, samples: list[Sample], when: str) -> None:
 
 
 def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
-    """Greedy answers of the trainer's model, which is left as it was, random numbers included."""
+    """Generates greedy answers; model and random state are unchanged afterwards."""
     import torch
 
     model, args = trainer.model, trainer.args
     if not getattr(model, "is_quantized", False):
-        model.to(args.device)  # DeepSpeed would only place it when it trains
+        model.to(args.device)  # DeepSpeed places the model only when it trains
     rows = min(len(samples), args.per_device_eval_batch_size) or 1
     training, cached = model.training, model.config.use_cache
     logger.disable(own_generation.__module__)  # which flags decide an answer's tokens is of no matter to a training

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from loguru import logger
 
@@ -14,7 +16,7 @@ from utils.model.pissa import pissa_to_lora
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
 from utils.run.record import effective_args, run_record
-from utils.run.samples import begin_samples, end_samples
+from utils.run.samples import Sample, begin_samples, end_samples
 from utils.run.summary import summarise
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import Problem, UserError, is_disk_error, raise_if_any
@@ -34,13 +36,14 @@ from utils.storage.run_folder import (
 )
 from utils.storage.run_lock import RUN_LOCK, acquire, release, run_lock_path
 from utils.train.nonfinite import check_weights_finite
+from utils.train.resume import resumed_from
 
 
-def open_run(train_args, args) -> Path:
-    """Makes and locks the run's folder, and removes incomplete checkpoints from one that is resumed.
+def open_run_folder(args, train_args) -> Path:
+    """Creates and locks the run's folder, and removes incomplete checkpoints from one that is resumed.
 
     Returns:
-        the folder. Its train.log is opened later, by `note_start`, with all messages so far.
+        the folder. Its train.log is opened later, by `begin_run`, with all messages so far.
     """
     route_library_logs()
     try:
@@ -75,15 +78,15 @@ def _lock_folder(args, train_args) -> list[Problem]:
 
 
 def _claim_folder(train_args, may_exist: bool) -> None:
-    """Makes the folder; a default one, named by the time, must be new, so that two runs never share it."""
+    """Creates the folder; a default one, named by the time, must be new, so that two runs never share it."""
     folder = train_args.output_dir
-    alone = is_default_folder(folder) and not may_exist
+    must_be_new = is_default_folder(folder) and not may_exist
     while is_main_process():
         try:
-            Path(folder).mkdir(parents=True, exist_ok=not alone)
+            Path(folder).mkdir(parents=True, exist_ok=not must_be_new)
             break
         except FileExistsError:
-            if not alone:
+            if not must_be_new:
                 raise
             folder = new_folder(train_args.output_dir)
             logger.info("another run started in the same second, so the folder of this one is {}", folder)
@@ -91,25 +94,38 @@ def _claim_folder(train_args, may_exist: bool) -> None:
     Path(train_args.output_dir).mkdir(parents=True, exist_ok=True)  # for processes on other machines
 
 
-def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) -> dict:
-    """Writes the run's record before the training, so that a stopped run can be repeated and compared as well.
+class RunStart(NamedTuple):
+    """What `finish_run` needs from the time before the training.
 
-    With `--overwrite_output_dir` the files of a finished run are removed here: late, as all checks have passed, and
-    before the first checkpoint, so that a crash cannot mix both runs.
+    Attributes:
+        record: the run's record without its summary; None on other processes than the first.
+        samples: questions for the card, with the answers before the training.
+        no_samples_reason: why the card has no samples; empty if it has some.
+    """
+
+    record: dict | None = None
+    samples: Sequence[Sample] = ()
+    no_samples_reason: str = ""
+
+
+def begin_run(trainer, args, train_args, data, tokenizer) -> RunStart:
+    """Writes the run's record and opens train.log before the training, so that a stopped run can be repeated too.
+
+    With `--overwrite_output_dir` the files of a finished run are removed here: late, when all checks have passed, and
+    before the first checkpoint, so that a crash cannot leave a mixture of both runs.
 
     Args:
         trainer, args, train_args, data, tokenizer: of the run.
-        resumed: from `check_resume`.
 
-    Returns:
-        the record, and the samples for the card with the answers before the training; empty on other processes.
+    Raises:
+        UserError: the folder cannot be written.
     """
     if not is_main_process():
-        return {}
+        return RunStart()
     record = run_record(args, train_args, data)
     folder = Path(train_args.output_dir)
-    if resumed := [*((read_record(folder) or {}).get("resumed") or []), *resumed] if resumed else []:
-        record["resumed"] = resumed
+    if resumed := resumed_from(train_args, trainer.settings):
+        record["resumed"] = [*((read_record(folder) or {}).get("resumed") or []), resumed]
     try:
         write_json(folder / RECORD_IN_PROGRESS, record)  # first, as it marks the folder as a run's
         if args.overwrite_output_dir and not train_args.resume_from_checkpoint:
@@ -118,13 +134,12 @@ def note_start(trainer, args, train_args, data, tokenizer, resumed: list[dict]) 
         log_to_file(str(folder / "train.log"))
     except OSError as error:
         raise UserError(f"--output_dir {train_args.output_dir!r} cannot be written: {error.strerror}") from error
-    samples, why_none = begin_samples(trainer, args, train_args, data, tokenizer)
-    return {"record": record, "samples": samples, "why_none": why_none}
+    return RunStart(record, *begin_samples(trainer, args, train_args, data, tokenizer))
 
 
 @contextlib.contextmanager
-def keep_figures(trainer):
-    """Writes and plots the trainer's history, also if the training fails, without hiding its error."""
+def save_history_on_exit(trainer):
+    """A context that writes and plots the trainer's history at its end, also if the training fails."""
     ended = False
     try:
         with trainer.checkpoint_named_on_interrupt():
@@ -137,45 +152,38 @@ def keep_figures(trainer):
                 with replace_file(folder / STATE) as part:
                     trainer.state.save_to_json(str(part))
                 plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
-            except Exception as error:
+            except Exception as error:  # must not hide the error that ended the training
                 logger.warning("the run's history cannot be written or plotted: {}: {}", type(error).__name__, error)
         if not ended:
             release(run_lock_path(trainer.args.output_dir))
 
 
-def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
-    """Writes the run's folder: weights, tokenizer, arguments, state, card.
+def finish_run(trainer, args, train_args, data, tokenizer, start: RunStart) -> dict:
+    """Completes the run's folder: weights, tokenizer, trainer state, card, and last the record.
 
     Args:
         trainer, args, train_args, data, tokenizer: of the run.
-        start: from `note_start`.
+        start: from `begin_run`.
 
     Returns:
-        the summary: folder, rows, losses, next command.
+        the summary: folder, rows, losses, next command; empty on other processes than the first.
+
+    Raises:
+        UserError: weights or record cannot be written.
     """
     folder = Path(trainer.args.output_dir)
     check_weights_finite(trainer)
-    try:
-        with trainer.checkpoint_named_on_interrupt():
-            save_weights(trainer, args, folder)
-            trainer.save_state()
-    except Exception as error:
-        if not is_disk_error(error):
-            raise
-        raise UserError(
-            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Free some space, then give the "
-            f"same command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
-        ) from error
+    _save_weights_and_state(trainer, args, folder)
     if not is_main_process():
         return {}
     _refuse_without_weights(folder, args)
-    record = start["record"] | {"summary": summarise(trainer, args, data, folder)}
+    record = start.record | {"summary": summarise(trainer, args, data, folder)}
     try:
         # a pickle, whose content is also in train_args.json
         (folder / "training_args.bin").unlink(missing_ok=True)
         if adapter_of(args).is_adapter:
             trainer.model.generation_config.save_pretrained(folder)
-        _save_card(trainer, args, train_args, tokenizer, start | {"record": record}, folder)
+        _save_card(trainer, args, train_args, tokenizer, start._replace(record=record), folder)
         write_json(folder / RECORD_IN_PROGRESS, record | {"files": written_here(folder)})
         os.replace(folder / RECORD_IN_PROGRESS, folder / RECORD_FILE)
     except OSError as error:
@@ -189,6 +197,21 @@ def finish_run(trainer, args, train_args, data, tokenizer, start) -> dict:
     return record["summary"]
 
 
+def _save_weights_and_state(trainer, args, folder: Path) -> None:
+    """Saves on all processes; a full disk becomes an error that names the command to continue with."""
+    try:
+        with trainer.checkpoint_named_on_interrupt():
+            save_weights(trainer, args, folder)
+            trainer.save_state()
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        raise UserError(
+            f"the weights cannot be written to --output_dir {str(folder)!r}: {error}. Free some space, then give the "
+            f"same command with --output_dir {shlex.quote(str(folder))} --resume_from_checkpoint true"
+        ) from error
+
+
 def _refuse_without_weights(folder: Path, args) -> None:
     """Refuses a folder without weights: a backend that shards them may have saved only its own shards."""
     if not holds_weights(folder, adapter=adapter_of(args).is_adapter):
@@ -199,14 +222,14 @@ def _refuse_without_weights(folder: Path, args) -> None:
         )
 
 
-def _save_card(trainer, args, train_args, tokenizer, start: dict, folder: Path) -> None:
+def _save_card(trainer, args, train_args, tokenizer, start: RunStart, folder: Path) -> None:
     """Writes the card; an error is logged and does not fail the run."""
-    samples = start["samples"]
-    why_none = end_samples(trainer, tokenizer, samples) or start["why_none"]
+    no_samples_reason = end_samples(trainer, tokenizer, start.samples) or start.no_samples_reason
     try:
         changed = changed_settings(args, train_args)
-        shown = [] if why_none else samples
-        write_card(folder, card_text(start["record"], trainer.state.log_history, changed, shown, why_none, str(folder)))
+        samples = [] if no_samples_reason else start.samples
+        history = trainer.state.log_history
+        write_card(folder, card_text(start.record, history, changed, samples, no_samples_reason, str(folder)))
     except Exception as error:
         logger.warning("the run's card cannot be written: {}: {}", type(error).__name__, error)
 

@@ -38,7 +38,7 @@ def print_summary(summary: dict) -> None:
     if not summary:
         return
 
-    def figure(value):
+    def loss(value):
         return "not measured" if value is None else f"{value:.4f}"
 
     skipped = (
@@ -55,8 +55,8 @@ def print_summary(summary: dict) -> None:
         "  loss             {first} at first, {last} at last\n"
         "{evaluation}"
         "talk to it:\n  {next}",
-        first=figure(summary["first_loss"]),
-        last=figure(summary["last_loss"]),
+        first=loss(summary["first_loss"]),
+        last=loss(summary["last_loss"]),
         evaluation=evaluation_lines(summary),
         skipped=skipped,
         untrained=untrained,

@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     raise_if_any(problems)
     args, train_args = parse_args(rest)
 
-    from utils.model.tokenizer import tokenizer_of
+    from utils.model.tokenizer import load_run_tokenizer
     from utils.runtime.log import route_library_logs
     from utils.template import get_template
 
     route_library_logs()
-    tokenizer = tokenizer_of(args)
+    tokenizer = load_run_tokenizer(args)
     task, row_type = args.task, args.task.row_type
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)

@@ -1,4 +1,4 @@
-"""Checks of the DPO recipe's values, which TRL would refuse only once the weights are loaded, or never."""
+"""Checks of the DPO recipe's values, which TRL would refuse only after loading the weights, or not at all."""
 
 import math
 
@@ -37,13 +37,9 @@ def check_dpo(common, train_args) -> list[Problem]:
     problems = _check_lengths(common) + _check_reference(common, train_args)
     if not 0 < train_args.beta < math.inf:
         problems += refusal(f"--beta {train_args.beta} is not allowed; give a number above 0", "beta")
-    # an adapter that was trained with dropout before goes on without
-    if (
-        common.lora_dropout
-        and adapter_of(common).is_adapter
-        and train_args.disable_dropout
-        and not (common.adapter_name_or_path)
-    ):
+    # a trained adapter may have been trained with dropout; it continues without
+    new_adapter = adapter_of(common).is_adapter and not common.adapter_name_or_path
+    if common.lora_dropout and new_adapter and train_args.disable_dropout:
         problems += refusal(
             f"--lora_dropout {common.lora_dropout} has no effect with --disable_dropout true, which DPO sets so that "
             "policy and reference do not differ by chance; give --disable_dropout false, or no dropout",
@@ -92,44 +88,56 @@ def _check_reference(common, train_args) -> list[Problem]:
 
 def check_losses(common, train_args) -> list[Problem]:
     """Checks the settings of TRL's losses; returns the problems."""
-    losses, smoothing = train_args.loss_type, train_args.label_smoothing
+    problems = _check_loss_types(train_args) + _check_label_smoothing(train_args)
+    if train_args.ld_alpha is not None and not 0 <= train_args.ld_alpha <= 1:
+        problems += refusal(f"--ld_alpha {train_args.ld_alpha} is not allowed; give 0 to 1", "ld_alpha")
+    if train_args.use_weighting and {"aot", "aot_unpaired"} & set(train_args.loss_type):
+        problems += refusal(
+            "--use_weighting true weighs pairs, which --loss_type aot and aot_unpaired do not keep together: they sort "
+            "both sides of a batch; give one",
+            "use_weighting",
+            "loss_type",
+        )
+    return problems
+
+
+def _check_loss_types(train_args) -> list[Problem]:
+    """Checks that losses and divergence are known and can be combined."""
     problems = [
         Problem(
             f"--loss_type {name!r} is not allowed.{nearest(name, LOSS_TYPES)} Allowed: {', '.join(LOSS_TYPES)}",
             flags=("loss_type",),
         )
-        for name in losses
+        for name in train_args.loss_type
         if name not in LOSS_TYPES
     ]
-    if train_args.f_divergence_type not in DIVERGENCES:
+    divergence = train_args.f_divergence_type
+    if divergence not in DIVERGENCES:
         problems += refusal(
-            f"--f_divergence_type {train_args.f_divergence_type!r} is not allowed; allowed: {', '.join(DIVERGENCES)}",
-            "f_divergence_type",
+            f"--f_divergence_type {divergence!r} is not allowed; allowed: {', '.join(DIVERGENCES)}", "f_divergence_type"
         )
-    elif train_args.f_divergence_type != "reverse_kl":
+    elif divergence != "reverse_kl":
         problems += [
             Problem(
-                f"--loss_type {name} goes only with --f_divergence_type reverse_kl, not {train_args.f_divergence_type}",
+                f"--loss_type {name} goes only with --f_divergence_type reverse_kl, not {divergence}",
                 flags=("loss_type", "f_divergence_type"),
             )
-            for name in sorted(set(losses) & _ONLY_REVERSE_KL)
+            for name in sorted(set(train_args.loss_type) & _ONLY_REVERSE_KL)
         ]
+    return problems
+
+
+def _check_label_smoothing(train_args) -> list[Problem]:
+    smoothing = train_args.label_smoothing
+    problems = []
     if not 0 <= smoothing < 0.5:
         problems += refusal(
             f"--label_smoothing {smoothing} is not allowed; give at least 0 and below 0.5", "label_smoothing"
         )
-    if "exo_pair" in losses and not smoothing:
+    if "exo_pair" in train_args.loss_type and not smoothing:
         problems += refusal(
             "--loss_type exo_pair needs --label_smoothing above 0; 1e-3 in its paper (arXiv 2402.00856)",
             "loss_type",
             "label_smoothing",
-        )
-    if train_args.ld_alpha is not None and not 0 <= train_args.ld_alpha <= 1:
-        problems += refusal(f"--ld_alpha {train_args.ld_alpha} is not allowed; give 0 to 1", "ld_alpha")
-    if train_args.use_weighting and {"aot", "aot_unpaired"} & set(losses):
-        problems += refusal(
-            "--use_weighting true weighs pairs, which --loss_type aot and aot_unpaired tear apart; give one",
-            "use_weighting",
-            "loss_type",
         )
     return problems

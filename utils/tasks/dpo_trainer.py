@@ -15,7 +15,7 @@ from utils.model.load import load_model
 from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
-from utils.tasks.trainer import make_trainer, wants_one_type
+from utils.tasks.trainer import make_trainer, needs_uniform_dtype
 from utils.train.figures import WeightedFiguresMixin
 from utils.train.filler import FillLastStepMixin, fills_up
 from utils.train.trainer import FaultTolerantTrainerMixin
@@ -61,7 +61,7 @@ class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTraine
         return dataset
 
     def _precompute_ref_logps(self, *inputs):
-        self.settle_weights()  # TRL comes here before its constructor ends
+        self.prepare_weights()  # TRL comes here before its constructor ends
         with whole_models(self.args):
             check_head(self.model)
         if self.args.should_save:  # one process for all: each of them reads the same file
@@ -124,7 +124,7 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
 
     if adapter is not None and args.init_lora_weights == "pissa":
         # with the adapter off the layers give (W0 - s B0 A0) x, so the reference needs a copy of the start
-        model, adapter = with_pissa(model, adapter, wants_one_type(args, train_args)), None
+        model, adapter = with_pissa(model, adapter, needs_uniform_dtype(args, train_args)), None
     has_copy = isinstance(model, PeftModel)
     if has_copy:
         # the trainer fills the copy; PEFT's own PiSSA start would overwrite W0 with a rounded residual

@@ -1,12 +1,12 @@
-"""What the tasks share: rows, a validation part, and the recipe as TRL's trainers are to see it."""
+"""Builds a trainer of TRL or transformers on rows that are already prepared; shared by all tasks."""
 
 import copy
 import inspect
 import os
 
 from utils.data.prepare import Data
-from utils.model.adapter_start import adapter_weights, check_new_adapter, settle_trainable
-from utils.model.experts import leave_router_logits_out, settle_balance
+from utils.model.adapter_start import adapter_weights, check_new_adapter, prepare_trainable_weights
+from utils.model.experts import leave_router_logits_out, resolve_aux_loss
 from utils.model.head import check_head
 from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
@@ -16,60 +16,59 @@ from utils.runtime.errors import UserError
 from utils.train.neftune import add_noise
 from utils.train.resume import run_settings
 
-# whose errors are about the hub and the way to it
+# errors of these packages come from the Hub or the connection to it
 _HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 def for_trl(train_args):
-    """The recipe as TRL's trainer is to see it: rows are prepared, packed and collated already."""
+    """Returns a copy of the recipe for TRL's trainer, which must not prepare, pack or truncate the rows again."""
     if train_args.deepspeed_plugin is None:
         skip_deepspeed_import()
-    settled = copy.copy(train_args)
-    if settled.hub_token:
-        # the trainer pickles its arguments into every checkpoint, and pushes them; the hub's client reads this instead
-        os.environ["HF_TOKEN"] = settled.hub_token
-    settled.hub_token = None
+    copied = copy.copy(train_args)
+    if copied.hub_token:
+        # the trainer pickles its arguments into every checkpoint and pushes them; the Hub's client reads this variable
+        os.environ["HF_TOKEN"] = copied.hub_token
+    copied.hub_token = None
     prepared = {"packing": False, "padding_free": False, "max_length": None}
     prepared |= {"dataset_kwargs": {"skip_prepare_dataset": True}}
     for name, value in prepared.items():
-        if hasattr(settled, name):  # not every trainer prepares rows
-            setattr(settled, name, value)
-    settled.remove_unused_columns = False  # the rows hold what the collators take, and no more
-    if settled.ddp_find_unused_parameters is None:
-        settled.ddp_find_unused_parameters = False  # every trained weight has its part in every step
-    return settled
+        if hasattr(copied, name):  # not every trainer prepares rows
+            setattr(copied, name, value)
+    copied.remove_unused_columns = False  # the rows hold only columns that the collators read
+    if copied.ddp_find_unused_parameters is None:
+        copied.ddp_find_unused_parameters = False  # every trained weight gets a gradient in every step
+    return copied
 
 
-def wants_one_type(args, train_args) -> bool:
-    """Whether DeepSpeed or FSDP lays the weights out, which wants all of them in the arithmetic's type."""
-    laid_out = train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp()
-    return bool(laid_out) and args.precision != "fp32"
+def needs_uniform_dtype(args, train_args) -> bool:
+    """Whether all weights need the dtype of the computation, as DeepSpeed and FSDP require when they shard them."""
+    sharded = train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp()
+    return bool(sharded) and args.precision != "fp32"
 
 
 def takes_adapter(trainer_class: type) -> bool:
-    """Whether a trainer adds the adapter to the model itself, as those of TRL do and transformers' own does not."""
+    """Whether a trainer's constructor adds the adapter, as TRL's trainers do; transformers' Trainer does not."""
     classes = [kind for kind in trainer_class.__mro__ if "__init__" in vars(kind)]
     return "peft_config" in inspect.signature(classes[0].__init__).parameters
 
 
 def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer, **more):
-    """Builds one of TRL's trainers on rows that are prepared already.
+    """Builds a trainer on prepared rows.
 
     Args:
         trainer_class: TRL's or transformers', extended by `utils.train.trainer.FaultTolerantTrainerMixin`.
-        args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
-        **more: for the trainer's constructor.
+        args, train_args, model, adapter, data, collator, tokenizer: as for a task's `build_trainer`.
+        **more: further arguments of the trainer's constructor.
 
     Raises:
         UserError: the trainer refuses the recipe's values.
     """
-    one_type = wants_one_type(args, train_args)
+    keep_dtype = needs_uniform_dtype(args, train_args)
     if adapter is not None and args.init_lora_weights == "pissa":
-        model, adapter = with_pissa(model, adapter, one_type), None
+        model, adapter = with_pissa(model, adapter, keep_dtype), None
     start = adapter_weights(model)
-    base_config = copy.deepcopy(model.config)  # before TRL and transformers fit it to the training
+    base_config = copy.deepcopy(model.config)  # before TRL and transformers change it for the training
     leave_router_logits_out(model, more.get("ref_model"))
-
     if takes_adapter(trainer_class):
         more["peft_config"] = adapter
     elif adapter is not None:
@@ -80,18 +79,28 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     class Trainer(trainer_class):
         row_type = args.task.row_type
 
-        def settle_weights(self):
-            settle_trainable(self.model, one_type, start)
+        def prepare_weights(self):
+            prepare_trainable_weights(self.model, keep_dtype, start)
 
+    trainer = _construct(Trainer, train_args, model, data, data_collator=collator, processing_class=tokenizer, **more)
+    trainer.prepare_weights()
+    add_noise(trainer)
+    resolve_aux_loss(trainer)
+    with whole_models(train_args):
+        if adapter is not None:
+            check_new_adapter(trainer.model)
+        for built in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+            check_head(built)
+    trainer.base_config = base_config
+    _set_checkpoint_options(trainer, args, train_args, data)
+    return trainer
+
+
+def _construct(trainer_class: type, train_args, model, data: Data, **options):
+    """Calls the trainer's constructor; its errors about values, packages and the Hub become a UserError."""
     try:
-        trainer = Trainer(
-            model=model,
-            args=for_trl(train_args),
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            data_collator=collator,
-            processing_class=tokenizer,
-            **more,
+        return trainer_class(
+            model=model, args=for_trl(train_args), train_dataset=data.train, eval_dataset=data.eval, **options
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"the trainer refuses the recipe's values: {error}") from error
@@ -102,18 +111,13 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
             f"--push_to_hub true: the hub cannot be used ({type(error).__name__}: {error}); log in and try again, or "
             "leave the flag out"
         ) from error
-    trainer.settle_weights()
-    add_noise(trainer)
-    settle_balance(trainer)
-    trainer.base_config = base_config
-    with whole_models(train_args):
-        if adapter is not None and args.init_lora_weights != "pissa":
-            check_new_adapter(trainer.model)
-        for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
-            check_head(each)
+
+
+def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
+    """Sets what `FaultTolerantTrainerMixin` reads: NaN handling, LoRA+, and what each checkpoint stores."""
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
+    # the mix-in deletes old checkpoints itself: transformers would also delete complete ones at the end of the training
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)
     trainer.files = data.report.files
-    return trainer

@@ -12,19 +12,19 @@ from utils.runtime.errors import UserError
 from utils.template.tokenize import IGNORE_INDEX
 
 _PARTS = 10_000  # rows measured at once
-_UPDATES = 10_000_000  # of more a run would not see the end, and the occasions of each could not be listed
+_UPDATES = 10_000_000  # more could not be listed in memory, and no run would reach the end of them
 _POINTS = 10_000  # steps of the schedule looked at for its highest rate
 
 
 @dataclass
 class Rows:
-    """What is counted of prepared rows, an entry for each, over all of its sequences.
+    """Token counts of prepared rows, each summed over the row's sequences.
 
     Attributes:
         tokens: all tokens, [rows].
-        trained: those with a label, [rows].
-        longest: what padding would fill each up to, or more, [rows].
-        examples: how many rows of the files are in it: several where they are packed, [rows].
+        trained: tokens with a label, [rows].
+        longest: the length of the longest sequence, [rows]; padding fills a batch up to the largest of these.
+        examples: how many rows of the files each holds, [rows]; more than 1 if they are packed.
         sequences: how many sequences a row becomes: 2 for a preference pair.
     """
 
@@ -44,11 +44,11 @@ def measure(dataset, row_type: RowType) -> Rows:
     """
     parts: list[list[numpy.ndarray]] = []
     for batch in dataset.with_format("arrow").iter(_PARTS):
-        each = sequence_lengths(batch, row_type)
+        lengths = sequence_lengths(batch, row_type)
         trained = sum(_labelled(batch, labels) for _, _, labels in row_type.sequence_columns)
         packed = "seq_lengths" in batch.column_names
-        examples = list_lengths(batch, "seq_lengths") if packed else numpy.ones_like(each[0])
-        parts.append([sum(each), trained, numpy.maximum.reduce(each), examples])
+        examples = list_lengths(batch, "seq_lengths") if packed else numpy.ones_like(lengths[0])
+        parts.append([sum(lengths), trained, numpy.maximum.reduce(lengths), examples])
     columns = (numpy.concatenate(column) for column in zip(*parts, strict=True))
     return Rows(*columns, sequences=len(row_type.sequence_columns))
 
@@ -62,7 +62,7 @@ def _labelled(batch, name: str) -> numpy.ndarray:
 
 
 def passes_per_epoch(train_args, rows: int, processes: int) -> int:
-    """How many batches each process computes in an epoch of so many rows.
+    """How many batches each process computes in an epoch.
 
     `rows=10` of 2 a batch on 2 processes → 3, or 2 with `--dataloader_drop_last true`
     """
@@ -71,13 +71,13 @@ def passes_per_epoch(train_args, rows: int, processes: int) -> int:
 
 
 def steps_of(train_args, rows: int, processes: int) -> int:
-    """How many optimizer steps a training on so many rows takes; their lengths need not be known."""
+    """How many optimizer steps a training on `rows` rows takes, whatever their lengths."""
     passes = passes_per_epoch(train_args, rows, processes)
     return _total_steps(train_args, math.ceil(passes / train_args.gradient_accumulation_steps))
 
 
 def _total_steps(train_args, per_epoch: int) -> int:
-    """As transformers counts them in Trainer.set_initial_training_values."""
+    """The number of updates, counted as transformers 5.23 does in Trainer.set_initial_training_values."""
     return train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
 
 
@@ -147,13 +147,7 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
             f"{train_args.per_device_train_batch_size} on {processes} processes takes more; give less of them"
         )
     per_epoch = len(updates)
-    steps = _total_steps(train_args, per_epoch)
-    if steps > _UPDATES:
-        flag = "max_steps" if train_args.max_steps > 0 else "num_train_epochs"
-        raise UserError(
-            f"--{flag} {getattr(train_args, flag):,g} makes {steps:,} updates; at most {_UPDATES:,} can be planned; "
-            "give less"
-        )
+    steps = _checked_steps(train_args, per_epoch)
     return {
         "steps": steps,
         "updates_per_epoch": per_epoch,
@@ -162,8 +156,8 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
         "passes_per_update": train_args.gradient_accumulation_steps,
         "rows": len(rows.tokens),
         "examples": int(rows.examples.sum()),
-        # so that all processes have as many; less than 0: left out by --dataloader_drop_last
-        "rows_repeated": sum(len(batch) for one in updates for part in one for batch in part) - len(rows.tokens),
+        # repeated so that all processes have equally many; below 0, rows left out by --dataloader_drop_last
+        "rows_repeated": sum(len(batch) for update in updates for step in update for batch in step) - len(rows.tokens),
         **_sizes(updates[:steps], rows, padded),
         "warmup_steps": train_args.get_warmup_steps(steps),
         "learning_rate": _rates(train_args, steps),
@@ -173,19 +167,32 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
     }
 
 
+def _checked_steps(train_args, per_epoch: int) -> int:
+    """The number of updates, refused if they are too many to list."""
+    steps = _total_steps(train_args, per_epoch)
+    if steps > _UPDATES:
+        flag = "max_steps" if train_args.max_steps > 0 else "num_train_epochs"
+        raise UserError(
+            f"--{flag} {getattr(train_args, flag):,g} makes {steps:,} updates; at most {_UPDATES:,} can be planned; "
+            "give less"
+        )
+    return steps
+
+
 def _sizes(updates: list, rows: Rows, padded: bool) -> dict:
-    """The rows and tokens of an update, and of a batch that a process computes at once."""
-    each = [numpy.array(sum((batch for one in update for batch in one), [])) for update in updates]
+    """The rows and tokens of an update, and of a batch that one process computes."""
+    rows_of = [numpy.array(sum((batch for step in update for batch in step), [])) for update in updates]
     tokens, trained, examples = (
-        [int(column[one].sum()) for one in each] for column in (rows.tokens, rows.trained, rows.examples)
+        [int(column[chosen].sum()) for chosen in rows_of] for column in (rows.tokens, rows.trained, rows.examples)
     )
-    passes = [batch for update in updates for one in update for batch in one if batch]  # some may only fill up
+    # an empty batch only fills up the last step of a process
+    passes = [batch for update in updates for step in update for batch in step if batch]
     computed = [
         len(batch) * rows.sequences * int(rows.longest[batch].max()) if padded else int(rows.tokens[batch].sum())
         for batch in passes
     ]
     return {
-        "rows_per_update": _spread([len(one) for one in each]),
+        "rows_per_update": _spread([len(chosen) for chosen in rows_of]),
         "examples_per_update": _spread(examples),
         "tokens_per_update": _spread(tokens),
         "trained_tokens_per_update": _spread(trained),

@@ -83,12 +83,8 @@ def changed_settings(then: dict, now: dict) -> dict[str, list[str]]:
     }
 
 
-def check_resume(args, train_args, data) -> list[dict]:
+def check_resume(args, train_args, data) -> None:
     """Refuses a checkpoint of another model, adapter or data, or with settings that cannot change, before weights load.
-
-    Returns:
-        an entry for the run's record, `[{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}]`;
-        empty for a run from the start.
 
     Raises:
         UserError: with the old and new value of every setting that must not differ.
@@ -98,7 +94,7 @@ def check_resume(args, train_args, data) -> list[dict]:
     if train_args.save_only_model and train_args.save_strategy != "no":
         logger.warning("--save_only_model true: the checkpoints hold weights alone, and none can be resumed from")
     if manifest is None:
-        return []
+        return
     then, now = manifest["settings"], run_settings(args, train_args, data)
     flag = f"--resume_from_checkpoint {checkpoint!r} was made with"
     different = [
@@ -122,7 +118,22 @@ def check_resume(args, train_args, data) -> list[dict]:
             "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
             "some rows may be trained twice and others not"
         )
-    return [{"from": str(checkpoint), "changed": changed}]
+
+
+def resumed_from(train_args, settings: dict) -> dict | None:
+    """The checkpoint that a run resumes from and the settings that changed since, for the run's record.
+
+    `{"from": "output/sft/checkpoint-12", "changed": {"max_steps": ["9", "7"]}}`; None for a run from the start.
+
+    Args:
+        train_args: the recipe's TrainArgument.
+        settings: this run's, from `run_settings`.
+    """
+    checkpoint = train_args.resume_from_checkpoint
+    manifest = read_manifest(Path(checkpoint)) if checkpoint else None
+    if manifest is None:
+        return None
+    return {"from": str(checkpoint), "changed": changed_settings(manifest["settings"], settings)}
 
 
 def _log_changes(then: dict, now: dict, changed: dict[str, list[str]]) -> None:

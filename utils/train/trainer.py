@@ -42,14 +42,14 @@ class FaultTolerantTrainerMixin(CompleteCheckpointMixin, NonFiniteStepMixin, Res
         super()._run_epoch(*args, **kwargs)
 
 
-def prepare_trainer(trainer, tokenizer, template, args) -> None:
+def prepare_trainer(trainer, args, template, tokenizer) -> None:
     """Adds the callbacks, and the chat format and stop tokens that every checkpoint is saved with.
 
     Args:
         trainer: from a task's `build_trainer`.
-        tokenizer: whose chat template is set.
-        template: the chat format; None for a task without one.
         args: CommonArgs.
+        template: the chat format; None for a task without one.
+        tokenizer: the run's, whose chat template is set.
     """
     from utils.train.callbacks import CountScalerSkips, FindBest, MetricsToLog, StopEarly, StopOnSignal
 
@@ -71,8 +71,8 @@ def prepare_trainer(trainer, tokenizer, template, args) -> None:
         model.save_pretrained(Path(trainer.args.output_dir) / PISSA_START)
 
 
-def end_if_stopped(trainer) -> None:
-    """Ends the command with a signal's exit code if one stopped the training.
+def raise_if_stopped(trainer) -> None:
+    """Ends the command with the signal's exit code if a signal stopped the training.
 
     Raises:
         Interrupted: with the command that continues the run.
