@@ -1834,7 +1834,7 @@ FAULTS = [
     Fault(
         "mixture: another auxiliary loss than the model's",
         "utils/model/experts.py",
-        "abs(found - own) > _ALIKE * abs(own)",
+        "abs(found - own) > _TOLERANCE * abs(own)",
         "found is None",
         "tests/model/test_mixtures.py -k test_an_auxiliary_loss_that_differs_from_the_models_is_left_out_or_refused",
     ),

@@ -596,7 +596,7 @@ def test_an_order_that_is_drawn_anew_is_warned_of(train):
     flags = ["--save_strategy", "steps", "--save_steps", "1", "--train_sampling_strategy", "group_by_length"]
     train(*flags, "--max_steps", "2")
     flags += ["--resume_from_checkpoint", "true", "--max_steps", "3"]
-    assert "which draws another order of rows" in (train(*flags) / "train.log").read_text(encoding="utf-8")
+    assert "which draws a new order of rows" in (train(*flags) / "train.log").read_text(encoding="utf-8")
 
 
 def test_a_finished_run_that_is_resumed_trains_no_step_more(train):

@@ -111,6 +111,15 @@ def test_an_adapter_of_each_kind_is_merged_used_and_trained(kind, tiny_models, t
     assert moved > 1e-4
 
 
+def test_the_base_is_loaded_by_the_class_of_the_task(tmp_path, monkeypatch):
+    """Which the run's record names; an adapter from elsewhere is one of a causal language model."""
+    record = {"common": {"task_type": "labelled"}}
+    (tmp_path / "train_args.json").write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(merging, "TASKS", {"labelled": SimpleNamespace(auto_class="AutoModelForTokenClassification")})
+    found = [merging.auto_class_of(Parts("base", (str(folder),))) for folder in (tmp_path, tmp_path / "elsewhere")]
+    assert [kind.__name__ for kind in found] == ["AutoModelForTokenClassification", "AutoModelForCausalLM"]
+
+
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_adapters_that_do_not_change_weights_are_refused(kind, tiny_models, tmp_path, refused, monkeypatch):
     config, told = PROBLEMS[kind]

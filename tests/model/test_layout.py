@@ -1,13 +1,16 @@
 """The layout that a run chooses for its batches, and its loss, which is that of rows one by one."""
 
+import dataclasses
 import json
 
 import pytest
 import tiny
 import torch
-from small_models import SWITCHES
+from small_models import SWITCHES, small
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import utils.model.layout
+import utils.model.probe
 from utils.model.layout import choose_layout
 from utils.model.probe import Probe
 from utils.runtime.errors import UserError
@@ -51,6 +54,24 @@ def test_the_chosen_layout(changes, found, eager, expected):
     problem, padding_free, _ = choose_layout(args, args, args.task, found, eager)
     assert (expected[0] in problem) if expected[0] else problem is None
     assert padding_free == expected[1]
+
+
+def test_a_small_model_is_of_the_task_s_class(tokenizer, monkeypatch):
+    """Where the weights are sharded, and before there are any."""
+    built = []
+
+    def note(config, sizes=None, **options):
+        built.append(options.pop("auto_class"))  # and none is built, so that nothing is probed
+
+    task = dataclasses.replace(get_task("sft"), auto_class="AutoModelForTokenClassification")
+    args = Args(trust_remote_code=False, attn_implementation="auto", deepspeed_plugin=None, fsdp=None)
+    monkeypatch.setattr(utils.model.probe, "small_model", note)
+    monkeypatch.setattr(utils.model.probe, "is_whole", lambda model: False)
+    assert utils.model.layout.probe_for_task(args, args, task, small("qwen2"), tokenizer).small
+    monkeypatch.setattr(utils.model.layout, "small_model", note)
+    monkeypatch.setattr(utils.model.layout, "load_config", lambda *_: None)
+    assert utils.model.layout.expected_layout(args, args, task, tokenizer).padding_free
+    assert built == ["AutoModelForTokenClassification"] * 2
 
 
 def one_by_one(folder, rows):

@@ -221,7 +221,7 @@ def test_an_auxiliary_loss_that_differs_from_the_models_is_left_out_or_refused(o
 
     config = SimpleNamespace(num_experts=4, num_experts_per_tok=2)
     config.get_text_config = lambda: config
-    monkeypatch.setattr(balance, "_tried", lambda trainer, **options: (fused if options else own, None))
+    monkeypatch.setattr(balance, "_compute", lambda trainer, **options: (fused if options else own, None))
 
     def settled(coefficient):
         trainer = SimpleNamespace(

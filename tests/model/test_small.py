@@ -23,6 +23,11 @@ def test_it_is_built_saved_and_causal(kind, tmp_path):
     assert model.num_parameters() < 2e6
 
 
+def test_it_is_of_the_task_s_class():
+    found = small_model(CONFIG_MAPPING["llama"](num_labels=3), auto_class="AutoModelForTokenClassification")
+    assert type(found).__name__ == "LlamaForTokenClassification" and found.score.out_features == 3
+
+
 def test_layers_keep_their_own_sizes_in_proportion():
     """Gemma 4: a full layer has heads of twice the size, and half the heads of keys here."""
     config = CONFIG_MAPPING["gemma4_text"](num_global_key_value_heads=2, attention_k_eq_v=True)

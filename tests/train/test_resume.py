@@ -108,7 +108,7 @@ def test_new_intervals_are_used(resume):
         (["--data_seed", "7"], "data_seed None, now: 7"),
         (["--train_sampling_strategy", "sequential"], "train_sampling_strategy random, now: sequential"),
         (["--dataloader_drop_last", "true"], "dataloader_drop_last False, now: True"),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"], "goes on from its own past"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"], "depends on its earlier steps"),
         (["--per_device_train_batch_size", "4"],
          "2 rows a step (1 process × 2 rows × 1 accumulated), now: 4 rows a step (1 process × 4 rows × 1 acc"),
         (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps = 2 with these processes"),

@@ -1,21 +1,21 @@
-"""The auxiliary loss of a mixture of experts, which keeps its experts evenly used: tried before it is trained."""
+"""Checks that the load-balancing loss of a mixture of experts can be computed, before it is trained."""
 
 from loguru import logger
 
 from utils.model.base_config import text_configs
 from utils.runtime.errors import UserError, first_line
 
-_ROWS, _TOKENS = 2, 8  # of the forward pass that tries it
-_ALIKE = 0.02  # relative difference of two ways to compute it, in bf16 too
+_ROWS, _TOKENS = 2, 8  # of the test's forward pass
+_TOLERANCE = 0.02  # relative difference between TRL's and the model's loss, also in bf16
 
 
 def leave_router_logits_out(*models) -> None:
-    """Has a forward pass return router logits only where it is asked for them.
+    """Sets `output_router_logits` to false, so that a forward pass returns router logits only on request.
 
-    TRL asks for them in each step of the training; `generate` cannot use them, and raises for more than one prompt.
+    TRL 1.16 requests them in each training step. With them transformers 5.23's `generate` fails for several prompts.
 
     Args:
-        *models: each a model or None.
+        *models: models; None is skipped.
     """
     for model in filter(None, models):
         for config in text_configs(model):
@@ -24,13 +24,13 @@ def leave_router_logits_out(*models) -> None:
 
 
 def resolve_aux_loss(trainer) -> None:
-    """Trains the auxiliary loss where the trainer's loss and the model itself agree on it, else goes on without it.
+    """Disables the auxiliary loss if trainer and model compute different values, or cannot compute it.
 
     Args:
         trainer: TRL's SFTTrainer or DPOTrainer, built.
 
     Raises:
-        UserError: `--router_aux_loss_coef` asks for a loss that this model cannot give.
+        UserError: `--router_aux_loss_coef` is given for a model that cannot compute the loss.
     """
     leave_router_logits_out(trainer.model)
     if not getattr(trainer, "aux_loss_enabled", False):
@@ -38,10 +38,10 @@ def resolve_aux_loss(trainer) -> None:
     config = trainer.model.config.get_text_config()
     inner = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
     for name in ("num_experts", "num_experts_per_tok"):
-        # TRL's head reads them from the configuration, which in some families has other names for them
+        # TRL 1.16's head reads them from the configuration, where some families have other names
         if getattr(config, name, None) is None and getattr(inner, name, None) is not None:
             setattr(config, name, getattr(inner, name))
-    reason = _why_none(trainer, config)
+    reason = _why_disabled(trainer, config)
     if reason is None:
         return
     if trainer.args.router_aux_loss_coef:
@@ -53,28 +53,28 @@ def resolve_aux_loss(trainer) -> None:
     logger.warning("the experts' auxiliary loss is not trained: {}", reason)
 
 
-def _why_none(trainer, config) -> str | None:
-    """Why the auxiliary loss cannot be trained; None where it can."""
+def _why_disabled(trainer, config) -> str | None:
+    """Why the auxiliary loss cannot be trained; None if it can."""
     from trl import SFTTrainer
 
     fused = not getattr(trainer, "own_forward", False)
     if isinstance(trainer, SFTTrainer) and trainer.label_smoother is not None:
-        return "TRL leaves it out where --label_smoothing_factor is set"
+        return "TRL leaves it out with --label_smoothing_factor"
     if fused and None in (getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok")):
-        return "the model does not tell how many experts it has"
+        return "the model's configuration does not name its number of experts"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return None  # the weights may be divided, so that no forward pass is possible yet
-    own, reason = _tried(trainer)
+        return None  # the weights may be sharded, so no forward pass is possible yet
+    own, reason = _compute(trainer)
     if own is None or not fused:
         return reason
-    found, reason = _tried(trainer, fused_lm_head=True)
-    if found is not None and abs(found - own) > _ALIKE * abs(own):
+    found, reason = _compute(trainer, fused_lm_head=True)
+    if found is not None and abs(found - own) > _TOLERANCE * abs(own):
         return f"TRL computes {found:.4g} where the model itself computes {own:.4g}"
     return reason
 
 
-def _tried(trainer, **options) -> tuple[float | None, str | None]:
-    """The auxiliary loss of a few tokens, or why there is none."""
+def _compute(trainer, **options) -> tuple[float | None, str | None]:
+    """The auxiliary loss of a few tokens, or why it cannot be computed."""
     import math
 
     import torch
@@ -90,7 +90,7 @@ def _tried(trainer, **options) -> tuple[float | None, str | None]:
             output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
         loss = float(output.aux_loss)
     except Exception as error:  # each model's code raises its own
-        return None, f"the model's forward pass cannot give it ({first_line(error)})"
+        return None, f"the model's forward pass cannot compute it ({first_line(error)})"
     finally:
         model.train(training)
     return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}")

@@ -1,4 +1,4 @@
-"""Whether TRL's fused head computes a model's own log-probabilities, and the model's own forward where it does not."""
+"""Checks that TRL's fused head gives a model's own log-probabilities, and replaces it if it does not."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ from utils.template.tokenize import IGNORE_INDEX
 
 
 def keep_logits(model, places) -> dict:
-    """`{"logits_to_keep": places}` for a model whose forward takes it, else nothing.
+    """Returns `{"logits_to_keep": places}` if the model's forward takes it, else an empty dict.
 
     Args:
-        model: transformers' model, PEFT's around it, or either wrapped by a launcher's engine.
+        model: transformers' or PEFT's model, or one wrapped by DDP or DeepSpeed.
         places: the positions whose logits are needed, [P].
     """
     base = getattr(model, "module", model)
@@ -26,18 +26,18 @@ def keep_logits(model, places) -> dict:
 
 # ------------------------------------------------------------------------------ models whose head is not one matrix
 def check_head(model) -> None:
-    """Has a model with TRL's fused head use its own logits where the fused head computes others.
+    """Lets a model use its own logits for the loss if TRL's fused head computes different ones.
 
-    TRL multiplies the last hidden states by `lm_head.weight`, and knows the scale or soft cap of some configurations.
-    A model whose logits are made in another way (layers within the head, a cap by another name) would be trained on
-    another loss than its own.
+    TRL 1.16 multiplies the last hidden states by `lm_head.weight`, and applies the scale or soft cap that some
+    configurations name. A model that computes its logits in another way (layers inside the head, a cap with another
+    name) would be trained with a wrong loss.
 
     Args:
-        model: after `trl.trainer.utils.add_fused_lm_head`, PEFT's wrapper around it or not. Under ZeRO-3 and FSDP a
-            small random model of the same configuration is compared in its place.
+        model: after `trl.trainer.utils.add_fused_lm_head`, with or without PEFT's wrapper. With ZeRO-3 and FSDP a small
+            random model of the same configuration is checked instead.
 
     Raises:
-        UserError: the log-probabilities differ even so.
+        UserError: the log-probabilities still differ.
     """
     from utils.model.probe_state import is_whole
     from utils.model.small import small_model
@@ -47,13 +47,13 @@ def check_head(model) -> None:
     if probed is None or (difference := head_difference(probed)) is None:
         return
     logger.warning(
-        "the loss goes through the model's own logits, which takes more memory: TRL's fused head gives other "
+        "the loss is computed from the model's own logits, which takes more memory: TRL's fused head gives other "
         "log-probabilities for {} (by {:.2g})",
         type(base).__name__,
         difference,
     )
-    for each in {base, probed}:
-        use_model_logits(each)
+    for part in {base, probed}:
+        use_model_logits(part)
     if (difference := head_difference(probed)) is not None:
         raise UserError(
             f"the log-probabilities that {type(base).__name__} is trained on differ from those of its logits by "
@@ -70,7 +70,7 @@ def _small_fused(model):
 
 
 def head_difference(model) -> float | None:
-    """How far the fused head's log-probabilities of a short row are from those of the logits; None within rounding."""
+    """The largest difference of the fused head's log-probabilities of a row from the logits'; None within rounding."""
     import torch
 
     from utils.model.probe_state import as_for_probing
@@ -80,12 +80,11 @@ def head_difference(model) -> float | None:
         device = next(model.parameters()).device
         ids = (torch.arange(1, 25, device=device) * 7 % min(200, model.get_input_embeddings().weight.shape[0]))[None]
         logits = [model(input_ids=row, use_cache=False).logits[0, :11].float() for row in (ids, ids[:, :12])]
-        expected, shorter = (
-            each.log_softmax(-1).gather(1, ids[0, 1:12, None])[:, 0] for each in logits
-        )  # the same sums in two shapes: the rounding to expect
+        # computed for two lengths, whose difference is the rounding to expect
+        expected, shorter = (rows.log_softmax(-1).gather(1, ids[0, 1:12, None])[:, 0] for rows in logits)
         try:
             found = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs[0, :11].float()
-        except Exception as error:  # a backbone of another form than TRL reads
+        except Exception as error:  # TRL expects another form of backbone
             logger.debug("TRL's fused head fails: {!r}", error)
             return math.inf
     difference = float((found - expected).abs().max())
@@ -94,9 +93,9 @@ def head_difference(model) -> float | None:
 
 
 def use_model_logits(model) -> None:
-    """Replaces TRL's fused head by the model's own forward, with the same output.
+    """Replaces TRL's fused head by the model's own forward pass, with the same output.
 
-    The logits of the labelled positions, [N, V], exist as a whole.
+    The logits of all labelled positions, [N, V], are in memory at once.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -118,7 +117,7 @@ def use_model_logits(model) -> None:
             "entropy": -(log_probs.detach().exp() * log_probs.detach()).sum(dim=-1),
             "is_top1": scored.argmax(dim=-1) == targets[mask],
         }
-        # scattered, so that a step without any label has a gradient too, which is zero
+        # masked_scatter gives a step without labels a gradient too, which is zero
         parts = {name: part.new_zeros(mask.shape).masked_scatter(mask, part) for name, part in parts.items()}
         loss = -parts["log_probs"].sum() / (
             mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

@@ -56,7 +56,7 @@ def probe_for_task(args, train_args, task, model, tokenizer) -> Probe:
     if not isinstance(collators["padded"](rows), dict):  # the trainer lays its rows out itself, and may pad them
         collators = {"padded": build_collator(tokenizer.pad_token_id, padding_free=False)}
         rows = [sequence._asdict() for row in rows for sequence in task.row_type.sequences(row)]
-    return probe(model, collators, rows)
+    return probe(model, collators, rows, task.auto_class)
 
 
 class Layout(NamedTuple):
@@ -134,7 +134,7 @@ def expected_layout(args, train_args, task, tokenizer) -> Layout:
         options["attn_implementation"] = args.attn_implementation
     config = load_config(args.model_name_or_path, args.trust_remote_code)
     with whole_models(train_args):
-        model = small_model(config, **options)
+        model = small_model(config, auto_class=task.auto_class, **options)
         if model is None:
             return as_set
         use_row_rope(model)

@@ -1,4 +1,4 @@
-"""Whether two models give the same logits, computed in float32 whatever type their weights are kept in."""
+"""Compares the logits of two models, computed in float32 whatever dtype their weights have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,17 +9,17 @@ from loguru import logger
 from utils.runtime.errors import UserError
 
 _ROWS, _LENGTH, _SEED = 2, 24, 0
-# the largest |difference| allowed, as a root mean square and a share of the logits' own spread; bfloat16 has 8 bits of
-# mantissa and float16 11, so that rounding the weights alone moves the logits of a deep model by about a percent
+# the largest difference allowed: root mean square over the logits' standard deviation. bfloat16 has 8 bits of mantissa
+# and float16 11, so rounding the weights alone changes the logits of a deep model by about a percent
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
-# a merge is to keep what its adapter changes, however little that is: the largest difference as a share of it, and
-# the share of the logits' spread below which a difference may come from float32's own rounding in another order
+# LOST: a merge must keep what the adapter changes, however little: the largest difference relative to that change.
+# NOISE: a difference below this share of the logits' deviation may be float32's rounding in another order of summation
 LOST, NOISE = 0.1, 2e-5
-MOST = 0.5  # of what the adapter changes, in weights of 16 bits: rounding may take so much unnoticed
+MOST = 0.5  # as LOST for 16-bit weights, where rounding alone may lose this much
 
 
 class MergeDiffers(UserError):
-    """A merged model is another one than the base with its adapter."""
+    """The logits of a merged model differ from those of the base with its adapter."""
 
 
 class Compared(NamedTuple):
@@ -27,9 +27,9 @@ class Compared(NamedTuple):
 
     Attributes:
         largest: the largest |difference|.
-        share: the root mean square of the difference over the logits' standard deviation, of the row that is worst.
-        moved: the largest |difference| of the adapter from its base.
-        lost: the root mean square of the difference over that of what the adapter changes, of all rows together.
+        share: root mean square of the difference over the logits' standard deviation, of the worst row.
+        moved: the largest |difference| between base with and without the adapter.
+        lost: root mean square of the difference over that of what the adapter changes, over all rows.
     """
 
     largest: float
@@ -46,14 +46,14 @@ class Compared(NamedTuple):
 
 
 def probe_ids(model, tokens: list[int] | None = None):
-    """A few rows of token ids: random ones, and one row of the tokens that were trained by themselves.
+    """Returns rows of token ids to compare: random ones, and a row with the tokens whose rows were trained.
 
     Args:
-        model: its vocabulary is drawn from.
-        tokens: of the last row, the first ones; its end are the last ids of the vocabulary.
+        model: for the size of its vocabulary.
+        tokens: ids for the start of the last row; it ends with the last ids of the vocabulary.
 
     Returns:
-        (rows, length) int64
+        [rows, tokens] int64
     """
     import torch
 
@@ -68,14 +68,14 @@ def probe_ids(model, tokens: list[int] | None = None):
 
 
 def logits_in_float32(model, ids):
-    """The logits of `ids`, on the CPU. Only one module's weights at a time are held in float32.
+    """Computes logits in float32, returned on the CPU; only one module's weights at a time are in float32.
 
     Args:
-        model: a causal language model, or one under an adapter; its weights stay as they are.
-        ids: (rows, length) int64
+        model: a causal language model, with or without an adapter; its weights are unchanged afterwards.
+        ids: [rows, tokens] int64
 
     Returns:
-        (rows, length, vocabulary) float32
+        [rows, tokens, vocabulary] float32
     """
     import torch
 
@@ -89,12 +89,12 @@ def logits_in_float32(model, ids):
 
 
 def logits_or_none(model, ids):
-    """As `logits_in_float32`; None, with a warning, for a model that does not compute on the CPU."""
+    """As `logits_in_float32`; None, with a warning, for a model that cannot compute on the CPU."""
     try:
         return logits_in_float32(model, ids)
-    except Exception as error:  # kernels for GPUs alone, a model's own code
+    except Exception as error:  # kernels that need a GPU, or a model's own code
         logger.warning(
-            "the merged model cannot be compared with base and adapter, since the base does not compute on the CPU "
+            "the merged model cannot be compared with base and adapter, since the base cannot compute on the CPU "
             "({}: {}); compare a few answers before you use it",
             type(error).__name__,
             error,
@@ -104,7 +104,7 @@ def logits_or_none(model, ids):
 
 @contextmanager
 def _computed_in_float32(model) -> Iterator[None]:
-    """Each module computes with its weights and inputs as float32, and gets its own weights back afterwards."""
+    """Within it each module computes with weights and inputs cast to float32, and gets its own weights back."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -117,8 +117,8 @@ def _computed_in_float32(model) -> Iterator[None]:
 
     def widen(module, args, kwargs):
         # PEFT's layers read the weights of the module that they wrap
-        whole = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        low = [p for p in module.parameters(recurse=whole) if p.is_floating_point() and p.dtype != torch.float32]
+        wraps = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        low = [p for p in module.parameters(recurse=wraps) if p.is_floating_point() and p.dtype != torch.float32]
         kept.append([(parameter, parameter.data) for parameter in low])
         for parameter in low:
             parameter.data = parameter.data.float()
@@ -130,8 +130,8 @@ def _computed_in_float32(model) -> Iterator[None]:
 
     handles = []
     for module in model.modules():
-        whole = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        if whole or next(module.parameters(recurse=False), None) is not None:
+        wraps = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if wraps or next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen, with_kwargs=True))
             handles.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -145,7 +145,7 @@ def compare(base, adapter, merged) -> Compared:
     """Compares the logits of base, adapter and merged model.
 
     Args:
-        base, adapter, merged: (rows, length, vocabulary)
+        base, adapter, merged: [rows, tokens, vocabulary]
     """
     difference = merged - adapter
     spread = adapter.std(dim=(1, 2)).clamp_min(1e-12)
@@ -156,14 +156,14 @@ def compare(base, adapter, merged) -> Compared:
 
 
 def refuse_difference(compared: Compared, dtype, what: str, path: str, rounding_only: bool = False) -> None:
-    """Raises `MergeDiffers` where the merged model is another than the base with its adapter.
+    """Raises `MergeDiffers` if the merged model's logits differ from those of the base with its adapter.
 
     Args:
         compared: from `compare`.
-        dtype: the smallest type of the merged weights, a torch.dtype.
-        what: `"the merged model"`, or what else was compared.
-        path: of the adapter.
-        rounding_only: whether the same merge was found right in float32, so that the rest comes from rounding.
+        dtype: the smallest dtype of the merged weights.
+        what: `"the merged model"`, or what else was compared, for the message.
+        path: of the adapter, for the message.
+        rounding_only: whether the same merge was correct in float32, so that only rounding can cause a difference.
     """
     name = str(dtype).removeprefix("torch.")
     allowed = TOLERANCE.get(name, TOLERANCE["bfloat16"])

@@ -43,7 +43,7 @@ def without_weights(
 
 @contextlib.contextmanager
 def whole_models(train_args):
-    """Keeps a model that is only looked at whole: ZeRO-3 would split it, with a part for every process."""
+    """Lets models be created without ZeRO-3's sharding, which transformers applies while it is configured."""
     config = getattr(train_args, "hf_deepspeed_config", None)
     if config is None:
         yield

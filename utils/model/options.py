@@ -1,12 +1,12 @@
-"""How a model is loaded and run: its type, 4-bit quantisation, gradient checkpointing."""
+"""Options of loading and running a model: dtype, 4-bit quantisation, gradient checkpointing."""
 
 from utils.runtime.distributed import uses_fsdp
 
-CHECKPOINTING_FROM = 1_000_000_000  # weights; below, activations are small beside what recomputing them costs
+CHECKPOINTING_FROM = 1_000_000_000  # weights; smaller models have small activations, which are not worth recomputing
 
 
 def quantisation_options(compute_dtype, train_args) -> dict:
-    """The base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+    """The arguments of `from_pretrained` for NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -16,7 +16,7 @@ def quantisation_options(compute_dtype, train_args) -> dict:
         bnb_4bit_compute_dtype=compute_dtype,
     )
     if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
-        # sharding splits storage of a floating type only, and places the weights by itself
+        # DeepSpeed and FSDP shard only floating-point storage, and place the weights themselves
         config.bnb_4bit_quant_storage = compute_dtype
         return {"quantization_config": config}
     # quantised weights cannot be moved later, so each process loads them where it trains
@@ -24,19 +24,19 @@ def quantisation_options(compute_dtype, train_args) -> dict:
 
 
 def resolve_checkpointing(size: int, train_args) -> bool:
-    """Turns gradient checkpointing on for a model of so many weights, or off; returns whether that was left open."""
+    """Decides on gradient checkpointing by the number of weights, if it is not set; returns whether it decided."""
     if train_args.gradient_checkpointing is not None:
         return False
-    # two names of one thing in transformers; the second is the newer
+    # transformers 5.23 has both names, of which the second is the new one
     train_args.gradient_checkpointing = train_args.activation_checkpointing = size >= CHECKPOINTING_FROM
     return True
 
 
 def compute_dtype(args):
-    """The type of the arithmetic.
+    """The dtype of the computation.
 
     Args:
-        args: CommonArgs, `precision` settled.
+        args: CommonArgs, with `precision` resolved.
     """
     import torch
 
@@ -44,6 +44,6 @@ def compute_dtype(args):
 
 
 def uses_checkpointing(train_args, weights: int) -> bool:
-    """Whether a run recomputes activations: as asked, else by the model's size."""
-    asked = train_args.gradient_checkpointing
-    return weights >= CHECKPOINTING_FROM if asked is None else asked
+    """Whether a run recomputes activations: as set, else by the number of weights."""
+    given = train_args.gradient_checkpointing
+    return weights >= CHECKPOINTING_FROM if given is None else given

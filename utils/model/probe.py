@@ -1,8 +1,8 @@
-"""Which layouts of rows a model computes correctly, measured on the model itself before it is trained.
+"""Tests which batch layouts a model computes correctly, by comparing logits before the training.
 
-A model that ignores `position_ids`, or that carries a recurrent state, lets rows that lie end to end see each other:
-the loss is wrong, and nothing says so. So a few short rows go through the model alone, padded and end to end, and their
-logits are compared. `utils/model/layout.py` chooses by what is found.
+In a model that ignores `position_ids`, or has a recurrent state, concatenated rows see each other: the loss is silently
+wrong. So a few short rows go through the model alone, padded and concatenated, and their logits are compared.
+`utils/model/layout.py` chooses a layout by the result.
 """
 
 import contextlib
@@ -19,27 +19,27 @@ from utils.model.small import small_model
 from utils.patches.rope import use_row_rope
 from utils.runtime.errors import first_line
 
-LENGTHS = (9, 14, 11)  # tokens of the rows; longer than a short convolution and than probe_state.WINDOW
-# relative to the largest logit; float32 differs by some 1e-6 where a sum has another order
+LENGTHS = (9, 14, 11)  # of the rows, in tokens; above the width of short convolutions and probe_state.WINDOW
+# relative to the largest logit; another order of summation in float32 makes a difference of about 1e-6
 _TOLERANCE, _TIMES_NOISE = 1e-5, 10
 _TOLERANCE_16_BIT, _TIMES_NOISE_16_BIT = 0.03, 4
 _NOT_CAUSAL, _NOT_CAUSAL_16_BIT = 1e-3, 0.2
 _REASONS = {
-    "padded": "computes padded rows otherwise than rows alone",
+    "padded": "computes padded rows differently from rows alone",
     "end_to_end": "lets rows laid end to end see each other",
 }
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found; each None where the layout is right, else the reason, which completes "the model …".
+    """The result; each reason is None if there is no fault, else it completes the sentence "the model …".
 
     Attributes:
-        fails: why no forward pass is possible at all.
-        not_causal: why a token's logits are not those of the tokens up to it.
+        fails: why a forward pass is not possible.
+        not_causal: why a token's logits depend on later tokens.
         padded: why rows padded to one length differ from rows alone.
-        end_to_end: why rows laid end to end differ from rows alone.
-        longest: rows of more tokens are not causal, where there is such a bound.
+        end_to_end: why concatenated rows differ from rows alone.
+        longest: the longest causal row in tokens, if longer rows are not causal.
         differences: layout → the largest difference, relative to the largest logit.
         small: whether a small random model of the same architecture was probed instead of the weights.
     """
@@ -54,7 +54,7 @@ class Probe:
 
 
 def example_rows(tokenizer, row_type: RowType) -> list[dict]:
-    """Prepared rows of plain tokens, for a task's collator."""
+    """Prepared rows without special tokens, for a task's collator."""
     special = set(tokenizer.added_tokens_decoder)
     size = min(len(tokenizer), 20_000)
     plain = [token for token in range(size) if token not in special] or list(range(size))
@@ -66,18 +66,17 @@ def example_rows(tokenizer, row_type: RowType) -> list[dict]:
     return rows
 
 
-def probe(model, layouts: dict[str, Callable], rows: list[dict]) -> Probe:
+def probe(model, layouts: dict[str, Callable], rows: list[dict], auto_class: str = "AutoModelForCausalLM") -> Probe:
     """Compares the logits of rows in each layout with those of each row alone.
 
     Args:
-        model: transformers' causal language model, or PEFT's around it. It is left as it was, and so is the state of
-            the random numbers.
-        layouts: `padded` and, if wanted, `end_to_end`, each with a collator.
+        model: transformers' causal language model, or PEFT's. Model and random state are unchanged afterwards.
+        layouts: `padded` and optionally `end_to_end` → collator.
         rows: for the collators.
+        auto_class: the transformers class that builds the small model.
 
     Returns:
-        what was found. Where the weights are not whole on this process (ZeRO-3, FSDP), a small random model of the
-        same configuration is probed in their place.
+        the result. If the weights are sharded (ZeRO-3, FSDP), that of a small random model of the same configuration.
     """
     import torch
 
@@ -86,9 +85,9 @@ def probe(model, layouts: dict[str, Callable], rows: list[dict]) -> Probe:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng())
         if small:
-            model = small_model(model.config)
+            model = small_model(model.config, auto_class=auto_class)
             if model is None:
-                logger.warning("the layout of rows was not checked: the weights are split over several processes")
+                logger.warning("the layout of rows was not checked: the weights are sharded over several processes")
                 return Probe(small=True)
             use_row_rope(model)
         precise = stack.enter_context(as_for_probing(model))
@@ -103,14 +102,14 @@ def probe(model, layouts: dict[str, Callable], rows: list[dict]) -> Probe:
 
 
 def _merged(found: Probe, near: Probe, shortest: int) -> Probe:
-    """The result with spans as they are, and that of rows longer than them.
+    """Combines the results with the model's own attention windows and with shortened ones.
 
     Args:
-        found: with the model as it is.
-        near: with shortened spans.
-        shortest: the smallest span of the model, in tokens.
+        found: with its own windows.
+        near: with shortened windows.
+        shortest: the smallest of its own windows, in tokens.
     """
-    if near.fails:  # modules may have taken the size over when they were built
+    if near.fails:  # modules may have copied the size when they were built
         return found
     if near.not_causal:
         beyond = f"chooses what to attend to among the tokens of all rows where they are more than {shortest:,}"
@@ -158,10 +157,10 @@ def _compare(model, layouts: dict[str, Callable], rows: list[dict], precise: boo
 
 
 def _rows_alone(model, forward, ids: list) -> dict[tuple, Any]:
-    """The logits of each row alone, by its tokens; in evaluation mode where training mode draws random numbers.
+    """The logits of each row alone, by its tokens; in evaluation mode if training mode draws random numbers.
 
-    That is seen by the generators' state, not by the logits: a router that draws its experts takes the same ones in
-    many calls, and others in the next.
+    The generators' state shows that; the logits may not, as a router that draws its experts may draw the same ones in
+    many calls.
     """
     before = random_states(ids[0].device)
     forward(input_ids=ids[0][None])
@@ -171,7 +170,7 @@ def _rows_alone(model, forward, ids: list) -> dict[tuple, Any]:
 
 
 def _rounding(forward, ids: list, alone: dict, largest: float) -> float:
-    """How far a row's logits are from those it has at the beginning of a longer one: the same sums in another shape."""
+    """The largest difference of a row's logits from those as the start of a longer row: rounding in another shape."""
     import torch
 
     longer = {row: forward(input_ids=torch.cat([row, ids[0]])[None])[0, : len(row)] for row in ids}
@@ -184,13 +183,13 @@ def _layout_difference(forward, batch: dict, alone: dict, largest: float) -> flo
 
 
 def _leak(forward, batch: dict, places: list, largest: float) -> float:
-    """Whether other tokens in the first row change the later rows at all, where 16 bits hide a small difference.
+    """Tests whether other tokens in the first row change the later rows; rounding to 16 bits may hide a small leak.
 
-    With the same shapes the same sums are rounded in the same way. Where they are not, since a mixture of experts
-    groups its tokens otherwise, other tokens in the last row show how far: no earlier row can depend on them.
+    The same shapes are rounded in the same way, except in a mixture of experts, which groups the tokens differently.
+    Other tokens in the last row measure that, as no earlier row can depend on them.
 
     Returns:
-        infinity where later rows depend on the first, else 0.
+        infinity if later rows depend on the first, else 0.
     """
     before = forward(**batch)
 
@@ -211,7 +210,7 @@ def _inputs(collate: Callable, rows: list[dict], device) -> dict:
 
 
 def _rows_of(batch: dict) -> list[tuple]:
-    """Where each row lies in the batch, as an index of its tensors: `(0, slice(9, 23))`."""
+    """The index of each row in the batch's tensors: `(0, slice(9, 23))`."""
     import torch
 
     if "attention_mask" in batch:
@@ -222,7 +221,7 @@ def _rows_of(batch: dict) -> list[tuple]:
 
 
 def _from_alone(logits, alone: dict, ids, largest: float) -> float:
-    expected = alone.get(tuple(ids.tolist()))  # none where positions do not say where a row begins
+    expected = alone.get(tuple(ids.tolist()))  # None if the positions do not show where a row starts
     return float("inf") if expected is None else _difference(logits, expected, largest)
 
 
@@ -231,7 +230,7 @@ def _difference(found, expected, largest: float) -> float:
 
 
 def _within_vocabulary(rows: list[dict], model) -> list[dict]:
-    """The same rows, with ids that a small model has too."""
+    """The same rows, with ids within the vocabulary of a small model."""
     size = model.get_input_embeddings().weight.shape[0]
     lists = [value for row in rows for value in row.values() if _are_ids(value)]
     if all(token < size for ids in lists for token in ids):

@@ -1,15 +1,15 @@
-"""The state a model is probed in, and how it gets back what it had."""
+"""Puts a model into a deterministic state for probing, and restores it afterwards."""
 
 import contextlib
 from collections.abc import Iterator
 
-WINDOW = 4  # spans of attention while probing, so that short rows reach beyond them
-# how a configuration and its modules call the number of tokens that one token may see, or chooses
+WINDOW = 4  # attention windows while probing, in tokens, so that short rows are longer than them
+# names, in configurations and modules, of the number of tokens that one token attends to or selects
 _SPANS = (
     "sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "local_attention",
     "index_topk", "index_topk_blocks", "keep_window_size",
 )  # fmt: skip
-# how modules call the rate of what they draw random numbers for in training mode
+# names, in modules, of the rates of random operations in training mode
 _RATES = (
     "attention_dropout", "dropout", "activation_dropout", "jitter_noise", "router_jitter_noise", "input_jitter_noise",
     "moe_jitter_eps",
@@ -18,13 +18,13 @@ FLOAT32_UP_TO = 500_000_000  # weights; larger models are probed in the precisio
 
 
 def is_whole(model) -> bool:
-    """Whether every weight is on this process: ZeRO-3 and FSDP split them."""
+    """Whether this process has every weight completely, which ZeRO-3 and FSDP shard."""
     return all(weight.numel() and weight.device.type != "meta" for weight in model.parameters())
 
 
 @contextlib.contextmanager
 def as_for_probing(model) -> Iterator[bool]:
-    """Training mode without dropout and jitter, in float32 where that costs little; everything is put back.
+    """Sets training mode without dropout and jitter, in float32 if the model is small; restores everything at the end.
 
     Yields:
         whether the model computes in float32.
@@ -38,7 +38,7 @@ def as_for_probing(model) -> Iterator[bool]:
     precise = floating and sum(weight.numel() for weight in weights) <= FLOAT32_UP_TO
     rates: list = []
     try:
-        for tensor, data in buffers.items():  # some are written to in a forward pass
+        for tensor, data in buffers.items():  # a forward pass may write to them
             tensor.data = data.to(torch.float32 if precise and data.is_floating_point() else data.dtype, copy=True)
         if precise:
             for weight in weights:
@@ -55,12 +55,10 @@ def as_for_probing(model) -> Iterator[bool]:
 
 
 def leave_dropout_out(model) -> list[tuple]:
-    """Sets every dropout and every jitter of a router to 0.
-
-    They draw other random numbers for other batches, so that nothing could be compared.
+    """Sets dropout and router jitter to 0, which would draw different random numbers for different batches.
 
     Returns:
-        (module, name of its attribute, rate that it had), to put them back.
+        (module, name of its attribute, its rate before), to restore them.
     """
     import torch
 
@@ -75,7 +73,7 @@ def leave_dropout_out(model) -> list[tuple]:
 
 
 def random_states(device) -> list[list[int]]:
-    """The states of the generators of random numbers: the CPU's and that of the model's device."""
+    """The states of the random number generators of the CPU and of the model's device."""
     import torch
 
     states = [torch.random.get_rng_state()]
@@ -86,10 +84,10 @@ def random_states(device) -> list[list[int]]:
 
 @contextlib.contextmanager
 def short_spans(model) -> Iterator[int | None]:
-    """Shortens sliding windows, attention chunks and the choice of sparse attention, so that short rows reach beyond.
+    """Shortens sliding windows, attention chunks and sparse attention, so that short rows are longer than them.
 
     Yields:
-        the smallest of their sizes, in tokens; None for a model that has none.
+        the smallest of their original sizes, in tokens; None if the model has none.
     """
     configs = [model.config, *(part for part in vars(model.config).values() if hasattr(part, "to_dict"))]
     before = []

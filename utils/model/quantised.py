@@ -1,4 +1,4 @@
-"""Bases in fewer bits: quantised as they load, or saved so, which config.json tells before any weights load."""
+"""Checks and loads bases that are saved quantised, by their config.json, before any weights are loaded."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ _GIVE = "give the model it was made from, or one saved in 4 bits by bitsandbytes
 
 
 def quantisation_of(path: str, download: bool = False) -> dict | None:
-    """The `quantization_config` of a model's config.json; None where there is none, or no config.json to read.
+    """Reads the `quantization_config` of a model's config.json; None if there is none, or config.json cannot be read.
 
     `{"quant_method": "bitsandbytes", "load_in_4bit": True, …}`
 
     Args:
-        path: a folder, or a hub's name.
-        download: whether the file may be fetched from the hub; else only a copy on this machine is read.
+        path: a folder, or a name on the Hub.
+        download: whether the file may be downloaded; else only a cached copy is read.
     """
     try:
         if Path(path).expanduser().is_dir():
@@ -29,7 +29,7 @@ def quantisation_of(path: str, download: bool = False) -> dict | None:
 
             file = Path(cached_file(path, "config.json", local_files_only=not download))
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):  # whoever loads the model says it better
+    except (OSError, ValueError, TypeError):  # loading the model gives a better error
         return None
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
     for part in filter(lambda part: isinstance(part, dict), parts):
@@ -48,7 +48,7 @@ def method_of(quantisation: dict) -> str:
 
 
 def resolve_base(common, download: bool = False) -> None:
-    """Replaces `train_mode` by the row for 4 bits, lora by qlora, where bitsandbytes saved the base so.
+    """Replaces `--train_mode lora` by its 4-bit mode, qlora, if bitsandbytes saved the base in 4 bits.
 
     Args:
         common: CommonArgs.
@@ -108,11 +108,11 @@ def check_base(common, download: bool = False) -> list[Problem]:
 
 
 def loading_options(args, compute_dtype) -> dict:
-    """What `from_pretrained` is to do with weights that are saved quantised; empty where they are not.
+    """The arguments of `from_pretrained` for a base that is saved quantised; empty for others.
 
     Args:
         args: CommonArgs, accepted by `check_base`.
-        compute_dtype: of the arithmetic; bitsandbytes would take the one that the base was saved with.
+        compute_dtype: of the run; bitsandbytes would use the one saved with the base.
     """
     quantisation = quantisation_of(args.model_name_or_path)
     if quantisation is None:
@@ -129,17 +129,17 @@ def loading_options(args, compute_dtype) -> dict:
 
 
 def forget_unpacking(model) -> None:
-    """Has weights that were unpacked from MXFP4 saved under their own names.
+    """Lets weights that were dequantised from MXFP4 be saved with their own names.
 
-    transformers would reverse its renaming of the packed ones, so that they were named `…_blocks`: nothing would find
-    them when the model is loaded, which then had random experts.
+    transformers 5.23 would reverse the renaming of the packed weights when it saves, and name them `…_blocks`. Loading
+    would not find them, and initialise the experts at random.
     """
     if not getattr(model, "is_quantized", False) and getattr(model.config, "quantization_config", None) is None:
-        model._weight_conversions = None  # those of the architecture alone, then
+        model._weight_conversions = None  # transformers then uses those of the architecture
 
 
 def is_stored_in_bytes(args) -> bool:
-    """Whether the base's 4-bit weights lie in a type that sharding cannot split; as most are saved."""
+    """Whether the base's 4-bit weights are stored as integers, as is usual, which ZeRO-3 and FSDP cannot shard."""
     quantisation = quantisation_of(args.model_name_or_path) or {}
     storage = quantisation.get("bnb_4bit_quant_storage", "uint8")
     return method_of(quantisation) == "bitsandbytes_4bit" and "int" in str(storage)

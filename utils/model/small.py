@@ -1,7 +1,7 @@
-"""A small random model of the same architecture, for checks that must not wait for the weights.
+"""Builds a small random model of the same architecture, for checks before the weights are loaded.
 
-The class and every switch of the configuration stay; only sizes shrink, so what the code does with rows, masks and
-positions is what it does at full size.
+Class and switches of the configuration are kept and only sizes shrink, so the code treats rows, masks and positions as
+at full size.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import copy
 
 from loguru import logger
 
-# a field of a config.json → its size here; a field that a configuration lacks, or has as None, is left alone
+# field of config.json → its small size; applied if the configuration has the field with a larger value
 _SIZES = {
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "word_embed_proj_dim": 64,
     "embedding_size": 64, "embedding_dim": 64, "input_embedding_size": 64, "d_embed": 64, "lru_width": 64,
@@ -42,39 +42,40 @@ _LAYER_LISTS = (
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
-def small_model(config, sizes: dict | None = None, **options):
-    """A small random float32 model on the CPU of the same class and switches; None where none can be built.
+def small_model(config, sizes: dict | None = None, auto_class: str = "AutoModelForCausalLM", **options):
+    """Builds a small random float32 model of the same class on the CPU; None if that fails.
 
     Args:
         config: of the model at full size.
-        sizes: fields of the configuration to set otherwise.
+        sizes: fields of the configuration to set to other sizes.
+        auto_class: the transformers class that builds the model, as a task names it.
         **options: for `from_config`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    with torch.random.fork_rng():  # the random numbers of the run stay as they were
+    with torch.random.fork_rng():  # the run's random state is unchanged afterwards
         torch.manual_seed(0)
         try:
-            model = AutoModelForCausalLM.from_config(
+            model = getattr(transformers, auto_class).from_config(
                 small_config(config, **(sizes or {})), dtype=torch.float32, **options
             )
         except Exception as error:  # configurations check their fields against each other
             logger.debug("no small model of this architecture can be built: {!r}", error)
             return None
         for weight in model.parameters():
-            # usual starts are so small that a row hardly depends on the tokens before it
+            # with the usual initialisation logits hardly depend on earlier tokens
             if weight.dim() > 1:
                 weight.data.normal_(std=0.3 if weight.shape[-1] < 8 else weight.shape[-1] ** -0.5)
     return model
 
 
 def small_config(config, **sizes):
-    """The configuration with small sizes and few layers, at least one of each kind.
+    """Returns the configuration with small sizes and few layers, at least one of each kind.
 
     Args:
-        config: transformers' PreTrainedConfig, which stays as it is.
-        **sizes: fields to set otherwise.
+        config: transformers' PreTrainedConfig, which is not changed.
+        **sizes: fields to set to other sizes.
     """
     small = copy.deepcopy(config)
     _shrink(small, sizes)
@@ -88,7 +89,7 @@ def _shrink(config, sizes: dict) -> None:
     overrides = _take_overrides(config)
     kept = _kept_layers(config)
     layers = _cut_layers(config, kept)
-    before = {name: _value(config, name) for each in overrides.values() for name in each}
+    before = {name: _value(config, name) for fields in overrides.values() for name in fields}
     equal_heads = _value(config, "num_key_value_heads") == _value(config, "num_attention_heads")
     double_width = _value(config, "attention_hidden_size") == 2 * (_value(config, "hidden_size") or 0) > 0
     for name, size in {**_SIZES, **layers, **sizes}.items():
@@ -96,7 +97,7 @@ def _shrink(config, sizes: dict) -> None:
         if _is_number(current):
             _set(config, name, size if name in sizes or name in layers else min(current, size))
         elif isinstance(current, list) and all(map(_is_number, current)):  # a size for each layer
-            _set(config, name, [min(each, size) for each in current])
+            _set(config, name, [min(value, size) for value in current])
     _fit_heads(config, equal_heads, double_width)
     _set_overrides(config, [overrides.get(layer, {}) for layer in kept], before)
     for name in _TOKENS:
@@ -131,7 +132,7 @@ def _fit_heads(config, equal_heads: bool, double_width: bool) -> None:
 
 
 def _value(config, name: str):
-    """A field, or None where there is none, also where it may only be read layer by layer."""
+    """A field; None if it does not exist or can only be read layer by layer."""
     try:
         return getattr(config, name, None)
     except Exception:  # configurations raise their own
@@ -148,16 +149,16 @@ def _is_number(value) -> bool:
 
 
 def _kept_layers(config) -> list[int]:
-    """The layers that a small model is made of, by their number in the whole model.
+    """The layers of the small model, by their index in the full model.
 
-    They are the first two, or as many as it takes for one of each kind; and once more where the last layers use the
-    keys and values of earlier ones.
+    They are the first two, or as many as include one of each kind; twice if the last layers share the keys and values
+    of earlier ones.
     """
     count = 2
     for name in _LAYER_LISTS:
-        each = _value(config, name)
-        if isinstance(each, list | tuple | str) and len(each):
-            count = max(count, 1 + max(each.index(kind) for kind in set(each)))
+        kinds = _value(config, name)
+        if isinstance(kinds, list | tuple | str) and len(kinds):
+            count = max(count, 1 + max(kinds.index(kind) for kind in set(kinds)))
     shared = _value(config, "num_kv_shared_layers") or 0
     return list(range(count)) * (2 if 0 < shared < _number_of_layers(config) else 1)
 
@@ -167,13 +168,13 @@ def _number_of_layers(config) -> int:
 
 
 def _cut_layers(config, kept: list[int]) -> dict:
-    """Cuts what has an entry for each layer; returns the fields that count layers, with their new values."""
+    """Shortens the fields with an entry per layer; returns the fields that count layers, with their new values."""
     number = _number_of_layers(config)
-    for name, each in list(vars(config).items()):
-        listed = isinstance(each, list | tuple) and len(each) == number
-        if (listed or name in _LAYER_LISTS and isinstance(each, list | tuple | str)) and len(each) > max(kept):
-            entries = [each[layer] for layer in kept]
-            _set(config, name, "".join(entries) if isinstance(each, str) else type(each)(entries))
+    for name, value in list(vars(config).items()):
+        listed = isinstance(value, list | tuple) and len(value) == number
+        if (listed or name in _LAYER_LISTS and isinstance(value, list | tuple | str)) and len(value) > max(kept):
+            entries = [value[layer] for layer in kept]
+            _set(config, name, "".join(entries) if isinstance(value, str) else type(value)(entries))
     layers = {name: len(kept) for name in _LAYERS if isinstance(_value(config, name), int)}
     if _value(config, "num_kv_shared_layers"):
         layers["num_kv_shared_layers"] = len(set(kept))
@@ -186,20 +187,20 @@ def _take_overrides(config) -> dict[int, dict]:
         return {}
     overrides = config.to_dict()["per_layer_config"]
     config.per_layer_config = None  # the fields can be read only without it
-    return {int(layer): each for layer, each in overrides.items()}
+    return {int(layer): fields for layer, fields in overrides.items()}
 
 
 def _set_overrides(config, overrides: list[dict], before: dict) -> None:
-    """Gives the layers their own sizes, in the same proportion to the common ones as before.
+    """Sets the sizes of single layers, in the same proportion to the common sizes as at full size.
 
     Args:
         config: with small sizes.
-        overrides: for each layer of the small model, the fields at full size.
+        overrides: per layer of the small model, its own fields at full size.
         before: the common fields at full size.
     """
     found: dict = {}
-    for layer, each in enumerate(overrides):
-        for name, value in each.items():
+    for layer, fields in enumerate(overrides):
+        for name, value in fields.items():
             if _is_number(value) and _is_number(before[name]) and before[name]:
                 value = max(1, type(value)(_value(config, name) * value / before[name]))
             found.setdefault(layer, {})[name] = value

@@ -179,7 +179,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start: RunStart) -> d
     _refuse_without_weights(folder, args)
     record = start.record | {"summary": summarise(trainer, args, data, folder)}
     try:
-        # a pickle, whose content is also in train_args.json
+        # transformers saves its arguments as a pickle, which can run code when loaded; train_args.json has them too
         (folder / "training_args.bin").unlink(missing_ok=True)
         if adapter_of(args).is_adapter:
             trainer.model.generation_config.save_pretrained(folder)
@@ -253,7 +253,7 @@ def push_run(trainer, folder: Path) -> None:
 
 def save_weights(trainer, args, folder: Path) -> None:
     """Saves model and tokenizer, a PiSSA adapter as a plain LoRA."""
-    trainer.save_model(_internal_call=True)  # _internal_call: no push yet, as more files follow
+    trainer.save_model(_internal_call=True)  # keeps transformers from pushing to the Hub, as more files follow
     if args.init_lora_weights == "pissa" and is_main_process():
         pissa_to_lora(folder, folder / PISSA_START / "adapter_model.safetensors")
         remove_pissa_start(folder)

@@ -1,9 +1,9 @@
-"""Looks at rows, template, settings, disk and memory before a GPU is touched, and gives one verdict.
+"""Checks rows, template, settings, disk and memory before a training, without using a GPU.
 
 python -m utils.script.doctor --train_data_path my_rows.jsonl           # and any flag of main_train.py
 python -m utils.script.doctor --json true > report.json
 
-The exit code is 0 when nothing stands against training, 1 with warnings, 2 with errors.
+The exit code is 0 if nothing was found, 1 with warnings, 2 with errors.
 """
 
 import contextlib
@@ -24,9 +24,13 @@ from utils.runtime.text import format_count
 from utils.storage.files import ROOT
 
 CODES_PAGE = ROOT / "utils" / "script" / "doctor.md"
-_SAID_HERE = "utils.data.report"  # what it logs is in the report
-_TOLD = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
-_RUN_FLAGS = {"train_args_path", "config", "task_type"}  # without what they say, there is no knowing what the rows are
+_REPORT_LOGGER = "utils.data.report"  # disabled: what it logs is in the doctor's report
+_SHOWN = ("task_type", "model_name_or_path", "train_data_path", "eval_data_path", "template_name", "max_len")
+_RUN_FLAGS = {
+    "train_args_path",
+    "config",
+    "task_type",
+}  # without a valid one, rows cannot be read
 _NEEDED = {*_RUN_FLAGS, "model_name_or_path", "train_data_path", "eval_data_path"}
 
 
@@ -35,18 +39,19 @@ class DoctorArgs:
     """Flags of this command; all others are main_train.py's."""
 
     json: bool = arg(False, "Write the report as JSON to stdout, and nothing else there.")
-    processes: int = arg(0, "How many processes will train together; 0: as many as run now, one for plain python.")
-    write_codes: bool = arg(False, "Write utils/script/doctor.md, the page of all codes, anew, and do nothing else.")
+    processes: int = arg(0, "How many processes will train together; 0: as many as run now, 1 without a launcher.")
+    write_codes: bool = arg(False, "Only update utils/script/doctor.md, the page of all codes.")
 
 
-def read_what_can_be(argv: list[str]):
-    """Parses main_train.py's flags; those that are refused are set aside, so that the rest can be looked at.
+def parse_valid(argv: list[str]):
+    """Parses main_train.py's flags without those that are refused, so that the rest can be examined.
 
     Args:
         argv: the flags.
 
     Returns:
-        (CommonArgs, TrainArgument, or None for both; every problem; the names of the flags set aside)
+        (CommonArgs and TrainArgument, both None if nothing can be parsed; all problems; the names of the flags left
+        out)
     """
     problems, aside, groups = [], set(), split_flags(argv)
     while True:
@@ -63,7 +68,7 @@ def read_what_can_be(argv: list[str]):
 
 
 def _flags_named(problems: list[Problem], groups: list[list[str]]) -> set[str]:
-    """Which given flags to leave out: the first that each problem is of; if none was given, any but those needed."""
+    """The given flags to leave out: the first flag of each problem; if none of these was given, all but `_NEEDED`."""
     given = {flag_of(group) for group in groups}
     wrong = set()
     for problem in problems:
@@ -72,21 +77,21 @@ def _flags_named(problems: list[Problem], groups: list[list[str]]) -> set[str]:
 
 
 def _examine(argv: list[str], processes: int) -> tuple[Examination, dict]:
-    """What was found, and what was looked at."""
-    args, train_args, problems, aside = read_what_can_be(argv)
+    """Returns the findings, and the settings and numbers of rows they are about."""
+    args, train_args, problems, aside = parse_valid(argv)
     if args is None or aside & _RUN_FLAGS:
         examined = Examination()
         examined.not_examined("rows, template and settings", "the arguments cannot be used")
     else:
         route_library_logs()
-        logger.disable(_SAID_HERE)
+        logger.disable(_REPORT_LOGGER)
         try:
             examined = diagnose(args, train_args, aside, processes or world_size())
         finally:
-            logger.enable(_SAID_HERE)
+            logger.enable(_REPORT_LOGGER)
     examined.findings[:0] = findings_of(problems)
     before = {"rows": examined.rows, "eval_rows": examined.eval_rows, "set_aside": sorted(aside)}
-    return examined, before | {name: None if name in aside else getattr(args, name, None) for name in _TOLD}
+    return examined, before | {name: None if name in aside else getattr(args, name, None) for name in _SHOWN}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         CODES_PAGE.write_text(catalogue(), encoding="utf-8")
         print(f"written: {CODES_PAGE.relative_to(ROOT)}")
         return 0
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print now and then
+    with contextlib.redirect_stdout(sys.stderr):  # libraries may print
         examined, before = _examine(rest, flags.processes)
     print(as_json(examined.findings, before) if flags.json else as_text(examined.findings, _line(before)))
     return exit_code(examined.findings)

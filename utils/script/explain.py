@@ -1,12 +1,12 @@
-"""Says what a run would do, and where each of its values comes from. Takes every flag of main_train.py.
+"""Shows what a run would do, and where each of its values comes from. Takes every flag of main_train.py.
 
 python -m utils.script.explain
 python -m utils.script.explain --train_mode full --lora_rank 8 --max_steps 100 --processes 8
 python -m utils.script.explain --config output/sft/train_args.json --learning_rate 1e-3 --diff output/sft
 python -m utils.script.explain --json true > run.json
 
-Rows are prepared as for a run, which then finds them prepared; no weights are loaded and nothing is trained. What
-main_train.py would refuse is refused here as well.
+Rows are prepared and cached as by a run; no weights are loaded and nothing is trained. Arguments that main_train.py
+refuses are refused here too.
 """
 
 import json
@@ -24,7 +24,7 @@ from utils.runtime.log import is_main_process, setup_logging
 class ExplainArgs:
     """Flags of this command; all others are main_train.py's."""
 
-    all: bool = arg(False, "Show every value, also those that nobody set and those without effect.")
+    all: bool = arg(False, "Show every value, also defaults and those without effect.")
     json: bool = arg(False, "Print one JSON object with everything, for other programs; messages go to stderr.")
     diff: str | None = arg(None, "A run's folder, or its train_args.json: show what differs from it.")
     processes: int | None = arg(None, "The number of processes to plan for. Default: as many as were started.")
@@ -35,14 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     parser = make_parser([ExplainArgs], "utils.script.explain", __doc__)
     values, _, problems = read_flags(parser, mine)
-    asked = ExplainArgs(**values)
-    if asked.processes is not None and not 1 <= asked.processes <= 1024:
-        problems.append(f"--processes {asked.processes} is not allowed; give a whole number from 1 to 1024")
+    flags = ExplainArgs(**values)
+    if flags.processes is not None and not 1 <= flags.processes <= 1024:
+        problems.append(f"--processes {flags.processes} is not allowed; give a whole number from 1 to 1024")
 
     from utils.explain.diff import compare, read_earlier
 
     try:
-        then = read_earlier(asked.diff)
+        then = read_earlier(flags.diff)
     except UserError as error:
         problems += error.problems
     try:
@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     from utils.runtime.log import route_library_logs
 
     route_library_logs()
-    explained = explain(args, train_args, sources, asked.processes or world_size())
-    diff = compare(asked.diff, then, explained) if then is not None else None
+    explained = explain(args, train_args, sources, flags.processes or world_size())
+    diff = compare(flags.diff, then, explained) if then is not None else None
     if not is_main_process():
         return
-    if asked.json:
-        told = explained.as_json() | ({"diff": diff} if diff is not None else {})
-        print(json.dumps(told, indent=2, ensure_ascii=False))
+    if flags.json:
+        report = explained.as_json() | ({"diff": diff} if diff is not None else {})
+        print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        print(text_of(explained, asked.all, diff))
+        print(text_of(explained, flags.all, diff))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shows the first rows as the model sees them, trained tokens marked, and a census of all of them.
+"""Shows the first rows as the model sees them, with trained tokens marked, and the lengths of all rows.
 
 python -m utils.script.show_data --train_data_path my_rows.jsonl        # and any flag of main_train.py
 python -m utils.script.show_data --rows 1 --ids true
@@ -17,7 +17,7 @@ from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
 from utils.template.tokenize import IGNORE_INDEX
 
-_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green, as far as the terminal has it
+_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
 _BARS = 40
 
 
@@ -30,7 +30,7 @@ class ShowDataArgs:
 
 
 def mark_trained(row: Sequence, tokenizer, colour: bool) -> str:
-    """The text of a sequence, with what is trained in colour, or in brackets where there is none.
+    """The text of a sequence, with trained tokens in colour, or in brackets without colour.
 
     `"…assistant\\n[[Hello!<|im_end|>]]\\n"`
     """
@@ -39,7 +39,7 @@ def mark_trained(row: Sequence, tokenizer, colour: bool) -> str:
     trained = [label != IGNORE_INDEX for label in row.labels]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[start]:
-            # by difference: some tokenizers drop a space where a text begins
+            # decoded as a difference, as some tokenizers drop a space at the start of a text
             text = tokenizer.decode(row.input_ids[:end])[len(tokenizer.decode(row.input_ids[:start])) :]
             parts.append(f"{before}{text}{after}" if trained[start] else text)
             start = end
@@ -47,7 +47,7 @@ def mark_trained(row: Sequence, tokenizer, colour: bool) -> str:
 
 
 def census(lengths: list[int], max_len: int) -> str:
-    """A small histogram of the rows' lengths in tokens."""
+    """A text histogram of the rows' lengths in tokens."""
     ordered = sorted(lengths)
     lines = [
         f"lengths: {ordered[0]} to {ordered[-1]} tokens, mean {statistics.mean(ordered):.0f}, "

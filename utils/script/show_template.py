@@ -27,11 +27,11 @@ class ShowTemplateArgs:
 
     name: str | None = arg(None, "The format to print.")
     template_name: str | None = arg(None, "The same as --name; main_train.py's flag.")
-    write: bool = arg(False, "Write chat_template/README.md anew, from the registry.")
+    write: bool = arg(False, "Update chat_template/README.md from the registry.")
 
 
 def describe(template: Template) -> str:
-    """A format's page: its facts, and conversations as the model sees them."""
+    """Describes a format as Markdown: its properties, and conversations as the model sees them."""
     facts = [
         ("for · 适用模型", ", ".join(template.models)),
         ("source · 出处", template.source),
@@ -58,7 +58,7 @@ def _code(text: str) -> str:
 
 
 def catalogue() -> str:
-    """The whole of chat_template/README.md."""
+    """Returns the text of chat_template/README.md."""
     head = [
         "# Chat templates · 对话模板",
         "",

@@ -1,6 +1,6 @@
-"""The tasks, a file each, and the table they are found by.
+"""Training tasks, one file each, and the table that maps their names to them.
 
-In reading order: task (what can be asked of a task), no_effect, sft, pretrain, dpo, dpo_checks, dpo_trainer, dpo_multi,
+In reading order: task, no_effect, sft, pretrain, dpo, dpo_checks, dpo_trainer, dpo_multi,
 dpo_single, plain_loss, trainer.
 """
 
@@ -35,5 +35,5 @@ TASKS = _Tasks()
 
 
 def get_task(name: str) -> Task:
-    """The task of a name, as `TASKS[name]`."""
+    """Returns the task with a name, as `TASKS[name]`."""
     return TASKS[name]

@@ -1,4 +1,4 @@
-"""What both modes of DPO share: how pairs are prepared, and what can be asked of the tasks."""
+"""What both modes of DPO share: the preparation of pairs, and the attributes of their tasks."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from utils.template.messages import UNTRAINED_ANSWER, count_answers
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
-    """Prepares pairs: `prompt_ids`, and for each answer `…_ids` and `…_labels`."""
+    """Prepares pairs as `prompt_ids`, and `…_ids` and `…_labels` of both answers."""
 
     def read(row) -> Pair:
         pair = to_pair(row)
@@ -39,12 +39,12 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 
 def _check_answers(template, messages: list[dict], answers: int) -> None:
-    """A template must have a form for the conversation, and show each compared answer as it would be said."""
+    """Refuses a conversation that the template cannot render, or of whose answers it leaves a part out."""
     try:
         template.check(messages)
         for note in template.notes(messages, train_on=answers):
             if note.kind == UNTRAINED_ANSWER:
-                raise UserError(f"{note.reason}; both answers of a pair must be trained whole")
+                raise UserError(f"{note.reason}; both answers of a pair must be trained completely")
     except UserError as error:
         raise BadRow(str(error.problems[0])) from None
 
@@ -52,12 +52,12 @@ def _check_answers(template, messages: list[dict], answers: int) -> None:
 def pair_task(
     name: str, build_trainer: Callable, build_collator: Callable, check_more: Callable = no_problems, **more
 ) -> Task:
-    """The `Task` of a mode of DPO.
+    """Builds the `Task` of a mode of DPO.
 
     Args:
         name, build_trainer, build_collator: as in `Task`.
-        check_more: as `check` in `Task`, for what only this mode needs.
-        **more: what differs between the modes; `settings_without_effect` come after those they share.
+        check_more: checks of this mode only, as `check` in `Task`.
+        **more: further attributes; `settings_without_effect` are added to those that both modes share.
     """
     table = (*NO_EFFECT, *more.pop("settings_without_effect", ()))
 

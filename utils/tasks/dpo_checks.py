@@ -11,21 +11,21 @@ LOSS_TYPES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-READ_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
+READ_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses of TRL 1.16 that use label_smoothing
 _ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
 NO_EFFECT = (
     NoEffect(("train_on",), lambda s: True, "DPO compares the answers after the prompt",
              refused={"train_on": "all_turns"}),
-    NoEffect(("discopop_tau",), lambda s: "discopop" not in s.loss_type, "it is for --loss_type discopop",
+    NoEffect(("discopop_tau",), lambda s: "discopop" not in s.loss_type, "only --loss_type discopop uses it",
              refused={"discopop_tau": 0.05}, flags=("loss_type",)),
     NoEffect(("f_alpha_divergence_coef",), lambda s: s.f_divergence_type != "alpha_divergence",
-             "it is for --f_divergence_type alpha_divergence",
+             "only --f_divergence_type alpha_divergence uses it",
              refused={"f_alpha_divergence_coef": 0.5}, flags=("f_divergence_type",)),
     NoEffect(("ref_model_sync_steps", "ref_model_mixup_alpha"), lambda s: not s.sync_ref_model,
-             "it is for --sync_ref_model true",
+             "only --sync_ref_model true uses it",
              refused={"ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6}, flags=("sync_ref_model",)),
     NoEffect(("precompute_ref_batch_size",), lambda s: not s.precompute_ref_log_probs,
-             "it is for --precompute_ref_log_probs true",
+             "only --precompute_ref_log_probs true uses it",
              refused={"precompute_ref_batch_size": None}, flags=("precompute_ref_log_probs",)),
     NoEffect(("label_smoothing_factor",), lambda s: True, "DPO's own is --label_smoothing",
              refused={"label_smoothing_factor": 0.0}, flags=("label_smoothing",)),
@@ -33,7 +33,7 @@ NO_EFFECT = (
 
 
 def check_dpo(common, train_args) -> list[Problem]:
-    """Checks what both modes of DPO need of the recipe and the common arguments; returns the problems."""
+    """Checks the recipe and the common arguments for both modes of DPO; returns the problems."""
     problems = _check_lengths(common) + _check_reference(common, train_args)
     if not 0 < train_args.beta < math.inf:
         problems += refusal(f"--beta {train_args.beta} is not allowed; give a number above 0", "beta")
@@ -42,7 +42,7 @@ def check_dpo(common, train_args) -> list[Problem]:
     if common.lora_dropout and new_adapter and train_args.disable_dropout:
         problems += refusal(
             f"--lora_dropout {common.lora_dropout} has no effect with --disable_dropout true, which DPO sets so that "
-            "policy and reference do not differ by chance; give --disable_dropout false, or no dropout",
+            "policy and reference do not differ randomly; give --disable_dropout false, or no dropout",
             "lora_dropout",
             "disable_dropout",
         )
@@ -77,8 +77,8 @@ def _check_reference(common, train_args) -> list[Problem]:
         )
     if train_args.sync_ref_model and train_args.resume_from_checkpoint:
         problems += refusal(
-            f"--resume_from_checkpoint {train_args.resume_from_checkpoint!r} cannot go on with --sync_ref_model true: "
-            "the reference that moved with the training is in no checkpoint; start a new run in another --output_dir",
+            f"--resume_from_checkpoint {train_args.resume_from_checkpoint!r} cannot be used with --sync_ref_model "
+            "true: the reference that it changes is in no checkpoint; start a new run in another --output_dir",
             "resume_from_checkpoint",
             "sync_ref_model",
             "output_dir",

@@ -1,4 +1,4 @@
-"""DPO written out: log-probabilities, reference and loss, to read and to change.
+"""DPO written out in PyTorch: log-probabilities, reference and loss, to read and to change.
 
 Rafailov et al., 2023, Direct Preference Optimization, arXiv 2305.18290. Everything else, from
 the optimizer to the checkpoints, is TRL's DPOTrainer.
@@ -18,12 +18,12 @@ from utils.template.tokenize import IGNORE_INDEX
 
 
 def preference_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float):
-    """The loss of each pair; the one place to change it.
+    """Computes the loss of each pair; change the loss here.
 
     Args:
         policy_chosen, policy_rejected: log-probabilities log π(y|x) of the answers, [pairs].
         reference_chosen, reference_rejected: the same under the reference, log π_ref(y|x), [pairs].
-        beta: how strongly the policy is held to the reference.
+        beta: how strongly the loss keeps the policy close to the reference.
 
     Returns:
         losses [pairs], and the implicit rewards of chosen and rejected, [pairs] each.
@@ -37,10 +37,10 @@ def preference_loss(policy_chosen, policy_rejected, reference_chosen, reference_
 
 
 def sequence_log_probs(model, batch: dict, **options):
-    """Adds up the log-probabilities of each row's trained tokens.
+    """Sums the log-probabilities of each row's trained tokens.
 
-    Only where a trained token comes next are there logits at all: [rows, positions, vocabulary]
-    of the whole step would be the largest tensor by far.
+    Logits are computed only at positions that predict a trained token, since [rows, positions, vocabulary] of all
+    positions would be by far the largest tensor of a step.
 
     Args:
         model: the policy or the reference.
@@ -51,7 +51,7 @@ def sequence_log_probs(model, batch: dict, **options):
         (log π(y|x) of each row, [2 pairs], chosen before rejected; the model's output)
     """
     inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
-    targets = batch["labels"][:, 1:]  # the logits at t say what comes at t + 1
+    targets = batch["labels"][:, 1:]  # the logits at t predict the token at t + 1
     places = (targets != IGNORE_INDEX).any(dim=0).nonzero().flatten()
     output = model(**inputs, use_cache=False, **keep_logits(model, places), **options)
     logits = output.logits if output.logits.shape[1] == len(places) else output.logits[:, places]
@@ -67,7 +67,7 @@ def sequence_log_probs(model, batch: dict, **options):
 class WrittenOutLoss:
     """A mix-in for TRL's DPOTrainer: the loss of this file in place of TRL's."""
 
-    own_forward = True  # the auxiliary loss of a mixture is the model's own
+    own_forward = True  # `resolve_aux_loss` reads it: the auxiliary loss comes from the model's own forward pass
 
     def _compute_loss(self, model, inputs, return_outputs):
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -81,9 +81,9 @@ class WrittenOutLoss:
             policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta
         )
         loss = losses.mean()
-        if self.aux_loss_enabled:  # the load balance of a mixture of experts
+        if self.aux_loss_enabled:  # the load-balancing loss of a mixture of experts
             loss = loss + self.router_aux_loss_coef * output.aux_loss
-        self._keep_figures(
+        self._store_metrics(
             {
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
@@ -102,26 +102,26 @@ class WrittenOutLoss:
 
         unwrapped, adapter = self.accelerator.unwrap_model(self.model), nullcontext()
         if self.ref_model is None and hasattr(unwrapped, "peft_config"):
-            # a copy of the adapter the policy began with, or none for a policy that began as the base
+            # the copy of a loaded adapter; None, no adapter, if the policy started as the base
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         no_checkpoints = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), no_checkpoints, adapter, self.accelerator.autocast():
             return sequence_log_probs(model, inputs)[0].chunk(2)
 
-    def _keep_figures(self, figures: dict) -> None:
-        """Means over all processes, for the log."""
+    def _store_metrics(self, figures: dict) -> None:
+        """Adds means over all processes to the metrics that TRL logs."""
         mode = "train" if self.model.training else "eval"
         for name, values in figures.items():
             self._metrics[mode][name].append(self.accelerator.gather(values).mean().item())
 
 
 def build_collator(args, train_args, tokenizer):
-    """Rows end to end by default, padded where that is asked for or needed."""
+    """A collator that concatenates rows (`--padding_free true`) or pads them."""
     return build_pair_collator(tokenizer.pad_token_id, train_args.padding_free)
 
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
-    """TRL's DPOTrainer with the loss of this file."""
+    """Builds TRL's DPOTrainer with the loss of this file."""
     from trl import DPOTrainer
 
     from utils.tasks.dpo_trainer import make_dpo_trainer

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on prepared pairs, with the reference that fits."""
+"""Builds TRL's DPOTrainer on prepared pairs, with the right reference model."""
 
 import functools
 from contextlib import nullcontext
@@ -21,18 +21,18 @@ from utils.train.filler import FillLastStepMixin, fills_up
 from utils.train.trainer import FaultTolerantTrainerMixin
 
 
-class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTrainerMixin):
-    """A mix-in for TRL's DPOTrainer, on pairs that are token ids already, each of which counts once in its update.
+class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTrainerMixin):
+    """A mix-in for TRL's DPOTrainer: takes tokenized pairs, and weights each pair equally in its update.
 
-    TRL takes the mean of a micro-batch's pairs and transformers that of the micro-batches, so that the pairs of a short
-    last one would count more. Here, of an update of N pairs on all processes, each of whose gradients DDP averages,
+    TRL 1.16 averages over the pairs of a micro-batch and transformers 5.23 over the micro-batches, so that the pairs of
+    a smaller last one would count more. Here, in an update of N pairs on all processes, whose gradients DDP averages,
 
         loss of a micro-batch of n pairs = mean over its pairs · n · processes / N
     """
 
     loss_is_scaled_for_ga = True  # tells transformers not to divide by the number of micro-batches
     _weight: float = 1.0
-    _pairs: int | None = None  # of the batch at hand, where a trainer's step or evaluation has counted them
+    _pairs: int | None = None  # of the current batch; None outside a step or an evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -58,14 +58,14 @@ class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTraine
         return result * self._weight if self.model.training and not return_outputs else result
 
     def _prepare_dataset(self, dataset, *_):
-        return dataset
+        return dataset  # TRL would render and tokenize the rows
 
     def _precompute_ref_logps(self, *inputs):
-        self.prepare_weights()  # TRL comes here before its constructor ends
+        self.prepare_weights()  # TRL 1.16 calls this in its constructor, before `make_trainer` can
         with whole_models(self.args):
             check_head(self.model)
-        if self.args.should_save:  # one process for all: each of them reads the same file
-            _remove_cut_off(Path(inputs[0].cache_files[0]["filename"]).parent)
+        if self.args.should_save:  # one process, as all of them read the same file
+            _remove_incomplete_cache(Path(inputs[0].cache_files[0]["filename"]).parent)
         wait_for_everyone()
         return super()._precompute_ref_logps(*inputs)
 
@@ -73,6 +73,7 @@ class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTraine
         pairs = count_pairs(inputs) if self._pairs is None else self._pairs
         counts = self.accelerator.gather(torch.tensor([pairs], device=self.accelerator.device)).tolist()
         gather = functools.partial(gather_uneven, self.accelerator.gather, counts, count_pairs(inputs))
+        # TRL gathers metrics with accelerate's `gather`, which hangs or fails on tensors of different sizes
         uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
         with uneven:
             result = super()._compute_loss(model, inputs, return_outputs)
@@ -95,31 +96,31 @@ class PreparedPairs(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTraine
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "source"})
 
 
-def _remove_cut_off(folder: Path) -> None:
-    """Removes log-probabilities of the reference that were not kept whole, which TRL would fail on for good."""
+def _remove_incomplete_cache(folder: Path) -> None:
+    """Removes incomplete cache files of the reference's log-probabilities, on which TRL 1.16 would fail every time."""
     import datasets
 
-    for kept in folder.glob("cache-*.arrow"):
+    for file in folder.glob("cache-*.arrow"):
         try:
-            datasets.Dataset.from_file(str(kept))
+            datasets.Dataset.from_file(str(file))
         except pyarrow.ArrowInvalid:
-            kept.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data: Data, collator, tokenizer):
-    """Builds a DPOTrainer, with the reference that fits: what the policy is at the start.
+    """Builds a DPOTrainer whose reference is the policy at its start.
 
-    - under a new adapter, the same model with the adapter off
-    - under an adapter that was trained before, a frozen copy of it, `ref`, on the same base
-    - trained in full, a frozen copy of the model; none with `--precompute_ref_log_probs true`
+    - with a new adapter: the same model with the adapter off
+    - with a loaded adapter: a frozen copy of it, named `ref`, on the same base
+    - full training: a frozen copy of the model, or none with `--precompute_ref_log_probs true`
 
     Args:
         trainer_class: TRL's DPOTrainer, or a class that extends it.
-        args, train_args, model, adapter, data, collator, tokenizer: as in the task modules.
+        args, train_args, model, adapter, data, collator, tokenizer: as for a task's `build_trainer`.
     """
     from peft import PeftModel
 
-    class Trainer(PreparedPairs, trainer_class):
+    class Trainer(PreparedPairsMixin, trainer_class):
         pass
 
     if adapter is not None and args.init_lora_weights == "pissa":
@@ -127,11 +128,11 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         model, adapter = with_pissa(model, adapter, needs_uniform_dtype(args, train_args)), None
     has_copy = isinstance(model, PeftModel)
     if has_copy:
-        # the trainer fills the copy; PEFT's own PiSSA start would overwrite W0 with a rounded residual
+        # TRL adds the copy with this config, for which PEFT would initialise PiSSA and overwrite W0 by its residual
         config = model.peft_config["default"]
         start, config.init_lora_weights = config.init_lora_weights, True
     if train_args.precompute_ref_log_probs:
-        # TRL keeps log-probabilities by rows and weights alone, but they depend on these as well
+        # TRL 1.16 caches log-probabilities by fingerprints of rows and weights, but they also depend on these
         for dataset in filter(None, (data.train, data.eval)):
             dataset._fingerprint += f"-{args.precision}-{train_args.ld_alpha}"
     needs_model = not adapter_of(args).is_adapter and not train_args.precompute_ref_log_probs
@@ -139,21 +140,22 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
     parts = (args, train_args, model, adapter, data, collator, tokenizer)
     trainer = make_trainer(Trainer, *parts, ref_model=reference)
     if has_copy:
-        trainer.model.peft_config["default"].init_lora_weights = start  # checkpoints say how to be read
-        # the reference can be had from the folder it came from
+        # the adapter_config.json of the checkpoints names the start again
+        trainer.model.peft_config["default"].init_lora_weights = start
+        # PEFT would also save `ref`, which is in the folder that it was loaded from
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
     return trainer
 
 
 def gather_uneven(gather, counts: list[int], here: int, values):
-    """As accelerate's `gather`, for figures of pairs where the processes do not have equally many.
+    """As accelerate's `gather`, if the processes have different numbers of pairs.
 
     Args:
-        gather: accelerate's, which needs one size.
+        gather: accelerate's, which needs tensors of one size.
         counts: how many pairs of each process count, [processes].
-        here: how many pairs this one's batch has.
-        values: a figure of each pair, [here]; anything else is gathered as it is.
+        here: how many pairs the batch of this process has.
+        values: a metric of each pair, [here]; other tensors are gathered unchanged.
 
     Returns:
         [sum of counts]
@@ -167,7 +169,7 @@ def gather_uneven(gather, counts: list[int], here: int, values):
 
 
 def count_pairs(batch: dict) -> int:
-    """How many pairs of a batch of either collator count: none in one that only fills a step up."""
+    """The number of pairs in a batch of either collator; 0 for a batch that only fills up a step."""
     if batch.get("source") == []:
         return 0
     rows = len(batch["completion_mask"]) if "completion_mask" in batch else int(batch["row"][-1, -1]) + 1

@@ -1,4 +1,4 @@
-"""Settings that have no effect: the rows of the table in which a task lists its own."""
+"""The table rows with which a task declares settings that have no effect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from utils.runtime.errors import Problem
 
 @dataclass
 class RunSettings:
-    """All settings of a run, each by its name as a flag.
+    """All settings of a run as attributes, by their flags' names.
 
     Attributes:
         args: CommonArgs.
         train: the recipe's TrainArgument.
-        processes: how many train together.
+        processes: how many processes train together.
         rows_to_evaluate: whether there are validation rows.
     """
 
@@ -24,7 +24,7 @@ class RunSettings:
     rows_to_evaluate: bool = True
 
     def __getattr__(self, name: str):
-        """A setting; the value of an enum, None where the recipe has no such field."""
+        """Returns a setting, of an enum its value; None if the recipe has no such field."""
         holder = self.args if hasattr(self.args, name) else self.train
         value = getattr(holder, name, None)
         return getattr(value, "value", value)
@@ -34,7 +34,7 @@ class RunSettings:
         return self.rows_to_evaluate and (self.eval_strategy != "no" or self.eval_on_start)
 
     def optimizer_takes(self, option: str) -> bool:
-        """Whether the optimizer is given an option; true where only the model could tell."""
+        """Whether the optimizer gets an option; true if that depends on the model."""
         from transformers import Trainer
 
         try:
@@ -51,9 +51,9 @@ class NoEffect:
         names: of the settings.
         when: the condition.
         why: the reason, for `utils.script.explain`.
-        refused: setting → the one value that is allowed under the condition; empty where all are allowed.
-        flags: further settings that a refusal concerns, such as the one that would give these an effect.
-        remedy: of a refusal.
+        refused: setting → the only value that is allowed under the condition; empty if any is.
+        flags: further settings that the error concerns, such as the one that would give these an effect.
+        remedy: the end of the error message.
     """
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class NoEffect:
 
 
 def refuse_without_effect(table: tuple[NoEffect, ...], common, train_args) -> list[Problem]:
-    """The problems with settings that were given a value and have no effect."""
+    """Returns a problem for each setting that was given a value and has no effect."""
     settings = RunSettings(common, train_args)
     return [
         Problem(

@@ -1,8 +1,8 @@
-"""Losses in plain PyTorch, which `utils.script.prove` compares a step with.
+"""The tasks' losses in plain PyTorch, with which `utils.script.prove` compares a training step.
 
 Each row goes through the model alone, without collator, layout, fused head or trainer. Both functions take the trainer,
-of which they use the models, the settings and β, and prepared rows. They return a tensor of one number with a graph for
-the gradients, or None for settings whose loss is not written out here.
+of which they use models, settings and β, and prepared rows. They return a scalar tensor with a graph, or None for
+settings that they do not support.
 """
 
 from contextlib import nullcontext
@@ -57,7 +57,7 @@ def _reference(trainer, ids: list[int], labels: list[int]):
 
 
 def _log_prob(model, ids: list[int], labels: list[int]):
-    """log p of a row's labelled tokens, added up."""
+    """Σ log p of a row's labelled tokens."""
     import torch
 
     inputs = torch.tensor([ids], device=model.device)

@@ -1,4 +1,4 @@
-"""Pretraining: plain text, every token of which is trained, in packed rows."""
+"""Continued pretraining: plain text in packed rows, of which every token is trained."""
 
 from utils.data.conversations import to_text
 from utils.data.encode import build_row_encoder
@@ -14,12 +14,11 @@ from utils.template.tokenize import Segment, encode_segments
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
-    """Prepares texts: each ends with the tokenizer's eos token, all ids are labels.
+    """Prepares texts: each ends with the tokenizer's EOS token, and all ids are labels.
 
-    The text of a special token stays plain text, unless `--allow_special_tokens_in_content true` lets it be the token.
-    Packed, they share rows of `max_len`; a longer text goes on in the next row, nothing is cut off.
+    The text of a special token is tokenized as plain text, unless `--allow_special_tokens_in_content true`. Packed
+    texts share rows of `max_len` tokens; a longer text continues in the next row, and nothing is cut off.
     """
-
     begin, end = _ends(tokenizer)
     allow_special = args.allow_special_tokens_in_content
 
@@ -43,7 +42,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 
 def _ends(tokenizer) -> tuple[list[int], list[int]]:
-    """What stands before and after each text: BOS where the tokenizer itself sets one, and always eos."""
+    """The ids before and after each text: BOS if the tokenizer adds one itself, and always EOS."""
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     if tokenizer("a")["input_ids"][:1] != begin:
         begin = []
@@ -58,10 +57,10 @@ TASK = Task(
     build_collator,
     file_suffixes=TEXT_SUFFIXES,
     sample_data=("data/pretrain_data.jsonl", None),
-    sample_settings={"allow_special_tokens_in_content": True},  # some of its texts are chats, written out
+    sample_settings={"allow_special_tokens_in_content": True},  # some of its texts are rendered chats
     metrics=METRICS,
     usual_learning_rates={True: (1e-5, 1e-3), False: (1e-6, 1e-3)},
-    uses_template=False,  # plain text: the chat format of the model stays what it was
+    uses_template=False,  # the model keeps its chat format
     supports_packing=True,
     supports_padding_free=True,
     packing_splits_rows=True,
@@ -70,7 +69,7 @@ TASK = Task(
         SMOOTHING,
         NoEffect(("template_name", "train_special_tokens"), lambda s: True, "plain text has no chat format"),
         NoEffect(("train_on",), lambda s: True, "every token of a text is trained"),
-        NoEffect(("overlong",), lambda s: s.packing, "packed text goes on in the next row, so that none is too long"),
+        NoEffect(("overlong",), lambda s: s.packing, "packed text continues in the next row, so none is too long"),
     ),
     memory_loss=memory_loss,
     plain_loss=cross_entropy,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations, of which the assistant's answers are trained."""
+"""Supervised fine-tuning: trains the assistant's answers in conversations."""
 
 import dataclasses
 
@@ -17,8 +17,7 @@ from utils.tasks.trainer import make_trainer
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
-    """Prepares conversations: `input_ids` and `labels`, the answers and their stop tokens labelled."""
-
+    """Prepares conversations as `input_ids` and `labels`; answers and their stop tokens are labelled."""
     truncate = args.overlong == "truncate"
 
     def read(row):
@@ -41,12 +40,12 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 
 def build_collator(args, train_args, tokenizer):
-    """Rows end to end by default, padded where that is asked for or needed."""
+    """A collator that concatenates rows (`--padding_free true`) or pads them."""
     return _collator(tokenizer.pad_token_id, train_args.padding_free)
 
 
 def build_trainer(args, train_args, model, adapter, data: Data, collator, tokenizer):
-    """TRL's SFTTrainer on rows that are prepared already."""
+    """Builds TRL's SFTTrainer on prepared rows."""
     from trl import SFTTrainer
 
     from utils.patches.lm_head import use_trained_positions
@@ -64,7 +63,7 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
 
 
 def memory_loss(model, states, targets, batch):
-    """The head as SFT computes it: in chunks on a GPU, and by `utils.patches.lm_head` under adapters on the CPU."""
+    """The loss as SFT computes it: in chunks, or by `utils.patches.lm_head` on the CPU if the head is frozen."""
     from utils.memory.fake import chunked_loss, frozen_head_loss
 
     frozen = not model.get_output_embeddings().weight.requires_grad

@@ -1,9 +1,9 @@
-"""Task: everything that other code may ask of a task.
+"""Task: everything that other code needs to know about a task.
 
-Nothing outside `utils/tasks` compares the name of a task, or knows a column of its rows. A new task is
+No code outside `utils/tasks` compares a task's name or names a column of its rows. A new task consists of
 
-1. a file in `utils/tasks/`, such as `sft.py`, that ends with `TASK = Task(...)`. Its functions import torch and TRL
-   themselves, so that `--help` and the checks of the arguments need neither.
+1. a file in `utils/tasks/`, such as `sft.py`, that ends with `TASK = Task(...)`. Torch and TRL are imported inside
+   its functions, so that `--help` and the checks of the arguments do not import them.
 2. a recipe `train_args/<task>/base.py`: a dataclass `TrainArgument` that extends transformers' `TrainingArguments` or
    one of TRL's configs, with `task_types = ("<task>",)`.
 3. a row of the table `MODULES` in `utils/tasks/__init__.py`.
@@ -11,9 +11,8 @@ Nothing outside `utils/tasks` compares the name of a task, or knows a column of 
 
 Rows that are neither conversations, preference pairs nor texts need a `RowType` (`utils/data/row_type.py`) as well.
 
-What one task cannot have yet: weights of a second model with settings of their own (a teacher or a reward model; its
-trainer can load one itself, and checkpoints hold only what is trained), and a second kind of data files beside
-`--train_data_path` and `--eval_data_path`.
+Not supported yet: flags for a second model, such as a teacher or a reward model (a task's trainer can load one itself;
+checkpoints hold only what is trained), and data files other than `--train_data_path` and `--eval_data_path`.
 """
 
 from collections.abc import Callable
@@ -32,17 +31,17 @@ def no_collator(args, train_args, tokenizer) -> Callable:
 
 
 def no_problems(common, train_args) -> list[Problem]:
-    """The `check` of a task that has none of its own."""
+    """The `check` of a task without checks of its own."""
     return []
 
 
 @dataclass(frozen=True)
 class Task:
-    """What can be asked of a task.
+    """A training task.
 
     Attributes:
         name: of `--task_type`.
-        family: what the modes of one method share, in the model card's tags; the name by default.
+        family: a tag of the model card, shared by the modes of one method; the name by default.
         row_type: of its rows.
         load_datasets: (args, train_args, template or None, tokenizer) → `utils.data.prepare.Data`.
         build_trainer: (args, train_args, model, adapter, data, collator, tokenizer) → transformers' Trainer.
@@ -60,18 +59,18 @@ class Task:
         uses_template: whether rows are rendered in a chat format.
         auto_class: transformers' class that loads the model.
         peft_task_type: a name of `peft.TaskType`.
-        needs_reference: whether a frozen copy of the starting model is compared with.
+        needs_reference: whether the loss needs a frozen copy of the starting model.
         supports_packing: whether `--packing true` puts several rows into one.
-        supports_padding_free: whether the collator can lay the rows of a step end to end (`--padding_free true`).
-        packing_splits_rows: whether a packed row may end within a row of the files.
-        imitates: whether the labelled tokens become likely, so that a model repeats a row it has learned.
+        supports_padding_free: whether the collator can concatenate the rows of a step (`--padding_free true`).
+        packing_splits_rows: whether packing may split a row of the files.
+        imitates: whether training makes the labelled tokens likely, so that an overfitted model repeats its rows.
 
         settings_without_effect: of this task; those of every task are in `utils/explain/unused.py`.
         check: (common, train_args) → problems with the recipe's values.
         memory_loss: (model, hidden states and targets of the labelled positions, batch) → the loss, as
             `utils.script.plan_memory` runs it without weights. None: full logits in float32.
-        plain_loss: (trainer, prepared rows) → the loss in plain PyTorch, which `utils.script.prove` compares with; None
-            where it is not written out for the trainer's settings.
+        plain_loss: (trainer, prepared rows) → the loss in plain PyTorch, which `utils.script.prove` compares with, or
+            None for settings it does not support.
     """
 
     name: str
@@ -106,7 +105,7 @@ class Task:
         object.__setattr__(self, "family", self.family or self.name)
 
     def lays_end_to_end(self, train_args) -> bool:
-        """Whether the rows of a step are laid end to end, rather than padded."""
+        """Whether the rows of a step are concatenated, rather than padded."""
         return self.supports_padding_free and bool(getattr(train_args, "padding_free", False))
 
     def packs(self, train_args) -> bool:

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: metrics in the log, the best step, early stopping, and a checkpoint on a signal."""
+"""Trainer callbacks: metrics in the log, the best step, early stopping, and a checkpoint on a signal."""
 
 import signal
 from math import isfinite, nan
@@ -55,7 +55,10 @@ class FindBest(TrainerCallback):
 
 
 class StopEarly(EarlyStoppingCallback):
-    """transformers' early stopping, whose count of evaluations without an improvement survives a resume."""
+    """transformers' early stopping, whose count of evaluations without improvement is kept on resume.
+
+    transformers 5.23 restores the count only with `--restore_callback_states_from_checkpoint`.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())

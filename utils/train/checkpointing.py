@@ -28,8 +28,8 @@ class CompleteCheckpointMixin:
     """A mix-in for transformers' Trainer: a checkpoint is marked complete last, and a failed one is removed.
 
     Attributes:
-        save_limit: how many checkpoints are kept. Not the Trainer's own `save_total_limit`, which at the end of the
-            training would also remove complete ones.
+        save_limit: how many checkpoints are kept. The Trainer's own `save_total_limit` is not used: transformers 5.23
+            would delete complete checkpoints at the end of the training as well.
         base_config: the model's configuration as it was loaded, which is saved with the weights.
     """
 
@@ -89,7 +89,8 @@ class CompleteCheckpointMixin:
     def _failed_writes(self):
         """Collects the errors of writes, so that a process that fails still reaches the barriers of the others.
 
-        Within it, what transformers and DeepSpeed write by is patched: after the first failure nothing is written.
+        transformers 5.23 and DeepSpeed 0.19 let an error of one process leave the others waiting at a barrier, until
+        it times out. The functions they write with are patched here: they note the error, and after it write nothing.
         """
         import torch
 
@@ -117,7 +118,8 @@ class CompleteCheckpointMixin:
                 patches.enter_context(
                     patch.object(engine, "_copy_recovery_script", collecting(engine._copy_recovery_script))
                 )
-                # `latest`, DeepSpeed's pointer to the newest state, is written in _complete, after all states are
+                # DeepSpeed would write `latest`, its pointer to the newest state, although a state may be incomplete;
+                # _complete writes it last
                 save = functools.wraps(engine.save_checkpoint)(
                     functools.partial(engine.save_checkpoint, save_latest=False)
                 )
@@ -127,11 +129,11 @@ class CompleteCheckpointMixin:
     def _determine_best_metric(self, metrics, trial):
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
-            self.control.should_save = True  # evaluations may be more frequent than checkpoints
+            self.control.should_save = True  # transformers saves a new best step only if a checkpoint is due
         return is_best
 
     def how_to_resume(self) -> str:
-        """What to type to continue a run that ended before its last step, for messages."""
+        """The instruction, for messages, how to continue a run that ended before its last step."""
         folder, found = shlex.quote(self.args.output_dir), self._complete_checkpoints()
         if self.args.save_only_model and found:
             return new_run_remedy(shlex.quote(str(found[-1])), ADAPTERS[self.settings["must"]["train_mode"]].is_adapter)

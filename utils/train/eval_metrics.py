@@ -11,16 +11,16 @@ from utils.train.figures import WeightedFiguresMixin
 class TokenWeightedEvalMixin(WeightedFiguresMixin):
     """A mix-in for TRL's SFTTrainer: no metric depends on how rows are divided into batches.
 
-    transformers averages the losses of batches, TRL their accuracies, and with several processes both count the rows
-    that fill up the last step twice. Here, over all trained tokens t of the set,
+    transformers 5.23 averages the losses of batches, TRL 1.16 their accuracies, and with several processes both count
+    rows twice that fill up the last step. Here, over all trained tokens t of the set,
 
         eval_loss           = Σ_t -log p(t) / number of tokens
         eval_perplexity     = exp(eval_loss)
-        eval_token_accuracy = tokens that are the most likely one / number of tokens
+        eval_token_accuracy = tokens that have the highest probability / number of tokens
         eval_entropy        = Σ_t H(p) / number of tokens
 
-    Logits are never held for the whole vocabulary at once: TRL's head computes them in chunks. The loss is the plain
-    cross-entropy, also if label smoothing or an auxiliary loss of a router is trained.
+    TRL's head computes the logits in chunks, so they are never in memory all at once. The loss is the plain
+    cross-entropy, also if training adds label smoothing or a router's auxiliary loss.
     """
 
     _sums: list[float] = []
@@ -65,7 +65,7 @@ def perplexity(loss: float) -> float:
 def fill_up(rows, train_args, row_type: RowType):
     """Adds rows of one unlabelled token, so that every process evaluates equally many batches and no row twice.
 
-    accelerate would repeat the first rows, and `--dataloader_drop_last` would drop the last ones.
+    accelerate 1.15 would repeat the first rows, and with `--dataloader_drop_last` transformers drops the last ones.
 
     Args:
         rows: the validation rows, a dataset, or None.
@@ -77,6 +77,6 @@ def fill_up(rows, train_args, row_type: RowType):
         return rows
     from datasets import Dataset, concatenate_datasets
 
-    one = row_type.filler(rows[0])
+    filler = row_type.filler(rows[0])
     missing = -len(rows) % step
-    return concatenate_datasets([rows, Dataset.from_list([one] * missing, features=rows.features)])
+    return concatenate_datasets([rows, Dataset.from_list([filler] * missing, features=rows.features)])

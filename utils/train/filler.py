@@ -48,7 +48,7 @@ class FullBatches(BatchSampler):
 
 
 def fills_up(train_args, processes: int) -> bool:
-    """Whether the last step of an epoch is filled up with empty rows: where batches are of one size on each process."""
+    """Whether the last step of an epoch is filled up with empty rows: if all processes have batches of one size."""
     config = train_args.accelerator_config
     own_batches = config.split_batches or config.dispatch_batches or not config.even_batches
     rebalanced = train_args.train_sampling_strategy == "batch_rebalance"
@@ -58,7 +58,7 @@ def fills_up(train_args, processes: int) -> bool:
 class FillLastStepMixin:
     """A mix-in for TRL's trainers: an epoch trains each row exactly once, also on several processes.
 
-    accelerate would repeat the epoch's first rows in the last step, and count them in its loss.
+    accelerate (even_batches) would repeat the epoch's first rows in the last step, and count them in its loss.
 
     Attributes:
         row_type: of the rows.
@@ -75,14 +75,14 @@ class FillLastStepMixin:
         return super().get_train_dataloader()
 
     def filled_loader(self, rows, what: str, size: int, sampler_of, training: bool = False):
-        """accelerate's data loader and order of rows, with the last batches filled up instead of repeated.
+        """Builds accelerate's data loader, with empty rows instead of repeated ones in the last batches.
 
         Args:
             rows: a datasets.Dataset.
             what: a name for transformers' messages.
-            size: rows of a batch.
-            sampler_of: makes a sampler of the rows.
-            training: whether it is trained.
+            size: the batch size.
+            sampler_of: rows → sampler.
+            training: whether the loader is for training.
         """
         filled = WithEmptyRow(rows, self.row_type)
         loader = self._get_dataloader(filled, what, size, lambda _: sampler_of(rows), training)

@@ -5,8 +5,8 @@ def add_noise(trainer) -> None:
     """Adds the noise of `--neftune_noise_alpha` to the input embeddings, in place of transformers' hook.
 
     NEFTune (arXiv 2310.05914, algorithm 1) adds ε · alpha / √(L d), ε uniform in [-1, 1), to the embeddings of a row of
-    L tokens and d dimensions. transformers uses the width of the batch as L: the longest of padded rows, or the sum of
-    rows laid end to end, so that the noise would shrink with the batch. Here L is each row's length without padding,
+    L tokens and d dimensions. transformers 5.23 uses the width of the batch as L: the longest of padded rows, or the
+    sum of concatenated rows, so that the noise would depend on the batch. Here L is each row's length without padding,
     in both layouts, and padding gets no noise.
 
     Args:
@@ -17,18 +17,18 @@ def add_noise(trainer) -> None:
         return
     seen: dict = {}
 
-    def look(model, args, kwargs):
+    def keep_inputs(model, args, kwargs):
         seen.update(mask=kwargs.get("attention_mask"), positions=kwargs.get("position_ids"))
 
-    def noisy(module, args, output):
+    def add(module, args, output):
         if not module.training:
             return output
         lengths = row_lengths(output.shape[:2], seen.get("mask"), seen.get("positions")).to(output.device)
         bound = alpha / (lengths.clamp(min=1) * output.shape[-1]).sqrt() * (lengths > 0)
         return output + output.new_empty(output.shape).uniform_(-1, 1) * bound[..., None].to(output.dtype)
 
-    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
-    trainer.model.get_input_embeddings().register_forward_hook(noisy)
+    trainer.model.register_forward_pre_hook(keep_inputs, with_kwargs=True)
+    trainer.model.get_input_embeddings().register_forward_hook(add)
 
 
 def row_lengths(shape, mask, positions):

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: the run stops or skips them, and names their rows."""
+"""Stops at, or skips, steps whose loss or gradients are not finite, and names their rows."""
 
 import math
 
@@ -8,7 +8,7 @@ from utils.data.places import format_sources
 from utils.runtime.distributed import all_gather_objects, any_rank
 from utils.runtime.errors import UserError
 
-MAX_SKIPPED_IN_A_ROW = 10  # as many bad steps in a row are caused by the weights, not by the rows
+MAX_SKIPPED_IN_A_ROW = 10  # so many bad steps in a row come from the weights, not from the rows
 
 
 class NonFiniteStepMixin:
@@ -17,8 +17,7 @@ class NonFiniteStepMixin:
     Attributes:
         on_nan: `stop`, or `skip` to leave such a step out.
         files: the data files, by which rows are named.
-        steps_skipped: how many steps were left out, those before a resume and those that the gradient scaler of fp16
-            left out included.
+        steps_skipped: how many steps were skipped, also before a resume and by the gradient scaler of fp16.
     """
 
     on_nan = "stop"
@@ -58,10 +57,10 @@ class NonFiniteStepMixin:
         """Logs a bad step if it may be skipped. Called on every process in the same step, as it gathers the rows.
 
         Args:
-            norm: of the gradients; None where it is not computed.
+            norm: of the gradients; None if it is not computed.
 
         Raises:
-            UserError: with the step and the rows in it.
+            UserError: with the step and its rows.
         """
         bad = all_gather_objects(self._bad_sources)
         self._bad_loss = next((loss for loss in all_gather_objects([self._bad_loss]) if loss is not None), math.nan)
@@ -98,11 +97,11 @@ def note_skipped_step(state) -> None:
 
 
 def without_sources(inputs: dict | list[dict]) -> tuple[dict | list[dict], list[int]]:
-    """The inputs of a step without the column `source`, and the sources of its rows.
+    """Splits the column `source` off the inputs of a step; returns the other inputs, and the sources of the rows.
 
     Args:
-        inputs: from a collator, or the list of prepared rows of a task without one. Of a list, the rows that only fill
-            up the step are left out if there are others.
+        inputs: from a collator, or the list of prepared rows for a task without one. Rows of a list that only fill up
+            the step are removed, unless there are no others.
     """
     if isinstance(inputs, list):
         rows = [row for row in inputs if row.get("source")] or inputs[:1]

@@ -1,4 +1,4 @@
-"""Checks that a run can resume from a checkpoint, and applies settings that have changed since."""
+"""Checks that a run can resume from a checkpoint, and applies settings that changed since it was saved."""
 
 import dataclasses
 import hashlib
@@ -115,8 +115,8 @@ def check_resume(args, train_args, data) -> None:
     _log_changes(then, now, changed)
     if train_args.train_sampling_strategy == "group_by_length":
         logger.warning(
-            "resuming with train_sampling_strategy group_by_length, which draws another order of rows: of this epoch "
-            "some rows may be trained twice and others not"
+            "resuming with train_sampling_strategy group_by_length, which draws a new order of rows: some rows of this "
+            "epoch may be trained twice and others not"
         )
 
 
@@ -148,13 +148,13 @@ def _log_changes(then: dict, now: dict, changed: dict[str, list[str]]) -> None:
         logger.info("resuming with {}, it was {}: the same rows in every step{}", *sizes, drawn)
     rows = [settings.get("evaluation") for settings in (then, now)]
     if rows[0] != rows[1]:
-        logger.warning("resuming with other validation rows: evaluations before and after do not compare")
+        logger.warning("resuming with other validation rows: evaluations before and after are not comparable")
 
 
 def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
     """Why a setting cannot change on resume; None if it can."""
     if name in ORDER:
-        return "rows of the epoch would be trained twice, and others not"
+        return "rows of the epoch would be trained twice and others not"
     if name in FIXED:
         return "the optimizer keeps the checkpoint's"
     if name not in UPDATED:
@@ -163,7 +163,7 @@ def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
         return None
     stateful = {then.get("lr_scheduler_type"), train_args.lr_scheduler_type.value} & STEP_BY_STEP
     if stateful and name in ("learning_rate", *SCHEDULE):
-        return f"the schedule {stateful.pop()} goes on from its own past"
+        return f"the schedule {stateful.pop()} depends on its earlier steps"
     if train_args.deepspeed_plugin is not None or uses_fsdp():
         return "DeepSpeed and FSDP set it back to the checkpoint's"
     if train_args.optim.value not in PLAIN_OPTIMIZERS:
@@ -200,7 +200,7 @@ def _check_sizes(flag: str, then: dict[str, str], now: dict[str, str], changed: 
 class ResumeMixin:
     """A mix-in for transformers' Trainer: a resumed run uses the given optimizer options, schedule and intervals.
 
-    transformers would restore those of the checkpoint.
+    transformers 5.23 would restore those of the checkpoint.
 
     Attributes:
         settings: from `run_settings`, stored in every checkpoint.
@@ -211,7 +211,7 @@ class ResumeMixin:
     def _init_training_state(self, max_steps, *args, **kwargs):
         found = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # intervals of logging, evaluation and saving as given now
-        # TRL keeps the count that it logs as `num_tokens` in the trainer, not in its state
+        # TRL 1.16 counts the tokens it logs as `num_tokens` in the trainer, not in its state, and restarts at 0
         self._total_train_tokens = self.state.stateful_callbacks.get(_TOKENS, {}).get("attributes", {}).get("total", 0)
         return found
 

@@ -1,4 +1,4 @@
-"""The mix-in for TRL's trainers, and how a trainer is prepared: callbacks, chat format, PiSSA's start weights."""
+"""The mix-in that extends TRL's trainers, and the set-up of a built trainer before it trains."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ class FaultTolerantTrainerMixin(CompleteCheckpointMixin, NonFiniteStepMixin, Res
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            # transformers trains one step too many when a finished run is resumed
+            # transformers 5.23 trains one step too many if a finished run is resumed
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
 
 def prepare_trainer(trainer, args, template, tokenizer) -> None:
-    """Adds the callbacks, and the chat format and stop tokens that every checkpoint is saved with.
+    """Adds callbacks, and sets the chat format and stop tokens that every checkpoint is saved with.
 
     Args:
         trainer: from a task's `build_trainer`.
@@ -59,10 +59,10 @@ def prepare_trainer(trainer, args, template, tokenizer) -> None:
     if args.early_stopping_patience:
         trainer.add_callback(StopEarly(args.early_stopping_patience, args.early_stopping_threshold))
     trainer.add_callback(StopOnSignal())
-    # with every checkpoint TRL writes a model card into the run's folder, over any README.md in it
+    # TRL 1.16 writes a model card with every checkpoint, and overwrites a README.md in the run's folder
     trainer.create_model_card = lambda *args, **kwargs: None
     model = trainer.model
-    if hasattr(model, "create_or_update_model_card"):  # PEFT's card is a form to fill in
+    if hasattr(model, "create_or_update_model_card"):  # PEFT 0.21 saves an empty card template with adapters
         model.create_or_update_model_card = lambda *args, **kwargs: None
     if template is not None:
         save_chat_format(tokenizer, template, model)
