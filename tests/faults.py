@@ -220,6 +220,27 @@ FAULTS = [
         "tests/model/test_layout.py -k test_the_chosen_layout",
     ),
     Fault(
+        "layout: the small model of a sharded one is a causal language model whatever the task",
+        "utils/model/layout.py",
+        "probe(model, collators, rows, task.auto_class)",
+        "probe(model, collators, rows)",
+        "tests/model/test_probe.py -k task_s_class",
+    ),
+    Fault(
+        "layout: the small model before the weights is a causal language model whatever the task",
+        "utils/model/layout.py",
+        "small_model(config, auto_class=task.auto_class, **options)",
+        'small_model(config, auto_class="AutoModelForCausalLM", **options)',
+        "tests/model/test_probe.py -k task_s_class",
+    ),
+    Fault(
+        "merge: the base is loaded as a causal language model whatever the task",
+        "utils/export/merge.py",
+        'TASKS[task].auto_class if task in TASKS else "AutoModelForCausalLM"',
+        '"AutoModelForCausalLM"',
+        "tests/export/test_merge_foreign.py -k class_of_the_task",
+    ),
+    Fault(
         "head: logits made in another way are not noticed",
         "utils/model/head.py",
         "return None if difference <= tolerance else difference",
