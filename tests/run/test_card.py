@@ -91,7 +91,7 @@ def test_a_card_has_the_first_the_last_and_the_best_loss():
 def test_texts_cannot_break_the_card(train):
     folder = train("--max_steps", "1")
     record = json.loads((folder / "train_args.json").read_text())
-    assert "none were asked for" in card_of(folder)
+    assert "none were generated" in card_of(folder)
     sample = Sample([1], "````\n# not a title", "a", "```", "b")
     card = card_text(record, [], {"name": ("a|b", None)}, [sample], "", "run")
     assert "`````text\n````\n# not a title\n`````" in card and "````text\n```\n````" in card

@@ -80,7 +80,7 @@ def _check_usable(common, flag: str, folder: Path) -> list[Problem]:
             )
     foreign = [path.name for path in folder.glob("checkpoint-*") if path not in checkpoints_of(folder)]
     if foreign:
-        # transformers counts them among a run's checkpoints and deletes the oldest
+        # transformers 5.23 counts them among a run's checkpoints and deletes the oldest
         return refusal(
             f"{flag} holds {foreign[0]!r}, which the trainer would take for a checkpoint; move it or rename it",
             "output_dir",

@@ -45,7 +45,7 @@ class Census:
     def only(self, rows) -> "Census":
         """Returns the census of the rows selected by a mask, [rows] of bool."""
         kept = set(self.sources[rows].tolist())
-        flags = {code: [one for one in found if one[0] in kept] for code, found in self.flags.items()}
+        flags = {code: [flag for flag in flags if flag[0] in kept] for code, flags in self.flags.items()}
         return Census(
             self.files,
             self.sources[rows],

@@ -50,14 +50,14 @@ def disk_findings(args, train_args, steps: int) -> list[Finding]:
     model = model_size_or_none(args)
     if model is None:
         return []
-    one, finished = checkpoint_bytes(args, train_args, model)
+    size, finished = checkpoint_bytes(args, train_args, model)
     count = _checkpoints_on_disk(train_args, steps)
-    needed = count * one + finished
+    needed = count * size + finished
     free = shutil.disk_usage(existing_parent(Path(train_args.output_dir))).free
     if needed <= _TIGHT_SHARE * free:
         return []
     message = (
-        f"{count} checkpoints of {format_size(one)} each and the finished run's {format_size(finished)} take "
+        f"{count} checkpoints of {format_size(size)} each and the finished run's {format_size(finished)} take "
         f"{format_size(needed)}, and {str(train_args.output_dir)!r} has {format_size(free)} free"
     )
     return [Finding("DISK_TOO_SMALL", message, severity=ERROR if needed > free else WARNING)]

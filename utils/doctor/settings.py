@@ -127,4 +127,4 @@ def deepspeed_keys(train_args) -> list[Finding]:
             found.append(f"{section} logs by itself, whatever --report_to says")
     if "activation_checkpointing" in config:
         found.append("activation_checkpointing does nothing here; --gradient_checkpointing does")
-    return [Finding("DEEPSPEED_SHADOWS", f"the DeepSpeed file's {each}", severity=WARNING) for each in found]
+    return [Finding("DEEPSPEED_SHADOWS", f"the DeepSpeed file's {fault}", severity=WARNING) for fault in found]

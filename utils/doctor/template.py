@@ -90,7 +90,7 @@ def _differences(template, tokenizer) -> list[Finding]:
     tokens = tuple((key, value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
     own = AutoTemplate(tokenizer.get_chat_template(), tokens, special_token_pattern(tokenizer))
     for name, (messages, prompt) in _PROBES.items():
-        ours, theirs = (_rendered(one, messages, prompt) for one in (template, own))
+        ours, theirs = (_rendered(form, messages, prompt) for form in (template, own))
         if ours != theirs:
             message = (
                 f"{name}: template {template.name!r} and the tokenizer's own differ {_first_difference(ours, theirs)}"

@@ -71,7 +71,7 @@ class MultipleChoice:
     def encode(self, eval_model: EvalModel, row: Choices) -> list[Scored]:
         """A prompt with each choice; raises a `UserError` if the row cannot be encoded."""
         scored = encode_choices(row, eval_model.tokenizer, self.form)
-        context, longest = context_of(eval_model.config), max(len(one.ids) for one in scored)
+        context, longest = context_of(eval_model.config), max(len(choice.ids) for choice in scored)
         if context and longest > context:
             raise UserError(
                 f"with its longest choice it has {longest:,} tokens, and the model's context is {context:,}"
@@ -83,7 +83,7 @@ class MultipleChoice:
     ) -> Iterator[tuple[int, list[float]]]:
         """Yields (number of the row, log-likelihood of each choice), as rows are completed."""
         owners = [(number, place) for number, scored in encoded.items() for place in range(len(scored))]
-        flat = [one for scored in encoded.values() for one in scored]
+        flat = [choice for scored in encoded.values() for choice in scored]
         found: dict[int, dict[int, float]] = {number: {} for number in encoded}
         for at, value in log_likelihoods(model, flat, batch_size, eval_model.tokenizer.pad_token_id):
             number, place = owners[at]

@@ -1,4 +1,4 @@
-"""The results of an evaluation: a table, a file of all rows with their scores, and a summary."""
+"""Formats and writes the results of an evaluation: a table, all rows with their scores, and a summary."""
 
 import importlib.metadata
 import importlib.util
@@ -111,13 +111,15 @@ def summarise(
         "skipped": [str(problem) for problem in problems],
         "figures": {
             name: {
-                one.key: {"value": round(one.value, 4), "rows": one.rows}
-                | ({} if one.error is None else {"standard_error": round(one.error, 4)})
-                for one in found
+                figure.key: {"value": round(figure.value, 4), "rows": figure.rows}
+                | ({} if figure.error is None else {"standard_error": round(figure.error, 4)})
+                for figure in found
             }
             for name, found in figures.items()
         },
-        "models": {one.name: {"base": one.parts.base, "adapters": list(one.parts.adapters)} for one in eval_models},
+        "models": {
+            model.name: {"base": model.parts.base, "adapters": list(model.parts.adapters)} for model in eval_models
+        },
         "sacrebleu": signatures(task.metrics) if task.name == "generation" else {},
         "arguments": asdict(args),
         "versions": {

@@ -40,8 +40,8 @@ def compare(path: str, then: dict, explained) -> dict:
     record["start"]["processes"] = explained.plan["processes"]
     now = json.loads(json.dumps(record, default=str))
     pairs = differing([Run(Path(path), [], 0, 0, record) for record in (then, now)])
-    machines = [{name: one["hardware"].get(name) for name in _MACHINE} for one in (then, now)]
-    pairs |= {f"the machine's {name}": [_text(one[name]) for one in machines] for name in _MACHINE
+    machines = [{name: run["hardware"].get(name) for name in _MACHINE} for run in (then, now)]
+    pairs |= {f"the machine's {name}": [_text(machine[name]) for machine in machines] for name in _MACHINE
               if machines[0][name] != machines[1][name] and machines[0][name] is not None}  # fmt: skip
     summary = then.get("summary")
     steps = summary.get("steps") if isinstance(summary, dict) else None

@@ -1,4 +1,4 @@
-"""Formats the preview of a run as text."""
+"""Formats the preview that utils.script.explain prints."""
 
 from utils.runtime.text import format_count, format_setting
 
@@ -197,7 +197,7 @@ def diff_text(diff: dict) -> str:
     if not diff["differs"]:
         return f"{title}: nothing differs"
     rows = [
-        (name, f"{one['then']} → {one['now']}", one["from"] if one["from"] else "")
-        for name, one in diff["differs"].items()
+        (name, f"{change['then']} → {change['now']}", change["from"] if change["from"] else "")
+        for name, change in diff["differs"].items()
     ]
     return f"{title}, then → now\n{table(rows)}"

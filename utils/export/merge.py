@@ -74,7 +74,7 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     except Exception as error:  # the hub, the file system and the model code each raise their own
         raise UserError(load_failure("base model", flag, parts.base, error)) from error
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        # transformers would initialise them at random
+        # transformers 5.23 would initialise them at random, and only warn
         raise UserError(f"the base {parts.base!r} lacks weights, such as {lacking[0]}; give a complete one as {flag}")
     loaded = str(model.dtype).removeprefix("torch.")
     load_exactly(model, parts.base)
@@ -158,7 +158,7 @@ def _write_model(args: MergeArgs, parts: Parts, model, folder: Path) -> None:
 def _write_tokenizer(args: MergeArgs, parts: Parts, tokenizer, template, model, folder: Path) -> None:
     """Writes the tokenizer and what states the chat format: a Modelfile on request, and the run's settings."""
     tokenizer.save_pretrained(folder)
-    # SentencePiece's file, which converters to GGUF read and transformers does not save
+    # SentencePiece's file, which converters to GGUF read and transformers 5.23 does not save
     if vocabulary := _file_of(parts.base, "tokenizer.model"):
         shutil.copyfile(vocabulary, folder / "tokenizer.model")
     if args.modelfile:

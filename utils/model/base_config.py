@@ -29,22 +29,22 @@ def load_config(path: str, trust_remote_code: bool = False, flag: str = "--model
 
 
 def text_configs(model) -> list:
-    """The configurations of a model that its layers read: the whole one, and the language model's inside it."""
+    """The configurations that a model's layers read: the model's own, and that of the language model inside it."""
     config = model.config
     return list({id(part): part for part in (config, config.get_text_config())}.values())
 
 
 def refuse_unloadable(path: str, flag: str, trust_remote_code: bool, remedy: str) -> None:
-    """Refuses to save what `AutoModelForCausalLM` takes out of a larger model but could not load by itself.
+    """Refuses a model of which `AutoModelForCausalLM` loads only the language model, and could not load it once saved.
 
-    Of Llama 3.2 Vision that is `MllamaForCausalLM`: saved alone, its config.json belongs to none of the classes that
-    are found by their configuration.
+    Of Llama 3.2 Vision transformers 5.23 loads `MllamaForCausalLM`; saved alone, its config.json has a model type for
+    which no auto class has a model.
 
     Args:
-        path: of the whole model, a folder or a hub's name.
-        flag: that gave it.
-        trust_remote_code: whether Python code beside the model may run.
-        remedy: ends the message.
+        path: of the full model, a folder or a name on the Hub.
+        flag: the flag that named it.
+        trust_remote_code: whether Python code that comes with the model may run.
+        remedy: the end of the message.
 
     Raises:
         UserError: it could not be loaded again, or the configuration cannot be read.
@@ -65,11 +65,11 @@ def refuse_unloadable(path: str, flag: str, trust_remote_code: bool, remedy: str
 
 @contextlib.contextmanager
 def saved_with(model, base_config):
-    """Lets `save_pretrained` write the base's configuration in place of the one that the training worked with.
+    """Lets `save_pretrained` write the base's configuration instead of the one that was changed for the training.
 
-    TRL and transformers set fields that are about the training alone: `use_cache`, `output_router_logits`,
-    `router_aux_loss_coef`, `pad_token_id`. Only the stop token is trained, and `save_pretrained` itself writes the
-    type of the weights.
+    TRL 1.16 and transformers 5.23 set fields that concern only the training: `use_cache`, `output_router_logits`,
+    `router_aux_loss_coef`, `pad_token_id`. Of the changes only the stop token is kept; `save_pretrained` itself writes
+    the dtype of the weights.
 
     Args:
         model: the one that is saved; an adapter, which is saved without config.json, is left alone.

@@ -27,12 +27,12 @@ def own_generation(model):
     models = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     ours = GenerationConfig(**{name: getattr(base, name) for name in _KEPT})
     try:
-        for each in models:
-            each.generation_config = ours
+        for part in models:
+            part.generation_config = ours
         yield
     finally:
-        for each in models:
-            each.generation_config = base
+        for part in models:
+            part.generation_config = base
 
 
 def set_aside(config) -> dict:

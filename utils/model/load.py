@@ -173,7 +173,7 @@ def fix_generation_config(model) -> None:
 
 
 def _refuse_incomplete(info: dict, path: str) -> None:
-    """Refuses weights that the files lack: transformers would initialise them at random, with only a warning."""
+    """Refuses weights that the files lack: transformers 5.23 would initialise them at random, and only warn."""
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         if info[key]:
             names = sorted(map(str, info[key]))

@@ -199,7 +199,7 @@ def _types_by_weight(peft, types: dict | None) -> dict:
 def separate_head(peft) -> bool:
     """Unties head and embedding if an adapter changes only one of them.
 
-    PEFT adapts each separately, so merging into a shared matrix would change the other as well. Trained token rows
+    PEFT 0.21 adapts each separately, so merging into a shared matrix would change the other as well. Trained token rows
     change both in the same way, so these stay tied.
 
     Returns:

@@ -32,7 +32,7 @@ def with_pissa(model, config, keep_dtype: bool):
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    config.init_lora_weights = True  # PEFT's own start would overwrite the base
+    config.init_lora_weights = True  # PEFT 0.21's own start would overwrite the base
     model = get_peft_model(model, config)
     config.init_lora_weights = model.peft_config["default"].init_lora_weights = "pissa"
     for layer in model.modules():
@@ -99,7 +99,7 @@ def pissa_to_lora(folder: Path, start: Path) -> None:
 def plain_lora(path: str, flag: str) -> Iterator[str]:
     """Yields the folder to load an adapter from: a checkpoint of a PiSSA run is first converted to a plain LoRA.
 
-    PEFT would compute PiSSA's start again, and round the residual to the dtype in which the base is loaded.
+    PEFT 0.21 would compute PiSSA's start again, and round the residual to the dtype in which the base is loaded.
 
     Args:
         path: the adapter's folder, or its name on the Hub.

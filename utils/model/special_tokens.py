@@ -6,7 +6,7 @@ from utils.runtime.errors import UserError
 def refuse_token_rows(model, names: str) -> None:
     """Refuses models whose embeddings cannot be trained for some tokens alone.
 
-    PEFT's layer for trained rows computes a head as W h, and would lose its bias (GPT-J, Phi-2): DPO, `infer` and
+    PEFT 0.21's layer for trained rows computes a head as W h, and would lose its bias (GPT-J, Phi-2): DPO, `infer` and
     every other program would see other logits than the loss of SFT.
     """
     if hasattr(model.get_input_embeddings().weight, "ds_numel"):

@@ -55,7 +55,7 @@ def _row_by_row(self, x, position_ids, *args, **kwargs):
     along = 0 if len(position_ids) > 1 else 1
     if torch.is_tensor(parts[0]):
         return torch.cat(parts, dim=along)
-    return tuple(torch.cat(each, dim=along) for each in zip(*parts, strict=True))
+    return tuple(torch.cat(values, dim=along) for values in zip(*parts, strict=True))
 
 
 def _forget_longer_rows(module) -> None:

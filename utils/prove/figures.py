@@ -57,7 +57,7 @@ def relative(what: str, expected: float, found: float, tolerance: float) -> Meas
 
 def worst(measures: list[Measure]) -> Measure:
     """Returns the measure with the largest difference; nan counts as the largest."""
-    return max(measures, key=lambda one: math.inf if math.isnan(one.difference) else one.difference)
+    return max(measures, key=lambda item: math.inf if math.isnan(item.difference) else item.difference)
 
 
 @dataclass

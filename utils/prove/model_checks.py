@@ -26,7 +26,7 @@ from utils.template.tokenize import IGNORE_INDEX
 MERGE_TOLERANCE = 1e-5  # (W + BA)x and Wx + B(Ax) are rounded differently in every layer, and the layers add up
 STEPS, MAX_SECONDS = 200, 600  # the most that a model is trained to know rows by heart
 MEMORISED_LOSS = 0.05  # nats a token: the right one is 95 % likely
-_MAX_ROWS = 4  # so many rows are learned and asked
+_MAX_ROWS = 4  # rows that are memorised and then generated
 _EXTRA_TOKENS = 16  # tokens that an answer may be longer than what was trained
 
 
@@ -107,15 +107,15 @@ def stops(subject: Subject) -> list[Measure]:
         raise DoesNotApply("the loss of this task does not teach a format; prove it with the recipe that does")
     if subject.template is None:
         raise DoesNotApply("plain text has no answers")
-    asked = _rows_with_answer(subject)[:_MAX_ROWS]
-    if not asked:
+    chosen = _rows_with_answer(subject)[:_MAX_ROWS]
+    if not chosen:
         raise DoesNotApply("none of the rows has a question and, at its end, an answer that is trained whole")
-    rows = [row for row, _ in asked]
+    rows = [row for row, _ in chosen]
     subject.restore_initial_weights()
     loss, steps, seconds = _train_on(subject, rows)
     subject.trainer.model.eval()
     limits = [_trained(subject, row) + _EXTRA_TOKENS for row in rows]
-    stopped = sum(_ends_with_stop(subject, raw, limit) for (_, raw), limit in zip(asked, limits, strict=True))
+    stopped = sum(_ends_with_stop(subject, raw, limit) for (_, raw), limit in zip(chosen, limits, strict=True))
     if stopped < len(rows) and loss > MEMORISED_LOSS and seconds >= MAX_SECONDS:
         raise DoesNotApply(
             f"{steps} steps in {seconds:.0f} s did not teach the model {len(rows)} rows (loss {loss:.2f}), so how it "
@@ -147,7 +147,7 @@ def _prompt_of(subject: Subject, raw: dict) -> tuple[list[dict], list | None, st
 
 def _trained(subject: Subject, row: dict) -> int:
     """How many tokens of a row are trained."""
-    return sum(label != IGNORE_INDEX for one in subject.task.row_type.sequences(row) for label in one.labels)
+    return sum(label != IGNORE_INDEX for part in subject.task.row_type.sequences(row) for label in part.labels)
 
 
 def _ends_with_stop(subject: Subject, raw: dict, limit: int) -> bool:

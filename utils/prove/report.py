@@ -1,4 +1,4 @@
-"""Proofs and their outcomes as text and as JSON."""
+"""Formats the outcomes of utils.script.prove as text and as JSON."""
 
 import math
 from dataclasses import asdict
@@ -57,7 +57,7 @@ def as_json(outcomes: list, subject) -> dict:
                 "does_not_apply": outcome.verdict.why_not,
                 "failure": outcome.verdict.failure,
                 "seconds": round(outcome.seconds, 1),
-                "measures": [_finite(asdict(one)) | {"holds": one.holds} for one in outcome.verdict.measures],
+                "measures": [_finite(asdict(item)) | {"holds": item.holds} for item in outcome.verdict.measures],
             }
             for outcome in outcomes
         ],

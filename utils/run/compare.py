@@ -60,7 +60,7 @@ def read_run(path: str) -> Run:
         raise UserError(f"{path!r} holds no run: {_A_RUN}.{hint}")
     # of equal steps the first, the run's own, whose history has the training time
     state = max(states, key=lambda state: state["global_step"])
-    history = [one for one in state["log_history"] if isinstance(one, dict) and isinstance(one.get("step"), int)]
+    history = [log for log in state["log_history"] if isinstance(log, dict) and isinstance(log.get("step"), int)]
     if not history:
         raise UserError(f"{path!r} logged nothing: it stopped before its first --logging_steps; leave it out")
     return Run(folder, history, state["global_step"], _part(state, "max_steps", int), read_record(folder) or {})

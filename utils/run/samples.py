@@ -41,7 +41,7 @@ def begin_samples(trainer, args, train_args, data, tokenizer) -> tuple[list[Samp
         the samples, and why there are none; empty if there are some.
     """
     if not args.card_samples:
-        return [], "none were asked for (`--card_samples 0`)"
+        return [], "none were generated (`--card_samples 0`)"
     if zero_stage(train_args) == 3 or train_args.fsdp or uses_fsdp():
         return [], "the weights were divided among the processes (ZeRO-3, FSDP)"
     try:
@@ -120,7 +120,7 @@ def _answers(trainer, tokenizer, samples: list[Sample]) -> list[str]:
 
     model, args = trainer.model, trainer.args
     if not getattr(model, "is_quantized", False):
-        model.to(args.device)  # DeepSpeed places the model only when it trains
+        model.to(args.device)  # DeepSpeed 0.19 places the model only when it trains
     rows = min(len(samples), args.per_device_eval_batch_size) or 1
     training, cached = model.training, model.config.use_cache
     logger.disable(own_generation.__module__)  # which flags decide an answer's tokens is of no matter to a training

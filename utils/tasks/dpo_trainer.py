@@ -58,7 +58,7 @@ class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantT
         return result * self._weight if self.model.training and not return_outputs else result
 
     def _prepare_dataset(self, dataset, *_):
-        return dataset  # TRL would render and tokenize the rows
+        return dataset  # TRL 1.16 would render and tokenize the rows
 
     def _precompute_ref_logps(self, *inputs):
         self.prepare_weights()  # TRL 1.16 calls this in its constructor, before `make_trainer` can
@@ -73,7 +73,7 @@ class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantT
         pairs = count_pairs(inputs) if self._pairs is None else self._pairs
         counts = self.accelerator.gather(torch.tensor([pairs], device=self.accelerator.device)).tolist()
         gather = functools.partial(gather_uneven, self.accelerator.gather, counts, count_pairs(inputs))
-        # TRL gathers metrics with accelerate's `gather`, which hangs or fails on tensors of different sizes
+        # TRL 1.16 gathers metrics with accelerate's `gather`, which needs tensors of one size on all processes
         uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
         with uneven:
             result = super()._compute_loss(model, inputs, return_outputs)
@@ -128,7 +128,7 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
         model, adapter = with_pissa(model, adapter, needs_uniform_dtype(args, train_args)), None
     has_copy = isinstance(model, PeftModel)
     if has_copy:
-        # TRL adds the copy with this config, for which PEFT would initialise PiSSA and overwrite W0 by its residual
+        # TRL 1.16 adds the copy with this config, for which PEFT 0.21 would initialise PiSSA and overwrite W0
         config = model.peft_config["default"]
         start, config.init_lora_weights = config.init_lora_weights, True
     if train_args.precompute_ref_log_probs:
@@ -142,7 +142,7 @@ def make_dpo_trainer(trainer_class: type, args, train_args, model, adapter, data
     if has_copy:
         # the adapter_config.json of the checkpoints names the start again
         trainer.model.peft_config["default"].init_lora_weights = start
-        # PEFT would also save `ref`, which is in the folder that it was loaded from
+        # PEFT 0.21 would also save `ref`, which is in the folder that it was loaded from
         save = trainer.model.save_pretrained
         trainer.model.save_pretrained = functools.partial(save, selected_adapters=["default"])
     return trainer

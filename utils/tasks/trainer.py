@@ -117,7 +117,7 @@ def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
     """Sets what `FaultTolerantTrainerMixin` reads: NaN handling, LoRA+, and what each checkpoint stores."""
     trainer.on_nan = args.on_nan
     trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
-    # the mix-in deletes old checkpoints itself: transformers would also delete complete ones at the end of the training
+    # the mix-in deletes old checkpoints: transformers 5.23 would delete complete ones at the end of the training too
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)
     trainer.files = data.report.files

@@ -118,7 +118,7 @@ class CompleteCheckpointMixin:
                 patches.enter_context(
                     patch.object(engine, "_copy_recovery_script", collecting(engine._copy_recovery_script))
                 )
-                # DeepSpeed would write `latest`, its pointer to the newest state, although a state may be incomplete;
+                # DeepSpeed 0.19 would write `latest`, its pointer to the newest state, although a state may be incomplete;
                 # _complete writes it last
                 save = functools.wraps(engine.save_checkpoint)(
                     functools.partial(engine.save_checkpoint, save_latest=False)
@@ -129,7 +129,7 @@ class CompleteCheckpointMixin:
     def _determine_best_metric(self, metrics, trial):
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
-            self.control.should_save = True  # transformers saves a new best step only if a checkpoint is due
+            self.control.should_save = True  # transformers 5.23 saves it only if a checkpoint is due
         return is_best
 
     def how_to_resume(self) -> str:

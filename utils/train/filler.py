@@ -58,7 +58,7 @@ def fills_up(train_args, processes: int) -> bool:
 class FillLastStepMixin:
     """A mix-in for TRL's trainers: an epoch trains each row exactly once, also on several processes.
 
-    accelerate (even_batches) would repeat the epoch's first rows in the last step, and count them in its loss.
+    accelerate 1.15 (even_batches) would repeat the epoch's first rows in the last step, and count them in its loss.
 
     Attributes:
         row_type: of the rows.
