@@ -11,8 +11,8 @@ _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.03
 def check_new_adapter(model) -> None:
     """Compares the logits of a short row with the adapter on and off; at the start they must be equal.
 
-    With trained token rows PEFT 0.21 computes embedding and head itself. If a model's embedding does more than look up rows,
-    the model would be a different one with the adapter.
+    With trained token rows PEFT 0.21 computes embedding and head itself. If a model's embedding does more than look up
+    rows, the model would be a different one with the adapter.
 
     Args:
         model: peft.PeftModel with a new adapter, other than PiSSA's. A model whose weights are sharded over processes

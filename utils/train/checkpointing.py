@@ -118,7 +118,7 @@ class CompleteCheckpointMixin:
                 patches.enter_context(
                     patch.object(engine, "_copy_recovery_script", collecting(engine._copy_recovery_script))
                 )
-                # DeepSpeed 0.19 would write `latest`, its pointer to the newest state, although a state may be incomplete;
+                # DeepSpeed 0.19 would write `latest`, its pointer to the newest state, also if a state is incomplete;
                 # _complete writes it last
                 save = functools.wraps(engine.save_checkpoint)(
                     functools.partial(engine.save_checkpoint, save_latest=False)
