@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict:
     # ------------------------------------------------------------------ datasets
     data = task.load_datasets(args, train_args, template, tokenizer)
     check_resume(args, train_args, data)
-    examine(args, train_args, data, template, tokenizer)
+    examine(args, train_args, data, template, tokenizer)  # the doctor: its errors end the run here
 
     # ------------------------------------------------------------------ model
     model = load_model(args, train_args)

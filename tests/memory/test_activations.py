@@ -4,6 +4,7 @@ import pytest
 from planning import EXPERTS, parse_run
 
 from benchmarks.memory_plan import flags_of, peaks
+from utils.memory import estimate
 from utils.memory.activations import step_bytes
 from utils.memory.fake import Batch
 from utils.model.base_config import load_config
@@ -48,3 +49,12 @@ def test_a_deep_model_is_extrapolated_from_shallow_ones(config_folder, monkeypat
     assert (shallow.saved, shallow.peak) == (whole.saved, whole.peak)
     worst = [max(found.early, found.late, found.peak) for found in (shallow, whole)]
     assert worst[0] == pytest.approx(worst[1], rel=0.01)
+
+
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_one_row_needs_no_mask(config_folder, padding_free):
+    """Activations grow with the tokens. transformers makes a mask, tokens × tokens, if it cannot read the positions."""
+    folder = config_folder()
+    row = ["--per_device_train_batch_size", "1", "--padding_free", padding_free, "--max_len"]
+    short, long = (estimate(*parse_run(folder, *row, length), 1).activations for length in ("512", "1024"))
+    assert long == pytest.approx(2 * short, rel=0.1)

@@ -135,7 +135,7 @@ def changes(batch: Batch, dtype):
         return None
 
     yield patch.dict(AttentionInterface._global_mapping, {"sdpa": attend})
-    # transformers reads the rows of a batch from the values of `position_ids`
+    # it reads the values of `position_ids`; on fake tensors it would take one row for several, which need a mask
     yield patch("transformers.masking_utils.find_packed_sequence_indices", nothing)
     # torch's grouped_mm, one product for all experts, has fake shapes for bf16 only; its fallback for every dtype
     yield patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)

@@ -61,10 +61,10 @@ def _pack(subject: Subject) -> list[dict]:
         subject.args, max_len=length, train_data_path=subject.rows_file(), eval_data_path=None, val_size=0.0,
         cache_dir=str(subject.scratch / "packed"),
     )  # fmt: skip
-    settled = copy.copy(subject.train_args)
-    settled.packing = settled.padding_free = True
+    packed_args = copy.copy(subject.train_args)
+    packed_args.packing = packed_args.padding_free = True
     with quiet():
-        data = subject.task.load_datasets(args, settled, subject.template, subject.tokenizer)
+        data = subject.task.load_datasets(args, packed_args, subject.template, subject.tokenizer)
     return list(data.train)
 
 

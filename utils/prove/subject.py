@@ -171,9 +171,9 @@ class Subject:
     # ------------------------------------------------------------------ steps
     def collator(self, padding_free: bool):
         """Builds the task's own collator for padded or padding-free batches."""
-        settled = copy.copy(self.train_args)
-        settled.padding_free = padding_free
-        return self.task.build_collator(self.args, settled, self.tokenizer)
+        train_args = copy.copy(self.train_args)
+        train_args.padding_free = padding_free
+        return self.task.build_collator(self.args, train_args, self.tokenizer)
 
     @functools.cached_property
     def reference(self) -> Gradients:
