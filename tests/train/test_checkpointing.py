@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from utils.model.pissa import IN_CHECKPOINT
-from utils.run.save import keep_figures
+from utils.run.save import save_history_on_exit
 from utils.runtime.errors import UserError
 from utils.storage.run_files import PISSA_START
 from utils.storage.run_folder import checkpoints_of, is_incomplete, mark_complete, mark_incomplete, read_manifest
@@ -125,7 +125,7 @@ def interrupted_trainer(tmp_path):
 
 
 def interrupted(trainer) -> str:
-    with pytest.raises(KeyboardInterrupt) as stop, keep_figures(trainer):
+    with pytest.raises(KeyboardInterrupt) as stop, save_history_on_exit(trainer):
         raise KeyboardInterrupt
     return str(stop.value)
 
