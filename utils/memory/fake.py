@@ -111,7 +111,7 @@ def mask_of(batch: Batch):
 def changes(batch: Batch, dtype):
     """Yields the patches for a run on fake tensors: no operation may read values, and GPU kernels are imitated.
 
-    The names are those of transformers 5.23, PEFT 0.21 and TRL 1.16.
+    The names are those of transformers 5.23 and TRL 1.16.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -139,16 +139,10 @@ def changes(batch: Batch, dtype):
     yield patch("transformers.masking_utils.find_packed_sequence_indices", nothing)
     # torch's grouped_mm, one product for all experts, has fake shapes for bf16 only; its fallback for every dtype
     yield patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
-    # PEFT would dequantise with bitsandbytes' kernels, which read values
-    yield patch("peft.tuners.lora.dora.dequantize_module_weight", _unpacked)
     if batch.on_gpu:  # there TRL computes each tile of the logits in place, in a Triton kernel
         yield patch("trl.kernels.chunked_logprob._forward_tile", nothing)
         yield patch("trl.kernels.chunked_logprob._backward_tile", nothing)
         yield patch("trl.kernels.chunked_logprob._addmm_fp32", nothing)
-
-
-def _unpacked(layer):
-    return layer.weight.clone() if type(layer).__name__ == "Linear4bit" else layer.weight
 
 
 def loss_of(task, model, hidden, batch: Batch):
