@@ -224,14 +224,14 @@ FAULTS = [
         "utils/model/layout.py",
         "probe(model, collators, rows, task.auto_class)",
         "probe(model, collators, rows)",
-        "tests/model/test_probe.py -k task_s_class",
+        "tests/model/test_layout.py -k task_s_class",
     ),
     Fault(
         "layout: the small model before the weights is a causal language model whatever the task",
         "utils/model/layout.py",
         "small_model(config, auto_class=task.auto_class, **options)",
         'small_model(config, auto_class="AutoModelForCausalLM", **options)',
-        "tests/model/test_probe.py -k task_s_class",
+        "tests/model/test_layout.py -k task_s_class",
     ),
     Fault(
         "merge: the base is loaded as a causal language model whatever the task",
@@ -1177,7 +1177,7 @@ FAULTS = [
     Fault(
         "nan: steps left out are counted since the start alone",
         "utils/train/nonfinite.py",
-        "return count_skipped_steps(self.state)",
+        'return sum("steps_skipped" in entry for entry in state.log_history)',
         "return self._skipped_in_a_row",
         "tests/train/test_nonfinite.py",
     ),

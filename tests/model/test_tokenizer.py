@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from utils.model.tokenizer import apply_chat_format, load_tokenizer, save_chat_format, stop_at_eos, tokenizer_of
+from utils.model.tokenizer import apply_chat_format, load_run_tokenizer, load_tokenizer, save_chat_format, stop_at_eos
 from utils.runtime.errors import UserError
 from utils.template import get_template
 
@@ -61,15 +61,15 @@ def test_auto_takes_the_chat_templates_saved_with_the_adapter(saved, tmp_path):
                            adapter_name_or_path=str(tmp_path / "adapter"), template_name="auto",
                            template_date=None)  # fmt: skip
     (tmp_path / "adapter").mkdir()
-    assert tokenizer_of(args).chat_template == "of the base"
+    assert load_run_tokenizer(args).chat_template == "of the base"
     (tmp_path / "adapter" / "chat_template.jinja").write_text("of the adapter")
-    assert tokenizer_of(args).chat_template == "of the adapter"
+    assert load_run_tokenizer(args).chat_template == "of the adapter"
     named = tmp_path / "adapter" / "additional_chat_templates"
     named.mkdir()
     (named / "tools.jinja").write_text("with tools")
-    assert tokenizer_of(args).chat_template == {"default": "of the adapter", "tools": "with tools"}
+    assert load_run_tokenizer(args).chat_template == {"default": "of the adapter", "tools": "with tools"}
     args.template_name = "qwen"
-    assert tokenizer_of(args).chat_template == "of the base"
+    assert load_run_tokenizer(args).chat_template == "of the base"
 
 
 def test_a_chat_format_sets_the_template_and_the_stop_token():
