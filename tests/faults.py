@@ -1177,14 +1177,9 @@ FAULTS = [
     Fault(
         "nan: steps left out are counted since the start alone",
         "utils/train/nonfinite.py",
-        'return sum("steps_skipped" in entry for entry in state.log_history)',
-<<<<<<< ours
+        "return count_skipped_steps(self.state)",
         "return self._skipped_in_a_row",
         "tests/train/test_nonfinite.py",
-=======
-        'return sum("steps_skipped" in entry for entry in state.log_history[-1:])',
-        "tests/commands/test_survive.py -k 'left_out_are_counted or leave_the_weights'",
->>>>>>> theirs
     ),
     Fault(
         "nan: a step left out moves by its momentum",
@@ -2659,7 +2654,7 @@ FAULTS = [
     Fault(
         "plan: the cheapest that splits on one GPU",
         "utils/memory/report.py",
-        "if row.fits and not brings_nothing(row.setting, gpus)",
+        "if row.fits and not is_useless(row.setting, gpus)",
         "if row.fits",
         "tests/memory/test_report.py",
     ),

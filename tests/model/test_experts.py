@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.model.experts import leave_router_logits_out, settle_balance
+from utils.model.experts import leave_router_logits_out, resolve_aux_loss
 from utils.runtime.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_router_logits_are_returned_only_where_they_are_asked_for(mixture):
 
 def test_a_finite_auxiliary_loss_is_trained_and_the_model_stays_in_its_mode(mixture):
     trainer = trainer_of(mixture.train(), coefficient=0.01)
-    settle_balance(trainer)
+    resolve_aux_loss(trainer)
     assert trainer.aux_loss_enabled is True and mixture.training
     assert all(weight.grad is None for weight in mixture.parameters())
 
@@ -45,7 +45,7 @@ def test_a_finite_auxiliary_loss_is_trained_and_the_model_stays_in_its_mode(mixt
 def test_without_the_loss_nothing_is_computed(mixture):
     mixture.forward = None
     trainer = trainer_of(mixture, enabled=False)
-    settle_balance(trainer)
+    resolve_aux_loss(trainer)
     assert trainer.aux_loss_enabled is False and mixture.config.output_router_logits is False
 
 
@@ -58,7 +58,7 @@ def test_a_loss_that_the_model_cannot_give_is_left_out_or_refused(mixture, failu
 
     mixture.forward = forward
     trainer = trainer_of(mixture)
-    settle_balance(trainer)
+    resolve_aux_loss(trainer)
     assert trainer.aux_loss_enabled is False
     with pytest.raises(UserError, match=f"--router_aux_loss_coef 0.5 cannot .* MixtralForCausalLM: .*{reason}"):
-        settle_balance(trainer_of(mixture, coefficient=0.5))
+        resolve_aux_loss(trainer_of(mixture, coefficient=0.5))
