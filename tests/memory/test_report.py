@@ -52,7 +52,7 @@ def test_the_sum_of_a_setting_names_each_part_overlap_and_host_memory():
 
 def test_the_advice_is_a_command_the_missing_flag_or_what_to_lower():
     assert advice(ROWS, 24, "python main_train.py").endswith("python main_train.py")
-    assert f"{RESERVE / 1e9:g} GB of it left to CUDA" in advice(ROWS, 24, "x")
+    assert f"{RESERVE / 1e9:g} GB of it reserved for CUDA" in advice(ROWS, 24, "x")
     assert "give --gpu_memory" in advice(ROWS, None, None)
     assert "nothing fits 0.5 GB; the least is 1.0 GB" in advice(ROWS, 0.5, None)
 

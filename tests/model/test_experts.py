@@ -49,7 +49,7 @@ def test_without_the_loss_nothing_is_computed(mixture):
     assert trainer.aux_loss_enabled is False and mixture.config.output_router_logits is False
 
 
-@pytest.mark.parametrize(("failure", "reason"), [("nan", "it is nan"), ("raises", "cannot give it .RuntimeError")])
+@pytest.mark.parametrize(("failure", "reason"), [("nan", "it is nan"), ("raises", "cannot compute it .RuntimeError")])
 def test_a_loss_that_the_model_cannot_give_is_left_out_or_refused(mixture, failure, reason):
     def forward(**_):
         if failure == "raises":
