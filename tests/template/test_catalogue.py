@@ -1,6 +1,7 @@
 """Every template against its official rendering, ids and mask, and against properties that hold for any text."""
 
 import copy
+import functools
 import json
 import os
 from dataclasses import fields, replace
@@ -38,6 +39,7 @@ def name_of(row):
     return f"{row['family']}-{row['case']}-{row['part']}"
 
 
+@functools.cache
 def real_tokenizer(name):
     for folder in (os.environ.get("DOJO_TOKENIZERS"), ROOT.parent / "shared/reference/tokenizers"):
         if folder and (Path(folder) / name).is_dir():
