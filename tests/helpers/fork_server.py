@@ -41,13 +41,22 @@ LIBRARIES = (
 )  # fmt: skip
 
 
+def can_fork() -> bool:
+    """Whether the system can tell when a forked process ends; else `fast_python` is Python itself."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
 @functools.cache
 def fast_python() -> str:
     """Returns the path of a command that runs a Python program in a fork of a server, started by the first call.
 
     Beside it are the launchers, which start their processes by it.
     """
-    if not hasattr(os, "pidfd_open"):  # Linux alone has it
+    if not can_fork():
         return PYTHON
     folder = Path(tempfile.mkdtemp(prefix="dojo-fork-"))
     command, address = folder / "python", folder / "socket"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fork_server import PYTHON, fast_python
+from fork_server import PYTHON, can_fork, fast_python
 
 SHOWN = (
     "import json, os, sys\n"
     "print(json.dumps([sys.argv[1:], os.getcwd(), sys.path[0], os.environ['SEEN'], sys.stdin.read(), __name__]))\n"
     "print('here', file=sys.stderr)\nsys.exit(7)\n"
 )
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_fork(), reason="os.pidfd_open is needed")]
 
 
 def both(words, **options):
