@@ -111,6 +111,7 @@ def refused_by(*flags):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_installed_is_told_and_tried_again(tmp_path, monkeypatch):
     monkeypatch.setitem(peers.INSTALL, "TRL", [str(tmp_path / "missing==1")])
     for _ in range(2):
@@ -165,6 +166,7 @@ def test_many_rows_are_set_beside_fewer_of_the_same_repeat():
     assert "| not measured | |" in table(RESULTS)
 
 
+@pytest.mark.slow
 def test_whole_cases_of_this_project_alone(tmp_path):
     """The script itself, on few rows; the peers are not installed by a test."""
     data, output = tmp_path / "rows.jsonl", tmp_path / "new" / "out.json"

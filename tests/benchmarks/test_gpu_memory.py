@@ -35,6 +35,7 @@ def test_the_script_measures_a_tiny_shape(tmp_path, capsys):
     assert capsys.readouterr().out.count('{"way"') == 2
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_memory.WAYS, "LoRA", (["--lora_rank", "0"], None, None))
     gpu_memory.make_rows(tmp_path / "rows.jsonl", 64, 1)

@@ -25,9 +25,18 @@ VARIANTS = {
 }
 
 
-@functools.cache
 def byte_level_tokenizer():
-    """A byte-level BPE as Qwen's, without a chat template."""
+    """A byte-level BPE as Qwen's, without a chat template; a new one at each call, since tests change them."""
+    return copy.deepcopy(_byte_level_tokenizer())
+
+
+def sentencepiece_tokenizer():
+    """A BPE with byte fallback and a dummy prefix, as Llama-2's and Mistral's; a new one at each call."""
+    return copy.deepcopy(_sentencepiece_tokenizer())
+
+
+@functools.cache
+def _byte_level_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,8 +54,7 @@ def byte_level_tokenizer():
 
 
 @functools.cache
-def sentencepiece_tokenizer():
-    """A BPE with byte fallback and a dummy prefix, as Llama-2's and Mistral's."""
+def _sentencepiece_tokenizer():
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -62,6 +62,7 @@ def many(jobs: list, layers, *data) -> list[dict]:
     return [small(name, deepcopy(layers), *data, *rest) for name, *rest in jobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "width", "seed"), [(1, 4, 0), (2, 7, 1), (3, 7, 2), (4, 10, 3)])
 def test_every_stage_ends_where_adamw_in_one_process_ends(ranks, width, seed):
     data = task(seed, width)
