@@ -54,6 +54,8 @@ def test_what_is_asked_of_a_model_is_whole_as_well(name):
         ({**CHAT, "conversations": OTHER}, "has 'conversations' beside 'messages', which is the conversation already"),
         ({**CHAT, "instruction": "X", "output": "Y"}, "has 'instruction' beside 'messages'"),
         ({**CHAT, "output": "Y"}, "has 'output' beside 'messages'"),
+        ({**CHAT, "question": "X", "answer": "Y"}, "has 'question' and 'answer' beside 'messages', which is the"),
+        ({**PLAIN, "question": "X", "answer": "Y"}, "has 'question' and 'answer' beside 'output'"),
         ({**CHAT, "chosen": [USER, USER], "rejected": "Y"}, "has 'chosen' beside 'messages'"),
         ({**CHAT, "completion": [ANSWER]}, "has 'completion' beside 'messages'"),
         ({"conversations": OTHER, "output": "Y"}, "has 'output' beside 'conversations'"),
@@ -102,6 +104,8 @@ def test_a_second_conversation_and_marks_of_bad_answers_are_refused(row, said):
         {"question": "Hi", "answer": "Hello", "context": "Hi\n"},
         {**PLAIN, "context": "", "label": 1, "thought": None},
         {**CHAT, "label": "1", "reasoning": ""},
+        {**CHAT, "question": "Hi", "answer": "42"},  # the question once more, with the result to check an answer by
+        {**CHAT, "answer": "42", "target": "42"},
         {"messages": [{**USER, "value": "Hi"}, {**ANSWER, "value": ""}]},
         {**PLAIN, "response": "Hello", "system": " ", "input": "\n", "tools": "", "history": float("nan")},
     ],

@@ -63,7 +63,7 @@ def jinja_rendering_of(template, row):
         return None
 
 
-def test_every_template_but_our_own_has_a_reference():
+def test_every_template_except_default_has_official_renderings():
     assert set(template_dict) == {*FAMILIES.values(), "default"}
     assert {row["family"] for row in RENDERINGS} == set(FAMILIES)
     for template in template_dict.values():
@@ -86,7 +86,7 @@ def test_one_wrong_character_is_noticed(name):
     template = get_template(name)
     for field in fields(template):
         value = getattr(template, field.name)
-        # what the official renderings do not show is held by tests of its own below
+        # these fields do not show in the renderings; other tests cover them
         if field.name in ("name", "source", "models", "closing", "alternate") or value in (None, "", False):
             continue
         wrong = not value if isinstance(value, bool) else value + "!"

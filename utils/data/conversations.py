@@ -88,7 +88,7 @@ def to_messages(row: Any) -> list[Message]:
         if form is None or recipe_for(row):
             raise WrongTask(row, CONVERSATION_FORMATS)
         raise BadRow(missing_fields(row, CONVERSATION_FORMATS))
-    usual = in_usual_structure(row, form)
+    usual = converted(row, form)
     if form.turns:
         messages = with_system(read_turns(usual[form.turns], form.turns), row)
     else:
@@ -98,7 +98,7 @@ def to_messages(row: Any) -> list[Message]:
     return with_tools(messages, row)
 
 
-def in_usual_structure(row: dict, form: Format) -> dict:
+def converted(row: dict, form: Format) -> dict:
     """A row with its fields structured as those of most formats are; see `Format.convert`."""
     try:
         return form.convert(row) if form.convert else row

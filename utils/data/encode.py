@@ -91,7 +91,7 @@ class EncodedChunk:
     Attributes:
         rows: number of rows in the chunk.
         batch: the kept rows as a pyarrow RecordBatch; None if there are none.
-        dropped: line, reason and kind of each dropped row.
+        dropped: line, reason and kind of each row that is not kept, also of those in `refused`.
         shortened: lines of truncated rows.
         untrained: line and reason of each answer in a kept row that is not trained.
         refused: a description of each row that stops the run.
@@ -154,7 +154,7 @@ def _encode(
     kept, sources = [], []
     for line, row in zip(lines, encoder.encode(values), strict=True):
         if isinstance(row, Dropped):
-            if on_bad_row == "error" and row.kind != TOO_LONG:  # whose flag is --overlong
+            if on_bad_row == "error" and row.kind != TOO_LONG:  # rows that are too long are governed by --overlong
                 encoded.refused.append(f"{encoded.file}:{line} {row.reason}")
             encoded.dropped.append((line, row.reason, row.kind))
             continue

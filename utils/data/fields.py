@@ -1,4 +1,4 @@
-"""The fields of a row that are not read: which describe it only, and which must not be ignored."""
+"""Fields that no format reads: harmless ones are ignored, the others make the row malformed."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -47,6 +47,17 @@ def field_problem(row: dict, form: Format, turns: Sequence[dict] = ()) -> str | 
             continue
         if problem := refused_field(name) or (None if form.texts else _problem_beside_turns(row, name, form, turns)):
             return problem
+    return None if form.texts else _second_conversation(row, form, turns)
+
+
+def _second_conversation(row: dict, form: Format, turns: Sequence[dict]) -> str | None:
+    """Describes a question with its answer in other fields; alone, such a field may be a note on the row."""
+    for other in CONVERSATION_FORMATS:
+        unread = [name for name in other.main if name not in form.reads]
+        if len(unread) < 2 or other.filled(row) < 1 or any(_repeats(name, row, form, turns) for name in unread):
+            continue
+        names, shown = " and ".join(map(repr, unread)), form.turns or form.answers[0]
+        return f"has {names} beside {shown!r}, which is the conversation already; keep one of them"
     return None
 
 

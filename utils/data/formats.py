@@ -1,9 +1,9 @@
 """The formats of rows: the fields that each is recognised by, and an example.
 
 A new format is a row of one of the tables: `CONVERSATION_FORMATS`, `PAIR_FORMATS` or `TEXT_FORMATS`. Where the fields
-are named in another way, that is all; where they are structured in another way, `convert` brings them into the usual
-structure. The messages that list the formats, and the tests, are made from the tables; `docs/data.md` and
-`docs/preferences.md` show each example.
+are named in another way, that is all; where they are structured in another way, `convert` makes a question and an
+answer, or a list of turns, of them. The messages that list the formats, and the tests, are made from the tables;
+`docs/data.md` and `docs/preferences.md` show each example.
 """
 
 import functools
@@ -40,8 +40,8 @@ class Format:
         texts: the fields of a pretraining row.
         also: further fields that are read, where they have a value.
         matches: a condition beyond the fields having values.
-        convert: row → row with its fields in the usual structure, answers of a pair as `chosen` and `rejected`; raises
-            ValueError where that cannot be done.
+        convert: row → row with a question and an answer, or with a list of turns; those of a pair as `chosen` and
+            `rejected`. It raises ValueError where that cannot be done.
     """
 
     name: str
@@ -246,6 +246,8 @@ TEXT_FORMATS = (
     ),
 )
 
+
+TURN_FIELDS = tuple(dict.fromkeys(form.turns for form in CONVERSATION_FORMATS if form.turns))
 
 # ------------------------------------------------------------------ preference pairs
 _SPEAKER = re.compile(r"\s*\n\n(Human|Assistant):[ ]?|\A(Human|Assistant):[ ]?")

@@ -7,7 +7,7 @@ from utils.data.conversations import (
     Message,
     WrongTask,
     check_fields,
-    in_usual_structure,
+    converted,
     read_question,
     read_turns,
     with_system,
@@ -93,7 +93,7 @@ def _format_of(row: dict) -> Format:
 def usual_fields(row: dict) -> dict:
     """A pair of any format with its fields in the usual structure, the answers as `chosen` and `rejected`."""
     row = _usual_names(row)
-    return in_usual_structure(row, _format_of(row))
+    return converted(row, _format_of(row))
 
 
 def _read_prompt(row: dict) -> list[Message] | None:

@@ -189,11 +189,11 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
         batches.clear()
 
     with ArrowWriter(path=str(path)) as writer, closing(encode_files(files, encoder, on_bad_row, workers)) as chunks:
-        for chunk in chunks:
-            _count(report, chunk)
-            refused += chunk.refused
-            if chunk.batch is not None and not refused:
-                batches.append(chunk.batch)
+        for encoded in chunks:
+            _count(report, encoded)
+            refused += encoded.refused
+            if encoded.batch is not None and not refused:
+                batches.append(encoded.batch)
             if len(batches) == _BATCHES:
                 write()
         _refuse(refused, report, encoder, files)
@@ -203,18 +203,18 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
     return report
 
 
-def _count(report: DataReport, chunk: EncodedChunk) -> None:
-    report.rows += chunk.rows
-    report.kept += chunk.batch.num_rows if chunk.batch is not None else 0
-    report.tokens += chunk.tokens
-    report.trained_tokens += chunk.trained_tokens
-    for line, reason, what in sorted(chunk.dropped):
-        report.drop(chunk.file, line, reason, what)
-    for line in chunk.shortened:
-        report.shorten(chunk.file, line)
-    for line, reason in chunk.untrained:
-        report.leave_untrained(chunk.file, line, reason)
-    report.note_unread(chunk.file, chunk.unread)
+def _count(report: DataReport, encoded: EncodedChunk) -> None:
+    report.rows += encoded.rows
+    report.kept += encoded.batch.num_rows if encoded.batch is not None else 0
+    report.tokens += encoded.tokens
+    report.trained_tokens += encoded.trained_tokens
+    for line, reason, kind in sorted(encoded.dropped):
+        report.drop(encoded.file, line, reason, kind)
+    for line in encoded.shortened:
+        report.shorten(encoded.file, line)
+    for line, reason in encoded.untrained:
+        report.leave_untrained(encoded.file, line, reason)
+    report.note_unread(encoded.file, encoded.unread)
 
 
 def _refuse(refused: list[str], report: DataReport, encoder: RowEncoder, files: list[str]) -> None:

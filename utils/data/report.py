@@ -26,7 +26,7 @@ class Dropped(NamedTuple):
 
     Attributes:
         reason: completes "line N …".
-        kind: the kind that it is counted as.
+        kind: the heading that it is counted under, such as `too long`.
     """
 
     reason: str
@@ -165,7 +165,7 @@ class DataReport:
             logger.warning("{}: {} truncated to fit:{}", name, format_count(self.shortened, "row"), places)
         if self.dropped:
             dropped = format_count(self.dropped_rows(), "row")
-            logger.warning("{}: {} left out ({}):{}", name, dropped, self.counts(), self.named_places())
+            logger.warning("{}: {} dropped ({}):{}", name, dropped, self.counts(), self.named_places())
 
     def counts(self) -> str:
         """`"28 with nothing to train, 32 too long"`"""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from utils.data.formats import TOOL_FIELDS, TURN_FIELDS
 from utils.data.json_rows import NOT_UTF8, RawRow, bad_bytes, open_text
 
 
@@ -46,7 +47,7 @@ def _header_problem(names: list[str]) -> str | None:
     return twice and f"has the column {twice!r} twice; keep one of them"
 
 
-_LISTS = ("messages", "message", "conversations", "conversation", "data", "history", "tools", "functions")
+_LISTS = (*TURN_FIELDS, *TOOL_FIELDS, "history")
 _TEXTS_OR_LISTS = (
     "prompt", "completion", "response", "chosen", "rejected", "reject", "input", "preferred_output",
     "non_preferred_output",

@@ -8,8 +8,8 @@ from utils.data.bad_rows import BadRow, unreadable
 from utils.data.columns import rename_raw
 from utils.data.conversations import (
     Message,
+    converted,
     holds_turns,
-    in_usual_structure,
     kind_name,
     read_question,
     read_text,
@@ -19,13 +19,12 @@ from utils.data.conversations import (
 )
 from utils.data.fields import prompt_problem
 from utils.data.files import find_files, read_rows
-from utils.data.formats import CONVERSATION_FORMATS, Format, is_empty, show_formats
+from utils.data.formats import CONVERSATION_FORMATS, TURN_FIELDS, Format, is_empty, show_formats
 from utils.data.pairs import check_prompt, is_pair, read_pair, usual_fields
 from utils.data.turns import TRAINING_MARKS, from_json
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import original_fields
 
-_JSON_TEXTS = [form.turns for form in CONVERSATION_FORMATS if form.turns]  # fields whose turns may be JSON text
 PROMPT_FORMATS = f"{show_formats(CONVERSATION_FORMATS)}, with an answer or without, or a preference pair"
 
 
@@ -122,7 +121,7 @@ def _without_training_marks(row: dict) -> dict:
             return {name: item for name, item in value.items() if name not in TRAINING_MARKS}
         return value
 
-    return {name: plain(from_json(value) if name in _JSON_TEXTS else value) for name, value in row.items()}
+    return {name: plain(from_json(value) if name in TURN_FIELDS else value) for name, value in row.items()}
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:
@@ -134,7 +133,7 @@ def _read(row: dict) -> tuple[list[Message], str | None]:
     if form is None:
         raise BadRow(f"has the fields {sorted(map(str, row))}; expected {PROMPT_FORMATS}")
     if form.turns or isinstance(row[form.question], list):
-        turns = read_turns(in_usual_structure(row, form)[form.main[0]], form.main[0])
+        turns = read_turns(converted(row, form)[form.main[0]], form.main[0])
         if turns[-1]["role"] == "assistant":
             return (with_system(turns[:-1], row) if len(turns) > 1 else []), turns[-1]["content"]
         messages = with_system(turns, row)

@@ -38,7 +38,8 @@ class Template:
         bos: text at the very start, whatever the first role is.
         default_system: the system message of a conversation without one; None for no such message.
         system: a system message; None if the format has no turn for it.
-        system_with_user: the first user's content after a system message, with `{system}`, if there is no `system`.
+        system_with_user: for formats without a system turn: the first user's content, with the system message put in at
+            `{system}`.
         user: a user's turn.
         assistant: the opening of an answer, with which a generation prompt ends.
         before_answer: text between that opening and the answer which is not part of the prompt.
@@ -46,7 +47,7 @@ class Template:
         stop: the token that ends an answer; empty if only `closing` ends a conversation.
         after_stop: text between the stop token and the next turn; never trained.
         end: text after a complete conversation; never trained.
-        closing: a stop token that training adds to the last answer, where the official rendering has none.
+        closing: for formats that end no answer: the stop token that training adds to the last one.
         strip: whether whitespace around a content is removed.
         alternate: whether user and assistant must take turns, a user first.
     """
