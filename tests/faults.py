@@ -1553,7 +1553,7 @@ FAULTS = [
     Fault(
         "files: a row's own list is taken for the file's rows",
         "utils/data/json_rows.py",
-        "        if complete:",
+        "        if is_row:",
         "        if False:",
         "tests/data/test_json_rows.py -k like_a_wrapper",
     ),
@@ -1595,7 +1595,7 @@ FAULTS = [
     Fault(
         "fields: a second conversation is ignored",
         "utils/data/fields.py",
-        "if name in _CONVERSATION and not _repeats(name, row, form, turns):",
+        "if is_conversation and not _repeats(name, row, form, turns):",
         "if False:",
         "tests/data/test_fields.py",
     ),
@@ -1665,8 +1665,8 @@ FAULTS = [
     Fault(
         "formats: an answer within the prompt is trained",
         "utils/data/conversations.py",
-        'given = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]',
-        "given = messages",
+        "    if holds_turns(row[form.question]):",
+        "    if False:",
         "tests/data/test_formats.py -k 'is_read and TRL'",
     ),
     Fault(
@@ -1703,6 +1703,41 @@ FAULTS = [
         "if len(unread) < 2 or other.filled(row) < 1",
         "if True",
         "tests/data/test_fields.py -k second_conversation",
+    ),
+    Fault(
+        "formats: the input beside turns is dropped",
+        "utils/data/conversations.py",
+        'for name in ("history", *_MORE.get(field, ("input",)))',
+        "for name in ()",
+        "tests/data/test_formats.py -k has_no_place",
+    ),
+    Fault(
+        "formats: JSON text of turns is trained as text",
+        "utils/data/formats.py",
+        "    return turns if all(map(holds_turns, turns.values())) else {}",
+        "    return {}",
+        "tests/data/test_formats.py -k 'is_read and TRL'",
+    ),
+    Fault(
+        "formats: the text beside a call is dropped",
+        "utils/data/turns.py",
+        "({} if is_empty(beside) else {text_field: beside})",
+        "{}",
+        "tests/data/test_formats.py -k beside_a_call",
+    ),
+    Fault(
+        "columns: a misspelt name is taken",
+        "utils/config/validate.py",
+        "        if known and name not in known:",
+        "        if False:",
+        "tests/data/test_columns.py -k no_mapping",
+    ),
+    Fault(
+        "infer: a question is asked without its context",
+        "utils/infer/prompts.py",
+        "if problem := question_problem(row, form, messages):",
+        "if problem := None:",
+        "tests/data/test_formats.py -k all_that_belongs",
     ),
     Fault(
         "formats: choices beside a question are ignored",
@@ -1749,7 +1784,7 @@ FAULTS = [
     Fault(
         "rows: the input is not read",
         "utils/data/conversations.py",
-        "if name := filled_field(row, more):",
+        'if name := filled_field(row, _MORE.get(field, ("input",))):',
         "if name := None:",
         "tests/data/test_conversations.py -k formats",
     ),
@@ -1783,7 +1818,7 @@ FAULTS = [
     ),
     Fault(
         "rows: of a key that stands twice the last counts",
-        "utils/data/json_rows.py",
+        "utils/data/json_text.py",
         "if len(value) < len(pairs):",
         "if False:",
         "tests/data/test_json_rows.py -k what_cannot_be_read",
@@ -1791,7 +1826,7 @@ FAULTS = [
     Fault(
         "rows: an object of columns is a row",
         "utils/data/json_rows.py",
-        "if _are_columns(value) and not (complete and form.convert):",
+        "if _are_columns(value) and not (is_row and form.convert and len(lists) == 1):",
         "if False:",
         "tests/data/test_json_rows.py -k what_cannot_be_read",
     ),

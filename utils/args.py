@@ -33,7 +33,8 @@ class CommonArgs:
     )
     train_data_path: str | None = arg(
         None,
-        "Training data: files (jsonl, json, csv, parquet; txt for pretrain), folders or globs, separated by commas. "
+        "Training data: files (jsonl, json, csv, parquet, arrow; txt for pretrain), folders, globs; separated by "
+        "commas. "
         "In a folder whose files are named after splits, as on the hub, only the training split is read. "
         "Default: the task's sample in data/.",
     )

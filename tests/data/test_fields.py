@@ -55,7 +55,10 @@ def test_what_is_asked_of_a_model_is_whole_as_well(name):
         ({**CHAT, "instruction": "X", "output": "Y"}, "has 'instruction' beside 'messages'"),
         ({**CHAT, "output": "Y"}, "has 'output' beside 'messages'"),
         ({**CHAT, "question": "X", "answer": "Y"}, "has 'question' and 'answer' beside 'messages', which is the"),
-        ({**PLAIN, "question": "X", "answer": "Y"}, "has 'question' and 'answer' beside 'output'"),
+        (
+            {**PLAIN, "question": "X", "answer": "Y"},
+            "has a field 'question', which is not read and changes the question",
+        ),
         ({**CHAT, "chosen": [USER, USER], "rejected": "Y"}, "has 'chosen' beside 'messages'"),
         ({**CHAT, "completion": [ANSWER]}, "has 'completion' beside 'messages'"),
         ({"conversations": OTHER, "output": "Y"}, "has 'output' beside 'conversations'"),
@@ -63,7 +66,7 @@ def test_what_is_asked_of_a_model_is_whole_as_well(name):
         ({**PLAIN, "response": "Y"}, "has 'response' beside 'output'"),
         ({**PLAIN, "reasoning": "I think."}, "has a field 'reasoning', which is not read"),
         ({**PAIR, "output": "Y"}, "has 'output' beside 'chosen'"),
-        ({**PAIR, "prompt": [USER], "messages": [USER]}, "has 'messages' beside 'prompt'"),
+        ({**PAIR, "prompt": [USER], "messages": [USER, USER]}, "has 'messages' beside 'prompt'"),
         *(
             ({**row, name: "I think."}, f"has a field '{name}', which is not read")
             for row in (PLAIN, CHAT, {"conversations": OTHER}, PAIR)

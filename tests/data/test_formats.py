@@ -1,18 +1,18 @@
 """Every row format is read as the messages it stands for, and no field of a row is lost without a word."""
 
+import itertools
 import json
-import string
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from utils.data.bad_rows import BadRow
+from utils.data import fields
+from utils.data.bad_rows import BadRow, EmptyRow
 from utils.data.conversations import to_messages, to_text
 from utils.data.fields import unread_fields
+from utils.data.files import read_rows
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TEXT_FORMATS, find_format
-from utils.data.json_rows import parse_line, read_json
+from utils.data.json_rows import read_json
 from utils.data.pairs import to_pair
 from utils.data.row_types import CONVERSATION, PAIR, PLAIN_TEXT
 from utils.infer.prompts import to_prompt
@@ -85,7 +85,14 @@ CONVERSATIONS = {
         ({"prompt": [system("Be brief."), user("Hi"), answer("Hello"), user("Again")],
           "completion": [answer("Hello!")]},
          [system("Be brief."), user("Hi"), answer("Hello", train=False), user("Again"), answer("Hello!")]),
-        ({"prompt": [user("Hi")], "completion": "Hello"}, [user("Hi"), answer("Hello")])]),
+        ({"prompt": [user("Hi"), answer("Yes?"), user("Bye")], "completion": "Hello"},
+         [user("Hi"), answer("Yes?", train=False), user("Bye"), answer("Hello")]),
+        ({"prompt": "Hi", "history": [["a", "b"]], "completion": answer("Hello")},
+         [user("a"), answer("b"), user("Hi"), answer("Hello")]),
+        ({"prompt": json.dumps([user("Hi")]), "completion": json.dumps([answer("Hello")])},
+         [user("Hi"), answer("Hello")]),
+        ({"prompt": "Hi", "completion": json.dumps([answer("Hello")])},
+         [user("Hi"), answer(json.dumps([answer("Hello")]))])]),
     "prompt and response": (SUM, [
         ({"prompt": "Hi", "response": answer("Hello")}, [user("Hi"), answer("Hello")])]),
     "ms-swift": (SUM, [
@@ -108,11 +115,14 @@ def pair(prompt, chosen, rejected):
 ASK, GREET = [user("What is 7 + 8?")], pair([user("Hi")], "Hello", "No.")
 PAIRS = {
     "TRL": (pair(ASK, "15", "16"), [
-        ({"prompt": "Hi", "chosen": [user("Hi"), answer("Hello")], "reject": "No."}, GREET)]),
+        ({"prompt": "Hi", "chosen": [user("Hi"), answer("Hello")], "reject": "No."}, GREET),
+        ({"prompt": "Hi", "question": "Hi", "chosen": "Hello", "rejected": "No.", "reject": None}, GREET),
+        ({"prompt": json.dumps([user("Hi")]), "chosen": json.dumps([answer("Hello")]),
+          "rejected": json.dumps([answer("No.")])}, GREET)]),
     "Alpaca with two answers": (pair([user("Add the numbers.\n7, 8")], "15", "16"), [
         ({"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "No."}, GREET)]),
     "Orca": (pair([system("Be brief."), *ASK], "15", "16"), [
-        ({"system": "", "question": "Hi", "chosen": "Hello", "rejected": "No."}, GREET)]),
+        ({"system": "", "prompt": None, "question": "Hi", "chosen": "Hello", "rejected": "No."}, GREET)]),
     "messages with two answers": (pair(ASK, "15", "16"), [
         ({"messages": json.dumps([user("Hi")]), "chosen": "Hello", "rejected": "No."}, GREET)]),
     "ShareGPT with two answers": (pair(ASK, "15", "16"), [
@@ -121,6 +131,9 @@ PAIRS = {
     "OpenAI": (pair(ASK, "15", "16"), [
         ({"input": {"messages": [user("Hi")], "tools": [BARE_TOOL], "parallel_tool_calls": True},
           "preferred_output": [answer("Hello")], "non_preferred_output": [answer("No.")]},
+         {**GREET, "prompt": [{**user("Hi"), "tools": [TOOL]}]}),
+        ({"input": json.dumps({"messages": [user("Hi")], "tools": None}), "tools": [TOOL],
+          "preferred_output": json.dumps([answer("Hello")]), "non_preferred_output": json.dumps([answer("No.")])},
          {**GREET, "prompt": [{**user("Hi"), "tools": [TOOL]}]})]),
     "ms-swift": (pair(ASK, "15", "16"), [
         ({"messages": [system("Be kind."), user("Hi"), answer("Hello")], "rejected_response": "No."},
@@ -129,9 +142,13 @@ PAIRS = {
         ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Human: is a word\n\nOf two lines.\n\nAssistant: Hello",
           "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Human: is a word\n\nOf two lines.\n\nAssistant: No."},
          pair([user("Hi"), answer("Yes?"), user("Human: is a word\n\nOf two lines.")], "Hello", "No."))]),
+    "HH-RLHF, prompt apart": (pair(ASK, "15", "16"), [
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello", "chosen": " Hello", "rejected": " No."},
+         GREET)]),
     "UltraFeedback: two conversations that begin alike": (pair(ASK, "15", "16"), [
         ({"prompt": "Hi", "messages": [user("Hi"), answer("Hello")], "chosen": [user("Hi"), answer("Hello")],
-          "rejected": [user("Hi"), answer("No.")], "score_chosen": 8.0}, GREET)]),
+          "rejected": [user("Hi"), answer("No.")], "score_chosen": 8.0}, GREET),
+        ({"prompt": None, "chosen": [user("Hi"), answer("Hello")], "rejected": [user("Hi"), answer("No.")]}, GREET)]),
     "instruction with a list of a good and a bad answer": (pair(ASK, "15", "16"), [
         ({"instruction": "Hi", "input": "", "output": ["Hello", "No."]}, GREET)]),
 }  # fmt: skip
@@ -184,20 +201,34 @@ def test_a_row_of_each_format_is_a_prompt_too(form, expected, others, read):
     assert [*prompt, answer(reference)] == messages
     if form.answers and read is to_messages:
         assert to_prompt({form.question: form.example[form.question]})[2] is None
+    for row, stands_for in others:
+        messages = [*stands_for["prompt"], *stands_for["chosen"]] if read is to_pair else stands_for
+        turns = [{key: value for key, value in turn.items() if key not in ("train", "tools")} for turn in messages]
+        prompt, tools, reference = to_prompt(row)
+        assert [*prompt, answer(reference)] == turns and tools == messages[0].get("tools")
+
+
+# names that matter somewhere, with values that a row may have there
+NAMES = sorted(
+    {name for formats, *_ in TABLES for form in formats for name in form.reads}
+    | {*fields._CONVERSATION, *fields._PART_OF_QUESTION, *fields.REFUSED, "label", "score", "notes", "reject"}
+)
+VALUES = ["Zx.", 7, ["Zx."], [user("Zx.")], answer("Zx."), [["Zx.", "Zx."]], json.dumps([user("Zx.")]), {"Zx.": "Zx."}]
 
 
 @pytest.mark.parametrize(("form", "expected", "others", "read"), CASES)
-@given(name=st.text(string.ascii_lowercase + "_", min_size=1, max_size=12), value=st.sampled_from(["Zx.", 7, ["Zx."]]))
-@settings(max_examples=30, deadline=None)
-def test_no_field_is_lost_without_a_word(form, expected, others, read, name, value):
-    """A field is refused, read, known to describe the row only, or among the unread ones that the log names."""
-    row = {**form.example, name: value}
+@pytest.mark.parametrize("name", NAMES)
+def test_no_field_is_lost_without_a_word(form, expected, others, read, name):
+    """A field is refused, seen in what is read, known to describe the row, or among those that the log names."""
     row_type = {to_messages: CONVERSATION, to_pair: PAIR, to_text: PLAIN_TEXT}[read]
-    try:
-        seen = read(row)
-    except BadRow:
-        return
-    assert seen != expected or name in METADATA_FIELDS or name in row_type.unread(row)
+    for row, value in itertools.product([form.example, *(row for row, _ in others)], VALUES):
+        row = {**row, name: value}
+        try:
+            found = json.dumps(read(row))
+        except BadRow:
+            continue
+        seen = "Zx." in found or (value == 7 and "7" in found.replace("7 + 8", "").replace("7, 8", ""))
+        assert seen or name in METADATA_FIELDS or name in row_type.unread(row), (row, found)
 
 
 def test_what_a_near_miss_lacks_is_named():
@@ -217,4 +248,81 @@ def test_a_row_with_the_fields_of_two_formats_is_read_by_the_one_with_values():
     assert find_format(row, CONVERSATION_FORMATS).name == "ms-swift"
     assert to_messages(row) == [user("Hi"), answer("Hello")]
     assert unread_fields(row, CONVERSATION.fields_read(row)) == []
-    assert parse_line("a.jsonl", 1, json.dumps({"data": ["Hi", "Hello"]})).value == {"data": ["Hi", "Hello"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": [user("Sum")], "input": "7, 8", "completion": "15"}, "has 'input' beside the turns in 'prompt'"),
+        ({"instruction": [user("Sum")], "context": "7", "response": "7"}, "has 'context' beside the turns in 'instr"),
+        ({"prompt": user("Sum"), "input": "7", "chosen": "a", "rejected": "b"}, "has 'input' beside the turns in 'pro"),
+        ({"instruction": [user("Sum")], "context": "7", "chosen": "a", "rejected": "b"}, "has 'context' beside 'instr"),
+        ({"instruction": "Answer.", "question": "What is 7 + 8?", "output": "15"}, "has a field 'question', which is"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}",
+                                                               "tool_calls": [BARE_CALL]}]}, "keep one of them"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "image_url": "x.png"}]},
+                       answer("Hello")]}, "turn 1 has in 'content' a part with 'image_url', which is not read"),
+        ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "a text in 'messages'"),
+        ({"input": {"messages": ASK, "seed": 3}, "preferred_output": [answer("a")], "non_preferred_output": "b"},
+         "has 'seed' in 'input', which is not read"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_beside_turns_is_refused(row, said):
+    with pytest.raises(BadRow) as error:
+        (to_pair if {"chosen", "preferred_output"} & row.keys() else to_messages)(row)
+    assert said in str(error.value) and not isinstance(error.value, EmptyRow)
+
+
+def test_a_text_beside_a_call_is_kept_and_ids_stand_outside_the_function():
+    turns = [user("Hi"), {"from": "function_call", "value": json.dumps(BARE_CALL), "content": "Let me look."}]
+    assert to_messages({"conversations": turns})[1] == answer("Let me look.", tool_calls=[CALL])
+    flat = {"id": "c1", "type": "function", **BARE_CALL}
+    row = {"messages": [user("Hi"), {"role": "assistant", "tool_calls": [flat], "weight": float("nan")}],
+           "tools": [{"type": "function", **BARE_TOOL}]}  # fmt: skip
+    messages = to_messages(row)
+    assert messages[0]["tools"] == [TOOL] and messages[1]["tool_calls"] == [{**CALL, "id": "c1"}]
+    assert "tools" not in to_messages({**row, "tools": "null"})[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("Hi"), answer("Hello")], "rejected_response": ""},
+        {"messages": json.dumps([user("Hi"), answer("Hello")]), "rejected_response": " "},
+        {"input": {"messages": ASK}, "preferred_output": [], "non_preferred_output": [answer("b")]},
+        {"prompt": "Hi", "chosen": "", "rejected": "No."},
+    ],
+)
+def test_an_empty_answer_of_a_pair_has_nothing_to_train(row):
+    with pytest.raises(EmptyRow, match="has an empty"):
+        to_pair(row)
+
+
+def test_a_prompt_is_asked_with_all_that_belongs_to_it():
+    for row in ({"question": "Who wrote it?", "context": "Ann did.", "answer": "Ann"},
+                {"prompt": [user("Hi")], "history": [["a", "b"]], "completion": "Hello"}):  # fmt: skip
+        with pytest.raises(BadRow):
+            to_prompt(row)
+    assert to_prompt({"prompt": "Hi", "output": "Hello"})[2] == "Hello"
+    assert to_prompt({"question": "Hi", "answer": "", "response": "Hello"})[2] == "Hello"
+    assert to_prompt({"prompt": [user("Hi")], "completion": [answer("Hello")]})[2] == "Hello"
+    assert to_prompt({"instruction": "Hi", "output": "Hello", "rejected": ""})[2] == "Hello"
+
+
+def test_an_object_around_rows_is_not_taken_for_a_row(tmp_path):
+    def rows_of(value):
+        (tmp_path / "file.json").write_text(json.dumps(value), encoding="utf-8")
+        return [raw.problem or raw.value for raw in read_json(str(tmp_path / "file.json"))]
+
+    row = {"instruction": "Hi", "output": "Hello"}
+    assert rows_of({"code": 0, "message": "success", "data": [row]}) == [row]
+    assert to_messages({**row, "message": "a commit"}) == [user("Hi"), answer("Hello")]
+    (problem,) = rows_of({"data": ["one", "two"], "label": ["x", "y"]})
+    assert problem.startswith("is one object of columns")
+
+
+def test_a_cell_of_a_csv_file_is_turns_or_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('instruction,input,output\nFix it,"{""a"": 1}","{""name"": ""Bob""}"\n', encoding="utf-8")
+    (raw,) = read_rows(str(path))
+    assert to_messages(raw.value) == [user('Fix it\n{"a": 1}'), answer('{"name": "Bob"}')]

@@ -74,7 +74,10 @@ def test_answers_of_several_turns_part_where_they_first_differ():
         ({"text": "Hi"}, "looks like a row for pretrain"),
         ({"question": "Hi"}, "['question']"),
         ({"prompt": [SYSTEM, USER], "system": "x", "chosen": "a", "rejected": "b"}, "keep one of them"),
-        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "reject": "c"}, "both 'rejected' and 'reject'"),
+        (
+            {"prompt": "Hi", "chosen": "a", "rejected": "b", "reject": "c"},
+            "'reject' beside 'rejected', and they differ",
+        ),
         ({"prompt": "Hi", "instruction": "Ho", "chosen": "a", "rejected": "b"}, "'instruction' beside 'prompt'"),
         ({"prompt": [USER], "history": [["a", "b"]], "chosen": "a", "rejected": "b"}, "'history' beside 'prompt'"),
         ("Hi", "is a text"),

@@ -29,7 +29,7 @@ _AT_LEAST = {
 def validate(settings) -> list[Problem]:
     """Checks what would fail only after the weights are loaded, or be silently ignored."""
     common, train_args = settings.common, settings.train_args
-    problems = _check_numbers(common) + _check_data_files(settings) + parse_columns(common.columns)[1]
+    problems = _check_numbers(common) + _check_data_files(settings) + _check_columns(settings)
     problems += _check_attention(common)
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
@@ -51,6 +51,20 @@ def _check_data_files(settings) -> list[Problem]:
     for name in ("train_data_path", "eval_data_path"):
         if path := getattr(settings.common, name):
             problems += find_files(path, f"--{name}", settings.task.file_suffixes)[1]
+    return problems
+
+
+def _check_columns(settings) -> list[Problem]:
+    columns, problems = parse_columns(settings.common.columns)
+    known = settings.task.row_type.known_fields if settings.task else ()
+    for name in columns:
+        if known and name not in known:
+            rows = settings.task.row_type.name
+            problems += refusal(
+                f"--columns names {name!r}, a field that no format of a {rows} has.{nearest(name, known)} The formats "
+                "are in docs/data.md",
+                "columns",
+            )
     return problems
 
 

@@ -1,12 +1,12 @@
 """`--columns`: fields of the data files under other names than the formats have."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from utils.data.bad_rows import BadRow
 from utils.data.formats import is_empty
 from utils.data.json_rows import RawRow
+from utils.data.json_text import DECODER
 from utils.runtime.errors import Problem, refusal
 
 COLUMNS_HELP = (
@@ -27,7 +27,7 @@ def parse_columns(text: str | None) -> tuple[dict[str, str], list[Problem]]:
     if text is None:
         return {}, []
     try:
-        columns = json.loads(text)
+        columns = DECODER.decode(text)
     except ValueError as error:
         return {}, refusal(f"--columns {text!r} is not JSON ({error}); give {_SHAPE}", "columns")
     if not isinstance(columns, dict) or not all(isinstance(name, str) and name for name in columns.values()):

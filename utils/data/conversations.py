@@ -14,11 +14,13 @@ from utils.data.formats import (
     TOOL_FIELDS,
     Format,
     find_format,
+    holds_turns,
     is_empty,
     missing_fields,
+    read_json_fields,
     show_formats,
 )
-from utils.data.turns import from_json, kind_name, read_text, read_turn
+from utils.data.turns import kind_name, read_text, read_turn
 from utils.template.messages import is_empty_answer
 
 Message = dict[str, Any]
@@ -41,6 +43,8 @@ ROLES = {
     "function": "tool",
     "tool_response": "tool",
 }
+# field of a question → the fields with more of it, where it is not `input` alone
+_MORE = {"instruction": ("input", "context"), "input": ()}
 # recipe → the formats of its rows
 _RECIPES = {
     "train_args/dpo/base.py": PAIR_FORMATS,
@@ -83,6 +87,7 @@ def to_messages(row: Any) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
+    row = read_json_fields(row)
     form = find_format(row, CONVERSATION_FORMATS)
     if form is None or not form.is_complete(row):
         if form is None or recipe_for(row):
@@ -100,8 +105,13 @@ def to_messages(row: Any) -> list[Message]:
 
 def converted(row: dict, form: Format) -> dict:
     """A row with its fields structured as those of most formats are; see `Format.convert`."""
+    if form.convert is None:
+        return row
+    for name in form.main:
+        if is_empty(row[name]):
+            raise (EmptyRow if name in form.answers else BadRow)(f"has an empty {name!r}")
     try:
-        return form.convert(row) if form.convert else row
+        return form.convert(row)
     except ValueError as error:
         raise BadRow(str(error)) from None
 
@@ -173,12 +183,11 @@ def to_text(row: Any) -> str:
 
 def _from_question_and_answer(row: dict, form: Format) -> list[Message]:
     messages = read_question(row, form.question)
+    if holds_turns(row[form.question]):  # as in TRL, answers within the prompt belong to the question
+        messages = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]
     (name,) = form.answers
-    answer = row[name]
-    if holds_turns(answer):
-        # as in TRL, answers within the prompt belong to the question
-        given = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]
-        return [*given, *read_turns([answer] if isinstance(answer, dict) else answer, name)]
+    if holds_turns(row[name]):
+        return [*messages, *read_turns(as_list(row[name]), name)]
     text = read_text(row, name)
     if not text.strip():
         raise EmptyRow(f"has an empty {name}")
@@ -193,33 +202,27 @@ def read_question(row: dict, field: str) -> list[Message]:
     `{"instruction": "Add.", "input": "1, 2"}` → `[{"role": "user", "content": "Add.\\n1, 2"}]`
     """
     if holds_turns(row.get(field)):
-        if not is_empty(row.get("history")):
-            raise BadRow(f"has 'history' beside the list of turns in {field!r}; keep one of them")
-        turns = row[field] if isinstance(row[field], list) else [row[field]]
-        return with_system(read_turns(turns, field), row)
+        if beside := [name for name in ("history", *_MORE.get(field, ("input",))) if not is_empty(row.get(name))]:
+            raise BadRow(f"has {beside[0]!r} beside the turns in {field!r}, where it has no place; keep one of them")
+        return with_system(read_turns(as_list(row[field]), field), row)
     system = system_text(row)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages += _history(row)
     question = read_text(row, field)
-    more = {"instruction": ("input", "context"), "input": ()}.get(field, ("input",))
-    if name := filled_field(row, more):
+    if name := filled_field(row, _MORE.get(field, ("input",))):
         question = f"{question}\n{read_text(row, name)}" if question else read_text(row, name)
     if not question.strip():
         raise BadRow(f"has an empty {field}")
     return [*messages, {"role": "user", "content": question}]
 
 
-def holds_turns(value: Any) -> bool:
-    """Whether the value of a field with a question or an answer is a turn or a list of turns, rather than a text."""
-    if isinstance(value, str):
-        return False
-    turns = value if isinstance(value, list) else [value]
-    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+def as_list(turns: list | dict) -> list:
+    return turns if isinstance(turns, list) else [turns]
 
 
 def _history(row: dict) -> list[Message]:
     """The turns before the question: a list of pairs of texts, or of turns."""
-    history = from_json(row.get("history"))
+    history = row.get("history")
     if is_empty(history):
         return []
     if not isinstance(history, list):
@@ -235,14 +238,13 @@ def _history(row: dict) -> list[Message]:
 
 
 def read_turns(turns: Any, field: str) -> list[Message]:
-    """Reads a list of turns, which may be written as JSON text.
+    """Reads a list of turns.
 
     Args:
         turns: the value of the field; both spellings of the keys occur in it, `role` and `content`, and ShareGPT's
             `from` and `value`.
         field: its name, for the messages.
     """
-    turns = from_json(turns)
     if isinstance(turns, dict) and {"role", "from"} & turns.keys():
         raise BadRow(f"has one message in {field!r} where a list of them belongs; write it as [{{…}}]")
     if not isinstance(turns, list):
@@ -270,12 +272,12 @@ def read_turns(turns: Any, field: str) -> list[Message]:
 def with_tools(messages: list[Message], row: dict) -> list[Message]:
     """Attaches the tools in the fields of a row to its first message.
 
-    `tools` may be JSON text, and tools may be described without the outer object, as in OpenAI's older `functions`.
+    Tools may be described without the outer object, as in OpenAI's older `functions`.
     """
     name = filled_field(row, TOOL_FIELDS)
-    tools = from_json(row[name]) if name else None
-    if is_empty(tools):
+    if name is None:
         return messages
+    tools = row[name]
     if not isinstance(tools, list):
         raise BadRow(f"has {kind_name(tools)} in 'tools', not a list of tool descriptions")
     return [{**messages[0], "tools": list(map(_wrapped, tools))}, *messages[1:]]
@@ -283,5 +285,7 @@ def with_tools(messages: list[Message], row: dict) -> list[Message]:
 
 def _wrapped(tool: Any) -> Any:
     """A description of a tool in the form that chat templates take: `{"type": "function", "function": {…}}`."""
-    bare = isinstance(tool, dict) and "name" in tool and not {"type", "function"} & tool.keys()
-    return {"type": "function", "function": tool} if bare else tool
+    bare = isinstance(tool, dict) and "name" in tool and "function" not in tool
+    if not bare or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}

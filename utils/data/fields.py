@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, Format, is_empty
+from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TURN_FIELDS, Format, holds_turns, is_empty
 from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS
 
 MEDIA = "only text is trained here; remove the row, or the field if the text alone is to be trained"
@@ -19,10 +19,10 @@ _REASONING = dict.fromkeys(
     "write the row as {\"messages\": […]} with 'reasoning_content' in the assistant's turn, or remove the field",
 )
 # fields that a question may need to be understood
-_PART_OF_QUESTION = ("context", "passage", "article", "choices", "options")
+_PART_OF_QUESTION = ("context", "passage", "article", "choices", "options", "question", "query")
 # fields with a question, an answer or both; next to the fields that are read they are a second conversation
 _CONVERSATION = (
-    "messages", "message", "conversations", "conversation", "instruction", "input", "output", "history", "prompt",
+    "messages", "conversations", "conversation", "instruction", "input", "output", "history", "prompt",
     "completion", "response", "chosen", "rejected", "reject", "rejected_response", "preferred_output",
     "non_preferred_output",
 )  # fmt: skip
@@ -67,6 +67,17 @@ def prompt_problem(row: dict) -> str | None:
     return next(filter(None, map(refused_field, names)), None)
 
 
+def question_problem(row: dict, form: Format, turns: Sequence[dict]) -> str | None:
+    """Describes a field that a question may need to be understood, and that is not read."""
+    for name in _PART_OF_QUESTION:
+        if name not in form.reads and not is_empty(row.get(name)) and not _is_within(row[name], turns):
+            return (
+                f"has a field {name!r}, which is not read and changes the question; write it into {form.question!r}, "
+                "or remove it"
+            )
+    return None
+
+
 def refused_field(name: str) -> str | None:
     """Describes a field that no format reads and no row may have."""
     return f"has a field {name!r}, which is not read: {REFUSED[name]}" if name in REFUSED else None
@@ -76,14 +87,12 @@ def _problem_beside_turns(row: dict, name: str, form: Format, turns: Sequence[di
     value = row[name]
     if name in _REASONING:
         return f"has a field {name!r}, which is not read: {_REASONING[name]}"
-    if name in _CONVERSATION and not _repeats(name, row, form, turns):
+    is_conversation = name in _CONVERSATION or (name in TURN_FIELDS and holds_turns(value))
+    if is_conversation and not _repeats(name, row, form, turns):
         shown = form.turns or form.answers[0]
         return f"has {name!r} beside {shown!r}, which is the conversation already; keep one of them"
-    if form.question and name in _PART_OF_QUESTION and not _is_within(value, turns):
-        return (
-            f"has a field {name!r}, which is not read and changes the question; write it into {form.question!r}, or "
-            "remove it"
-        )
+    if form.question and name in _PART_OF_QUESTION and (problem := question_problem(row, form, turns)):
+        return problem
     if name == "label" and _is_false(value):
         return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
     if name == "weight" and value not in (1, "1", "1.0"):
@@ -117,7 +126,9 @@ def _repeats(name: str, row: dict, form: Format, turns: Sequence[dict]) -> bool:
         return value.strip() in {str(turn.get("content")).strip() for turn in turns}
     if not isinstance(value, list):
         return False
-    return value == row.get(form.turns) or [_text_of(turn) for turn in value] == [_text_of(turn) for turn in turns]
+    return value in [row[name] for name in form.main] or [_text_of(turn) for turn in value] == [
+        _text_of(turn) for turn in turns
+    ]
 
 
 def _is_within(value: Any, turns: list[dict]) -> bool:

@@ -16,7 +16,7 @@ from utils.data.json_rows import (
     parse_line,
     read_json,
 )
-from utils.data.splits import DESCRIPTIONS, choose_split, is_left_by_datasets
+from utils.data.splits import DESCRIPTIONS, choose_split, is_cache_of_datasets
 from utils.data.tables import read_arrow, read_csv, read_parquet
 from utils.runtime.errors import Problem, nearest_path, refusal
 from utils.storage.files import project_path
@@ -113,7 +113,7 @@ def _files_in(folder: str) -> list[Path]:
         for path in Path(folder).rglob("*")
         if path.is_file()
         and path.name not in DESCRIPTIONS
-        and not is_left_by_datasets(path)
+        and not is_cache_of_datasets(path)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
@@ -143,7 +143,7 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None
     allowed = f"{', '.join(suffixes)} (text also as {' or '.join(COMPRESSIONS)})"
     if Path(path).is_dir():
         found = sorted(str(p) for p in _files_in(path) if _is_read(p, suffixes))
-        return found, None if found else f"is a folder without any {allowed} file"
+        return found, None if found else f"is a folder without any file of the kinds {allowed}"
     if glob.has_magic(path) and not Path(path).exists():
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
         wrong = [p for p in found if not _is_read(p, suffixes)]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from utils.data.json_text import from_json
+
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "sys_prompt")
 TOOL_FIELDS = ("tools", "functions")
 
@@ -24,6 +26,40 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or value != value or value == [] or value == {}
+
+
+def holds_turns(value: Any) -> bool:
+    """Whether the value of a field with a question or an answer is a turn or a list of turns, rather than a text."""
+    if isinstance(value, str):
+        return False
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+
+
+def read_json_fields(row: dict) -> dict:
+    """A row with its lists of turns and its tools parsed, where they are written as JSON text.
+
+    Questions and answers are texts in most rows, and may be JSON as such. They are taken for turns if all of them are
+    turns: those of a conversation, or both answers of a pair.
+    """
+    parsed = {name: from_json(row[name]) for name in _JSON_FIELDS if isinstance(row.get(name), str)}
+    answers = parsed_turns(row, ("chosen", "rejected"))
+    if answers:
+        parsed |= answers | parsed_turns(row, ("prompt",))
+    for form in CONVERSATION_FORMATS:
+        if form.question:
+            parsed |= parsed_turns(row, form.main)
+    if isinstance(row.get("preferred_output"), str):
+        parsed |= {name: from_json(row.get(name)) for name in ("input", "preferred_output", "non_preferred_output")}
+    return row | parsed if parsed else row
+
+
+def parsed_turns(row: dict, names: tuple[str, ...]) -> dict:
+    """The turns in fields that are written as JSON text; empty unless all of the fields are."""
+    if not all(isinstance(row.get(name), str) and row[name].lstrip()[:1] in ("[", "{") for name in names):
+        return {}
+    turns = {name: from_json(row[name]) for name in names}
+    return turns if all(map(holds_turns, turns.values())) else {}
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
@@ -81,16 +117,15 @@ class Format:
 
 
 def find_format(row: dict, formats: tuple[Format, ...]) -> Format | None:
-    """The format of a row: the first whose main fields all have a value, or else the one that comes closest."""
+    """The format of a row: the first whose main fields all have a value and that matches, or else the closest one."""
     partial = []
     for form in _candidates(tuple(row), formats):
         share = form.filled(row)
         if share < 1:
-            if form.convert is None:
-                partial.append((share, form.is_complete(row), form))
+            partial.append((share, form.is_complete(row), form.convert is None, form))
         elif form.matches(row):
             return form
-    return max(partial, key=lambda found: found[:2], default=(None,))[-1]
+    return max(partial, key=lambda found: found[:-1], default=(None,))[-1]
 
 
 @functools.lru_cache
@@ -153,6 +188,7 @@ CONVERSATION_FORMATS = (
         "messages, in the singular",
         {"message": [{"role": "user", "content": "What is 7 + 8?"}, {"role": "assistant", "content": "15"}]},
         turns="message",
+        matches=lambda row: isinstance(row["message"], list),  # elsewhere it is a text, such as a commit's
     ),
     Format(
         "ShareGPT",
@@ -248,6 +284,7 @@ TEXT_FORMATS = (
 
 
 TURN_FIELDS = tuple(dict.fromkeys(form.turns for form in CONVERSATION_FORMATS if form.turns))
+_JSON_FIELDS = (*TURN_FIELDS, *TOOL_FIELDS, "history")
 
 # ------------------------------------------------------------------ preference pairs
 _SPEAKER = re.compile(r"\s*\n\n(Human|Assistant):[ ]?|\A(Human|Assistant):[ ]?")
@@ -266,7 +303,9 @@ def _dialogue_turns(text: str) -> list[dict]:
 
 
 def _from_dialogues(row: dict) -> dict:
-    return {**row, "chosen": _dialogue_turns(row["chosen"]), "rejected": _dialogue_turns(row["rejected"])}
+    """HH-RLHF's dialogues; a field `prompt` beside them repeats their beginning."""
+    rest = {name: value for name, value in row.items() if name != "prompt"}
+    return rest | {name: _dialogue_turns(row[name]) for name in _BOTH}
 
 
 def _from_preferred_output(row: dict) -> dict:
@@ -275,7 +314,25 @@ def _from_preferred_output(row: dict) -> dict:
         raise ValueError(f"has {sorted(unknown)[0]!r} in 'input', which is not read; remove it")
     inner.pop("parallel_tool_calls", None)
     rest = {name: value for name, value in row.items() if name != "input"}
+    inner = {name: value for name, value in inner.items() if not is_empty(value)}
+    if twice := [name for name in inner if not is_empty(rest.get(name)) and rest[name] != inner[name]]:
+        raise ValueError(f"has {twice[0]!r} in 'input' and beside it, and they differ; keep one of them")
     return rest | inner | {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+
+
+def _from_prompt_apart(row: dict) -> dict:
+    """The dialogue up to the answers is in `prompt`, which ends by opening an answer."""
+    *turns, opening = _dialogue_turns(row["prompt"])
+    answers = {name: row[name].removeprefix(" ") for name in _BOTH}
+    return {**row, "prompt": turns if is_empty(opening["content"]) else [*turns, opening], **answers}
+
+
+def _opens_answer(row: dict) -> bool:
+    return (
+        _is_dialogue(row["prompt"])
+        and row["prompt"].rstrip().endswith("\n\nAssistant:")
+        and _are_texts([row["chosen"], row["rejected"]])
+    )
 
 
 def _from_rejected_response(row: dict) -> dict:
@@ -293,6 +350,24 @@ _TURNS = [{"role": "user", "content": "What is 7 + 8?"}]
 _RIGHT, _WRONG = ([{"role": "assistant", "content": text}] for text in ("15", "16"))
 
 PAIR_FORMATS = (
+    Format(
+        "HH-RLHF",
+        {
+            "chosen": "\n\nHuman: What is 7 + 8?\n\nAssistant: 15",
+            "rejected": "\n\nHuman: What is 7 + 8?\n\nAssistant: 16",
+        },
+        answers=_BOTH,
+        matches=lambda row: _is_dialogue(row["chosen"]) and _is_dialogue(row["rejected"]),
+        convert=_from_dialogues,
+    ),
+    Format(
+        "HH-RLHF, prompt apart",
+        {"prompt": "\n\nHuman: What is 7 + 8?\n\nAssistant:", "chosen": " 15", "rejected": " 16"},
+        question="prompt",
+        answers=_BOTH,
+        matches=_opens_answer,
+        convert=_from_prompt_apart,
+    ),
     Format(
         "TRL",
         {"prompt": "What is 7 + 8?", "chosen": "15", "rejected": "16"},
@@ -343,16 +418,6 @@ PAIR_FORMATS = (
         answers=("rejected_response",),
         matches=lambda row: isinstance(row["messages"], list) and len(row["messages"]) > 1,
         convert=_from_rejected_response,
-    ),
-    Format(
-        "HH-RLHF",
-        {
-            "chosen": "\n\nHuman: What is 7 + 8?\n\nAssistant: 15",
-            "rejected": "\n\nHuman: What is 7 + 8?\n\nAssistant: 16",
-        },
-        answers=_BOTH,
-        matches=lambda row: _is_dialogue(row["chosen"]) and _is_dialogue(row["rejected"]),
-        convert=_from_dialogues,
     ),
     Format(
         "UltraFeedback: two conversations that begin alike",

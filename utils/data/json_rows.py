@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, find_format
+from utils.data.json_text import DECODER, TwoValues
 
 
 class RawRow(NamedTuple):
@@ -63,34 +64,18 @@ def kind_of_file(file: str | Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
-class _TwoValues(ValueError):
-    """An object has one key twice."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict:
-    """Builds the dict of an object; unlike `json` by itself, it does not silently take the last of duplicate keys."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwoValues(next(name for name in names if names.count(name) > 1))
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
-
-
 def parse_line(file: str, line: int, text: str) -> RawRow:
     """Parses a line of JSON; returns a row, with a `problem` if it is malformed."""
     if "\0" in text or bad_bytes(text):  # in UTF-16 every other byte is 0, which JSON never holds
         return RawRow(file, line, None, NOT_UTF8, broken_unicode=True)
     try:
-        return RawRow(file, line, _DECODER.decode(text))
+        return RawRow(file, line, DECODER.decode(text))
     except (ValueError, RecursionError) as error:
         return RawRow(file, line, None, _problem(text, error))
 
 
 def _problem(text: str, error: Exception) -> str:
-    if isinstance(error, _TwoValues):
+    if isinstance(error, TwoValues):
         return f"has the key {str(error)!r} twice in one object; keep one of them"
     problem = f"is not JSON ({error}): {text.strip()[:40]!r}"
     return problem + "; is the file written to its end?" if _ends_early(text, error) else problem
@@ -140,9 +125,9 @@ def _whole(file: str, text: str) -> list[RawRow] | None:
     line += text.count("\n", 0, place)
     while place < len(text):
         try:
-            value, end = _DECODER.raw_decode(text, place)
+            value, end = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            if not (text[place] == "[" or rows or isinstance(error, _TwoValues)):
+            if not (text[place] == "[" or rows or isinstance(error, TwoValues)):
                 return None
             rows.append(RawRow(file, line, None, _problem(text[place:], error), fatal=True))
             break
@@ -168,11 +153,12 @@ def _from_one(file: str, value: Any) -> list[RawRow]:
     """The rows of a file that is one value: an array, an object with an array of rows in it, or a row."""
     if isinstance(value, dict):
         form = find_format(value, CONVERSATION_FORMATS + PAIR_FORMATS)
-        complete = form is not None and form.is_complete(value)
-        if _are_columns(value) and not (complete and form.convert):  # UltraChat's rows are a list of texts
+        is_row = form is not None and form.filled(value) == 1
+        lists = [name for name, items in value.items() if isinstance(items, list)]
+        if _are_columns(value) and not (is_row and form.convert and len(lists) == 1):  # UltraChat's rows are a list
             problem = "is one object of columns, not of rows; save it a row a line (pandas: to_json(orient='records'))"
             return [RawRow(file, 1, None, problem, fatal=True)]
-        if complete:
+        if is_row:
             return [RawRow(file, 1, value)]  # a row, whatever lists its other fields hold
         lists = [name for name, items in value.items() if _are_rows(items)]
         wrapped = [name for name in lists if name in _WRAPPERS]

@@ -8,13 +8,14 @@ from utils.data.conversations import (
     WrongTask,
     check_fields,
     converted,
+    filled_field,
     read_question,
     read_turns,
     with_system,
     with_tools,
 )
-from utils.data.formats import PAIR_FORMATS, Format, find_format, is_empty, missing_fields
-from utils.data.turns import from_json, kind_name, read_text
+from utils.data.formats import PAIR_FORMATS, Format, find_format, is_empty, missing_fields, read_json_fields
+from utils.data.turns import kind_name, read_text
 from utils.template.messages import is_empty_answer
 
 # fields with the prompt of a pair: as turns, and as a text or turns
@@ -64,18 +65,20 @@ def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
 
 def is_pair(row: dict) -> bool:
     """Whether a row is a preference pair, or lacks only one of its answers."""
-    if {"chosen", "rejected", "reject"} & row.keys():
+    if any(not is_empty(row.get(name)) for name in ("chosen", "rejected", "reject")):
         return True
     form = find_format(row, PAIR_FORMATS)
-    return form is not None and form.is_complete(row)
+    return form is not None and form.filled(row) == 1
 
 
 def _usual_names(row: dict) -> dict:
     """A row whose rejected answer has its usual name, and without `messages` where they repeat an answer."""
+    row = read_json_fields(row)
     if "reject" in row:
-        if "rejected" in row:
-            raise BadRow("has both 'rejected' and 'reject'; keep one of them")
-        row = {"rejected" if name == "reject" else name: value for name, value in row.items()}
+        filled_field(row, ("rejected", "reject"))  # raises where both have a value and they differ
+        kept = "reject" if is_empty(row.get("rejected")) else "rejected"
+        rest = {name: value for name, value in row.items() if name not in ("rejected", "reject")}
+        row = rest | {"rejected": row[kept]}
     if {"messages", "chosen", "rejected"} <= row.keys() and row["messages"] in (row["chosen"], row["rejected"]):
         row = {name: value for name, value in row.items() if name != "messages"}  # UltraFeedback
     return row
@@ -98,22 +101,24 @@ def usual_fields(row: dict) -> dict:
 
 def _read_prompt(row: dict) -> list[Message] | None:
     """Returns the turns before the answers; None if only the conversations of both sides contain them."""
-    turns = {name: row[name] for name in _QUESTIONS if isinstance(row.get(name), list)}
-    turns |= {name: from_json(row[name]) for name in _TURNS if not is_empty(row.get(name))}
-    for name, value in turns.items():
-        _refuse_beside(row, name, *_TURNS, *_QUESTIONS, "input", "history")
-        return with_system(read_turns(value, name), row)
-    for name in _QUESTIONS:
-        if name in row:
-            _refuse_beside(row, name, *_QUESTIONS)
-            return read_question(row, name)
+    turns = [name for name in _QUESTIONS if isinstance(row.get(name), list) and row[name]]
+    turns += [name for name in _TURNS if not is_empty(row.get(name))]
+    for name in turns[:1]:
+        _refuse_beside(row, name, *_TURNS, *_QUESTIONS, "input", "context", "history")
+        return with_system(read_turns(row[name], name), row)
+    questions = [name for name in _QUESTIONS if not is_empty(row.get(name))]
+    if not questions and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
+        questions = [name for name in _QUESTIONS if name in row]
+    for name in questions[:1]:
+        _refuse_beside(row, name, *_QUESTIONS)
+        return read_question(row, name)
     return None
 
 
 def _refuse_beside(row: dict, name: str, *others: str) -> None:
     """Refuses a second field that could be the prompt."""
     for other in others:
-        if other != name and row.get(other):
+        if other != name and not is_empty(row.get(other)) and row[other] != row[name]:
             raise BadRow(f"has {other!r} beside {name!r}, which is the prompt already; keep one of them")
 
 

@@ -96,6 +96,7 @@ class RowType:
         sequence_columns: the sequences of a prepared row.
         token_counts: (what `read` returned, template or None, tokenizer) → tokens of the longest sequence and of the
             prompt, before any truncation.
+        known_fields: all that `fields_read` may return, to find misspelt names in `--columns`; empty if unknown.
         filler: the first prepared row → a row that only fills up a step on several processes. Its `source` is empty;
             a trainer must not count it. By default a copy of the first row.
         compares_answers: whether the sequences are answers to one prompt, compared with each other.
@@ -109,6 +110,7 @@ class RowType:
     columns: dict[str, str]
     sequence_columns: tuple[SequenceColumns, ...]
     token_counts: Callable[[Any, Any, Any], tuple[int, int]] | None = None
+    known_fields: frozenset[str] = frozenset()
     filler: Callable[[dict], dict] = _copy_of_no_file
     compares_answers: bool = False
     has_prompt_limit: bool = False

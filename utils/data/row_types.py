@@ -17,6 +17,10 @@ def _fields_read(row: dict, formats: tuple[Format, ...]) -> Collection[str]:
     return form.reads if form else ()
 
 
+def _known_fields(formats: tuple[Format, ...]) -> frozenset[str]:
+    return frozenset().union(*(form.reads for form in formats))
+
+
 # ------------------------------------------------------------------ conversation and text
 _ONE_SEQUENCE = (SequenceColumns("", ("input_ids",), "labels"),)
 _ONE_SEQUENCE_COLUMNS = {"input_ids": IDS, "labels": LABELS}
@@ -43,6 +47,7 @@ CONVERSATION = RowType(
     read=to_messages,
     texts=_conversation_texts,
     fields_read=lambda row: _fields_read(row, CONVERSATION_FORMATS),
+    known_fields=_known_fields(CONVERSATION_FORMATS),
     columns=_ONE_SEQUENCE_COLUMNS,
     sequence_columns=_ONE_SEQUENCE,
     token_counts=lambda messages, template, tokenizer: (count_tokens(template.render(messages), tokenizer), 0),
@@ -53,6 +58,7 @@ PLAIN_TEXT = RowType(
     read=to_text,
     texts=lambda text: Texts([], [text]),
     fields_read=lambda row: _fields_read(row, TEXT_FORMATS),
+    known_fields=_known_fields(TEXT_FORMATS),
     columns=_ONE_SEQUENCE_COLUMNS,
     sequence_columns=_ONE_SEQUENCE,
     # the eos token ends each
@@ -80,6 +86,7 @@ PAIR = RowType(
     read=to_pair,
     texts=_pair_texts,
     fields_read=lambda row: (*_fields_read(row, PAIR_FORMATS), "reject"),
+    known_fields=_known_fields(PAIR_FORMATS) | {"reject"},
     columns={
         "prompt_ids": IDS, "chosen_ids": IDS, "chosen_labels": LABELS, "rejected_ids": IDS, "rejected_labels": LABELS,
     },

@@ -61,10 +61,10 @@ def choose_split(folder: str, files: list[str], flag: str) -> tuple[list[str], l
 
 def _glob(files: list[str], kind: str) -> str:
     file = next(Path(file) for file in files if Path(file).name.startswith(f"{kind}-"))
-    return str(file.parent / f"{kind}-*{file.suffix}")
+    return str(file.parent / f"{kind}-*{file.name.removeprefix(_SHARD.match(file.name)[0])}")
 
 
-def is_left_by_datasets(file: Path) -> bool:
+def is_cache_of_datasets(file: Path) -> bool:
     """Whether a file in a folder of `Dataset.save_to_disk` holds none of its rows: `map` leaves its caches there."""
     if file.suffix != ".arrow":
         return False

@@ -1,13 +1,13 @@
 """CSV, Parquet and Arrow files → raw rows."""
 
 import csv
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from utils.data.formats import TOOL_FIELDS, TURN_FIELDS
+from utils.data.formats import TOOL_FIELDS, TURN_FIELDS, holds_turns
 from utils.data.json_rows import NOT_UTF8, RawRow, bad_bytes, open_text
+from utils.data.json_text import from_json
 
 
 def read_csv(file: str) -> Iterator[RawRow]:
@@ -47,21 +47,15 @@ def _header_problem(names: list[str]) -> str | None:
     return twice and f"has the column {twice!r} twice; keep one of them"
 
 
-_LISTS = (*TURN_FIELDS, *TOOL_FIELDS, "history")
-_TEXTS_OR_LISTS = (
-    "prompt", "completion", "response", "chosen", "rejected", "reject", "input", "preferred_output",
-    "non_preferred_output",
-)  # fmt: skip
+_TURNS = ("prompt", "chosen", "rejected", "reject")  # columns with texts or turns
 
 
 def _cell(name: str, value: str) -> Any:
-    """Parses a CSV cell as JSON in the columns that may hold a list of turns."""
-    if name not in _LISTS and not (name in _TEXTS_OR_LISTS and value.lstrip()[:2] in ("[{", '{"')):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    """Parses a CSV cell as JSON in the columns that hold a list of turns, or may hold one."""
+    if name in (*TURN_FIELDS, *TOOL_FIELDS, "history"):
+        return from_json(value)
+    parsed = from_json(value) if name in _TURNS else value
+    return parsed if holds_turns(parsed) else value
 
 
 def read_parquet(file: str) -> Iterator[RawRow]:
@@ -87,7 +81,7 @@ def read_arrow(file: str) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.ipc
 
-    number = 0
+    number, opened = 0, None
     try:
         with pyarrow.memory_map(file) as source:
             try:
@@ -95,6 +89,9 @@ def read_arrow(file: str) -> Iterator[RawRow]:
             except pyarrow.ArrowInvalid:
                 opened = pyarrow.ipc.open_file(source)
                 batches = map(opened.get_batch, range(opened.num_record_batches))
+            if problem := _header_problem((opened or batches).schema.names):
+                yield RawRow(file, 0, None, problem, fatal=True)
+                return
             for batch in batches:
                 for value in batch.to_pylist():
                     number += 1

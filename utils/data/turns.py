@@ -6,12 +6,14 @@ from typing import Any
 from utils.data.bad_rows import BadRow, BrokenUnicode
 from utils.data.fields import MEDIA
 from utils.data.formats import is_empty
+from utils.data.json_text import DECODER, from_json
 from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set whether a turn is trained: OpenAI's, then those of other trainers
 TRAINING_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
+_PART = ("type", "text", "cache_control", "annotations")  # of a content in parts; the last two do not change the text
 _CALL_ROLES = ("function_call", "tool_call")  # of a turn whose text is a call, or a list of calls, as JSON
 
 
@@ -51,7 +53,7 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
 
 def _is_trained(turn: dict, role: str) -> bool:
     """Whether the marks of a turn allow it to be trained: 0 and false do not, 1, true and null do."""
-    marks = {name: turn[name] for name in TRAINING_MARKS if turn.get(name) is not None}
+    marks = {name: turn[name] for name in TRAINING_MARKS if not is_empty(turn.get(name))}
     for name, value in marks.items():
         if value not in (0, 1):  # true and false, too
             raise BadRow(
@@ -80,6 +82,8 @@ def _content(turn: dict, field: str) -> str:
         if not isinstance(part, dict) or part.get("type", "text") != "text" or "text" not in part:
             shown = repr(part["type"]) if isinstance(part, dict) and "type" in part else kind_name(part)
             raise BadRow(f"has in {field!r} a part of another kind than text ({shown}); {MEDIA}")
+        if more := [name for name in part if name not in _PART and not is_empty(part[name])]:
+            raise BadRow(f"has in {field!r} a part with {more[0]!r}, which is not read; remove it")
         texts.append(read_text(part, "text"))
     return "".join(texts)
 
@@ -90,7 +94,11 @@ def _as_calls(turn: dict, text_field: str) -> dict:
     calls = [calls] if isinstance(calls, dict) else calls
     if not (isinstance(calls, list) and calls and all(isinstance(call, dict) for call in calls)):
         raise BadRow("is a tool call, and its text is neither a call nor a list of calls as JSON")
-    return {name: value for name, value in turn.items() if name != text_field} | {"tool_calls": calls}
+    if not is_empty(turn.get("tool_calls")):
+        raise BadRow("is a tool call, and has 'tool_calls' as well; keep one of them")
+    rest = {name: value for name, value in turn.items() if name not in _TEXTS}
+    beside = turn.get(_TEXTS[text_field])  # a text beside the call
+    return rest | {"tool_calls": calls} | ({} if is_empty(beside) else {text_field: beside})
 
 
 def _all_calls(turn: dict) -> list[dict]:
@@ -116,7 +124,10 @@ def _calls(calls: Any) -> list[dict]:
 
 def _wrapped(call: dict) -> dict:
     """A call in the form that chat templates take: `{"type": "function", "function": {"name": …, "arguments": …}}`."""
-    return call if "function" in call or "type" in call else {"type": "function", "function": call}
+    if "function" in call or call.get("type", "function") != "function":
+        return call
+    inner = {name: call[name] for name in ("name", "arguments") if name in call}
+    return {"type": "function"} | {name: call[name] for name in call if name not in inner} | {"function": inner}
 
 
 def _call(call: Any) -> dict:
@@ -128,22 +139,12 @@ def _call(call: Any) -> dict:
     if not isinstance(arguments, str):
         return call
     try:
-        parsed = json.loads(arguments)
+        parsed = DECODER.decode(arguments)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"has a tool call whose arguments are not JSON ({error}): {arguments[:40]!r}") from None
     if not isinstance(parsed, dict):
         raise BadRow(f"has a tool call whose arguments are {kind_name(parsed)}, not an object")
     return {**call, "arguments": parsed}
-
-
-def from_json(value: Any) -> Any:
-    """The value of a field that may be written as JSON text: `'["a"]'` → `["a"]`; any other text stays as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
 
 
 def _as_json(value: Any) -> Any:

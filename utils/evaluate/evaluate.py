@@ -24,7 +24,7 @@ class EvaluateArgs(GenerateArgs, TrainedArgs):
     """Flags of evaluate."""
 
     eval_data_path: str | None = arg(
-        None, "Rows with answers: .jsonl, .json, .csv, .parquet, a folder, a glob; separated by commas."
+        None, "Rows with answers: .jsonl, .json, .csv, .parquet, .arrow, a folder, a glob; separated by commas."
     )
     columns: str | None = arg(None, COLUMNS_HELP)
     output: str | None = arg(None, "The .jsonl file for every row with answers and scores.")

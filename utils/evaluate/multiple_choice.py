@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from utils.data.bad_rows import BadRow, unreadable
-from utils.data.conversations import Message, kind_name, read_question, read_text
+from utils.data.conversations import Message, read_question
 from utils.data.fields import prompt_problem
 from utils.data.files import RawRow
 from utils.data.formats import TOOL_FIELDS, is_empty
+from utils.data.turns import kind_name, read_text
 from utils.runtime.errors import UserError
 from utils.template.tokenize import (
     IGNORE_INDEX,

@@ -35,7 +35,7 @@ class InferArgs(GenerateArgs, TrainedArgs):
         "The dtype of the weights; auto: as they are saved. In float32 a row's answer does not depend on its batch.",
     )
     input: str | None = arg(
-        None, "Rows to answer: .jsonl, .json, .csv, .parquet, a folder, a glob; separated by commas."
+        None, "Rows to answer: .jsonl, .json, .csv, .parquet, .arrow, a folder, a glob; separated by commas."
     )
     columns: str | None = arg(None, COLUMNS_HELP)
     output: str | None = arg(None, "The .jsonl file for the answers.")

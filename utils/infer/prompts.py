@@ -6,22 +6,12 @@ from typing import Any
 
 from utils.data.bad_rows import BadRow, unreadable
 from utils.data.columns import rename_raw
-from utils.data.conversations import (
-    Message,
-    converted,
-    holds_turns,
-    kind_name,
-    read_question,
-    read_text,
-    read_turns,
-    with_system,
-    with_tools,
-)
-from utils.data.fields import prompt_problem
+from utils.data.conversations import Message, as_list, converted, read_question, read_turns, with_system, with_tools
+from utils.data.fields import prompt_problem, question_problem
 from utils.data.files import find_files, read_rows
-from utils.data.formats import CONVERSATION_FORMATS, TURN_FIELDS, Format, is_empty, show_formats
+from utils.data.formats import CONVERSATION_FORMATS, Format, holds_turns, is_empty, read_json_fields, show_formats
 from utils.data.pairs import check_prompt, is_pair, read_pair, usual_fields
-from utils.data.turns import TRAINING_MARKS, from_json
+from utils.data.turns import TRAINING_MARKS, kind_name, read_text
 from utils.runtime.errors import Problem, UserError
 from utils.template.messages import original_fields
 
@@ -94,6 +84,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     row = {name: value for name, value in row.items() if value is not None}  # tables have every column in every row
+    row = read_json_fields(row)
     if problem := prompt_problem(row):
         raise BadRow(problem)
     row = usual_fields(row) if is_pair(row) else row
@@ -121,7 +112,7 @@ def _without_training_marks(row: dict) -> dict:
             return {name: item for name, item in value.items() if name not in TRAINING_MARKS}
         return value
 
-    return {name: plain(from_json(value) if name in TURN_FIELDS else value) for name, value in row.items()}
+    return {name: plain(value) for name, value in row.items()}
 
 
 def _read(row: dict) -> tuple[list[Message], str | None]:
@@ -132,16 +123,30 @@ def _read(row: dict) -> tuple[list[Message], str | None]:
     form = _question_format(row)
     if form is None:
         raise BadRow(f"has the fields {sorted(map(str, row))}; expected {PROMPT_FORMATS}")
-    if form.turns or isinstance(row[form.question], list):
-        turns = read_turns(converted(row, form)[form.main[0]], form.main[0])
-        if turns[-1]["role"] == "assistant":
-            return (with_system(turns[:-1], row) if len(turns) > 1 else []), turns[-1]["content"]
-        messages = with_system(turns, row)
+    if form.turns:
+        messages = read_turns(converted(row, form)[form.turns], form.turns)
     else:
         messages = read_question(row, form.question)
+        if problem := question_problem(row, form, messages):
+            raise BadRow(problem)
+    if messages[-1]["role"] == "assistant":
+        *messages, answer = messages
+        reference = answer["content"]
+    else:
+        reference = _reference(row, form)
+    return (with_system(messages, row) if form.turns and messages else messages), reference
+
+
+def _reference(row: dict, form: Format) -> str | None:
+    """The answer in a field beside the question, under any of the names that go with it."""
     answers = [name for other in CONVERSATION_FORMATS if other.question == form.question for name in other.answers]
-    name = next((name for name in answers if name in row), None) if form.question else None
-    return messages, read_text(row, name) if name else None
+    name = next((name for name in [*answers, "output"] if not is_empty(row.get(name))), None) if form.question else None
+    if name is None:
+        return None
+    if not holds_turns(row[name]):
+        return read_text(row, name)
+    turns = read_turns(as_list(row[name]), name)
+    return next((turn["content"] for turn in turns if turn["role"] == "assistant"), None)
 
 
 def _question_format(row: dict) -> Format | None:
