@@ -94,7 +94,7 @@ def fast_processes():
 
 
 @pytest.fixture
-def real_processes(monkeypatch):
+def real_processes(fast_processes, monkeypatch):  # after the fast ones, whose place it takes
     """In a module of fast processes: starts those of one test as a user does."""
     monkeypatch.setattr(sys, "executable", fork_server.PYTHON)
 

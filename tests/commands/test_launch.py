@@ -352,7 +352,11 @@ def test_two_hosts_train_together(two_hosts, command, flags, tmp_path):
         running.append(
             subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-    said = [process.communicate(timeout=300)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert [text.count("finished: ") for text in said] == [1, 0]
     summary = json.loads((tmp_path / "run" / "train_args.json").read_text(encoding="utf-8"))
