@@ -2638,6 +2638,27 @@ FAULTS = [
         "tests/tasks/test_accumulation.py -k 'batches and dpo_multi'",
     ),
     Fault(
+        "figures: a batch without tokens leaves two values",
+        "utils/train/figures.py",
+        "figures[name] = [sum(sums) / (total + count) if total + count else newest]",
+        "figures[name] = [sum(sums) / (total + count)] if total + count else figures[name]",
+        "tests/train/test_figures.py -k one_mean",
+    ),
+    Fault(
+        "figures: sums of a process that only fills up a step are counted",
+        "utils/train/figures.py",
+        "if value.ndim or all(counts) or not any(counts):",
+        "if True:",
+        "tests/tasks/test_accumulation.py -k only_fill_up",
+    ),
+    Fault(
+        "figures: tokens of pairs that only fill up a step are counted",
+        "utils/tasks/dpo_trainer.py",
+        "torch.stack([chosen, rejected]) * (here > 0)",
+        "torch.stack([chosen, rejected])",
+        "tests/tasks/test_accumulation.py -k only_fill_up",
+    ),
+    Fault(
         "figures: logits of rejected weighed by chosen",
         "utils/tasks/dpo_trainer.py",
         '"logits/rejected": tokens[1]',

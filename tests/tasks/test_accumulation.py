@@ -90,6 +90,34 @@ def test_figures_of_an_update_are_means_over_its_tokens(task_trainers, sizes):  
     assert {name: logged[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_process_whose_pairs_only_fill_up_a_step_changes_no_figure(task_trainers, mode, monkeypatch):  # noqa: F811
+    """One process alone, then with a second one, which gathers what the first one did, call by call."""
+    trainer, rows = task_trainers(mode, "lora")
+    trainer.model.train()
+    first = []
+
+    def gather_alone(values):
+        first.append(values)
+        return values
+
+    def gather_of_two(values):
+        return torch.cat([first.pop(0).reshape(-1), values.reshape(-1)])
+
+    def figures_of(batches, source, gather):
+        monkeypatch.setattr(trainer.accelerator, "gather", gather)
+        trainer._metrics["train"].clear()
+        trainer._total_train_tokens, logged = 0, {}
+        for pairs in batches:
+            with torch.no_grad():
+                trainer.compute_loss(trainer.model, trainer.data_collator([{**row, "source": source} for row in pairs]))
+        trainer.log(logged)
+        return logged
+
+    alone = figures_of([rows[:2], rows[2:4]], [1], gather_alone)
+    assert figures_of([rows[4:5] * 2] * 2, [], gather_of_two) == pytest.approx(alone, rel=1e-6) and len(alone) > 5
+
+
 def losses_and_weights(folder):
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry], load_file(folder / "adapter_model.safetensors")
@@ -156,18 +184,22 @@ def on_two(tmp_path, model, data, name, *flags):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_processes")
 @pytest.mark.parametrize("padding_free", ["true", "false"])
-def test_two_processes_train_each_row_once(train, tiny_models, tmp_path, padding_free):
-    """Five rows, two processes of two: the last step has one row, and three that train nothing."""
-    data, flags = write_rows(tmp_path / "rows.jsonl", tiny.ROWS[:5]), ["--padding_free", padding_free]
+@pytest.mark.parametrize(("rows", "size", "steps"), [(5, 2, 1), (7, 1, 2)])
+def test_two_processes_train_each_row_once(train, tiny_models, tmp_path, padding_free, rows, size, steps):
+    """Of five rows, one in the last step, and three that train nothing; of seven, three in two micro-batches."""
+    data, flags = write_rows(tmp_path / "rows.jsonl", tiny.ROWS[:rows]), ["--padding_free", padding_free]
     one = train(*STEPS, *flags, "--per_device_train_batch_size", "4", data=data, output="one")
-    two, _ = on_two(tmp_path, tiny_models(), data, "two", *flags, "--per_device_train_batch_size", "2")
+    flags += ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps)]
+    two, _ = on_two(tmp_path, tiny_models(), data, "two", *flags)
     the_same(losses_and_weights(two), losses_and_weights(one))
+    for found, wanted in zip(figures(two), figures(one), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and "entropy" in found
 
 
 def evaluations(folder):
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    names = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen")
-    return [entry[name] for entry in log if "eval_loss" in entry for name in names]
+    names = [f"eval_{name}" for name in ("loss", *FIGURES)]
+    return [{name: entry[name] for name in names if name in entry} for entry in log if "eval_loss" in entry]
 
 
 @pytest.mark.slow
@@ -184,7 +216,9 @@ def test_two_processes_of_pairs_are_one(train, tiny_models, tmp_path, mode, pair
     sizes = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     two, _ = on_two(tmp_path, tiny_models(), data, "two", *flags, *sizes, "--per_device_eval_batch_size", "2")
     the_same(losses_and_weights(two), losses_and_weights(one))
-    assert evaluations(two) == pytest.approx(evaluations(one), rel=1e-4, abs=1e-6) and len(evaluations(one)) > 4
+    for found, wanted in zip(figures(two) + evaluations(two), figures(one) + evaluations(one), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert len(figures(one)) == len(evaluations(one)) == 2
 
 
 @pytest.mark.slow

@@ -1,9 +1,7 @@
 """Builds TRL's DPOTrainer on prepared pairs, with the right reference model."""
 
 import functools
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import pyarrow
 import torch
@@ -16,7 +14,7 @@ from utils.model.meta import whole_models
 from utils.model.pissa import with_pissa
 from utils.runtime.distributed import wait_for_everyone
 from utils.tasks.trainer import make_trainer, needs_uniform_dtype
-from utils.train.figures import WeightedFiguresMixin
+from utils.train.figures import WeightedFiguresMixin, gather_counted, gather_with
 from utils.train.filler import FillLastStepMixin, fills_up
 from utils.train.trainer import FaultTolerantTrainerMixin
 
@@ -72,22 +70,29 @@ class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantT
     def _compute_loss(self, model, inputs, return_outputs):
         pairs = count_pairs(inputs) if self._pairs is None else self._pairs
         counts = self.accelerator.gather(torch.tensor([pairs], device=self.accelerator.device)).tolist()
-        gather = functools.partial(gather_uneven, self.accelerator.gather, counts, count_pairs(inputs))
-        # TRL 1.16 gathers metrics with accelerate's `gather`, which needs tensors of one size on all processes
-        uneven = patch.object(self.accelerator, "gather", gather) if len(set(counts)) > 1 else nullcontext()
-        with uneven:
+        gather = self.accelerator.gather
+        if len(set(counts)) > 1:
+            gather = functools.partial(gather_uneven, gather, counts, _size(inputs))
+        with gather_with(self.accelerator, gather):
             result = super()._compute_loss(model, inputs, return_outputs)
-        self.weigh_figures(self._counts_of_figures(inputs, sum(counts)))
+        self.weigh_figures(self._counts_of_figures(inputs, pairs, sum(counts)))
         self._pairs = None
         return result
 
-    def _counts_of_figures(self, inputs, pairs: int) -> dict[str, int]:
-        """How many pairs, or tokens of answers, each figure of a batch is the mean of."""
+    def _counts_of_figures(self, inputs, here: int, pairs: int) -> dict[str, int]:
+        """How many pairs, or tokens of answers, each figure of a batch is the mean of.
+
+        Args:
+            inputs: the batch of this process.
+            here: how many of its pairs count; none if it only fills up a step.
+            pairs: the same, on all processes.
+        """
         figures = self._metrics["train" if self.model.training else "eval"]
         counts = {name: pairs for name in figures if name.startswith(("rewards/", "logps/", "aux_loss"))}
         if "entropy" in figures:  # TRL's own loss; its collator's first half of the rows has the chosen answers
             chosen, rejected = (half.sum() for half in inputs["completion_mask"][:, 1:].chunk(2))
-            tokens = self.accelerator.gather(torch.stack([chosen, rejected])).view(-1, 2).sum(dim=0).tolist()
+            tokens = torch.stack([chosen, rejected]) * (here > 0)
+            tokens = self.accelerator.gather(tokens).view(-1, 2).sum(dim=0).tolist()
             counts |= {"entropy": sum(tokens), "mean_token_accuracy": tokens[0]}
             counts |= {"logits/chosen": tokens[0], "logits/rejected": tokens[1]}
         return counts
@@ -155,13 +160,13 @@ def gather_uneven(gather, counts: list[int], here: int, values):
         gather: accelerate's, which needs tensors of one size.
         counts: how many pairs of each process count, [processes].
         here: how many pairs the batch of this process has.
-        values: a metric of each pair, [here]; other tensors are gathered unchanged.
+        values: a metric of each pair, [here], or one number; other tensors are gathered unchanged.
 
     Returns:
-        [sum of counts]
+        [sum of counts], or a number of each process that has pairs
     """
     if values.ndim != 1 or len(values) != here:
-        return gather(values)
+        return gather_counted(gather, counts, values)
     padded = values.new_zeros(max(counts))
     padded[:here] = values
     parts = gather(padded).view(len(counts), -1)
@@ -170,7 +175,9 @@ def gather_uneven(gather, counts: list[int], here: int, values):
 
 def count_pairs(batch: dict) -> int:
     """The number of pairs in a batch of either collator; 0 for a batch that only fills up a step."""
-    if batch.get("source") == []:
-        return 0
+    return 0 if batch.get("source") == [] else _size(batch)
+
+
+def _size(batch: dict) -> int:
     rows = len(batch["completion_mask"]) if "completion_mask" in batch else int(batch["row"][-1, -1]) + 1
     return rows // 2

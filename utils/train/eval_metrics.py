@@ -1,11 +1,12 @@
 """Evaluation metrics in which each trained token counts once."""
 
+import functools
 import math
 
 from utils.data.row_type import RowType
 from utils.runtime.distributed import all_gather_objects
 from utils.template.tokenize import IGNORE_INDEX
-from utils.train.figures import WeightedFiguresMixin
+from utils.train.figures import WeightedFiguresMixin, gather_counted, gather_with
 
 
 class TokenWeightedEvalMixin(WeightedFiguresMixin):
@@ -39,9 +40,11 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        count = int(self.accelerator.gather(tokens).sum())
-        self.weigh_figures({name: count for name in ("entropy", "mean_token_accuracy")})
+        counts = self.accelerator.gather(tokens).reshape(-1).tolist()  # 0 if a batch only fills up a step
+        gather = functools.partial(gather_counted, self.accelerator.gather, counts)
+        with gather_with(self.accelerator, gather):
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        self.weigh_figures({name: sum(counts) for name in ("entropy", "mean_token_accuracy")})
         return result
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
