@@ -52,6 +52,8 @@ def field_problem(row: dict, form: Format, turns: Sequence[dict] = ()) -> str | 
 
 def _second_conversation(row: dict, form: Format, turns: Sequence[dict]) -> str | None:
     """Describes a question with its answer in other fields; alone, such a field may be a note on the row."""
+    if sum(name not in form.reads for name in row) < 2:
+        return None
     for other in CONVERSATION_FORMATS:
         unread = [name for name in other.main if name not in form.reads]
         if len(unread) < 2 or other.filled(row) < 1 or any(_repeats(name, row, form, turns) for name in unread):

@@ -42,6 +42,8 @@ def read_json_fields(row: dict) -> dict:
     Questions and answers are texts in most rows, and may be JSON as such. They are taken for turns if all of them are
     turns: those of a conversation, or both answers of a pair.
     """
+    if not any(isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "n") for value in row.values()):
+        return row  # nor is any a null
     parsed = {name: from_json(row[name]) for name in _JSON_FIELDS if isinstance(row.get(name), str)}
     answers = parsed_turns(row, ("chosen", "rejected"))
     if answers:
