@@ -3,8 +3,10 @@
 `python main_train.py` imports torch, transformers, TRL and PEFT for seconds, and every process of a launcher does so
 again. `fast_python()` is the path of a command that takes Python's arguments and saves that time; the fixture
 `fast_processes` makes it a test's `sys.executable`. The program is a process of its own, with the command's arguments,
-working directory, environment, standard streams, signals and exit code; `sys.executable` in it is the same command, so
-that launchers start their processes in the same way.
+working directory, environment, standard streams and exit code; `sys.executable` in it is the same command, so that
+launchers start their processes in the same way. The command forwards the signals that it gets, also those to its
+process group. Processes that the program starts do not get these: it has a session of its own, since a process cannot
+enter another's.
 
 Not for what happens before or during imports (startup, OMP_NUM_THREADS): start `PYTHON` there.
 """
@@ -74,7 +76,7 @@ def fast_python() -> str:
     server = subprocess.Popen(
         [PYTHON, "-P", __file__, str(listener.fileno()), str(errors)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # streams that cannot seek
-        pass_fds=[listener.fileno(), errors], cwd=folder,
+        pass_fds=[listener.fileno(), errors], cwd=folder, start_new_session=True,  # Ctrl+C is for its clients
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     listener.close()
@@ -122,24 +124,29 @@ class Server:
 
     def _accept(self) -> dict | None:
         client, _ = self.listener.accept()
-        header, streams, _, _ = socket.recv_fds(client, 8, 3)
-        with client.makefile("rb") as reader:
-            request = json.loads(reader.read(int.from_bytes(header, "big")))
-        pid = os.fork()
-        if pid == 0:
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
+        streams: list[int] = []
+        try:
+            request = _receive(client, streams)
+            pid = os.fork()
+        except (OSError, ValueError):  # the client was killed, or there can be no more processes
+            client.close()
+            return None
+        else:
+            if pid == 0:
+                os.setsid()
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                self._close(client)
+                return request
+        finally:
             for stream in streams:
                 os.close(stream)
-            self._close(client)
-            return request
-        for stream in streams:
-            os.close(stream)
         ended = os.pidfd_open(pid)
         self.running[pid] = client, ended
-        client.sendall(f"{pid}\n".encode())
         self.selector.register(ended, selectors.EVENT_READ, functools.partial(self._reap, pid))
         self.selector.register(client, selectors.EVENT_READ, functools.partial(self._kill, pid))
+        with contextlib.suppress(OSError):  # the client was killed: its socket is at its end, so `_kill` comes next
+            client.sendall(f"{pid}\n".encode())
         return None
 
     def _close(self, client: socket.socket) -> None:
@@ -163,14 +170,27 @@ class Server:
         client.close()
 
     def _kill(self, pid: int) -> None:
-        """The client was killed, and its program is with it."""
-        self.selector.unregister(self.running[pid][0])
-        os.kill(pid, signal.SIGKILL)
+        """Kills the program of a client that was killed."""
+        if pid in self.running:  # else both ended at once, and `_reap` came first
+            self.selector.unregister(self.running[pid][0])
+            os.kill(pid, signal.SIGKILL)
 
     def _end(self) -> None:
         for pid in self.running:
             os.kill(pid, signal.SIGKILL)
         sys.exit()
+
+
+def _receive(client: socket.socket, streams: list[int]) -> dict:
+    """Reads the request of a client, and appends its standard streams to `streams`.
+
+    Raises:
+        OSError, ValueError: the client ended before the whole request was sent.
+    """
+    header, received, _, _ = socket.recv_fds(client, 8, 3)
+    streams += received
+    with client.makefile("rb") as reader:
+        return json.loads(reader.read(int.from_bytes(header, "big")))
 
 
 def import_libraries() -> None:
@@ -200,7 +220,6 @@ def run(request: dict) -> None:
     sys.executable = request["command"]
     if request["flags"] or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
     sys.orig_argv = [sys.executable, *request["flags"], *request["program"]]
     paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     sys.path[:0] = paths
