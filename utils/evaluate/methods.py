@@ -144,19 +144,31 @@ def read_task(paths: str, flag: str, columns: dict[str, str] | None = None) -> t
     files, problems = find_files(paths, flag)
     raise_if_any(problems)
     raws = [rename_raw(raw, columns or {}) for file in files for raw in read_rows(file)]
-    if not any(isinstance(raw.value, dict) and raw.value.get("choices") is not None for raw in raws):
-        prompts, problems = read_prompts(paths, flag, columns)
-        problems += [
-            Problem(
-                f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"',
-                file=row.file,
-                line=row.line,
-            )
-            for row in prompts
-            if row.reference is None
-        ]
-        return "generation", [row for row in prompts if row.reference is not None], problems
-    rows = []
+    if any(isinstance(raw.value, dict) and raw.value.get("choices") is not None for raw in raws):
+        return "choices", *_rows_with_choices(raws, paths, flag)
+    return "generation", *_prompts_with_reference(paths, flag, columns)
+
+
+def _prompts_with_reference(
+    paths: str, flag: str, columns: dict[str, str] | None
+) -> tuple[list[Prompt], list[Problem]]:
+    """The rows to generate answers for; those without a reference answer are problems."""
+    prompts, problems = read_prompts(paths, flag, columns)
+    problems += [
+        Problem(
+            f'{row.file}:{row.line} has no answer to compare with; give one as "output" or "reference"',
+            file=row.file,
+            line=row.line,
+        )
+        for row in prompts
+        if row.reference is None
+    ]
+    return [row for row in prompts if row.reference is not None], problems
+
+
+def _rows_with_choices(raws: list, paths: str, flag: str) -> tuple[list[Choices], list[Problem]]:
+    """The rows of multiple choice; raises a `UserError` at one that is for generation."""
+    rows, problems = [], []
     for raw in raws:
         place = f"{raw.file}:{raw.line}"
         if raw.fatal:
@@ -169,7 +181,7 @@ def read_task(paths: str, flag: str, columns: dict[str, str] | None = None) -> t
                     f"{flag} {paths!r} has rows with choices, and {place} has none; evaluate them separately"
                 ) from None
             problems.append(Problem(f"{place} {error}", file=raw.file, line=raw.line))
-    return "choices", rows, problems
+    return rows, problems
 
 
 def _is_prompt(value: Any) -> bool:

@@ -109,14 +109,7 @@ def summarise(
         "task": task.name,
         "rows": rows,
         "skipped": [str(problem) for problem in problems],
-        "figures": {
-            name: {
-                figure.key: {"value": round(figure.value, 4), "rows": figure.rows}
-                | ({} if figure.error is None else {"standard_error": round(figure.error, 4)})
-                for figure in found
-            }
-            for name, found in figures.items()
-        },
+        "figures": {name: {figure.key: _rounded(figure) for figure in found} for name, found in figures.items()},
         "models": {
             model.name: {"base": model.parts.base, "adapters": list(model.parts.adapters)} for model in eval_models
         },
@@ -128,3 +121,8 @@ def summarise(
             if importlib.util.find_spec(module)
         },
     }
+
+
+def _rounded(figure: Figure) -> dict:
+    error = {} if figure.error is None else {"standard_error": round(figure.error, 4)}
+    return {"value": round(figure.value, 4), "rows": figure.rows, **error}
