@@ -56,9 +56,9 @@ def run(program: Program, work: Work, scratch: Path, threads: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     clock.unlink(missing_ok=True)
     words, env = program.command(work, out), environment(program, clock, scratch / "cache", threads)
-    with open(scratch / "said", "wb") as said:
+    with open(scratch / "output", "wb") as output:
         start = time.time()
-        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
@@ -66,7 +66,7 @@ def run(program: Program, work: Work, scratch: Path, threads: int) -> dict:
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or not clock.exists():
-        return {"error": (scratch / "said").read_text(errors="replace")[-1500:]}
+        return {"error": (scratch / "output").read_text(errors="replace")[-1500:]}
     steps = [float(line) for line in clock.read_text().split()]
     return {
         "first_step": steps[0] - start,
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             written = in_chinese(table(kept)) if page.stem.endswith("zh") else table(kept)
             write_table(page, "results/compare.json", written)
     if failed:
-        print(f"{len(failed)} of the runs failed; what they said is above and in {args.output}", file=sys.stderr)
+        print(f"{len(failed)} of the runs failed; their output is above and in {args.output}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -34,8 +34,9 @@ def log_probs(model, tokenizer, file: Path) -> list[tuple[float, float]]:
             row = template.encode(pair["prompt"] + pair[side], tokenizer, train_on="last_turn")
             with torch.inference_mode():
                 logits = model(torch.tensor([row["input_ids"]])).logits[0].float()
-            said = torch.log_softmax(logits, dim=-1)
-            both.append(sum(said[i - 1, token].item() for i, token in enumerate(row["labels"]) if token != -100))
+            log_probs = torch.log_softmax(logits, dim=-1)
+            trained = [(i, token) for i, token in enumerate(row["labels"]) if token != -100]
+            both.append(sum(log_probs[i - 1, token].item() for i, token in trained))
         found.append((both[0], both[1]))
     return found
 

@@ -29,7 +29,7 @@ from benchmarks.model_flops import SHAPES
 from benchmarks.peers import ROOT, Program, Work
 from benchmarks.random_work import make_rows
 from benchmarks.tables import write_table
-from benchmarks.timed_case import judge, run_case, said, words_for
+from benchmarks.timed_case import describe, judge, run_case, words_for
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_throughput.json"
 DEPENDS_ON = ("card", "versions", "settings")  # results of other ones are not mixed
@@ -94,7 +94,7 @@ def measure(args, kept: dict, has: dict[str, dict]) -> None:
         found = judge(found, case, rows, kept["card"]["name"], args.warm_up)
         kept["runs"] = [run for run in kept["runs"] if key(run) != key(case)] + [{**case, **found}]
         keep(kept, args.output)
-        print(said(found), flush=True)
+        print(describe(found), flush=True)
 
 
 def keep(results: dict, file: Path) -> None:
@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the flags; all problems with them are said at once, with exit code 2."""
+    """Reads the flags; all problems with them are printed at once, with exit code 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
     least = {"steps": 2, "warm_up": 1, "rows": 1, "max_len": 64, "repeats": 1, "seed": 0, "minutes": 0}

@@ -1,4 +1,4 @@
-"""The programs that are compared: how each is installed, and how each is told to do the same work."""
+"""The programs that are compared: how each is installed, and how each is configured to do the same work."""
 
 import importlib.metadata
 import json
@@ -74,7 +74,7 @@ def install(name: str, folder: Path) -> Path:
         words = [one if "==" in one else _as_here(one) for one in INSTALL[name]]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         if subprocess.run([str(python), "-m", "pip", "install", "-q", *words], check=False).returncode:
-            raise UserError(f"{name} could not be installed into {str(folder)!r}; what pip said is above")
+            raise UserError(f"{name} could not be installed into {str(folder)!r}; pip's output is above")
         if name == "LLaMA-Factory":
             _stand_in(python)
         done.touch()

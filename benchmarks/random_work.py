@@ -71,9 +71,9 @@ def make_rows(folder: Path, count: int, max_len: int, seed: int) -> Rows:
     words = [piece for piece in pieces if piece.isascii() and piece.isalpha() and len(piece) > 2]
 
     def row(length: int) -> dict:
-        said = chance.choices(words, k=max(length, 2))
-        cut = max(1, len(said) // 5)
-        return {"instruction": " ".join(said[:cut]), "output": " ".join(said[cut:])}
+        drawn = chance.choices(words, k=max(length, 2))
+        cut = max(1, len(drawn) // 5)
+        return {"instruction": " ".join(drawn[:cut]), "output": " ".join(drawn[cut:])}
 
     def encoded(row: dict) -> dict:
         return template.encode(to_messages(row), tokenizer)

@@ -67,19 +67,19 @@ def _run(program: Program, words: list[str], scratch: Path, minutes: float) -> d
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     env = environment(program, scratch / "clock", scratch / "cache", threads)
     shutil.rmtree(scratch / "out", ignore_errors=True)
-    with open(scratch / "said", "wb") as said:
+    with open(scratch / "output", "wb") as output:
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT,
+            done = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
                                   timeout=60 * minutes)  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {minutes:g} minutes"}
     if done.returncode == 0 and report.is_file():
         return json.loads(report.read_text(encoding="utf-8"))
-    return {"failed": why(done.returncode, (scratch / "said").read_text(errors="replace"))}
+    return {"failed": why(done.returncode, (scratch / "output").read_text(errors="replace"))}
 
 
 def why(returncode: int, text: str) -> str:
-    """The reason of a failure, from what the program said."""
+    """The reason of a failure, from the program's output."""
     if any(sign in text for sign in NO_MEMORY):
         return "out of memory"
     if returncode == -9:
@@ -109,7 +109,7 @@ def judge(found: dict, case: dict, rows: Rows, card: str, warm_up: int) -> dict:
     }
 
 
-def said(found: dict) -> str:
+def describe(found: dict) -> str:
     """The figures of a case in a few words."""
     if "failed" in found:
         return found["failed"]

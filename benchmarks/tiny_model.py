@@ -54,13 +54,13 @@ def answer_rows(folder: Path, rows: list[dict]) -> list[str]:
 
 
 def count_right(folder: Path, rows: list[dict]) -> dict[str, str]:
-    """kind → "right/asked", and the same for all."""
-    right, asked = Counter(), Counter()
+    """kind → "right/total", and the same for all."""
+    right, total = Counter(), Counter()
     for row, answer in zip(rows, answer_rows(folder, rows), strict=True):
         for kind in ("all", row["kind"]):
-            asked[kind] += 1
+            total[kind] += 1
             right[kind] += answer == row["output"]
-    return {kind: f"{right[kind]}/{asked[kind]}" for kind in asked}
+    return {kind: f"{right[kind]}/{total[kind]}" for kind in total}
 
 
 def train(folder: Path, seed: int) -> float:

@@ -1,4 +1,4 @@
-"""Runs that survive: killed, stopped, out of disk, with numbers that are none, resumed with the wrong things."""
+"""Runs that survive: killed, stopped, out of disk, with a loss of NaN, resumed with other settings."""
 
 import json
 import math

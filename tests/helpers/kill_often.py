@@ -26,11 +26,11 @@ from utils.runtime.command import run_command  # noqa: E402
 
 
 def forked(argv: list[str], folder: Path, number: int = 0, *signums: int) -> tuple[int, str]:
-    """Runs main_train.py in a child; returns its exit code, negative for a signal, and what it said."""
-    said = folder.parent / "said.txt"
+    """Runs main_train.py in a child; returns its exit code, negative for a signal, and its output."""
+    file = folder.parent / "output.txt"
     child = os.fork()
     if child == 0:
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
         code = 0
@@ -50,7 +50,7 @@ def forked(argv: list[str], folder: Path, number: int = 0, *signums: int) -> tup
         sys.stderr.flush()
         os._exit(code)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8", errors="replace")
+    return os.waitstatus_to_exitcode(status), file.read_text(encoding="utf-8", errors="replace")
 
 
 def same_weights(folder: Path, other: Path) -> bool:
@@ -60,16 +60,16 @@ def same_weights(folder: Path, other: Path) -> bool:
 
 def go_on(argv: list[str], folder: Path) -> tuple[int, str]:
     """What a user types after a crash: resume, or, where nothing was saved yet, once more from the start."""
-    code, said = forked([*argv, "--resume_from_checkpoint", "true"], folder)
-    if code == 2 and "holds no complete checkpoint" in said:
-        code, said = forked([*argv, "--overwrite_output_dir", "true"], folder)
-    return code, said
+    code, output = forked([*argv, "--resume_from_checkpoint", "true"], folder)
+    if code == 2 and "holds no complete checkpoint" in output:
+        code, output = forked([*argv, "--overwrite_output_dir", "true"], folder)
+    return code, output
 
 
 def main() -> None:
     scratch, times, argv = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    code, said = forked(argv, scratch / "undisturbed")
-    assert code == 0, said
+    code, output = forked(argv, scratch / "undisturbed")
+    assert code == 0, output
     chances = int((scratch / "chances.txt").read_text())
     for moment in range(times):
         number = 1 + (chances - 1) * moment // (times - 1)
@@ -77,10 +77,10 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         killed, _ = forked(argv, folder, number, signal.SIGKILL)
         whole = sorted(path.name for path in folder.glob("checkpoint-*") if (path / "complete.json").is_file())
-        code, said = go_on(argv, folder)
+        code, output = go_on(argv, folder)
         same = code == 0 and same_weights(folder, scratch / "undisturbed")
         result = {"chance": number, "of": chances, "killed": killed, "whole": whole, "code": code, "same": same}
-        print(json.dumps(result | ({} if same else {"said": said[-2000:]})), flush=True)
+        print(json.dumps(result | ({} if same else {"output": output[-2000:]})), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ QUIZ = [
 
 
 def evaluate_rows(tmp_path, capsys, model, rows, *flags):
-    """Runs the command; returns the lines, the summary, and what it said on stdout and stderr."""
+    """Runs the command; returns the lines, the summary, and its stdout and stderr."""
     data, output = write_rows(tmp_path / "asked.jsonl", rows), tmp_path / "out" / "eval.jsonl"
     capsys.readouterr()
     evaluate.main(["--model_path", str(model), "--eval_data_path", data, "--output", str(output), *flags])

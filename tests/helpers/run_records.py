@@ -34,8 +34,8 @@ def cells(text: str) -> dict[str, list[str]]:
 def change(folder, name="train_args.json", **parts):
     """Changes a file of a run; a dictionary is added to the one that is there."""
     file = Path(folder) / name
-    told = json.loads(file.read_text())
+    record = json.loads(file.read_text())
     for part, value in parts.items():
-        told[part] = told[part] | value if isinstance(value, dict) and part in told else value
-    file.write_text(json.dumps(told))
+        record[part] = record[part] | value if isinstance(value, dict) and part in record else value
+    file.write_text(json.dumps(record))
     return folder

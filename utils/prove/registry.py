@@ -75,7 +75,8 @@ PROOFS = {
     ),
     "stops": Proof(
         "what is generated stops",
-        f"a few rows are trained until the loss is below {MEMORISED_LOSS:g}, {STEPS} steps at most, and then asked",
+        f"a few rows are trained until the loss is below {MEMORISED_LOSS:g}, {STEPS} steps at most; then the model "
+        "generates their answers",
         "0: every answer ends by the template's stop token",
         stops,
     ),

@@ -32,8 +32,8 @@ class WeightedFiguresMixin:
 def gather_with(accelerator, gather):
     """A context in which an accelerator gathers the metrics of a batch with another function.
 
-    accelerate 1.15 (`gather_for_metrics`) would cut the gathered tensors in an epoch's last update to the rows beyond the
-    last full step. That is for tensors with a value of each row; TRL 1.16 gathers sums, with one value of each process.
+    accelerate 1.15 (`gather_for_metrics`) would cut what is gathered in an epoch's last update to the number of rows
+    beyond the last full step. That is for tensors with a value of each row, but TRL 1.16 gathers one of each process.
 
     Args:
         accelerator: accelerate's Accelerator.
