@@ -1726,6 +1726,27 @@ FAULTS = [
         "tests/data/test_formats.py -k beside_a_call",
     ),
     Fault(
+        "columns: a name that no row has is taken",
+        "utils/data/prepare.py",
+        "        report.missing_columns = [name for name in encoder.renamed if name not in renamed]\n",
+        "",
+        "tests/data/test_columns.py -k usual_names",
+    ),
+    Fault(
+        "turns: a mark of unknown meaning is ignored",
+        "utils/data/turns.py",
+        'if role == "assistant" and isinstance(turn.get(name), bool | int | float):',
+        "if False:",
+        "tests/data/test_formats.py -k has_no_place",
+    ),
+    Fault(
+        "turns: a call without a name is trained",
+        "utils/data/turns.py",
+        'if call.get("type", "function") == "function" and not',
+        "if False and not",
+        "tests/data/test_formats.py -k has_no_place",
+    ),
+    Fault(
         "columns: a misspelt name is taken",
         "utils/config/validate.py",
         "        if known and name not in known:",

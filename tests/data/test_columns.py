@@ -11,7 +11,7 @@ from utils.args import parse_args
 from utils.data.bad_rows import BadRow, EmptyRow
 from utils.data.columns import rename_fields, with_columns
 from utils.data.conversations import to_messages
-from utils.data.row_types import CONVERSATION
+from utils.data.row_types import CONVERSATION, PAIR
 from utils.runtime.errors import UserError
 
 NAMES = {"instruction": "frage", "output": "antwort"}
@@ -58,6 +58,9 @@ def test_a_value_that_is_no_mapping_is_refused(value, said, tiny_models, tmp_pat
 def test_unread_fields_keep_the_names_of_the_file():
     row_type = CONVERSATION.with_columns(NAMES)
     assert row_type.unread({"frage": "Hi", "antwort": "Hello", "note": 3}) == ["note"]
+    assert row_type.unread({"instruction": "Hi", "antwort": "Hello", "note": 3}) == ["note"]
+    pair = {"chosen": [{"role": "user", "content": "Hi"}], "rejected": [], "prompt": "Hi"}
+    assert PAIR.unread({**pair, "messages": pair["chosen"]}) == [] and PAIR.unread({**pair, "messages": [3]}) != []
     assert CONVERSATION.with_columns({}) is CONVERSATION
 
 
@@ -73,6 +76,13 @@ def test_rows_are_those_of_a_file_with_the_usual_names(tiny_models, tokenizer, t
     usual = write_rows(tmp_path / "usual.jsonl", [rename_fields(row, NAMES) for row in ROWS])
     assert prepared(file, *FLAG).train[:] == prepared(usual).train[:]
     assert prepared(file, *FLAG).report.unread == {}
+    file = write_rows(tmp_path / "more.jsonl", [*ROWS, *ROWS])
+    misspelt = ["--columns", json.dumps({**NAMES, "system": "sytem"})]
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(UserError, match="--columns names 'sytem', which no row of --train_data_path has"):
+            prepared(file, *misspelt)
+    given = write_rows(tmp_path / "given.jsonl", [*ROWS, {**ROWS[0], "sytem": "Be brief."}])
+    assert len(prepared(given, *misspelt, "--eval_data_path", file).eval) == 2 * len(ROWS)  # only warned of
     swapped = ["--columns", '{"instruction": "antwort", "output": "frage"}']
     assert prepared(file, *swapped).train[:] != prepared(usual).train[:]  # another key in the cache
 

@@ -91,6 +91,7 @@ CONVERSATIONS = {
          [user("a"), answer("b"), user("Hi"), answer("Hello")]),
         ({"prompt": json.dumps([user("Hi")]), "completion": json.dumps([answer("Hello")])},
          [user("Hi"), answer("Hello")]),
+        ({"prompt": json.dumps([user("Hi")]), "completion": "Hello"}, [user("Hi"), answer("Hello")]),
         ({"prompt": "Hi", "completion": json.dumps([answer("Hello")])},
          [user("Hi"), answer(json.dumps([answer("Hello")]))])]),
     "prompt and response": (SUM, [
@@ -263,6 +264,10 @@ def test_a_row_with_the_fields_of_two_formats_is_read_by_the_one_with_values():
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "image_url": "x.png"}]},
                        answer("Hello")]}, "turn 1 has in 'content' a part with 'image_url', which is not read"),
         ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "a text in 'messages'"),
+        ({"messages": [user("Hi"), answer("", tool_calls=[{"type": "function", "function": {"arguments": "{}"}}])]},
+         "turn 2 has a tool call without the name of a function"),
+        ({"messages": [user("Hi"), answer("Hello", loss_weight=0)]}, "turn 2 has 'loss_weight' 0, which is not read"),
+        ({"messages": [user("Hi"), answer("Hello", ignore=True)]}, "turn 2 has 'ignore' True, which is not read"),
         ({"input": {"messages": ASK, "seed": 3}, "preferred_output": [answer("a")], "non_preferred_output": "b"},
          "has 'seed' in 'input', which is not read"),
     ],

@@ -34,6 +34,7 @@ class RowEncoder:
         pack: encoded dataset → packed dataset; None to leave it as it is.
         refuse_long: whether a row that is too long is an error.
         unread: raw row → names of the fields that are not read, for the log.
+        renamed: the fields of the files that `--columns` names.
     """
 
     suffixes: tuple[str, ...]
@@ -44,6 +45,7 @@ class RowEncoder:
     pack: Callable[[Any], Any] | None = None
     refuse_long: bool = False
     unread: Callable[[Any], list[str]] = lambda row: []
+    renamed: tuple[str, ...] = ()
 
 
 def build_row_encoder(
@@ -81,6 +83,7 @@ def build_row_encoder(
         pack=pack,
         refuse_long=args.overlong == "error",
         unread=row_type.with_columns(args.column_names).unread,
+        renamed=tuple(args.column_names.values()),
     )
 
 
@@ -96,6 +99,7 @@ class EncodedChunk:
         untrained: line and reason of each answer in a kept row that is not trained.
         refused: a description of each row that stops the run.
         unread: name of a field that is not read → number of rows with it.
+        renamed: which of `RowEncoder.renamed` any row has.
     """
 
     file: str
@@ -108,6 +112,7 @@ class EncodedChunk:
     untrained: list[tuple[int, str]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
+    renamed: set[str] = field(default_factory=set)
 
 
 def encode_chunk(encoder: RowEncoder, on_bad_row: str, chunk: Chunk) -> EncodedChunk:
@@ -116,6 +121,8 @@ def encode_chunk(encoder: RowEncoder, on_bad_row: str, chunk: Chunk) -> EncodedC
     for raw in chunk.rows:
         try:
             raw = parse_row(raw)
+            if encoder.renamed and isinstance(raw.value, dict):
+                encoded.renamed |= raw.value.keys() & set(encoder.renamed)
             value = _checked(encoder, raw)
             encoded.unread.update(encoder.unread(raw.value))
         except EmptyRow as error:

@@ -40,14 +40,12 @@ def read_json_fields(row: dict) -> dict:
     """A row with its lists of turns and its tools parsed, where they are written as JSON text.
 
     Questions and answers are texts in most rows, and may be JSON as such. They are taken for turns if all of them are
-    turns: those of a conversation, or both answers of a pair.
+    turns: those of a conversation, or both answers of a pair. A `prompt` that is a list of turns is one in any case.
     """
     if not any(isinstance(value, str) and value.lstrip()[:1] in ("[", "{", "n") for value in row.values()):
         return row  # nor is any a null
     parsed = {name: from_json(row[name]) for name in _JSON_FIELDS if isinstance(row.get(name), str)}
-    answers = parsed_turns(row, ("chosen", "rejected"))
-    if answers:
-        parsed |= answers | parsed_turns(row, ("prompt",))
+    parsed |= parsed_turns(row, ("chosen", "rejected")) | parsed_turns(row, ("prompt",))
     for form in CONVERSATION_FORMATS:
         if form.question:
             parsed |= parsed_turns(row, form.main)

@@ -79,9 +79,14 @@ def _usual_names(row: dict) -> dict:
         kept = "reject" if is_empty(row.get("rejected")) else "rejected"
         rest = {name: value for name, value in row.items() if name not in ("rejected", "reject")}
         row = rest | {"rejected": row[kept]}
-    if {"messages", "chosen", "rejected"} <= row.keys() and row["messages"] in (row["chosen"], row["rejected"]):
-        row = {name: value for name, value in row.items() if name != "messages"}  # UltraFeedback
+    if repeats_answer(row):
+        row = {name: value for name, value in row.items() if name != "messages"}
     return row
+
+
+def repeats_answer(row: dict) -> bool:
+    """Whether the field `messages` of a pair is one of its answers once more, as in UltraFeedback."""
+    return {"messages", "chosen", "rejected"} <= row.keys() and row["messages"] in (row["chosen"], row["rejected"])
 
 
 def _format_of(row: dict) -> Format:

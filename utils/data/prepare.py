@@ -107,8 +107,20 @@ def load_rows(paths: str, flag: str, encoder: RowEncoder, on_bad_row: str, cache
     report.bytes_of = {file: size for file, (_, size) in checksums.items()}
     if len(set(all_gather_objects([report.key]))) > 1:
         raise UserError(f"{flag}: the processes have read different rows; give each machine the same files")
+    _check_columns(report, flag)
     report.log(name)
     return dataset, report
+
+
+def _check_columns(report: DataReport, flag: str) -> None:
+    """Refuses a field of `--columns` that no training row has; validation rows may lack an optional one."""
+    if not report.missing_columns:
+        return
+    names = " and ".join(map(repr, report.missing_columns))
+    message = f"--columns names {names}, which no row of {flag} has"
+    if flag == "--train_data_path":
+        raise UserError(Problem(f"{message}; correct the name, or leave it out", flags=("columns",)))
+    logger.warning("{}", message)
 
 
 def _load_or_prepare(
@@ -181,7 +193,7 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
     import pyarrow
     from datasets.arrow_writer import ArrowWriter
 
-    report, refused, batches = DataReport(), [], []
+    report, refused, batches, renamed = DataReport(), [], [], set()
 
     def write():
         rows = pyarrow.Table.from_batches(batches)
@@ -192,10 +204,12 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
         for encoded in chunks:
             _count(report, encoded)
             refused += encoded.refused
+            renamed |= encoded.renamed
             if encoded.batch is not None and not refused:
                 batches.append(encoded.batch)
             if len(batches) == _BATCHES:
                 write()
+        report.missing_columns = [name for name in encoder.renamed if name not in renamed]
         _refuse(refused, report, encoder, files)
         if batches:
             write()

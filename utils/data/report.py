@@ -74,6 +74,7 @@ class DataReport:
         files: the files, in the order of their indices in `source`.
         hashes: file → its sha256; `bytes_of` its size in bytes.
         unread: file → field that is not read → number of rows with it.
+        missing_columns: fields that `--columns` names and no row has.
         untrained: number of answers in kept rows that are not trained.
         shortened: number of rows that were truncated.
     """
@@ -90,6 +91,7 @@ class DataReport:
     hashes: dict[str, str] = field(default_factory=dict)
     bytes_of: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    missing_columns: list[str] = field(default_factory=list)
     untrained: int = 0
     shortened: int = 0
 

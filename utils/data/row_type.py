@@ -157,7 +157,8 @@ class RowType:
         """This type for rows with other names: `columns` is name in a format → name in the files (`--columns`)."""
 
         def fields_read(row: dict) -> list[str]:
-            return [columns.get(name, name) for name in self.fields_read(rename_fields(row, columns))]
+            names = self.fields_read(rename_fields(row, columns))
+            return [*names, *(columns[name] for name in names if name in columns)]
 
         return replace(self, read=with_columns(self.read, columns), fields_read=fields_read) if columns else self
 

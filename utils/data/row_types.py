@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from utils.data.conversations import to_messages, to_text
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TEXT_FORMATS, Format, find_format
-from utils.data.pairs import to_pair
+from utils.data.pairs import repeats_answer, to_pair
 from utils.data.row_type import IDS, LABELS, RowType, SequenceColumns, Texts
 from utils.data.truncate import count_tokens
 from utils.template.messages import REASONING_FIELDS
@@ -85,7 +85,9 @@ PAIR = RowType(
     "preference pair",
     read=to_pair,
     texts=_pair_texts,
-    fields_read=lambda row: (*_fields_read(row, PAIR_FORMATS), "reject"),
+    fields_read=lambda row: (
+        *_fields_read(row, PAIR_FORMATS), "reject", *(["messages"] if repeats_answer(row) else [])
+    ),
     known_fields=_known_fields(PAIR_FORMATS) | {"reject"},
     columns={
         "prompt_ids": IDS, "chosen_ids": IDS, "chosen_labels": LABELS, "rejected_ids": IDS, "rejected_labels": LABELS,

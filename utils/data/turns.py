@@ -11,6 +11,8 @@ from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set whether a turn is trained: OpenAI's, then those of other trainers
 TRAINING_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
+# further names, whose meaning is not known: a mask of 1 may hide an answer or show it
+_OTHER_MARKS = ("loss_weight", "loss_mask", "mask", "masked", "ignore", "label")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
 _PART = ("type", "text", "cache_control", "annotations")  # of a content in parts; the last two do not change the text
@@ -53,6 +55,12 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
 
 def _is_trained(turn: dict, role: str) -> bool:
     """Whether the marks of a turn allow it to be trained: 0 and false do not, 1, true and null do."""
+    for name in _OTHER_MARKS:
+        if role == "assistant" and isinstance(turn.get(name), bool | int | float):
+            raise BadRow(
+                f"has {name!r} {turn[name]!r}, which is not read; remove it, or write 'train' with false for an answer "
+                "that is not to be trained"
+            )
     marks = {name: turn[name] for name in TRAINING_MARKS if not is_empty(turn.get(name))}
     for name, value in marks.items():
         if value not in (0, 1):  # true and false, too
@@ -135,6 +143,8 @@ def _call(call: Any) -> dict:
         raise BadRow(f"has {kind_name(call)} in 'tool_calls', not a call")
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call(call["function"])}
+    if call.get("type", "function") == "function" and not (isinstance(call.get("name"), str) and call["name"].strip()):
+        raise BadRow("has a tool call without the name of a function")
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
