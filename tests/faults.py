@@ -1819,8 +1819,8 @@ FAULTS = [
     Fault(
         "rows: a pair's answers trade places",
         "utils/data/pairs.py",
-        'return {"prompt": with_tools(prompt, usual_fields(row)), "chosen": chosen, "rejected": rejected}',
-        'return {"prompt": with_tools(prompt, usual_fields(row)), "chosen": rejected, "rejected": chosen}',
+        'return {"prompt": with_tools(prompt, usual), "chosen": chosen, "rejected": rejected}',
+        'return {"prompt": with_tools(prompt, usual), "chosen": rejected, "rejected": chosen}',
         "tests/data/test_pairs.py -k formats",
     ),
     Fault(

@@ -38,23 +38,27 @@ def to_pair(row: Any) -> Pair:
     if not isinstance(row, dict):
         raise BadRow(f"is {kind_name(row)}, not an object with fields")
     row = _usual_names(row)
-    prompt, chosen, rejected = read_pair(row)
-    check_fields(row, _format_of(row), [*prompt, *chosen, *rejected])
+    form = _format_of(row)
+    usual = converted(row, form)
+    prompt, chosen, rejected = read_pair(usual)
+    check_fields(row, form, [*prompt, *chosen, *rejected])
     check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(name, answer)
     if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
-    return {"prompt": with_tools(prompt, usual_fields(row)), "chosen": chosen, "rejected": rejected}
+    return {"prompt": with_tools(prompt, usual), "chosen": chosen, "rejected": rejected}
 
 
 def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:
     """Returns the prompt and the two answers of a row, which may still be empty or equal.
 
+    Args:
+        row: from `usual_fields`.
+
     Raises:
         BadRow: a field is missing, or the two do not answer the same prompt.
     """
-    row = usual_fields(row)
     prompt = _with_their_system(_read_prompt(row), row)
     chosen, rejected = (_read_answer(row, name, prompt) for name in ("chosen", "rejected"))
     if prompt is None:
