@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.util
 import io
+import json
 import pkgutil
 import re
 import shlex
@@ -107,6 +108,8 @@ def folder(tmp_path, sft_run):
         lines = (ROOT / "data" / f"{sample}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    german = [json.dumps({"frage": f"Was ist {n} + 1?", "antwort": str(n + 1)}) + "\n" for n in range(20)]
+    (tmp_path / "german.jsonl").write_text("".join(german), encoding="utf-8")
     return tmp_path
 
 

@@ -24,14 +24,14 @@ def lists(batch):
 def test_padded_rows():
     assert lists(build_collator(0, padding_free=False)(ROWS)) == {
         "input_ids": [[1, 2, 3], [4, 5, 0]], "labels": [[-100, 2, 3], [-100, 5, -100]],
-        "attention_mask": [[1, 1, 1], [1, 1, 0]], "source": [2, 4],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]], "source": [4, 2],
     }  # fmt: skip
 
 
 def test_concatenated_rows():
     batch = lists(build_collator(0, padding_free=True)(ROWS))
     assert batch["input_ids"] == [[1, 2, 3, 4, 5]] and batch["position_ids"] == [[0, 1, 2, 0, 1]]
-    assert [label for label in batch["labels"][0] if label != -100] == [2, 3, 5] and batch["source"] == [2, 4]
+    assert [label for label in batch["labels"][0] if label != -100] == [2, 3, 5] and batch["source"] == [4, 2]
 
 
 def test_rows_without_a_source_only_fill_a_step_up():

@@ -103,7 +103,7 @@ def test_sources_are_taken_out_of_a_batch_and_of_a_list_of_rows():
     assert without_sources({"input_ids": 1, "source": [3]}) == ({"input_ids": 1}, [3])
     assert without_sources({"input_ids": 1}) == ({"input_ids": 1}, [])
     rows = [{"text": "a", "source": [5, 4]}, {"text": "filler", "source": []}, {"text": "b", "source": [2]}]
-    assert without_sources(rows) == ([{"text": "a"}, {"text": "b"}], [2, 4, 5])
+    assert without_sources(rows) == ([{"text": "a"}, {"text": "b"}], [5, 4, 2])
     assert without_sources(rows[1:2]) == ([{"text": "filler"}], [])
 
 

@@ -42,15 +42,16 @@ def build_collator(pad_token_id: int, padding_free: bool):
 def _with_sources(collate):
     """Adds `source` to a collator's output, so that a row that breaks the training can be named.
 
-    It is a list of numbers as from `places.encode_source`; the trainer removes it from the model's inputs. Rows
-    without a source only fill up a step (utils/train/filler.py) and are dropped if there are others.
+    It is a list of numbers as from `places.encode_source`, one of each sequence, in their order; the trainer removes it
+    from the model's inputs. Rows without a source only fill up a step (utils/train/filler.py) and are dropped if there
+    are others.
     """
 
     def collate_with_sources(rows: list[dict]) -> dict:
         if "source" not in rows[0]:
             return collate(rows)
         real = [row for row in rows if row["source"]] or rows[:1]
-        return {**collate(real), "source": sorted({source for row in real for source in row["source"]})}
+        return {**collate(real), "source": [source for row in real for source in row["source"]]}
 
     return collate_with_sources
 

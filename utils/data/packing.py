@@ -1,5 +1,7 @@
 """Packs prepared rows together, and splits them into those to train on and those held back for validation."""
 
+from itertools import accumulate
+
 from utils.runtime.errors import UserError
 
 # a column of packed rows: [0] in those that are trained on, [1] in those held back, which come after them
@@ -50,17 +52,22 @@ def count_held_back(val_size: float, rows: int) -> int:
 def _pack(dataset, max_len: int, strategy: str):
     from trl import pack_dataset
 
-    # TRL cuts all columns alike, so each token carries its source until the rows are packed
+    # TRL cuts all columns alike, so each token carries its source until the rows are packed; then each sequence does
     with_sources = dataset.map(_source_of_each_token, batched=True)
-    return pack_dataset(with_sources, max_len, strategy=strategy).map(_each_source_once, batched=True)
+    return pack_dataset(with_sources, max_len, strategy=strategy).map(_source_of_each_sequence, batched=True)
 
 
 def _source_of_each_token(batch: dict) -> dict:
     return {"source": [source * len(ids) for source, ids in zip(batch["source"], batch["input_ids"], strict=True)]}
 
 
-def _each_source_once(batch: dict) -> dict:
-    return {"source": [sorted(set(sources)) for sources in batch["source"]]}
+def _source_of_each_sequence(batch: dict) -> dict:
+    return {
+        "source": [
+            [sources[end - 1] for end in accumulate(lengths)]
+            for sources, lengths in zip(batch["source"], batch["seq_lengths"], strict=True)
+        ]
+    }
 
 
 def _mark(batch: dict, held: int) -> dict:

@@ -44,6 +44,8 @@ class Data:
         train, eval: datasets of prepared rows; `eval` is None where nothing is evaluated.
         report, eval_report: what preparing the files of `--train_data_path` and `--eval_data_path` resulted in.
         held_back: number of rows of the training files that are for validation (`--val_size`), before packing.
+        source_names: what each of `report.files` is a part of, by which losses are split: an entry of
+            `--train_data_path`. The column `source` of a row holds the index of its file.
     """
 
     train: Any
@@ -51,6 +53,7 @@ class Data:
     report: DataReport
     eval_report: DataReport | None = None
     held_back: int = 0
+    source_names: tuple[str, ...] = ()
 
     def rows_trained(self) -> int:
         """Counts the rows of the files that are trained on, before packing."""

@@ -51,11 +51,12 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     from utils.patches.lm_head import use_trained_positions
     from utils.train.eval_metrics import TokenWeightedEvalMixin, fill_up
     from utils.train.filler import FillLastStepMixin
+    from utils.train.token_losses import TokenLossMixin
     from utils.train.trainer import FaultTolerantTrainerMixin
 
     use_trained_positions()
 
-    class Trainer(TokenWeightedEvalMixin, FillLastStepMixin, FaultTolerantTrainerMixin, SFTTrainer):
+    class Trainer(TokenWeightedEvalMixin, TokenLossMixin, FillLastStepMixin, FaultTolerantTrainerMixin, SFTTrainer):
         pass
 
     data = dataclasses.replace(data, eval=fill_up(data.eval, train_args, TASK.row_type))

@@ -17,11 +17,13 @@ class NonFiniteStepMixin:
     Attributes:
         on_nan: `stop`, or `skip` to leave such a step out.
         files: the data files, by which rows are named.
+        batch_sources: the column `source` of the batch at hand, in the order of its sequences.
         steps_skipped: how many steps were skipped, also before a resume and by the gradient scaler of fp16.
     """
 
     on_nan = "stop"
     files: list[str] = []
+    batch_sources: list[int] = []
     _skipped_in_a_row = 0
     _bad_loss: float | None = None
     _step_sources: list[int] = []
@@ -29,6 +31,7 @@ class NonFiniteStepMixin:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs, sources = without_sources(inputs)
+        self.batch_sources = sources
         self._step_sources = self._step_sources + sources
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss.item()):
@@ -105,7 +108,7 @@ def without_sources(inputs: dict | list[dict]) -> tuple[dict | list[dict], list[
     """
     if isinstance(inputs, list):
         rows = [row for row in inputs if row.get("source")] or inputs[:1]
-        sources = sorted({source for row in rows for source in row.get("source", [])})
+        sources = [source for row in rows for source in row.get("source", [])]
         return [{name: value for name, value in row.items() if name != "source"} for row in rows], sources
     return {name: value for name, value in inputs.items() if name != "source"}, inputs.get("source", [])
 

@@ -1,0 +1,48 @@
+"""Gives a step's extensions the log-probability of each token, before TRL reduces them to the loss."""
+
+# columns of a batch that are no inputs of the model and are read here
+TOKEN_COLUMNS = ("loss_weights",)
+
+
+class TokenLossMixin:
+    """A mix-in for TRL's SFTTrainer: weights the losses of tokens, and hands them to `observe_tokens`.
+
+    TRL 1.16 computes `log_probs`, [rows, length - 1] and 0 where nothing is trained, and from these the loss
+
+        L = -Σ_t log p(t) / number of trained tokens
+    """
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = dict(inputs)
+        columns = {name: inputs.pop(name) for name in TOKEN_COLUMNS if name in inputs}
+
+        def forward(**given):
+            output = model(**given)
+            if "fused_lm_head" in given:
+                self.observe_tokens(output, given, columns)
+            return output
+
+        return super().compute_loss(forward, inputs, *args, **kwargs)
+
+    def observe_tokens(self, output, inputs: dict, columns: dict) -> None:
+        """Called with the output of each batch of training; may replace `output.log_probs`.
+
+        Args:
+            output: TRL's FusedCausalLMOutput, [rows, length - 1] each.
+            inputs: of the model.
+            columns: those of TOKEN_COLUMNS that the batch has, [rows, length] each.
+        """
+
+
+def sequence_index(inputs: dict):
+    """The number of each token's sequence in the batch, [rows, length].
+
+    Rows laid end to end begin where position ids restart: `position_ids [[0, 1, 2, 0, 1]]` → `[[0, 0, 0, 1, 1]]`;
+    of padded rows each is a sequence.
+    """
+    import torch
+
+    ids = inputs["input_ids"]
+    if "position_ids" in inputs:
+        return (inputs["position_ids"] == 0).flatten().cumsum(0).view_as(ids) - 1
+    return torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
