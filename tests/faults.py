@@ -312,6 +312,27 @@ FAULTS = [
         "tests/tasks/test_dpo.py -k trl_collator",
     ),
     Fault(
+        "collator: sources in another order than their rows",
+        "utils/data/collate.py",
+        '"source": [source for row in real for source in row["source"]]}',
+        '"source": sorted(source for row in real for source in row["source"])}',
+        "tests/data/test_collate.py",
+    ),
+    Fault(
+        "pairs: scores that contradict the choice are not looked at",
+        "utils/data/pairs.py",
+        "and chosen < rejected:",
+        "and False:",
+        "tests/data/test_pairs.py",
+    ),
+    Fault(
+        "prompts: a field of --columns that is absent is not named",
+        "utils/infer/prompts.py",
+        "    if absent:\n",
+        "    if False:\n",
+        "tests/data/test_columns.py",
+    ),
+    Fault(
         "collator: rows lose their places",
         "utils/data/collate.py",
         '"source": [source for row in real for source in row["source"]]}',

@@ -46,6 +46,7 @@ def test_a_row_that_lacks_a_named_field_says_so():
         ('{"instruction": "a", "output": "a"}', "reads 'a' as two fields"),
         ('{"output": "a", "output": "b"}', "is not JSON"),
         ('{"instrction": "frage"}', "names 'instrction', a field that no format of a conversation has. Did you mean"),
+        ('{"frage": "instruction"}', "has. The name in a format comes first."),
     ],
 )
 def test_a_value_that_is_no_mapping_is_refused(value, said, tiny_models, tmp_path):
@@ -104,7 +105,7 @@ def test_every_command_reads_them(tiny_models, tmp_path, capsys):
     assert model_checks._prompt_of(SimpleNamespace(args=args), ROWS[0])[2] == ROWS[0]["antwort"]
 
 
-def test_prompts_and_questions_with_choices_are_read_under_other_names(tmp_path):
+def test_prompts_and_questions_with_choices_are_read_under_other_names(tmp_path, capsys):
     from utils.evaluate.methods import read_task
     from utils.infer.prompts import read_prompts
 
@@ -112,6 +113,8 @@ def test_prompts_and_questions_with_choices_are_read_under_other_names(tmp_path)
     prompts, (problem,) = read_prompts(file, "--input", NAMES)
     assert [prompt.reference for prompt in prompts] == [row["antwort"] for row in ROWS]
     assert f"a.jsonl:{len(ROWS) + 1} has 'instruction' beside 'frage'" in problem.message
+    read_prompts(file, "--input", {"instruction": "frage", "system": "Rolle"})
+    assert "--columns names 'Rolle', which no row of --input has" in capsys.readouterr().err
     choices = write_rows(tmp_path / "b.jsonl", [{"frage": "Which?", "optionen": ["a", "b"], "answer": "B"}])
     kind, (row,), problems = read_task(choices, "--eval_data_path", {"question": "frage", "choices": "optionen"})
     assert kind == "choices" and row.answer == 1 and not problems

@@ -56,6 +56,10 @@ def test_answers_of_several_turns_part_where_they_first_differ():
     ("row", "said"),
     [
         ({"prompt": "Hi", "chosen": "Hello"}, "no field 'rejected'"),
+        (
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "What?", "score_chosen": 3, "score_rejected": 8.5},
+            "has a 'score_chosen' 3 below its 'score_rejected' 8.5",
+        ),
         ({"prompt": "Hi", "rejected": "Hello"}, "no field 'chosen'"),
         ({"chosen": "Hello", "rejected": "What?"}, "no 'prompt'"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "a number in 'chosen'"),

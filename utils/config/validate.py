@@ -60,9 +60,10 @@ def _check_columns(settings) -> list[Problem]:
     for name in columns:
         if known and name not in known:
             rows = settings.task.row_type.name
+            hint = " The name in a format comes first." if columns[name] in known else nearest(name, known)
             problems += refusal(
-                f"--columns names {name!r}, a field that no format of a {rows} has.{nearest(name, known)} The formats "
-                "are in docs/data.md",
+                f"--columns names {name!r}, a field that no format of a {rows} has.{hint} The formats are in "
+                "docs/data.md",
                 "columns",
             )
     return problems

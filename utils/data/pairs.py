@@ -42,6 +42,7 @@ def to_pair(row: Any) -> Pair:
     usual = converted(row, form)
     prompt, chosen, rejected = read_pair(usual)
     check_fields(row, form, [*prompt, *chosen, *rejected])
+    _check_scores(row)
     check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(name, answer)
@@ -188,6 +189,16 @@ def check_prompt(prompt: list[Message]) -> None:
         raise BadRow(f"has a prompt that ends with {prompt[-1]['role']}, not with what the assistant answers to")
     if not prompt[-1]["content"].strip():
         raise BadRow("has an empty prompt")
+
+
+def _check_scores(row: dict) -> None:
+    """Refuses a pair whose scores say that the rejected answer is the better one."""
+    chosen, rejected = (row.get(f"score_{name}") for name in ("chosen", "rejected"))
+    if isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected:
+        raise BadRow(
+            f"has a 'score_chosen' {chosen} below its 'score_rejected' {rejected}; exchange the answers, or remove the "
+            "scores"
+        )
 
 
 def _check_answer(name: str, answer: list[Message]) -> None:

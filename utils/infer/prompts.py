@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from loguru import logger
+
 from utils.data.bad_rows import BadRow, unreadable
 from utils.data.columns import rename_raw
 from utils.data.conversations import Message, as_list, converted, read_question, read_turns, with_system, with_tools
@@ -55,8 +57,10 @@ def read_prompts(paths: str, flag: str, columns: dict[str, str] | None = None) -
     if problems:
         raise UserError(*problems)
     prompts: list[Prompt] = []
+    absent = set((columns or {}).values())
     for file in files:
         for raw in read_rows(file):
+            absent -= raw.value.keys() if absent and isinstance(raw.value, dict) else set()
             raw = rename_raw(raw, columns or {})
             place = f"{file}:{raw.line}"
             if raw.fatal:
@@ -67,6 +71,8 @@ def read_prompts(paths: str, flag: str, columns: dict[str, str] | None = None) -
                 prompts.append(Prompt(file, raw.line, *to_prompt(raw.value)))
             except BadRow as error:
                 problems.append(Problem(f"{place} {error}", file=file, line=raw.line))
+    if absent:
+        logger.warning("--columns names {}, which no row of {} has", " and ".join(map(repr, sorted(absent))), flag)
     return prompts, problems
 
 
