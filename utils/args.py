@@ -92,6 +92,11 @@ class CommonArgs:
         "What to do when the loss or a gradient is NaN or infinite. stop: stop the run and name the step and its rows. "
         "skip: skip the step.",
     )
+    row_ledger: bool = arg(
+        False,
+        "Note each training row's first, last, best and worst loss by file and line in row_ledger.parquet, for "
+        "utils.script.ledger. Not for dpo_multi.",
+    )
     early_stopping_patience: int | None = arg(
         None,
         "Stop after this many evaluations in a row without improvement; 0 or none: never. "

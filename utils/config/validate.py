@@ -30,7 +30,7 @@ def validate(settings) -> list[Problem]:
     """Checks what would fail only after the weights are loaded, or be silently ignored."""
     common, train_args = settings.common, settings.train_args
     problems = _check_numbers(common) + _check_data_files(settings) + _check_columns(settings)
-    problems += _check_attention(common)
+    problems += _check_attention(common) + _check_row_ledger(settings)
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)
@@ -67,6 +67,19 @@ def _check_columns(settings) -> list[Problem]:
                 "columns",
             )
     return problems
+
+
+def _check_row_ledger(settings) -> list[Problem]:
+    task = settings.task
+    if not settings.common.row_ledger or task is None or task.notes_row_losses:
+        return []
+    allowed = ", ".join(name for name in settings.tasks if settings.tasks[name].notes_row_losses)
+    return refusal(
+        f"--row_ledger true is not supported with --task_type {task.name}, whose trainer does not give the loss of "
+        f"each row; leave it out, or use one of {allowed}",
+        "row_ledger",
+        "task_type",
+    )
 
 
 def _check_attention(common) -> list[Problem]:

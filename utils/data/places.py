@@ -12,13 +12,18 @@ _MAX_LINES_SHOWN = 30
 
 
 def encode_source(file: int, line: int) -> int:
-    """Packs the index of a file and a line number into one integer: the low 40 bits hold the line."""
+    """Packs the index of a file and a line number into one integer: the low 40 bits hold the line; also of arrays."""
     return file << _LINE_BITS | line
 
 
 def decode_source(source: int) -> tuple[int, int]:
     """Returns the index of the file and the line number that `encode_source` packed."""
     return divmod(int(source), 1 << _LINE_BITS)
+
+
+def decode_sources(sources):
+    """As `decode_source`, for a NumPy array: the indices of the files and the line numbers, [N] each."""
+    return sources >> _LINE_BITS, sources & ((1 << _LINE_BITS) - 1)
 
 
 def row_location(row: dict) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from utils.data.files import files_left_out, find_files
 from utils.data.packing import count_held_back, split_validation
 from utils.data.places import MAX_PLACES_SHOWN
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
+from utils.data.source_names import name_sources
 from utils.runtime.distributed import all_gather_objects
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.storage.files import checksum
@@ -46,6 +47,7 @@ class Data:
         held_back: number of rows of the training files that are for validation (`--val_size`), before packing.
         source_names: what each of `report.files` is a part of, by which losses are split: an entry of
             `--train_data_path`. The column `source` of a row holds the index of its file.
+        eval_source_names: the same of the files of the validation rows.
     """
 
     train: Any
@@ -54,6 +56,7 @@ class Data:
     eval_report: DataReport | None = None
     held_back: int = 0
     source_names: tuple[str, ...] = ()
+    eval_source_names: tuple[str, ...] = ()
 
     def rows_trained(self) -> int:
         """Counts the rows of the files that are trained on, before packing."""
@@ -70,14 +73,16 @@ def load_train_and_eval(args, train_args, encoder: RowEncoder) -> Data:
         raise UserError("--train_data_path is missing; give data files")
     options = (encoder, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
     train, report = load_rows(args.train_data_path, "--train_data_path", *options)
+    names = name_sources(args.train_data_path, "--train_data_path", encoder.suffixes, report.files)
     if args.eval_data_path:
         evaluation, eval_report = load_rows(args.eval_data_path, "--eval_data_path", *options)
-        return Data(train, evaluation, report, eval_report)
+        eval_names = name_sources(args.eval_data_path, "--eval_data_path", encoder.suffixes, eval_report.files)
+        return Data(train, evaluation, report, eval_report, 0, names, eval_names)
     if not args.val_size:
-        return Data(train, None, report)
+        return Data(train, None, report, source_names=names)
     held_back = count_held_back(args.val_size, report.kept)
     logger.info("{:,} of {:,} rows are held back for validation", held_back, report.kept)
-    return Data(*split_validation(train, args.val_size, train_args.seed), report, held_back=held_back)
+    return Data(*split_validation(train, args.val_size, train_args.seed), report, None, held_back, names, names)
 
 
 def load_rows(paths: str, flag: str, encoder: RowEncoder, on_bad_row: str, cache_dir: str | None, workers: int | None):

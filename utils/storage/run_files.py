@@ -14,10 +14,11 @@ from utils.storage.run_folder import (
     remove_files,
 )  # fmt: skip
 
+LEDGER_FILE = "row_ledger.parquet"  # the losses of rows, of `--row_ledger true`
 # what a run writes beside its weights; a file of this name that lies there already would be lost
 WRITTEN = (
     "README.md", "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "loss.png",
-    "model.safetensors.index.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+    "model.safetensors.index.json", LEDGER_FILE, "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "train.log", "trainer_state.json", "training_args.bin", "vocab.json",
     "merges.txt",
 )  # fmt: skip
@@ -72,7 +73,7 @@ def clear_run(folder: Path, own_card: bool) -> None:
         own_card: whether its README.md is one that a run wrote.
     """
     foreign = foreign_files(folder)
-    gone = [RECORD_FILE, STATE, "train.log", "loss.png", "model.safetensors.index.json"]
+    gone = [RECORD_FILE, STATE, "train.log", "loss.png", LEDGER_FILE, "model.safetensors.index.json"]
     gone += [name for name in _names_in(folder) if _WEIGHTS.fullmatch(name)] + ["README.md"] * own_card
     for name in gone:
         if name not in foreign:

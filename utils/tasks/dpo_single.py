@@ -80,6 +80,7 @@ class WrittenOutLoss:
         losses, chosen_rewards, rejected_rewards = preference_loss(
             policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta
         )
+        self.add_pair_losses(losses)
         loss = losses.mean()
         if self.aux_loss_enabled:  # the load-balancing loss of a mixture of experts
             loss = loss + self.router_aux_loss_coef * output.aux_loss
@@ -145,6 +146,7 @@ TASK = pair_task(
     build_trainer,
     build_collator,
     supports_padding_free=True,
+    notes_row_losses=True,
     settings_without_effect=(
         NoEffect(
             tuple(_OF_TRL),

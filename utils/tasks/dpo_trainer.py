@@ -16,10 +16,11 @@ from utils.runtime.distributed import wait_for_everyone
 from utils.tasks.trainer import make_trainer, needs_uniform_dtype
 from utils.train.figures import WeightedFiguresMixin, gather_counted, gather_with
 from utils.train.filler import FillLastStepMixin, fills_up
+from utils.train.row_losses import RowLossesMixin
 from utils.train.trainer import FaultTolerantTrainerMixin
 
 
-class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTrainerMixin):
+class PreparedPairsMixin(RowLossesMixin, FillLastStepMixin, WeightedFiguresMixin, FaultTolerantTrainerMixin):
     """A mix-in for TRL's DPOTrainer: takes tokenized pairs, and weights each pair equally in its update.
 
     TRL 1.16 averages over the pairs of a micro-batch and transformers 5.23 over the micro-batches, so that the pairs of
@@ -28,6 +29,7 @@ class PreparedPairsMixin(FillLastStepMixin, WeightedFiguresMixin, FaultTolerantT
         loss of a micro-batch of n pairs = mean over its pairs · n · processes / N
     """
 
+    loss_unit = "pairs"
     loss_is_scaled_for_ga = True  # tells transformers not to divide by the number of micro-batches
     _weight: float = 1.0
     _pairs: int | None = None  # of the current batch; None outside a step or an evaluation

@@ -64,6 +64,7 @@ TASK = Task(
     supports_packing=True,
     supports_padding_free=True,
     packing_splits_rows=True,
+    notes_row_losses=True,
     imitates=True,
     settings_without_effect=(
         SMOOTHING,

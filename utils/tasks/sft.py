@@ -51,12 +51,20 @@ def build_trainer(args, train_args, model, adapter, data: Data, collator, tokeni
     from utils.patches.lm_head import use_trained_positions
     from utils.train.eval_metrics import TokenWeightedEvalMixin, fill_up
     from utils.train.filler import FillLastStepMixin
+    from utils.train.row_losses import RowLossesMixin
     from utils.train.token_losses import TokenLossMixin
     from utils.train.trainer import FaultTolerantTrainerMixin
 
     use_trained_positions()
 
-    class Trainer(TokenWeightedEvalMixin, TokenLossMixin, FillLastStepMixin, FaultTolerantTrainerMixin, SFTTrainer):
+    class Trainer(
+        RowLossesMixin,
+        TokenWeightedEvalMixin,
+        TokenLossMixin,
+        FillLastStepMixin,
+        FaultTolerantTrainerMixin,
+        SFTTrainer,
+    ):
         pass
 
     data = dataclasses.replace(data, eval=fill_up(data.eval, train_args, TASK.row_type))
@@ -84,6 +92,7 @@ TASK = Task(
     usual_learning_rates={True: (1e-5, 1e-3), False: (5e-7, 1e-4)},
     supports_packing=True,
     supports_padding_free=True,
+    notes_row_losses=True,
     imitates=True,
     settings_without_effect=(SMOOTHING,),
     memory_loss=memory_loss,

@@ -63,6 +63,7 @@ class Task:
         supports_packing: whether `--packing true` puts several rows into one.
         supports_padding_free: whether the collator can concatenate the rows of a step (`--padding_free true`).
         packing_splits_rows: whether packing may split a row of the files.
+        notes_row_losses: whether its trainer notes the loss of each row, as `--row_ledger true` needs.
         imitates: whether training makes the labelled tokens likely, so that an overfitted model repeats its rows.
 
         settings_without_effect: of this task; those of every task are in `utils/explain/unused.py`.
@@ -94,6 +95,7 @@ class Task:
     supports_packing: bool = False
     supports_padding_free: bool = False
     packing_splits_rows: bool = False
+    notes_row_losses: bool = False
     imitates: bool = False
 
     settings_without_effect: tuple[NoEffect, ...] = ()

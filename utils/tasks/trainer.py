@@ -15,6 +15,7 @@ from utils.runtime.distributed import uses_fsdp
 from utils.runtime.errors import UserError
 from utils.train.neftune import add_noise
 from utils.train.resume import run_settings
+from utils.train.row_ledger import LedgerNote, RowLedger
 
 # errors of these packages come from the Hub or the connection to it
 _HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
@@ -121,3 +122,16 @@ def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)
     trainer.files = data.report.files
+    trainer.source_names, trainer.eval_source_names = data.source_names, data.eval_source_names
+    if args.row_ledger:
+        trainer.ledger = RowLedger(_ledger_note(args, data))
+
+
+def _ledger_note(args, data: Data) -> LedgerNote:
+    """What the losses of this run's row ledger belong to."""
+    report = data.report
+    hashes = [report.hashes[file] for file in report.files]
+    names = list(data.source_names or report.files)
+    return LedgerNote(
+        task_type=args.task_type, columns=args.columns, files=list(report.files), sha256=hashes, sources=names
+    )

@@ -47,12 +47,16 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
         self.weigh_figures({name: sum(counts) for name in ("entropy", "mean_token_accuracy")})
         return result
 
+    def add_token_losses(self, output, inputs: dict) -> None:
+        """Called with TRL's output for each batch that is evaluated (utils/train/row_losses.py)."""
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
 
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "source"})
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, use_cache=False, fused_lm_head=True)
+        self.add_token_losses(output, inputs)
         # [rows, length - 1] each, 0 where nothing is trained
         parts = (-output.log_probs, output.is_top1, output.entropy, output.label_mask)
         sums = torch.stack([part.float().sum() for part in parts]).tolist()

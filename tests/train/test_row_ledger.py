@@ -1,0 +1,106 @@
+"""The table of rows' losses: merged step by step, written and read again, and which rows were forgotten."""
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from utils.data.places import encode_source
+from utils.train.row_ledger import LedgerNote, RowLedger, states
+
+NOTE = LedgerNote(
+    files=["a.jsonl", "b/one.csv", "b/two.csv"], sha256=["x", "y", "z"], sources=["a", "b", "b"], task_type="sft"
+)
+
+
+def one_by_one(observed):
+    """The figures of each row in plain Python: (source, step, sum of losses, tokens) → source → figures."""
+    sums = {}
+    for source, step, loss, tokens in observed:
+        if np.isfinite(loss) and tokens:
+            before = sums.get((source, step), (0, 0))
+            sums[source, step] = (before[0] + loss, before[1] + tokens)
+    found = {}
+    for source in {source for source, _ in sums}:
+        steps = sorted(step for other, step in sums if other == source)
+        losses = [sums[source, step][0] / sums[source, step][1] for step in steps]
+        found[source] = [
+            losses[0], losses[-1], min(losses), max(losses), sum(losses) / len(losses), len(steps), steps[0], steps[-1],
+        ]  # fmt: skip
+    return found
+
+
+def observations(count=400, seed=0):
+    """Random ones of 30 rows in three files, in the order of steps; some rows twice in a step, some losses NaN."""
+    random = np.random.default_rng(seed)
+    steps = np.sort(random.integers(1, 60, count))
+    sources = encode_source(random.integers(0, 3, count), random.integers(1, 11, count))
+    losses = np.where(random.random(count) < 0.02, np.nan, random.random(count) * 50)
+    return sources, steps, losses, random.integers(0, 9, count).astype("float32")
+
+
+@pytest.mark.parametrize("cuts", [(), (25,), (1, 2, 30, 31, 59)])
+def test_the_figures_are_those_of_each_row_alone_however_they_are_taken(cuts):
+    sources, steps, losses, tokens = observations()
+    ledger = RowLedger(NOTE)
+    for low, high in zip((0, *cuts), (*cuts, 99), strict=True):
+        part = (steps > low) & (steps <= high)
+        ledger.update(sources[part], steps[part], losses[part], tokens[part])
+    rows, wanted = ledger.rows, one_by_one(zip(sources, steps, losses, tokens, strict=True))
+    assert list(rows["source"]) == sorted(wanted) and len(wanted) == 30
+    for place, source in enumerate(rows["source"]):
+        found = [values[place] for name, values in rows.items() if name != "source"]
+        assert found == pytest.approx(wanted[source], rel=1e-5)
+
+
+def test_a_ledger_is_read_as_it_was_written(tmp_path):
+    ledger, halves = RowLedger(NOTE), RowLedger(NOTE)
+    sources, steps, losses, tokens = observations()
+    early = steps <= 30
+    for part in (early, ~early):
+        ledger.update(sources[part], steps[part], losses[part], tokens[part])
+    halves.update(sources[early], steps[early], losses[early], tokens[early])
+    halves.write(tmp_path / "half.parquet")
+    halves = RowLedger.read(tmp_path / "half.parquet")
+    assert halves.note == NOTE
+    halves.update(sources[~early], steps[~early], losses[~early], tokens[~early])
+    for name, values in ledger.rows.items():
+        assert values.dtype == halves.rows[name].dtype and (values == halves.rows[name]).all(), name
+
+
+def test_the_table_names_file_line_and_source(tmp_path):
+    ledger = RowLedger(NOTE)
+    places = [(0, 7), (1, 3), (2, 1)]
+    sources = np.array([encode_source(*place) for place in places])
+    ledger.update(sources, np.array([1, 2, 2]), np.array([6.0, 8.0, 1.0]), np.array([3.0, 2.0, 1.0]))
+    ledger.write(tmp_path / "ledger.parquet")
+    rows = pyarrow.parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
+    names = ("file", "line", "source", "first_loss", "mean_loss", "times", "last_step")
+    assert [[row[name] for name in names] for row in rows] == [
+        ["a.jsonl", 7, "a", 2.0, 2.0, 1, 1],
+        ["b/one.csv", 3, "b", 4.0, 4.0, 1, 2],
+        ["b/two.csv", 1, "b", 1.0, 1.0, 1, 2],
+    ]
+
+
+def test_another_parquet_file_is_no_ledger(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"line": [1]}), tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("no")
+    for name in ("other", "text"):
+        with pytest.raises(ValueError, match=r"\.parquet"):
+            RowLedger.read(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize(("losses", "state"), [
+    ([4.0, 2.0, 3.0], "learned"),         # 3.0 ≤ 0.8 · 4.0
+    ([4.0, 2.0, 3.5], "forgotten"),
+    ([4.0, 3.5, 3.3], "never_learned"),
+    ([4.0], None),                        # trained once: nothing is known
+    ([0.1, 0.3, 0.5], "learned"),         # always below 0.8 · log 2
+    ([0.1, 0.3, 0.6], "forgotten"),
+    ([0.6, 0.59], "never_learned"),
+])  # fmt: skip
+def test_a_row_is_learned_forgotten_or_never_learned(losses, state):
+    ledger = RowLedger(NOTE)
+    for step, loss in enumerate(losses, 1):
+        ledger.update(np.array([5]), np.array([step]), np.array([loss]), np.array([1.0]))
+    assert [name for name, values in states(ledger.rows).items() if values[0]] == ([state] if state else [])
