@@ -88,6 +88,26 @@ def test_a_card_has_the_first_the_last_and_the_best_loss():
     ]
 
 
+def test_a_card_has_the_losses_of_each_source_and_the_counts_of_the_ledger(train, tmp_path):
+    files = [
+        write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", tiny.ROWS[:4]), ("b", tiny.ROWS[4:]))
+    ]
+    flags = ["--eval_data_path", ",".join(files), "--logging_steps", "1", "--row_ledger", "true"]
+    folder = train(*FP32, *flags, data=",".join(files))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    card = card_of(folder)
+    for name in "ab":
+        training, held = (
+            [entry[key] for entry in history if key in entry] for key in (f"loss/{name}", f"eval_loss/{name}")
+        )
+        cells = [f"{values[0]:.4f} at first, {values[-1]:.4f} at last" for values in (training, held)]
+        assert f"| `{name}` | {cells[0]} | {cells[1]} |" in card
+    summary = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))["summary"]
+    counts = summary["row_ledger"]
+    assert counts["rows"] == 8 == sum(counts[name] for name in ("learned", "forgotten", "never_learned"))
+    assert rows_of(card)["rows, by their losses"].startswith(f"{counts['learned']} of 8 rows learned, ")
+
+
 def test_texts_cannot_break_the_card(train):
     folder = train("--max_steps", "1")
     record = json.loads((folder / "train_args.json").read_text())

@@ -92,6 +92,27 @@ def test_raw_smoothed_evaluation_and_learning_rate(drawn, tmp_path):
     assert list(drawn["learning_rate"].lines[0].get_ydata())[:2] == [1e-3, 5e-4]
 
 
+def test_sources_have_a_panel_with_a_colour_each(drawn, tmp_path):
+    history = [{**entry, "loss/a": 2.0, "loss/b": 3.0} for entry in history_of(10)]
+    history += [{"step": 5, "eval_loss": 1.0, "eval_loss/b": 1.5, "eval_loss/only held out": 2.5}]
+    plot_history(history, tmp_path / "loss.png")
+    assert list(drawn) == ["loss", "loss/", "learning_rate"]
+    axes = drawn["loss/"]
+    assert labels_of(axes) == ["a", "b", "only held out, 2.5 at last"]
+    a, b, held_b, held = axes.lines
+    assert [set(line.get_ydata()) for line in axes.lines] == [{2.0}, {3.0}, {1.5}, {2.5}]
+    assert b.get_color() == held_b.get_color() and len({line.get_color() for line in axes.lines}) == 3
+    assert [line.get_linestyle() for line in (a, b, held_b, held)] == ["-", "-", "--", "--"]
+    assert axes.get_ylabel() == drawn["loss"].get_ylabel()
+
+
+def test_of_many_sources_the_first_are_drawn_and_the_title_says_so(drawn, tmp_path):
+    history = [{"step": 1, "loss": 1.0, **{f"loss/{number}": number + 1 for number in range(40)}}]
+    plot_history(history, tmp_path / "loss.png")
+    assert len(drawn["loss/"].lines) == 12
+    assert drawn["loss/"].get_title(loc="left") == "Loss of the first 12 of 40 sources"
+
+
 def test_preferences_show_margins_and_accuracies(drawn, tmp_path):
     plot_history(history_of(5, **{"rewards/margins": 0.5, "rewards/accuracies": 1.0}), tmp_path / "loss.png")
     assert list(drawn) == ["loss", "rewards/margins", "rewards/accuracies", "learning_rate"]
@@ -314,15 +335,19 @@ def test_a_resumed_run_is_drawn_whole(train, drawn):
 
 
 # ---------------------------------------------------------------------- other places for the curves
-def test_tensorboard_has_the_losses(train):
+def test_tensorboard_has_the_losses(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = train("--report_to", "tensorboard", "--logging_steps", "1")
+    files = [
+        write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", tiny.ROWS[:4]), ("b", tiny.ROWS[4:]))
+    ]
+    folder = train("--report_to", "tensorboard", "--logging_steps", "1", data=",".join(files))
     (events,) = (folder / "runs").rglob("events.out.tfevents.*")
     curves = EventAccumulator(str(events))
     curves.Reload()
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [event.value for event in curves.Scalars("train/loss")] == pytest.approx(series(history, "loss")[1])
+    for name in ("loss", "loss/a", "loss/b"):
+        assert [event.value for event in curves.Scalars(f"train/{name}")] == pytest.approx(series(history, name)[1])
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])

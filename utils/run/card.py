@@ -10,6 +10,7 @@ from loguru import logger
 
 from utils.config.config_file import is_own_recipe
 from utils.model.adapter import ADAPTERS
+from utils.run.plot import series, sources_of
 from utils.run.samples import LONGEST, Sample
 from utils.runtime.text import (
     Markdown,
@@ -20,7 +21,9 @@ from utils.runtime.text import (
     markdown_table,
     settings_table,
 )
+from utils.storage.run_files import LEDGER_FILE
 from utils.tasks import get_task
+from utils.train.row_ledger import format_counts
 
 CARD = "README.md"
 _MARK = "<!-- written by main_train.py, and again by the next run into this folder -->"
@@ -105,7 +108,7 @@ def card_text(
     parts = [
         _front_matter(common), _MARK, f"# {escape_markdown(title)}",
         f"{kind} trained by `main_train.py`. ![loss](loss.png)",
-        "## Result", settings_table(_result(record, history)),
+        "## Result", settings_table(_result(record, history)), *_by_source(history),
         "## Base and data", settings_table(_base(record)), *_data(record),
         "## Settings", settings_table(_settings(record)),
         *_changed(changed), *_resumed(record),
@@ -178,8 +181,25 @@ def _result(record: dict, history: list[dict]) -> list[tuple]:
         rows.append(("evaluation pairs", f"{100 * summary['eval_accuracy']:.1f} % with the higher reward for chosen"))
     if summary.get("best_kept"):
         rows.append(("saved weights", f"of step {summary['best_step']:,}, the best by {summary['best_figure']}"))
+    if "row_ledger" in summary:
+        rows.append(("rows, by their losses", Markdown(f"{format_counts(summary['row_ledger'])} (`{LEDGER_FILE}`)")))
     skipped = f", {summary['steps_skipped']:,} left out (not finite)" if summary.get("steps_skipped") else ""
     return [*rows, ("steps", f"{summary['steps']:,}{skipped}")]
+
+
+def _by_source(history: list[dict]) -> list[str]:
+    """The losses of each source, if they were logged."""
+    sources = dict.fromkeys(sources_of(history) + sources_of(history, "eval_loss/"))
+    if not sources:
+        return []
+    rows = []
+    for source in sources:
+        cells = [inline_code(source)]
+        for name in (f"loss/{source}", f"eval_loss/{source}"):
+            values = [value for value in series(history, name)[1] if math.isfinite(value)]
+            cells.append(f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured")
+        rows.append(cells)
+    return [markdown_table(["source", "training loss", "evaluation loss"], rows)]
 
 
 def _base(record: dict) -> list[tuple]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from utils.storage.files import replace_file
 
-# the panels, drawn if a run logs the metric: metric → (title, unit, height in inches)
+# the panels, drawn if a run logs the metric: metric → (title, unit, height in inches); `loss/` is a metric by source
 _PANELS = {
     "loss": ("Loss", "nats per trained token", 3.2),
+    "loss/": ("Loss by source, of the evaluation dashed", "", 2.6),
     "rewards/margins": ("Reward margin, chosen over rejected", "β · log-ratio", 2.0),
     "rewards/accuracies": ("Pairs whose chosen answer has the higher reward", "share", 2.0),
     "learning_rate": ("Learning rate", "", 1.1),
@@ -17,6 +18,7 @@ _GREY = "#555555"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#56b4e9", "#444444")
 _STYLES = ("-", "-.", ":")  # "--" is the evaluation's
 _DOTS_UNTIL = 30  # up to this many points get a marker
+_MOST_SOURCES = 12  # more lines in one panel are not distinguishable
 _POINTS = 4000  # more are not distinguishable at this width
 _LOG_FROM = 500  # a loss that falls by this factor looks flat on a linear scale
 
@@ -32,6 +34,15 @@ def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
             found[entry["step"]] = float(entry[name])
     steps = sorted(found)
     return steps, [found[step] for step in steps]
+
+
+def sources_of(history: list[dict], prefix: str = "loss/") -> list[str]:
+    """The sources whose losses a run logs, in the order of their first values.
+
+    `sources_of([{"step": 1, "loss/maths": 2.5, "eval_loss/code": 3.0}])` → `["maths"]`
+    """
+    names = dict.fromkeys(name for entry in history for name in entry if name.startswith(prefix))
+    return [name.removeprefix(prefix) for name in names]
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
@@ -74,11 +85,27 @@ def plot_history(history: list[dict], path: Path, planned: int | None = None, sm
         if name == "learning_rate":
             _draw_rate(axes, *series(history, name), _GREY)
             continue
+        if name == "loss/":
+            _draw_sources(axes, history, smooth)
+            continue
         _set_scale(axes, [history], name)
         _draw_training(axes, *series(history, name), smooth, _TRAINING)
         _draw_evaluation(axes, *series(history, f"eval_{name}"), _EVALUATION, "evaluation")
         _finish_panel(axes, name)
     _save(figure, panels, path)
+
+
+def _draw_sources(axes, history: list[dict], smooth) -> None:
+    """Draws the losses of each source in a colour of its own, the evaluation's dashed."""
+    sources = list(dict.fromkeys(sources_of(history) + sources_of(history, "eval_loss/")))
+    if len(sources) > _MOST_SOURCES:
+        axes.set_title(f"Loss of the first {_MOST_SOURCES} of {len(sources)} sources", loc="left", fontsize=11)
+    for number, source in enumerate(sources[:_MOST_SOURCES]):
+        colour, style = _RUNS[number % len(_RUNS)], _STYLES[number // len(_RUNS) % len(_STYLES)]
+        training, evaluation = series(history, f"loss/{source}"), series(history, f"eval_loss/{source}")
+        _draw_training(axes, *training, smooth, colour, style, source)
+        _draw_evaluation(axes, *evaluation, colour, None if training[0] else source)
+    _finish_panel(axes, "loss/")
 
 
 def plot_runs(runs: dict[str, list[dict]], path: Path, smooth: float | None = None) -> None:
@@ -117,6 +144,8 @@ def _panels(histories: list[list[dict]], stopped: str = ""):
 
     entries = [entry for history in histories for entry in history]
     names = [name for name in _PANELS if name == "loss" or any(name in entry for entry in entries)]
+    if len(histories) == 1 and (sources_of(entries) or sources_of(entries, "eval_loss/")):
+        names.insert(1, "loss/")
     heights = [_PANELS[name][2] for name in names]
     figure, rows = pyplot.subplots(
         len(names), figsize=(8, sum(heights) + 0.6), layout="constrained", sharex=True, squeeze=False,
@@ -125,7 +154,7 @@ def _panels(histories: list[list[dict]], stopped: str = ""):
     for name, axes in zip(names, rows[:, 0], strict=True):
         title, unit, _ = _PANELS[name]
         axes.set_title(title + stopped * (name == "loss"), loc="left", fontsize=11, weight="bold")
-        axes.set_ylabel(_unit_of_loss(histories) if name == "loss" else unit, fontsize=10)
+        axes.set_ylabel(_unit_of_loss(histories) if name.startswith("loss") else unit, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
@@ -214,7 +243,9 @@ def _finish_panel(axes, name: str, more: dict | None = None, outside: bool = Fal
             axes.figure.set_figheight(axes.figure.get_figheight() + 0.25 * len(once))
             axes.figure.legend(handles, labels, loc="outside lower center", fontsize=9, frameon=False)
         return
-    axes.legend(handles, labels, loc="upper right" if name == "loss" else "lower right", fontsize=9, framealpha=0.7)
+    axes.legend(
+        handles, labels, loc="upper right" if name.startswith("loss") else "lower right", fontsize=9, framealpha=0.7
+    )
 
 
 def _finite(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

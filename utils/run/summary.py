@@ -6,6 +6,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.train.row_ledger import format_counts
+
 
 def summarise(trainer, args, data, folder: Path) -> dict:
     """The summary of a run: folder, rows, steps, losses, best step, and the next command."""
@@ -22,8 +24,15 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "last_loss": losses[-1] if losses else None,
         **evaluation_summary(trainer),
         "gpu_memory": _gpu_memory(trainer),
+        **_ledger_counts(trainer),
         "next": f"python -m utils.script.infer --model_path {shlex.quote(str(folder))}",
     }
+
+
+def _ledger_counts(trainer) -> dict:
+    """The counts of the row ledger, if the run has one."""
+    ledger = getattr(trainer, "ledger", None)
+    return {"row_ledger": ledger.counts()} if ledger is not None else {}
 
 
 def _gpu_memory(trainer) -> int | None:
@@ -53,15 +62,23 @@ def print_summary(summary: dict) -> None:
         "  training rows    {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"
         "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
-        "{evaluation}"
+        "{evaluation}{ledger}"
         "talk to it:\n  {next}",
         first=loss(summary["first_loss"]),
         last=loss(summary["last_loss"]),
         evaluation=evaluation_lines(summary),
+        ledger=_ledger_line(summary),
         skipped=skipped,
         untrained=untrained,
         **summary,
     )
+
+
+def _ledger_line(summary: dict) -> str:
+    if "row_ledger" not in summary:
+        return ""
+    command = f"python -m utils.script.ledger {shlex.quote(summary['folder'])}"
+    return f"  row ledger       {format_counts(summary['row_ledger'])}; see them: {command}\n"
 
 
 def evaluation_summary(trainer) -> dict:

@@ -148,6 +148,11 @@ class RowLedger:
         with replace_file(path) as part:
             pyarrow.parquet.write_table(table, part)
 
+    def counts(self) -> dict[str, int]:
+        """The number of rows, and of those in each of the `states`."""
+        found = {name: int(values.sum()) for name, values in states(self.rows).items()}
+        return {"rows": len(self.rows["source"]), **found}
+
     @classmethod
     def read(cls, path: Path) -> "RowLedger":
         """Reads a ledger that `write` wrote.
@@ -186,6 +191,14 @@ def states(rows: dict) -> dict:
     bound = LEARNED_SHARE * np.maximum(rows["first_loss"], _EVEN_BET)
     learned, once = rows["last_loss"] <= bound, rows["best_loss"] <= bound
     return {"learned": learned, "forgotten": once & ~learned, "never_learned": ~once & (rows["times"] > 1)}
+
+
+def format_counts(counts: dict[str, int]) -> str:
+    """`format_counts(ledger.counts())` → `"51 of 60 rows learned, 1 forgotten, 3 never learned"`"""
+    return (
+        f"{counts['learned']:,} of {counts['rows']:,} rows learned, {counts['forgotten']:,} forgotten, "
+        f"{counts['never_learned']:,} never learned"
+    )
 
 
 def _starts(*keys):
