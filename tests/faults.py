@@ -1665,7 +1665,7 @@ FAULTS = [
     Fault(
         "rows: a .json file of one object a line is one of none",
         "utils/data/json_rows.py",
-        "    if not _has_a_row_a_line(file):",
+        "    if not has_a_row_a_line(file):",
         "    if True:",
         "tests/data/test_json_rows.py -k a_broken_line_among",
     ),

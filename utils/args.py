@@ -56,6 +56,16 @@ class CommonArgs:
         "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
     )
     columns: str | None = arg(None, COLUMNS_HELP)
+    streaming: bool = arg(
+        False,
+        "Read, check and tokenise the training rows during the training; none is kept on disk or all in memory. "
+        "For files larger than either. A row that is dropped leaves its place in its step empty.",
+    )
+    shuffle_buffer: int = arg(
+        10_000,
+        "With --streaming true: how many rows are shuffled among each other, after parts of files of 256 rows "
+        "(Parquet: row groups) are. Each process, and each of --dataloader_num_workers, holds their text in memory.",
+    )
     template_name: str = arg(
         "qwen", "The chat template, the one the base model was trained with; auto: the tokenizer's own."
     )

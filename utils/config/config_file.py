@@ -10,6 +10,7 @@ from loguru import logger
 
 from utils.config.flags import fits, suggest_flag, type_in_words
 from utils.data.files import TEXT_SUFFIXES, find_files
+from utils.data.stream_index import fingerprint
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest_path
 from utils.storage.files import ROOT, project_path, sha256_of
@@ -163,14 +164,16 @@ class ConfigFile:
 
     def _other_files(self, part: str, path: str) -> list[str]:
         """How the data files of `train` or `eval` differ from those of the run."""
-        then = {entry["file"]: entry["sha256"] for entry in self._files(part)}
+        streamed = any("fingerprint" in entry for entry in self._files(part))
+        name, checksum = ("fingerprint", fingerprint) if streamed else ("sha256", sha256_of)
+        then = {entry["file"]: entry[name] for entry in self._files(part)}
         if not then:
             return []
-        now = {file: sha256_of(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
+        now = {file: checksum(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
         found = []
         for file, sha in now.items():
             if file in then and then[file] != sha:
-                found.append(f"{file!r} has changed since (sha256 {then[file][:12]} then, {sha[:12]} now)")
+                found.append(f"{file!r} has changed since ({name} {then[file][:12]} then, {sha[:12]} now)")
             elif sha not in then.values():
                 found.append(f"{file!r} was not part of the data then")
         return found + [

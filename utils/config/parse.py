@@ -14,6 +14,7 @@ from utils.config import (
     model_path,
     output_dir,
     recipe,
+    streaming,
     trainer_args,
     validate,
 )
@@ -57,6 +58,7 @@ STEPS = (
     Step("deepspeed", deepspeed.resolve_plugin, deepspeed.validate_plugin, needs_train_args=True),
     Step("output_dir", output_dir.resolve, output_dir.validate, needs_train_args=True),
     Step("validate", validate=validate.validate),
+    Step("streaming", validate=streaming.validate, needs_train_args=True),
     Step("task", validate=_validate_task, needs_train_args=True),
 )
 

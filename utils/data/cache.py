@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_local_main_process():
         # let the first process of this machine take the lock, since it shows the progress bar
         deadline = time.monotonic() + 10
-        while not folder.is_dir() and not _lock_file(folder).exists() and time.monotonic() < deadline:
+        while not folder.exists() and not _lock_file(folder).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def _ends_early(text: str, error: Exception) -> bool:
 
 def read_json(file: str) -> Iterator[RawRow]:
     """Yields the rows of a `.json` or `.jsonl` file; lines of JSON unparsed, for `parse_line`."""
-    if not _has_a_row_a_line(file):
+    if not has_a_row_a_line(file):
         with open_text(file) as opened:
             text = opened.read()
         rows = None if "\0" in text or bad_bytes(text) else _whole(file, text)
@@ -104,7 +104,7 @@ def read_json(file: str) -> Iterator[RawRow]:
                 yield RawRow(file, number, line, unparsed=True)
 
 
-def _has_a_row_a_line(file: str) -> bool:
+def has_a_row_a_line(file: str) -> bool:
     """Whether the first line is a complete value, or malformed before its end, and other lines follow."""
     with open_text(file) as lines:
         full = (line for line in lines if line.strip())

@@ -24,12 +24,13 @@ from utils.data.cache import (
     save_arrow_file,
     store,
 )
-from utils.data.encode import EncodedChunk, RowEncoder, encode_files
+from utils.data.encode import RowEncoder, encode_files
 from utils.data.files import files_left_out, find_files
 from utils.data.packing import count_held_back, split_validation
 from utils.data.places import MAX_PLACES_SHOWN
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
 from utils.data.source_names import name_sources
+from utils.data.stream import RowStream, load_stream
 from utils.runtime.distributed import all_gather_objects
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.storage.files import checksum
@@ -42,12 +43,14 @@ class Data:
     """The prepared rows of a run.
 
     Attributes:
-        train, eval: datasets of prepared rows; `eval` is None where nothing is evaluated.
+        train, eval: datasets of prepared rows; `eval` is None where nothing is evaluated. With `--streaming true`
+            `train` holds the first rows only, for the checks before the training.
         report, eval_report: what preparing the files of `--train_data_path` and `--eval_data_path` resulted in.
         held_back: number of rows of the training files that are for validation (`--val_size`), before packing.
         source_names: what each of `report.files` is a part of, by which losses are split: an entry of
             `--train_data_path`. The column `source` of a row holds the index of its file.
         eval_source_names: the same of the files of the validation rows.
+        stream: the rows that are trained on, with `--streaming true`; else None.
     """
 
     train: Any
@@ -57,6 +60,11 @@ class Data:
     held_back: int = 0
     source_names: tuple[str, ...] = ()
     eval_source_names: tuple[str, ...] = ()
+    stream: RowStream | None = None
+
+    def rows_in_epoch(self) -> int:
+        """Counts the rows that an epoch takes, packed ones as one; of a stream also those that will be dropped."""
+        return len(self.train if self.stream is None else self.stream)
 
     def rows_trained(self) -> int:
         """Counts the rows of the files that are trained on, before packing."""
@@ -72,14 +80,19 @@ def load_train_and_eval(args, train_args, encoder: RowEncoder) -> Data:
     if args.train_data_path is None:
         raise UserError("--train_data_path is missing; give data files")
     options = (encoder, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
-    train, report = load_rows(args.train_data_path, "--train_data_path", *options)
+    stream = None
+    if args.streaming:
+        stream, report = load_stream(args, train_args, encoder)
+        train = stream.sample
+    else:
+        train, report = load_rows(args.train_data_path, "--train_data_path", *options)
     names = name_sources(args.train_data_path, "--train_data_path", encoder.suffixes, report.files)
     if args.eval_data_path:
         evaluation, eval_report = load_rows(args.eval_data_path, "--eval_data_path", *options)
         eval_names = name_sources(args.eval_data_path, "--eval_data_path", encoder.suffixes, eval_report.files)
-        return Data(train, evaluation, report, eval_report, 0, names, eval_names)
+        return Data(train, evaluation, report, eval_report, 0, names, eval_names, stream)
     if not args.val_size:
-        return Data(train, None, report, source_names=names)
+        return Data(train, None, report, source_names=names, stream=stream)
     held_back = count_held_back(args.val_size, report.kept)
     logger.info("{:,} of {:,} rows are held back for validation", held_back, report.kept)
     return Data(*split_validation(train, args.val_size, train_args.seed), report, None, held_back, names, names)
@@ -210,7 +223,7 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
 
     with ArrowWriter(path=str(path)) as writer, closing(encode_files(files, encoder, on_bad_row, workers)) as chunks:
         for encoded in chunks:
-            _count(report, encoded)
+            report.add_chunk(encoded)
             refused += encoded.refused
             renamed |= encoded.renamed
             if encoded.batch is not None and not refused:
@@ -223,20 +236,6 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
             write()
         writer.finalize()
     return report
-
-
-def _count(report: DataReport, encoded: EncodedChunk) -> None:
-    report.rows += encoded.rows
-    report.kept += encoded.batch.num_rows if encoded.batch is not None else 0
-    report.tokens += encoded.tokens
-    report.trained_tokens += encoded.trained_tokens
-    for line, reason, kind in sorted(encoded.dropped):
-        report.drop(encoded.file, line, reason, kind)
-    for line in encoded.shortened:
-        report.shorten(encoded.file, line)
-    for line, reason in encoded.untrained:
-        report.leave_untrained(encoded.file, line, reason)
-    report.note_unread(encoded.file, encoded.unread)
 
 
 def _refuse(refused: list[str], report: DataReport, encoder: RowEncoder, files: list[str]) -> None:

@@ -95,6 +95,38 @@ class DataReport:
     untrained: int = 0
     shortened: int = 0
 
+    def add_chunk(self, chunk) -> None:
+        """Counts the rows of an `utils.data.encode.EncodedChunk`."""
+        self.rows += chunk.rows
+        self.kept += chunk.rows - len(chunk.dropped)
+        self.tokens += chunk.tokens
+        self.trained_tokens += chunk.trained_tokens
+        for line, reason, kind in sorted(chunk.dropped):
+            self.drop(chunk.file, line, reason, kind)
+        for line in chunk.shortened:
+            self.shorten(chunk.file, line)
+        for line, reason in chunk.untrained:
+            self.leave_untrained(chunk.file, line, reason)
+        self.note_unread(chunk.file, chunk.unread)
+
+    def merge(self, other: "DataReport") -> None:
+        """Adds the counts and records of a report on other rows."""
+        for name in ("rows", "kept", "tokens", "trained_tokens", "untrained", "shortened"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for kind, count in other.dropped.items():
+            self.dropped[kind] = self.dropped.get(kind, 0) + count
+        for group, count in other.totals.items():
+            self.totals[group] = self.totals.get(group, 0) + count
+        for file, fields in other.unread.items():
+            self.note_unread(file, fields)
+        kept: dict[tuple[str, str, str], int] = {}
+        records, self.records = self.records + other.records, []
+        for record in records:
+            group = (record.file, record.kind, record.reason)
+            kept[group] = kept.get(group, 0) + 1
+            if kept[group] <= MAX_LINES_KEPT:
+                self.records.append(record)
+
     def drop(self, file: str, line: int, reason: str, kind: str) -> None:
         """Counts a dropped row and records where it is."""
         counted = _COUNTED_AS.get(kind, kind)

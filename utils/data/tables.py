@@ -17,7 +17,7 @@ def read_csv(file: str) -> Iterator[RawRow]:
         if not reader.fieldnames:  # reads the header line
             return
         reader.fieldnames = [name.strip() for name in reader.fieldnames]
-        if problem := _header_problem(reader.fieldnames):
+        if problem := header_problem(reader.fieldnames):
             yield RawRow(file, 1, None, problem, fatal=True)
             return
         while True:
@@ -37,7 +37,7 @@ def read_csv(file: str) -> Iterator[RawRow]:
                 yield RawRow(file, start, {name: _cell(name, value) for name, value in row.items()})
 
 
-def _header_problem(names: list[str]) -> str | None:
+def header_problem(names: list[str]) -> str | None:
     """Describes what is wrong with the column names of a table, which would affect every row; None if nothing is."""
     if any("\0" in name or bad_bytes(name) for name in names):
         return NOT_UTF8
@@ -65,7 +65,7 @@ def read_parquet(file: str) -> Iterator[RawRow]:
     try:
         number = 0
         opened = pyarrow.parquet.ParquetFile(file)
-        if problem := _header_problem(opened.schema_arrow.names):
+        if problem := header_problem(opened.schema_arrow.names):
             yield RawRow(file, 0, None, problem, fatal=True)
             return
         for batch in opened.iter_batches(batch_size=1000):
@@ -89,7 +89,7 @@ def read_arrow(file: str) -> Iterator[RawRow]:
             except pyarrow.ArrowInvalid:
                 opened = pyarrow.ipc.open_file(source)
                 batches = map(opened.get_batch, range(opened.num_record_batches))
-            if problem := _header_problem((opened or batches).schema.names):
+            if problem := header_problem((opened or batches).schema.names):
                 yield RawRow(file, 0, None, problem, fatal=True)
                 return
             for batch in batches:

@@ -295,7 +295,7 @@ def quick_findings(
     if template is not None:
         checks["the template"] = lambda: template_findings(template, tokenizer)
     if data is not None:
-        steps = steps_of(train_args, len(data.train), processes)
+        steps = steps_of(train_args, data.rows_in_epoch(), processes)
         checks["the disk"] = lambda: disk_findings(args, train_args, steps)
         checks["the tokens"] = lambda: prepared_rows_findings(args, seen, template, tokenizer)
         if data.eval is not None:

@@ -30,8 +30,8 @@ def settings_findings(args, train_args, config, data, seen, processes: int) -> l
     if config is not None:
         findings += _arithmetic(args, config)
     if data is not None:
-        findings += _warm_up(train_args, steps_of(train_args, len(data.train), processes))
-        findings += _last_batch(train_args, len(data.train), processes)
+        findings += _warm_up(train_args, steps_of(train_args, data.rows_in_epoch(), processes))
+        findings += _last_batch(train_args, data.rows_in_epoch(), processes)
         findings += _positions(args, config, seen) if config is not None else []
     return findings
 

@@ -22,6 +22,10 @@ TABLE = [
     # ------------------------------------------------------------------ rows
     NoEffect(("max_prompt_length",), lambda c: not c.args.task.row_type.has_prompt_limit,
          "only preference pairs have a limit for the prompt alone"),
+    NoEffect(("shuffle_buffer",), lambda c: not c.streaming or c.train_sampling_strategy == "sequential",
+         "only --streaming true with --train_sampling_strategy random reads rows in groups"),
+    NoEffect(("dataset_num_proc",), lambda c: c.streaming and not c.rows_to_evaluate,
+         "--streaming true tokenises in the --dataloader_num_workers"),
     NoEffect(("remove_unused_columns",), lambda c: True, "prepared rows hold only what the collators use"),
     NoEffect(("length_column_name",), lambda c: c.train_sampling_strategy not in _BY_LENGTH,
          "only --train_sampling_strategy group_by_length and batch_rebalance use lengths"),

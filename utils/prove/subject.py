@@ -76,7 +76,7 @@ class Subject:
             logger.warning(
                 "all of these rows are of one length, which puts padding and accumulation hardly to the test"
             )
-        return dataclasses.replace(data, train=data.train.select(chosen), eval=None)
+        return dataclasses.replace(data, train=data.train.select(chosen), eval=None, stream=None)
 
     @functools.cached_property
     def raw_rows(self) -> list[Any]:

@@ -229,12 +229,18 @@ def _data(record: dict) -> list[str]:
             counts = [f"{rows[name]:,}" for name in ("rows", "kept", "tokens", "trained_tokens")]
             parts.append((part, *counts[:2], dropped, *counts[2:]))
             files += [
-                (inline_code(file["file"]), f"{file['bytes']:,}", inline_code(file["sha256"])) for file in rows["files"]
+                (inline_code(file["file"]), f"{file['bytes']:,}", _checksum(file)) for file in rows["files"]
             ]
     return [
         markdown_table(["rows", "read", "kept", "left out", "tokens", "trained tokens"], parts),
         markdown_table(["file", "bytes", "sha256"], files),
     ]
+
+
+def _checksum(file: dict) -> Markdown:
+    if "fingerprint" in file:
+        return Markdown(f"{inline_code(file['fingerprint'])}, of size and parts (streamed)")
+    return inline_code(file["sha256"])
 
 
 def _settings(record: dict) -> list[tuple]:

@@ -116,7 +116,8 @@ def settings(run: Run) -> dict:
     found = {name: value for name, value in found.items() if name not in _NOT_SETTINGS}
     origin = {f"weights of the {part}": _part(record, part).get("fingerprint") for part in ("base", "adapter")}
     for part, rows in _part(record, "data").items():
-        hashes = [_part(file, "sha256", str)[:12] for file in _part(rows, "files", list)]
+        files = _part(rows, "files", list)
+        hashes = [(_part(file, "sha256", str) or _part(file, "fingerprint", str))[:12] for file in files]
         origin[f"sha256 of the {part} data"] = ", ".join(filter(None, hashes))
     origin |= {f"{name} version": version for name, version in _part(record, "versions").items()}
     origin["processes"] = _part(record, "start").get("processes")

@@ -32,11 +32,7 @@ def run_record(args, train_args, data) -> dict:
     """
     # the fingerprint identifies the weights an adapter belongs to
     base = {"path": args.model_name_or_path, "fingerprint": weights_fingerprint(args.model_name_or_path)}
-    rows = {"train": _rows_record(data.report) | {"trained": data.rows_trained()}}
-    if data.eval is not None:
-        held_back = {"held_back": data.held_back}
-        rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
-    record = effective_args(args, train_args) | {"base": base, "data": rows}
+    record = effective_args(args, train_args) | {"base": base, "data": data_record(data)}
     if args.adapter_name_or_path:
         record["adapter"] = {
             "path": args.adapter_name_or_path,
@@ -45,7 +41,21 @@ def run_record(args, train_args, data) -> dict:
     return record | {"hardware": hardware(), "start": launcher()}
 
 
-def _rows_record(report) -> dict:
-    files = [{"file": file, "bytes": report.bytes_of[file], "sha256": report.hashes[file]} for file in report.files]
+def data_record(data) -> dict:
+    """The record of the data files and what became of their rows; of streamed rows it is complete after the training.
+
+    The checksum of a streamed file covers parts of it (`utils.data.stream_index.fingerprint`), and has a name of its
+    own.
+    """
+    checksum = "sha256" if data.stream is None else "fingerprint"
+    rows = {"train": _rows_record(data.report, checksum) | {"trained": data.rows_trained()}}
+    if data.eval is not None:
+        held_back = {"held_back": data.held_back}
+        rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
+    return rows
+
+
+def _rows_record(report, checksum: str = "sha256") -> dict:
+    files = [{"file": file, "bytes": report.bytes_of[file], checksum: report.hashes[file]} for file in report.files]
     names = ("rows", "kept", "dropped", "shortened", "untrained", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}

@@ -15,7 +15,7 @@ from utils.model.adapter import adapter_of
 from utils.model.pissa import pissa_to_lora
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
-from utils.run.record import effective_args, run_record
+from utils.run.record import data_record, effective_args, run_record
 from utils.run.samples import Sample, begin_samples, end_samples
 from utils.run.summary import summarise
 from utils.runtime.distributed import broadcast_object
@@ -177,7 +177,7 @@ def finish_run(trainer, args, train_args, data, tokenizer, start: RunStart) -> d
     if not is_main_process():
         return {}
     _refuse_without_weights(folder, args)
-    record = start.record | {"summary": summarise(trainer, args, data, folder)}
+    record = start.record | {"data": data_record(data), "summary": summarise(trainer, args, data, folder)}
     try:
         # transformers saves its arguments as a pickle, which can run code when loaded; train_args.json has them too
         (folder / "training_args.bin").unlink(missing_ok=True)

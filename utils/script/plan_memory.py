@@ -21,7 +21,8 @@ from utils.runtime.log import setup_logging
 from utils.storage.files import project_path
 
 # flags of main_train.py that do not change the memory, and whose paths need not exist on this machine
-_NOT_NEEDED = ("train_data_path", "eval_data_path", "val_size", "output_dir", "cache_dir", "resume_from_checkpoint",
+_NOT_NEEDED = ("train_data_path", "eval_data_path", "val_size", "streaming", "shuffle_buffer", "output_dir",
+               "cache_dir", "resume_from_checkpoint",
                "report_to", "overwrite_output_dir", "push_to_hub", "hub_model_id")  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def run_settings(args, train_args, data) -> dict:
     stage = zero_stage(train_args)
     zero = train_args.deepspeed_plugin is not None
     must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
+    must["streaming"] = args.streaming or None
+    must["shuffle_buffer"] = args.shuffle_buffer if args.streaming else None
     must["the training rows"] = data.report.key[:12]
     recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
     should = {name: _plain(getattr(train_args, name)) for name in recipe if rule_of(name) is not None}
