@@ -24,6 +24,8 @@ def validate(settings) -> list[Problem]:
         )  # fmt: skip
     if getattr(train_args, "precompute_ref_log_probs", False):
         problems += _refuse("precompute_ref_log_probs", "true", "stores a number for each row; leave it out")
+    if common.row_ledger:
+        problems += _refuse("row_ledger", "true", "keeps the losses of all rows in memory; leave it out")
     strategy = train_args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         problems += _refuse("train_sampling_strategy", strategy, "sorts all rows; give random or sequential")

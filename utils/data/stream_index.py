@@ -6,6 +6,7 @@ resumed, or another process, does not count again.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def _load_or_index(file: str, cache_dir: str | None) -> FileIndex:
         try:
             with numpy.load(stored) as arrays:
                 return FileIndex(file, str(arrays["how"]), arrays["rows"], arrays["places"], arrays["lines"], status)
-        except (OSError, ValueError, KeyError):  # there is none, or it is damaged
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # there is none, or it is damaged
             index = _index(file, status)
         try:
             part = stored.with_suffix(".part.npz")

@@ -228,9 +228,7 @@ def _data(record: dict) -> list[str]:
             dropped += f"; {rows['shortened']:,} shortened" if rows["shortened"] else ""
             counts = [f"{rows[name]:,}" for name in ("rows", "kept", "tokens", "trained_tokens")]
             parts.append((part, *counts[:2], dropped, *counts[2:]))
-            files += [
-                (inline_code(file["file"]), f"{file['bytes']:,}", _checksum(file)) for file in rows["files"]
-            ]
+            files += [(inline_code(file["file"]), f"{file['bytes']:,}", _checksum(file)) for file in rows["files"]]
     return [
         markdown_table(["rows", "read", "kept", "left out", "tokens", "trained tokens"], parts),
         markdown_table(["file", "bytes", "sha256"], files),

@@ -15,7 +15,18 @@ from utils.runtime.distributed import all_gather_objects, any_rank
 from utils.runtime.log import is_main_process
 from utils.train.nonfinite import without_sources
 
-_COUNTS = ("rows", "kept", "tokens", "trained_tokens", "dropped", "records", "totals", "unread", "untrained", "shortened")
+_COUNTS = (
+    "rows",
+    "kept",
+    "tokens",
+    "trained_tokens",
+    "dropped",
+    "records",
+    "totals",
+    "unread",
+    "untrained",
+    "shortened",
+)
 
 
 class StreamBatches(BatchSampler):
@@ -60,7 +71,8 @@ class StreamMixin:
 
     stream: RowStream
     _epoch = 0
-    _is_empty_step = False
+    _is_empty_step = False  # on all processes
+    _is_empty_batch = False  # of this process
 
     def get_train_dataloader(self):
         accelerator, args = self.accelerator, self.args
@@ -112,6 +124,15 @@ class StreamMixin:
         if any_rank(bool(refused), self.args.device):
             raise_refused(all_gather_objects(refused), encoder, self.how_to_resume())
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._is_empty_batch = not without_sources(inputs)[1]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # the row in place of dropped ones may have labels: by default it is a copy of the first
+        return result * 0 if self.model.training and self._is_empty_batch and not return_outputs else result
+
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self._is_empty_step and not self.args.fp16:  # fp16's gradient scaler needs gradients
@@ -139,7 +160,7 @@ class StreamMixin:
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
         total = self._all_seen()
-        for name in _COUNTS:
+        for name in _COUNTED:
             setattr(self.stream.report, name, getattr(total, name))
         total.log("train data, as it was streamed")
         return result
