@@ -14,8 +14,8 @@ from utils.data import stream, stream_index
 from utils.data.stream import RowOrder
 from utils.train.stream import StreamBatches
 
-ROWS = [{"instruction": f"{row['instruction']} {i}", "output": f"{row['output']} {i}"}
-        for i, row in enumerate((row for row in tiny.ROWS * 9 if isinstance(row.get("output"), str)), 1)][:22]  # fmt: skip
+TURNS = [row for row in tiny.ROWS * 9 if isinstance(row.get("output"), str)][:22]
+ROWS = [{"instruction": f"{row['instruction']} {i}", "output": f"{row['output']} {i}"} for i, row in enumerate(TURNS)]
 STREAM = ["--streaming", "true", "--shuffle_buffer", "8", "--precision", "fp32", "--logging_steps", "1",
           "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]  # fmt: skip
 SAVES = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99", "--lora_dropout", "0.1"]
@@ -49,13 +49,12 @@ def same_weights(one, two):
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 22])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_step_has_the_same_rows_on_any_number_of_processes(rows, drop_last):
-    steps = {}
+    steps, sizes = {}, [3] * (rows // 3) + [rows % 3] * (rows % 3 > 0)
     for processes, size in ((1, 4), (2, 2), (4, 1)):
         of_each = [
-            list(StreamBatches(RowOrder([3] * (rows // 3) + [rows % 3] * (rows % 3 > 0), 5, 0), size, processes, process,
-                               drop_last))
+            list(StreamBatches(RowOrder(sizes, 5, 0), size, processes, process, drop_last))
             for process in range(processes)
-        ]  # fmt: skip
+        ]
         assert len({len(batches) for batches in of_each}) == 1
         steps[processes] = [sum(batches, []) for batches in zip(*of_each, strict=True)]
     assert steps[1] == steps[2] == steps[4]
@@ -149,7 +148,9 @@ def test_dropped_rows_leave_their_places_empty_and_are_counted(train, tmp_path, 
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_bad_row_stops_the_run_and_it_continues_without_it(train, tmp_path, refused, tiny_models, workers, monkeypatch):
+def test_a_bad_row_stops_the_run_and_it_continues_without_it(
+    train, tmp_path, refused, tiny_models, workers, monkeypatch
+):
     monkeypatch.setattr(stream, "SAMPLE_ROWS", 2)
     data = tmp_path / "bad.jsonl"
     lines = [json.dumps(row) for row in ROWS]

@@ -15,11 +15,7 @@ from utils.runtime.distributed import uses_fsdp
 from utils.runtime.errors import UserError
 from utils.train.neftune import add_noise
 from utils.train.resume import run_settings
-<<<<<<< HEAD
 from utils.train.row_ledger import LedgerNote, RowLedger
-=======
-from utils.train.stream import StreamMixin
->>>>>>> 2f13548 (--streaming true: rows are read and tokenised during the training, found by number through an index of the files)
 
 # errors of these packages come from the Hub or the connection to it
 _HUB = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
@@ -81,14 +77,16 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
 
         model = get_peft_model(model, adapter)
 
-    class Trainer(*((StreamMixin,) if data.stream else ()), trainer_class):
+    class Trainer(*_mix_ins(data), trainer_class):
         row_type = args.task.row_type
 
         def prepare_weights(self):
             prepare_trainable_weights(self.model, keep_dtype, start)
 
     trainer = _construct(Trainer, train_args, model, data, data_collator=collator, processing_class=tokenizer, **more)
-    if data.stream:  # TRL 1.16's constructor takes no other dataset than one of `datasets`, here the first rows
+    if (
+        data.stream is not None
+    ):  # TRL 1.16's constructor takes no other dataset than one of `datasets`, here the first rows
         trainer.stream = data.stream
     trainer.prepare_weights()
     add_noise(trainer)
@@ -101,6 +99,15 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     trainer.base_config = base_config
     _set_checkpoint_options(trainer, args, train_args, data)
     return trainer
+
+
+def _mix_ins(data: Data) -> tuple[type, ...]:
+    """The classes that every task's trainer is extended by for these rows."""
+    if data.stream is None:
+        return ()
+    from utils.train.stream import StreamMixin  # imports torch
+
+    return (StreamMixin,)
 
 
 def _construct(trainer_class: type, train_args, model, data: Data, **options):

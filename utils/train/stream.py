@@ -15,7 +15,7 @@ from utils.runtime.distributed import all_gather_objects, any_rank
 from utils.runtime.log import is_main_process
 from utils.train.nonfinite import without_sources
 
-_COUNTS = (
+_COUNTED = (
     "rows",
     "kept",
     "tokens",
