@@ -86,7 +86,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     trainer = _construct(Trainer, train_args, model, data, data_collator=collator, processing_class=tokenizer, **more)
     if (
         data.stream is not None
-    ):  # TRL 1.16's constructor takes no other dataset than one of `datasets`, here the first rows
+    ):  # TRL 1.16's constructor takes only a `datasets.Dataset`: the first rows
         trainer.stream = data.stream
     trainer.prepare_weights()
     add_noise(trainer)
