@@ -300,8 +300,8 @@ FAULTS = [
     Fault(
         "collator: rows always padded",
         "utils/data/collate.py",
-        "_with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free))",
-        "_with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id))",
+        "collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)",
+        "collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)",
         "tests/tasks/test_losses.py -k tensors",
     ),
     Fault(
@@ -342,7 +342,7 @@ FAULTS = [
     Fault(
         "labels: the stop token is not trained",
         "utils/template/format.py",
-        "yield Segment(self.after_answer + self.stop, trained)",
+        "yield Segment(self.after_answer + self.stop, weight, answer=True)",
         "yield Segment(self.after_answer + self.stop)",
         "tests/template/test_format.py -k to_the_last_space",
     ),
@@ -426,8 +426,8 @@ FAULTS = [
     Fault(
         "labels: a marked piece begins late",
         "utils/template/tokenize.py",
-        "any(begin <= start < stop for begin, stop in trained)",
-        "any(begin < start < stop for begin, stop in trained)",
+        "if begin <= start < stop]",
+        "if begin < start < stop]",
         "tests/template/test_auto.py -k auto_finds",
     ),
     Fault(
@@ -525,16 +525,44 @@ FAULTS = [
     Fault(
         "turns: an empty answer trains its stop token",
         "utils/template/format.py",
-        "trained = is_trained_answer(message) and not is_empty_answer(message)",
-        "trained = is_trained_answer(message)",
+        "return 0 if is_empty_answer(message) else weight_of(message)",
+        "return weight_of(message)",
         "tests/data/test_turns.py -k an_empty_answer",
     ),
     Fault(
         "turns: an answer that is marked as bad is trained",
         "utils/template/messages.py",
-        'return message["role"] == "assistant" and message.get("train") is not False',
-        'return message["role"] == "assistant"',
+        'return float(message.get("train", True)) if message["role"] == "assistant" else 0.0',
+        'return float(message["role"] == "assistant")',
         "tests/data/test_turns.py -k marked_as_bad",
+    ),
+    Fault(
+        "weights: only whether an answer is trained counts",
+        "utils/template/messages.py",
+        'return float(message.get("train", True)) if',
+        'return float(bool(message.get("train", True))) if',
+        "tests/tasks/test_weights.py -k 'written_out or an_answer_and_its'",
+    ),
+    Fault(
+        "weights: of the token before",
+        "utils/train/token_losses.py",
+        'columns["loss_weights"][:, 1:]',
+        'columns["loss_weights"][:, :-1]',
+        "tests/tasks/test_weights.py -k written_out",
+    ),
+    Fault(
+        "weights: the evaluation has none",
+        "utils/train/eval_metrics.py",
+        'if "loss_weights" in columns else 1.0',
+        "if False else 1.0",
+        "tests/tasks/test_weights.py -k evaluation",
+    ),
+    Fault(
+        "weights: packed rows have none",
+        "utils/data/packing.py",
+        "[1.0] * len(ids) if weights is None else weights for",
+        "[1.0] * len(ids) for",
+        "tests/tasks/test_weights.py -k 'written_out and packed'",
     ),
     Fault(
         "turns: arguments in JSON text are encoded twice",
@@ -696,8 +724,8 @@ FAULTS = [
     Fault(
         "rows: the labels of a pair begin with its prompt",
         "utils/data/row_type.py",
-        "found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt))",
-        "found.append(Sequence(name, ids, list(row[labels]) + [IGNORE_INDEX] * start, prompt))",
+        "found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt, weights))",
+        "found.append(Sequence(name, ids, list(row[labels]) + [IGNORE_INDEX] * start, prompt, weights))",
         "tests/data/test_row_types.py -k sequences_of",
     ),
     Fault(

@@ -266,7 +266,7 @@ def test_a_row_with_the_fields_of_two_formats_is_read_by_the_one_with_values():
         ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "a text in 'messages'"),
         ({"messages": [user("Hi"), answer("", tool_calls=[{"type": "function", "function": {"arguments": "{}"}}])]},
          "turn 2 has a tool call without the name of a function"),
-        ({"messages": [user("Hi"), answer("Hello", loss_weight=0)]}, "turn 2 has 'loss_weight' 0, which is not read"),
+        ({"messages": [user("Hi"), answer("Hello", loss_mask=0)]}, "turn 2 has 'loss_mask' 0, which is not read"),
         ({"messages": [user("Hi"), answer("Hello", ignore=True)]}, "turn 2 has 'ignore' True, which is not read"),
         ({"input": {"messages": ASK, "seed": 3}, "preferred_output": [answer("a")], "non_preferred_output": "b"},
          "has 'seed' in 'input', which is not read"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import tiny
@@ -56,7 +57,11 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
 
 
 @pytest.mark.parametrize(("turns", "said"), [
-    ([USER, {**ANSWER, "weight": 0.5}], "turn 2 has 'weight' 0.5"),
+    ([USER, {**ANSWER, "weight": -0.5}], "turn 2 has 'weight' -0.5; give a number of at least 0"),
+    ([USER, {**ANSWER, "weight": "0.5"}], "turn 2 has 'weight' '0.5'; give a number"),
+    ([USER, {**ANSWER, "weight": math.inf}], "turn 2 has 'weight' inf; give a number"),
+    ([USER, {**ANSWER, "weight": 0.5, "loss_weight": 2}], "turn 2 has marks that differ"),
+    ([USER, {**ANSWER, "loss": 0.5}], "turn 2 has 'loss' 0.5; write true or false, or a number as its 'weight'"),
     ([USER, {**ANSWER, "train": "no"}], "turn 2 has 'train' 'no'"),
     ([{**USER, "train": True}, ANSWER], "turn 1 (user) has 'train' True"),
     ([USER, {**ANSWER, "train": True, "weight": 0}], "turn 2 has marks that differ"),
@@ -92,7 +97,7 @@ def test_pairs_keep_to_marks_too():
     for side in ("chosen", "rejected"):
         row = {"prompt": "Hi", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "Bicycle"}]}
         row[side] = [{**row[side][0], "weight": 0}]
-        with pytest.raises(BadRow, match=f"has in '{side}' an answer marked as not to be trained"):
+        with pytest.raises(BadRow, match=f"has in '{side}' an answer of weight 0, and"):
             to_pair(row)
 
 

@@ -22,7 +22,7 @@ from utils.runtime.errors import UserError
 from utils.storage.files import checksum
 
 # raise it whenever a code change produces other ids or labels, or another report, for the same rows
-_FORMAT_VERSION = 11
+_FORMAT_VERSION = 12
 _REPORT = "report.json"
 
 
@@ -151,11 +151,17 @@ def load_cached(folder: Path, files: list[str]):
         # other files are allowed: TRL stores the log-probabilities of the reference model beside the rows
         if any((folder / name).stat().st_size != size for name, size in stored.pop("sizes").items()):
             raise ValueError("a file is missing or truncated")
-        return load_from_disk(str(folder)), from_stored(stored, files)
+        return without_empty_columns(load_from_disk(str(folder))), from_stored(stored, files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the prepared rows in {} are damaged ({}); they are prepared again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def without_empty_columns(dataset):
+    """Prepared rows without a column that is null in all of them: weights, where no answer has any."""
+    empty = [name for name in dataset.column_names if dataset.data.column(name).null_count == len(dataset) > 0]
+    return dataset.remove_columns(empty) if empty else dataset
 
 
 def store(report: DataReport, rows: Path, folder: Path) -> None:

@@ -3,7 +3,9 @@
 from utils.template.tokenize import IGNORE_INDEX
 
 # what collators add that is no input of the model
-NOT_INPUTS = frozenset(("labels", "source", "row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"))
+NOT_INPUTS = frozenset(
+    ("labels", "loss_weights", "source", "row", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+)
 
 
 def build_collator(pad_token_id: int, padding_free: bool):
@@ -23,6 +25,8 @@ def build_collator(pad_token_id: int, padding_free: bool):
           labels       [[-100, 2, 3, -100, 5]]
           position_ids [[0, 1, 2, 0, 1]]
 
+    If a row has `loss_weights`, so has the step, in the same layout and 1 in rows without.
+
     A packed row has `seq_lengths`, the lengths of the rows within it, which become position ids in the same way.
     Both forms have the same loss and the same gradients.
 
@@ -36,7 +40,29 @@ def build_collator(pad_token_id: int, padding_free: bool):
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    return _with_sources(DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free))
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
+    return _with_sources(_with_weights(collate, padding_free))
+
+
+def _with_weights(collate, padding_free: bool):
+    """Adds the weights of the tokens' losses to a collator's output, as `labels` are laid out, if a row has any."""
+
+    def collate_with_weights(rows: list[dict]) -> dict:
+        given = [row.get("loss_weights") for row in rows]
+        batch = collate([{name: value for name, value in row.items() if name != "loss_weights"} for row in rows])
+        if all(weights is None for weights in given):
+            return batch
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        parts = [
+            torch.ones(len(row["input_ids"])) if weights is None else torch.tensor(weights)
+            for row, weights in zip(rows, given, strict=True)
+        ]
+        whole = torch.cat(parts)[None] if padding_free else pad_sequence(parts, batch_first=True, padding_value=1.0)
+        return {**batch, "loss_weights": whole}
+
+    return collate_with_weights
 
 
 def _with_sources(collate):

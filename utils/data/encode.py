@@ -181,7 +181,7 @@ def _encode(
                 encoded.trained_tokens += len(row[name]) - row[name].count(IGNORE_INDEX)
     if kept:
         columns = encoder.columns.items()
-        arrays = [pyarrow.array([row[name] for row in kept], arrow_type(column)) for name, column in columns]
+        arrays = [pyarrow.array([row.get(name) for row in kept], arrow_type(column)) for name, column in columns]
         arrays.append(pyarrow.array(sources, pyarrow.list_(pyarrow.int64())))
         encoded.batch = pyarrow.record_batch(arrays, [*encoder.columns, "source"])
 

@@ -54,11 +54,18 @@ def _pack(dataset, max_len: int, strategy: str):
 
     # TRL cuts all columns alike, so each token carries its source until the rows are packed; then each sequence does
     with_sources = dataset.map(_source_of_each_token, batched=True)
+    if "loss_weights" in dataset.column_names:
+        with_sources = with_sources.map(_weight_of_each_token, batched=True)
     return pack_dataset(with_sources, max_len, strategy=strategy).map(_source_of_each_sequence, batched=True)
 
 
 def _source_of_each_token(batch: dict) -> dict:
     return {"source": [source * len(ids) for source, ids in zip(batch["source"], batch["input_ids"], strict=True)]}
+
+
+def _weight_of_each_token(batch: dict) -> dict:
+    pairs = zip(batch["loss_weights"], batch["input_ids"], strict=True)
+    return {"loss_weights": [[1.0] * len(ids) if weights is None else weights for weights, ids in pairs]}
 
 
 def _source_of_each_sequence(batch: dict) -> dict:

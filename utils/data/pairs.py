@@ -16,7 +16,7 @@ from utils.data.conversations import (
 )
 from utils.data.formats import PAIR_FORMATS, Format, find_format, is_empty, missing_fields, read_json_fields
 from utils.data.turns import kind_name, read_text
-from utils.template.messages import is_empty_answer
+from utils.template.messages import is_empty_answer, weight_of
 
 # fields with the prompt of a pair: as turns, and as a text or turns
 _TURNS, _QUESTIONS = ("messages", "conversations"), ("prompt", "instruction", "question")
@@ -211,5 +211,8 @@ def _check_answer(name: str, answer: list[Message]) -> None:
     for message in answer:
         if message["role"] == "assistant" and is_empty_answer(message):
             raise EmptyRow(f"has an empty answer in {name!r}")
-        if message.get("train") is False:
-            raise BadRow(f"has in {name!r} an answer marked as not to be trained, and those of a pair are all trained")
+        if "train" in message:
+            raise BadRow(
+                f"has in {name!r} an answer of weight {weight_of(message):g}, and those of a pair are trained alike; "
+                "remove the mark"
+            )

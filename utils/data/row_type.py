@@ -22,8 +22,9 @@ from utils.data.columns import rename_fields, with_columns
 from utils.data.fields import unread_fields
 from utils.template.tokenize import IGNORE_INDEX
 
-# kinds of columns of a prepared row: token ids, labels (-100 where nothing is trained), and single or listed values
-IDS, LABELS, BOOL, FLOAT, TEXT, TEXTS = "ids", "labels", "bool", "float", "text", "texts"
+# kinds of columns of a prepared row: token ids, labels (-100 where nothing is trained), the weight of each token's loss
+# (null where all are 1; rows without other weights have no such column), and single or listed values
+IDS, LABELS, WEIGHTS, BOOL, FLOAT, TEXT, TEXTS = "ids", "labels", "weights", "bool", "float", "text", "texts"
 _ANY_VALUE: dict[str, Any] = {BOOL: True, FLOAT: 1.0, TEXT: "", TEXTS: []}
 _PROMPT_OF_EXAMPLE = 4  # tokens
 
@@ -35,6 +36,7 @@ def arrow_type(kind: str):
     return {
         IDS: pyarrow.list_(pyarrow.int32()),
         LABELS: pyarrow.list_(pyarrow.int32()),
+        WEIGHTS: pyarrow.list_(pyarrow.float32()),
         BOOL: pyarrow.bool_(),
         FLOAT: pyarrow.float64(),
         TEXT: pyarrow.string(),
@@ -71,12 +73,14 @@ class Sequence(NamedTuple):
         input_ids: [tokens].
         labels: [tokens], -100 where nothing is trained.
         prompt_length: how many tokens come from the columns before the last.
+        weights: [tokens], of each token's loss; None where all are 1.
     """
 
     name: str
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
+    weights: list[float] | None = None
 
 
 def _copy_of_no_file(first: dict) -> dict:
@@ -125,7 +129,8 @@ class RowType:
             ids = [token for column in columns for token in row[column]]
             prompt = len(ids) - len(row[columns[-1]])
             start = len(ids) - len(row[labels])
-            found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt))
+            weights = next((row.get(column) for column, kind in self.columns.items() if kind == WEIGHTS), None)
+            found.append(Sequence(name, ids, [IGNORE_INDEX] * start + list(row[labels]), prompt, weights))
         return found
 
     def length(self, row: dict) -> int:
@@ -134,7 +139,7 @@ class RowType:
 
     def other_columns(self, row: dict) -> dict[str, Any]:
         """What a prepared row holds beside token ids and labels: `{"label": True, "tags": ["maths"]}`."""
-        return {name: row[name] for name, kind in self.columns.items() if kind not in (IDS, LABELS)}
+        return {name: row[name] for name, kind in self.columns.items() if kind not in (IDS, LABELS, WEIGHTS)}
 
     def id_columns(self) -> list[str]:
         return [name for name, kind in self.columns.items() if kind == IDS]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from utils.data.conversations import to_messages, to_text
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TEXT_FORMATS, Format, find_format
 from utils.data.pairs import repeats_answer, to_pair
-from utils.data.row_type import IDS, LABELS, RowType, SequenceColumns, Texts
+from utils.data.row_type import IDS, LABELS, WEIGHTS, RowType, SequenceColumns, Texts
 from utils.data.truncate import count_tokens
 from utils.template.messages import REASONING_FIELDS
 from utils.template.tokenize import IGNORE_INDEX
@@ -38,7 +38,7 @@ def _conversation_texts(messages: list[dict]) -> Texts:
 
 
 def _one_token_without_label(first: dict) -> dict:
-    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "source": [], "seq_lengths": [1]}
+    empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "loss_weights": None, "source": [], "seq_lengths": [1]}
     return {name: empty[name] for name in first}
 
 
@@ -48,7 +48,7 @@ CONVERSATION = RowType(
     texts=_conversation_texts,
     fields_read=lambda row: _fields_read(row, CONVERSATION_FORMATS),
     known_fields=_known_fields(CONVERSATION_FORMATS),
-    columns=_ONE_SEQUENCE_COLUMNS,
+    columns={**_ONE_SEQUENCE_COLUMNS, "loss_weights": WEIGHTS},
     sequence_columns=_ONE_SEQUENCE,
     token_counts=lambda messages, template, tokenizer: (count_tokens(template.render(messages), tokenizer), 0),
     filler=_one_token_without_label,

@@ -1,6 +1,7 @@
 """Reads one turn of a conversation: text, tool calls, reasoning, and whether it is trained."""
 
 import json
+import math
 from typing import Any
 
 from utils.data.bad_rows import BadRow, BrokenUnicode
@@ -9,10 +10,11 @@ from utils.data.formats import is_empty
 from utils.data.json_text import DECODER, from_json
 from utils.template.messages import REASONING_FIELDS, Message
 
-# fields that set whether a turn is trained: OpenAI's, then those of other trainers
-TRAINING_MARKS = ("weight", "loss", "train", "train_on_turn", "trainable")
+# fields that set by how much a turn is trained, OpenAI's first, and whether it is
+WEIGHTS = ("weight", "loss_weight")
+TRAINING_MARKS = (*WEIGHTS, "loss", "train", "train_on_turn", "trainable")
 # further names, whose meaning is not known: a mask of 1 may hide an answer or show it
-_OTHER_MARKS = ("loss_weight", "loss_mask", "mask", "masked", "ignore", "label")
+_OTHER_MARKS = ("loss_mask", "mask", "masked", "ignore", "label")
 _NAMES = ("name", "tool_call_id")
 _TEXTS = {"content": "value", "value": "content"}  # the two names for the text of a turn
 _PART = ("type", "text", "cache_control", "annotations")  # of a content in parts; the last two do not change the text
@@ -46,15 +48,16 @@ def read_turn(turn: dict, role: str, role_field: str, text_field: str) -> Messag
     for key, text in thoughts.items():
         if text not in message.values():  # some servers write the same reasoning under two names
             message[key] = text
-    if not _is_trained(turn, role) and role == "assistant":
-        message["train"] = False
+    weight = _read_weight(turn, role)
+    if weight != 1 and role == "assistant":
+        message["train"] = weight or False
     known = {role_field, *_TEXTS, "tool_calls", "function_call", *_NAMES, *TRAINING_MARKS, *REASONING_FIELDS}
     extra = {key: _as_json(value) for key, value in turn.items() if key not in known and not is_empty(value)}
     return {**message, "extra": extra} if extra else message
 
 
-def _is_trained(turn: dict, role: str) -> bool:
-    """Whether the marks of a turn allow it to be trained: 0 and false do not, 1, true and null do."""
+def _read_weight(turn: dict, role: str) -> float:
+    """The weight of a turn's losses: 0 where a mark excludes it, 1 without marks."""
     for name in _OTHER_MARKS:
         if role == "assistant" and isinstance(turn.get(name), bool | int | float):
             raise BadRow(
@@ -63,16 +66,17 @@ def _is_trained(turn: dict, role: str) -> bool:
             )
     marks = {name: turn[name] for name in TRAINING_MARKS if not is_empty(turn.get(name))}
     for name, value in marks.items():
-        if value not in (0, 1):  # true and false, too
-            raise BadRow(
-                f"has {name!r} {value!r}, and an answer is trained or it is not; write 1 or true where it is, 0 or "
-                "false where it is not"
-            )
+        if name in WEIGHTS:
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise BadRow(f"has {name!r} {value!r}; give a number of at least 0, by which its loss is multiplied")
+        elif value not in (0, 1):  # true and false, too
+            raise BadRow(f"has {name!r} {value!r}; write true or false, or a number as its 'weight'")
         if value and role != "assistant":
             raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")
-    if len({bool(value) for value in marks.values()}) > 1:
+    weights = {float(value) for name, value in marks.items() if name in WEIGHTS}
+    if len({bool(value) for value in marks.values()}) > 1 or len(weights) > 1:
         raise BadRow(f"has marks that differ: {', '.join(f'{name!r} {value!r}' for name, value in marks.items())}")
-    return all(marks.values())
+    return weights.pop() if weights else float(all(marks.values()))
 
 
 def _content(turn: dict, field: str) -> str:

@@ -11,12 +11,14 @@ from utils.template.tokenize import IGNORE_INDEX
 
 
 def cross_entropy(trainer, rows: list[dict]):
-    """L = -Σ_t log p(y_t | y_<t) / number of trained tokens, over the tokens t with a label."""
+    """L = -Σ_t w_t log p(y_t | y_<t) / number of trained tokens, over the tokens t with a label, of weight w_t."""
     settings = trainer.args
     if settings.loss_type != "nll" or settings.label_smoothing_factor or any("seq_lengths" in row for row in rows):
         return None
     count = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
-    return -sum(_log_prob(trainer.model, row["input_ids"], row["labels"]) for row in rows) / count
+    return (
+        -sum(_log_prob(trainer.model, row["input_ids"], row["labels"], row.get("loss_weights")) for row in rows) / count
+    )
 
 
 def preference(trainer, rows: list[dict]):
@@ -56,11 +58,12 @@ def _reference(trainer, ids: list[int], labels: list[int]):
         return _log_prob(model, ids, labels)
 
 
-def _log_prob(model, ids: list[int], labels: list[int]):
-    """Σ log p of a row's labelled tokens."""
+def _log_prob(model, ids: list[int], labels: list[int], weights: list[float] | None = None):
+    """Σ w log p of a row's labelled tokens; w is 1 without weights."""
     import torch
 
     inputs = torch.tensor([ids], device=model.device)
     targets = torch.tensor(labels[1:], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
-    return -torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return -(losses if weights is None else losses * losses.new_tensor(weights[1:])).sum()

@@ -9,11 +9,12 @@ from utils.data.encode import build_row_encoder
 from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import CONVERSATION
 from utils.data.truncate import check_all, cut_far, encode_within
-from utils.runtime.errors import UserError
+from utils.runtime.errors import Problem, UserError
 from utils.tasks.no_effect import NoEffect
 from utils.tasks.plain_loss import cross_entropy
 from utils.tasks.task import Task
 from utils.tasks.trainer import make_trainer
+from utils.template.messages import UNTRAINED_ANSWER, without_marks
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -25,6 +26,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         try:
             kept = cut_far(messages, template, tokenizer, args.max_len) if truncate else messages
             check_all(template, kept, messages)
+            if args.train_on == "prompt":
+                _check_answers_located(template, kept)
         except UserError as error:
             raise BadRow(str(error.problems[0])) from None
         return kept
@@ -36,7 +39,34 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
     key = {"task": "sft", "template": template.key, **options}
     encoder = build_row_encoder(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
-    return load_train_and_eval(args, train_args, encoder)
+    data = load_train_and_eval(args, train_args, encoder)
+    if "loss_weights" in data.train.column_names:
+        _check_weighted_loss(train_args)
+    return data
+
+
+def _check_weighted_loss(train_args) -> None:
+    """Refuses losses that TRL does not compute from each token's log-probability, or not from that alone.
+
+    Raises:
+        UserError: such a loss is set.
+    """
+    for name, value in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+        if (given := getattr(train_args, name)) != value:
+            raise UserError(
+                Problem(
+                    f"--{name} {given} does not weight the losses of tokens, and answers in the training data have a "
+                    f"'weight'; use --{name} {value}, or remove the weights",
+                    flags=(name,),
+                )
+            )
+
+
+def _check_answers_located(template, messages: list) -> None:
+    """Refuses a conversation with an answer that is not to be trained, and that the template cannot leave out."""
+    for note in template.notes(without_marks(messages)):
+        if note.kind == UNTRAINED_ANSWER:
+            raise BadRow(f"{note.reason}, which --train_on prompt would train; use --train_on all_turns")
 
 
 def build_collator(args, train_args, tokenizer):

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from utils.runtime.errors import UserError
 from utils.template.format import Template
-from utils.template.messages import Message, RowNote, original_fields, select_answers
+from utils.template.messages import Message, RowNote, original_fields, select_answers, weight_of, without_marks
 from utils.template.reading import Reading, read_conversation
 from utils.template.tokenize import (
     EscapePatterns,
@@ -22,6 +22,7 @@ from utils.template.tokenize import (
     pick_escape_char,
     special_token_pattern,
     split_at_spans,
+    train_everything,
 )
 
 # the conversations that a new template is tried with
@@ -173,7 +174,11 @@ class AutoTemplate:
         return read_conversation(self._select(messages), _dump(messages))
 
     def segments(
-        self, messages: list[Message], escape_char: str = "", patterns: EscapePatterns | None = None
+        self,
+        messages: list[Message],
+        escape_char: str = "",
+        patterns: EscapePatterns | None = None,
+        everything: bool = False,
     ) -> list[Segment]:
         """Renders a conversation, split where an answer that is trained begins or ends.
 
@@ -181,11 +186,16 @@ class AutoTemplate:
             messages: as for `render`.
             escape_char: inserted into each text of the data that `patterns` matches.
             patterns: None to escape nothing.
+            everything: whether all but untrained answers is trained, `--train_on prompt`.
         """
         if patterns:
             messages = escape_messages(messages, patterns, escape_char)
+        if everything:
+            reading = self._read(without_marks(messages))
+            weights = [weight_of(message) for message in messages if message["role"] == "assistant"]
+            return train_everything(split_at_spans(reading.text, reading.spans, weights))
         reading = self._read(messages)
-        return split_at_spans(reading.text, reading.spans)
+        return split_at_spans(reading.text, reading.spans, reading.weights)
 
     def encode(
         self, messages: list[Message], tokenizer, allow_special: bool = False, train_on: str | int = "all_turns"
@@ -202,11 +212,16 @@ class AutoTemplate:
     ) -> list[dict[str, list[int]]]:
         """As `Template.encode_batch`."""
         conversations = [select_answers(messages, train_on) for messages in conversations]
+        everything = train_on == "prompt"
         if allow_special:
-            return encode_segments([self.segments(messages) for messages in conversations], tokenizer, True)
+            rendered = [self.segments(messages, everything=everything) for messages in conversations]
+            return encode_segments(rendered, tokenizer, True)
         chars = [pick_escape_char(_dump(messages)) for messages in conversations]
         patterns = {form: escape_patterns(tokenizer, form.chat_template) for form in {self, self.tool_use or self}}
-        segments = [self.segments(m, chars[i], patterns[self._select(m)]) for i, m in enumerate(conversations)]
+        segments = [
+            self.segments(messages, chars[i], patterns[self._select(messages)], everything)
+            for i, messages in enumerate(conversations)
+        ]
         return encode_segments(segments, tokenizer, allow_special=True, escape_chars=chars)
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:

@@ -19,8 +19,9 @@ from utils.template.messages import (
     is_trained_answer,
     select_answers,
     unread_field_notes,
+    weight_of,
 )
-from utils.template.tokenize import Segment, encode_segments
+from utils.template.tokenize import Segment, encode_segments, train_everything
 
 _TRY_AUTO = "; --template_name auto uses the tokenizer's own chat template, which may support it"
 
@@ -95,9 +96,9 @@ class Template:
             content = message["content"]
             if message["role"] == "assistant":
                 yield Segment(self.assistant + self.before_answer)
-                trained = is_trained_answer(message) and not is_empty_answer(message)
-                yield Segment(self._stripped(content), trained, content=True, answer=True)
-                yield Segment(self.after_answer + self.stop, trained)
+                weight = _weight_in(message)
+                yield Segment(self._stripped(content), weight, content=True, answer=True)
+                yield Segment(self.after_answer + self.stop, weight, answer=True)
                 yield Segment(self.after_stop)
             elif message["role"] == "system" and self.system is None:
                 system = content
@@ -174,10 +175,10 @@ class Template:
             messages: as for `render`.
             tokenizer: a fast tokenizer, which gives the character offsets of its tokens.
             allow_special: whether the text of a special token within a content becomes that token.
-            train_on: `all_turns`, `last_turn` for the last answer only, or the number of last answers.
+            train_on: as for `messages.select_answers`.
 
         Returns:
-            `{"input_ids": [L], "labels": [L]}`
+            `{"input_ids": [L], "labels": [L]}`, and `"loss_weights": [L]` if an answer has another weight than 0 and 1.
         """
         return self.encode_batch([messages], tokenizer, allow_special, train_on)[0]
 
@@ -194,9 +195,8 @@ class Template:
             messages = select_answers(messages, train_on)
             segments = list(self.segments(messages))
             if self.closing and messages[-1]["role"] == "assistant":
-                trained = is_trained_answer(messages[-1]) and not is_empty_answer(messages[-1])
-                segments.append(Segment(self.closing, trained))
-            rendered.append(segments)
+                segments.append(Segment(self.closing, _weight_in(messages[-1]), answer=True))
+            rendered.append(train_everything(segments) if train_on == "prompt" else segments)
         return encode_segments(rendered, tokenizer, allow_special, format_text=self.text())
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
@@ -228,6 +228,11 @@ class Template:
     def to_jinja(self) -> str:
         """The format as a Jinja chat template, which is saved as `tokenizer.chat_template`."""
         return to_jinja(self)
+
+
+def _weight_in(message: Message) -> float:
+    """The weight of an answer; 0 if there is nothing of it to train."""
+    return 0 if is_empty_answer(message) else weight_of(message)
 
 
 def _fill(form: str, content: str) -> Iterator[Segment]:

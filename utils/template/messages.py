@@ -43,9 +43,14 @@ def is_empty_answer(message: Message) -> bool:
     return not (message["content"].strip() or message.get("tool_calls") or any(map(message.get, REASONING_FIELDS)))
 
 
+def weight_of(message: Message) -> float:
+    """The factor of a message's part in the loss: its `train`, 1 if it has none, 0 if it is no answer."""
+    return float(message.get("train", True)) if message["role"] == "assistant" else 0.0
+
+
 def is_trained_answer(message: Message) -> bool:
-    """Whether a message is an assistant's answer without `"train": False`."""
-    return message["role"] == "assistant" and message.get("train") is not False
+    """Whether a message is an assistant's answer with a weight above 0."""
+    return weight_of(message) > 0
 
 
 def count_answers(messages: list[Message]) -> int:
@@ -58,13 +63,19 @@ def select_answers(messages: list[Message], train_on: str | int) -> list[Message
 
     Args:
         messages: one conversation.
-        train_on: `all_turns`, `last_turn`, or the number of last answers to train.
+        train_on: `all_turns`, `prompt` for all turns of all roles, `last_turn`, `last_n:2`, or the number of last
+            answers to train.
     """
-    if train_on == "all_turns":
+    if train_on in ("all_turns", "prompt"):
         return messages
-    count = 1 if train_on == "last_turn" else int(train_on)
+    count = 1 if train_on == "last_turn" else int(str(train_on).removeprefix("last_n:"))
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"][:-count]
     return [{**message, "train": False} if turn in answers else message for turn, message in enumerate(messages)]
+
+
+def without_marks(messages: list[Message]) -> list[Message]:
+    """Messages of which every answer is trained alike."""
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def original_fields(message: Message) -> Message:

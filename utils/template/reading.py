@@ -19,6 +19,7 @@ from utils.template.messages import (
     is_empty_answer,
     is_trained_answer,
     unread_field_notes,
+    weight_of,
 )
 from utils.template.spans import SpanNotFound, find_answer_span
 
@@ -35,12 +36,14 @@ class Reading(NamedTuple):
     Attributes:
         text: the rendering.
         spans: start and end of each trained answer in it, stop token included.
+        weights: of these answers.
         refused: why the row cannot be trained; None if it can.
         notes: answers that are not trained, and fields that are not rendered.
     """
 
     text: str
     spans: list[tuple[int, int]]
+    weights: list[float]
     refused: str | None
     notes: list[RowNote]
 
@@ -69,7 +72,7 @@ def read_at_once(template, messages: list[Message]) -> Reading:
         refused = "turn 1 has tools, which the tokenizer's chat template does not show"
     shown = remove_fields(messages, [field for field in hidden if field[0] in lost]) if lost else messages
     shown = shown if shown is messages or template.render(shown) == text else messages
-    spans, not_found = [], []
+    spans, weights, not_found = [], [], []
     for turn, message in enumerate(messages):
         if not is_trained_answer(message):
             continue
@@ -77,13 +80,14 @@ def read_at_once(template, messages: list[Message]) -> Reading:
         if reason is None:
             try:
                 spans.append(_find_span(template, shown, turn, text, marks))
+                weights.append(weight_of(message))
             except SpanNotFound as error:
                 reason = f"has an answer that {error}"
                 not_found.append(f"turn {turn + 1} {reason}")
         notes += [RowNote(UNTRAINED_ANSWER, reason)] if reason else []
     if not spans and not_found and refused is None:
         refused = f"no exact mask for the tokenizer's chat template: {not_found[0]}"
-    return Reading(text, spans, refused, notes)
+    return Reading(text, spans, weights, refused, notes)
 
 
 def _judge_hidden(
@@ -178,7 +182,8 @@ def read_in_parts(template, messages: list[Message], read: Callable[[Any, list[M
             readings.append(reading)
     except UserError:
         return None
-    return readings[0]._replace(text=text, spans=spans, notes=_merge_notes(readings))
+    weights = [weight for reading in readings for weight in reading.weights]
+    return readings[0]._replace(text=text, spans=spans, weights=weights, notes=_merge_notes(readings))
 
 
 def _merge_notes(readings: list[Reading]) -> list[RowNote]:

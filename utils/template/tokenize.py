@@ -17,13 +17,14 @@ class Segment(NamedTuple):
 
     Attributes:
         text: the characters.
-        trained: whether it is an answer, or the stop token after one, that gets labels.
+        trained: the weight of its losses, 0 where it gets no labels: an answer and the stop token after it have 1, or
+            the weight that the data gives the answer.
         content: whether it comes from the data rather than from the chat format.
-        answer: whether it is the content of an assistant's message.
+        answer: whether it is part of an assistant's message, its content or its stop token.
     """
 
     text: str
-    trained: bool = False
+    trained: float = 0
     content: bool = False
     answer: bool = False
 
@@ -59,39 +60,56 @@ def encode_segments(
         format_text: what the chat format itself writes, as for `escape_patterns`.
 
     Returns:
-        for each conversation `{"input_ids": [L], "labels": [L]}`
+        for each conversation `{"input_ids": [L], "labels": [L]}`, and `"loss_weights": [L]` if any segment has another
+        weight than 0 and 1.
     """
     patterns = None if allow_special else escape_patterns(tokenizer, format_text)
-    texts, spans, escapes = [], [], []
+    texts, spans, weights, escapes = [], [], [], []
     for segments in conversations:
         segments, escape_char = _escape_segments(segments, patterns)
         escapes.append(escape_char or (escape_chars and escape_chars[len(texts)]))
-        text, trained = _join(segments)
-        texts.append(text)
-        spans.append(trained)
+        for parts, part in zip((texts, spans, weights), _join(segments), strict=True):
+            parts.append(part)
     encoded = _encode_texts(texts, tokenizer)
     special_ids = frozenset(tokenizer.added_tokens_decoder)
     rows = []
-    for text, encoding, trained, escape_char in zip(texts, encoded, spans, escapes, strict=True):
+    for text, encoding, trained, factors, escape_char in zip(texts, encoded, spans, weights, escapes, strict=True):
         ids = encoding.ids
         labels = _label_ranges(encoding, ids, trained)
         if labels is None:
             labels = label_spans(ids, encoding.offsets, trained, special_ids)
+        row = {"input_ids": ids, "labels": labels}
+        if any(factor != 1 for factor in factors):
+            row["loss_weights"] = _weigh_spans(ids, encoding.offsets, trained, factors, special_ids)
         if escape_char:
             kept = [k for k, (start, end) in enumerate(encoding.offsets) if text[start:end] != escape_char]
-            ids, labels = [ids[k] for k in kept], [labels[k] for k in kept]
-        rows.append({"input_ids": ids, "labels": labels})
+            row = {name: [column[k] for k in kept] for name, column in row.items()}
+        rows.append(row)
     return rows
 
 
-def _join(segments: list[Segment]) -> tuple[str, list[tuple[int, int]]]:
-    """Joins segments; returns the text, and start and end of each trained one in it."""
-    text, trained = "", []
+def _weigh_spans(ids: list[int], offsets: list, spans: list, factors: list[float], special: frozenset[int]) -> list:
+    """The weight of each token's loss, [L]: that of the span that labels it, and 1 where none does."""
+    weights = [1.0] * len(ids)
+    for span, factor in zip(spans, factors, strict=True):
+        labels = label_spans(ids, offsets, [span], special)
+        weights = [weight if label == IGNORE_INDEX else factor for weight, label in zip(weights, labels, strict=True)]
+    return weights
+
+
+def _join(segments: list[Segment]) -> tuple[str, list[tuple[int, int]], list[float]]:
+    """Joins segments; returns the text, start and end of each trained piece of it, and the weights of these."""
+    text, trained, weights = "", [], []
     for segment in segments:
-        if segment.trained and segment.text:
-            trained.append((len(text), len(text) + len(segment.text)))
-        text += segment.text
-    return text, trained
+        start, text = len(text), text + segment.text
+        if not segment.trained or not segment.text:
+            continue
+        if trained and trained[-1][1] == start and weights[-1] == segment.trained:
+            trained[-1] = (trained[-1][0], len(text))
+        else:
+            trained.append((start, len(text)))
+            weights.append(segment.trained)
+    return text, trained, weights
 
 
 def _encode_texts(texts: list[str], tokenizer) -> list:
@@ -148,16 +166,28 @@ def label_spans(
     return labels
 
 
-def split_at_spans(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
-    """Splits a text where a trained span begins or ends.
+def split_at_spans(text: str, answers: list[tuple[int, int]], weights: list[float] | None = None) -> list[Segment]:
+    """Splits a text where an answer begins or ends.
 
-    `split_at_spans("ab", [(1, 2)])` → `[Segment("a"), Segment("b", trained=True)]`
+    `split_at_spans("ab", [(1, 2)])` → `[Segment("a"), Segment("b", trained=1, answer=True)]`
+
+    Args:
+        text: of a conversation.
+        answers: start and end of each.
+        weights: of each, 0 for one that is not trained; None if all are 1.
     """
-    cuts = sorted({0, len(text), *(place for span in trained for place in span)})
-    return [
-        Segment(text[start:end], any(begin <= start < stop for begin, stop in trained))
-        for start, end in zip(cuts, cuts[1:], strict=False)
-    ]
+    weights = [1] * len(answers) if weights is None else weights
+    cuts = sorted({0, len(text), *(place for span in answers for place in span)})
+    segments = []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        own = [weight for (begin, stop), weight in zip(answers, weights, strict=True) if begin <= start < stop]
+        segments.append(Segment(text[start:end], own[0] if own else 0, answer=bool(own)))
+    return segments
+
+
+def train_everything(segments: list[Segment]) -> list[Segment]:
+    """Trains all segments but the answers that the data excludes: `--train_on prompt`."""
+    return [segment if segment.trained or segment.answer else segment._replace(trained=1) for segment in segments]
 
 
 # ------------------------------------------------------------------------------ special tokens within the data

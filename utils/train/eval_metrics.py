@@ -7,6 +7,7 @@ from utils.data.row_type import RowType
 from utils.runtime.distributed import all_gather_objects
 from utils.template.tokenize import IGNORE_INDEX
 from utils.train.figures import WeightedFiguresMixin, gather_counted, gather_with
+from utils.train.token_losses import without_token_columns
 
 
 class TokenWeightedEvalMixin(WeightedFiguresMixin):
@@ -15,8 +16,8 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
     transformers 5.23 averages the losses of batches, TRL 1.16 their accuracies, and with several processes both count
     rows twice that fill up the last step. Here, over all trained tokens t of the set,
 
-        eval_loss           = Σ_t -log p(t) / number of tokens
-        eval_perplexity     = exp(eval_loss)
+        eval_loss           = Σ_t -w_t log p(t) / number of tokens, with the weights of the rows' answers, else w = 1
+        eval_perplexity     = exp(Σ_t -log p(t) / number of tokens)
         eval_token_accuracy = tokens that have the highest probability / number of tokens
         eval_entropy        = Σ_t H(p) / number of tokens
 
@@ -27,15 +28,15 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
     _sums: list[float] = []
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._sums = [0.0] * 4
+        self._sums = [0.0] * 5
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         # summed in the same order on every process, so that all of them choose the same best step
-        loss, right, entropy, tokens = map(sum, zip(*all_gather_objects([self._sums]), strict=True))
-        figures = [figure / tokens if tokens else math.nan for figure in (loss, right, entropy)]
-        output.metrics[f"{metric_key_prefix}_loss"] = figures[0]
-        output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(figures[0])
-        output.metrics[f"{metric_key_prefix}_token_accuracy"] = figures[1]
-        output.metrics[f"{metric_key_prefix}_entropy"] = figures[2]
+        *sums, tokens = map(sum, zip(*all_gather_objects([self._sums]), strict=True))
+        loss, plain_loss, right, entropy = (figure / tokens if tokens else math.nan for figure in sums)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(plain_loss)
+        output.metrics[f"{metric_key_prefix}_token_accuracy"] = right
+        output.metrics[f"{metric_key_prefix}_entropy"] = entropy
         return output
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -54,11 +55,14 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
         import torch
 
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "source"})
+        inputs, columns = without_token_columns(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, use_cache=False, fused_lm_head=True)
         self.add_token_losses(output, inputs)
         # [rows, length - 1] each, 0 where nothing is trained
-        parts = (-output.log_probs, output.is_top1, output.entropy, output.label_mask)
+        weights = columns["loss_weights"][:, 1:] if "loss_weights" in columns else 1.0
+        losses = -output.log_probs
+        parts = (losses * weights, losses, output.is_top1, output.entropy, output.label_mask)
         sums = torch.stack([part.float().sum() for part in parts]).tolist()
         self._sums = [total + part for total, part in zip(self._sums, sums, strict=True)]
         return None, None, None

@@ -7,31 +7,44 @@ TOKEN_COLUMNS = ("loss_weights",)
 class TokenLossMixin:
     """A mix-in for TRL's SFTTrainer: weights the losses of tokens, and hands them to `observe_tokens`.
 
-    TRL 1.16 computes `log_probs`, [rows, length - 1] and 0 where nothing is trained, and from these the loss
+    TRL 1.16 computes `log_probs`, [rows, length - 1] and 0 where nothing is trained, and from these the loss. With the
+    weights w of a row's answers, which are 1 if it gives none, it is
 
-        L = -Σ_t log p(t) / number of trained tokens
+        L = -Σ_t w_t log p(t) / number of trained tokens
     """
 
+    def _prepare_inputs(self, inputs):
+        inputs, columns = without_token_columns(inputs)  # DeepSpeed's dtype, to which transformers casts, is for states
+        moved = {name: column.to(self.args.device) for name, column in columns.items()}
+        return {**super()._prepare_inputs(inputs), **moved}
+
     def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs = dict(inputs)
-        columns = {name: inputs.pop(name) for name in TOKEN_COLUMNS if name in inputs}
+        inputs, columns = without_token_columns(inputs)
 
         def forward(**given):
             output = model(**given)
             if "fused_lm_head" in given:
                 self.observe_tokens(output, given, columns)
+                if "loss_weights" in columns:
+                    output.log_probs = output.log_probs * columns["loss_weights"][:, 1:]
             return output
 
         return super().compute_loss(forward, inputs, *args, **kwargs)
 
     def observe_tokens(self, output, inputs: dict, columns: dict) -> None:
-        """Called with the output of each batch of training; may replace `output.log_probs`.
+        """Called with the output of each batch of training, before the log-probabilities are weighted.
 
         Args:
             output: TRL's FusedCausalLMOutput, [rows, length - 1] each.
             inputs: of the model.
             columns: those of TOKEN_COLUMNS that the batch has, [rows, length] each.
         """
+
+
+def without_token_columns(inputs: dict) -> tuple[dict, dict]:
+    """Splits the columns of TOKEN_COLUMNS off a batch; returns the model's inputs, and these columns."""
+    columns = {name: inputs[name] for name in TOKEN_COLUMNS if name in inputs}
+    return {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}, columns
 
 
 def sequence_index(inputs: dict):
