@@ -119,7 +119,7 @@ def test_a_truncated_row_keeps_the_weights_of_what_is_left(parse, tokenizer, tmp
     rows = args.task.load_datasets(args, train_args, template, tokenizer).train
     assert rows[1]["loss_weights"] is None and {3.0, 1.0} == set(
         whole["loss_weights"]
-    )  # the answer of weight 3 is gone
+    )
     assert set(rows[0]["loss_weights"]) == {0.25, 1.0}  # as long as the second row is now, or shorter
 
 
