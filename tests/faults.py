@@ -553,8 +553,8 @@ FAULTS = [
     Fault(
         "weights: the evaluation has none",
         "utils/train/eval_metrics.py",
-        'if "loss_weights" in columns else 1.0',
-        "if False else 1.0",
+        "        weigh(output, columns)\n",
+        "",
         "tests/tasks/test_weights.py -k evaluation",
     ),
     Fault(

@@ -171,3 +171,25 @@ def test_a_loss_that_cannot_be_weighted_is_refused_before_the_weights_load(train
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=f"{flags[0]} .*does not weight"):
         train(*flags, data=data)
+
+
+def test_losses_by_source_are_weighted_and_those_of_the_ledger_are_not(train, tmp_path):
+    import pyarrow.parquet
+
+    parts = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS[:2]), ("b", ROWS[2:]))]
+    data = ",".join(parts)
+    folder = train(*ONE_STEP, *ALL, "--row_ledger", "true", "--eval_data_path", data, "--eval_strategy", "steps",
+                   "--eval_steps", "1", data=data)  # fmt: skip
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    for prefix in ("", "eval_"):
+        found = next(entry for entry in log if f"{prefix}loss" in entry)
+        losses = {name: value for name, value in found.items() if name.startswith(f"{prefix}loss/")}
+        tokens = {name.replace("tokens", "loss"): found[name] for name in found if name.startswith(f"{prefix}tokens/")}
+        assert len(losses) == 2
+        total = sum(losses[name] * tokens[name] for name in losses)
+        assert total == pytest.approx(found[f"{prefix}loss"] * sum(tokens.values()), rel=1e-5)
+    ledger = pyarrow.parquet.read_table(folder / "row_ledger.parquet").to_pylist()
+    whole = train(*ONE_STEP, *ALL, "--row_ledger", "true", output="whole",
+                  data=write_rows(tmp_path / "whole.jsonl", [with_whole_weights(row) for row in ROWS]))  # fmt: skip
+    plain = pyarrow.parquet.read_table(whole / "row_ledger.parquet").to_pylist()
+    assert [row["first_loss"] for row in ledger] == pytest.approx([row["first_loss"] for row in plain], rel=1e-5)

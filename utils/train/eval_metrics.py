@@ -7,7 +7,7 @@ from utils.data.row_type import RowType
 from utils.runtime.distributed import all_gather_objects
 from utils.template.tokenize import IGNORE_INDEX
 from utils.train.figures import WeightedFiguresMixin, gather_counted, gather_with
-from utils.train.token_losses import without_token_columns
+from utils.train.token_losses import weigh, without_token_columns
 
 
 class TokenWeightedEvalMixin(WeightedFiguresMixin):
@@ -48,8 +48,14 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
         self.weigh_figures({name: sum(counts) for name in ("entropy", "mean_token_accuracy")})
         return result
 
-    def add_token_losses(self, output, inputs: dict) -> None:
-        """Called with TRL's output for each batch that is evaluated (utils/train/row_losses.py)."""
+    def add_token_losses(self, output, inputs: dict, plain) -> None:
+        """Called with TRL's output for each batch that is evaluated (utils/train/row_losses.py).
+
+        Args:
+            output: its `log_probs` are weighted.
+            inputs: of the model.
+            plain: the log-probabilities without weights.
+        """
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
@@ -58,11 +64,11 @@ class TokenWeightedEvalMixin(WeightedFiguresMixin):
         inputs, columns = without_token_columns(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, use_cache=False, fused_lm_head=True)
-        self.add_token_losses(output, inputs)
+        plain = output.log_probs
+        weigh(output, columns)
+        self.add_token_losses(output, inputs, plain)
         # [rows, length - 1] each, 0 where nothing is trained
-        weights = columns["loss_weights"][:, 1:] if "loss_weights" in columns else 1.0
-        losses = -output.log_probs
-        parts = (losses * weights, losses, output.is_top1, output.entropy, output.label_mask)
+        parts = (-output.log_probs, -plain, output.is_top1, output.entropy, output.label_mask)
         sums = torch.stack([part.float().sum() for part in parts]).tolist()
         self._sums = [total + part for total, part in zip(self._sums, sums, strict=True)]
         return None, None, None

@@ -25,26 +25,31 @@ class TokenLossMixin:
             output = model(**given)
             if "fused_lm_head" in given:
                 self.observe_tokens(output, given, columns)
-                if "loss_weights" in columns:
-                    output.log_probs = output.log_probs * columns["loss_weights"][:, 1:]
             return output
 
         return super().compute_loss(forward, inputs, *args, **kwargs)
 
     def observe_tokens(self, output, inputs: dict, columns: dict) -> None:
-        """Called with the output of each batch of training, before the log-probabilities are weighted.
+        """Called with the output of each batch of training; here its log-probabilities are weighted.
 
         Args:
             output: TRL's FusedCausalLMOutput, [rows, length - 1] each.
             inputs: of the model.
             columns: those of TOKEN_COLUMNS that the batch has, [rows, length] each.
         """
+        weigh(output, columns)
 
 
 def without_token_columns(inputs: dict) -> tuple[dict, dict]:
     """Splits the columns of TOKEN_COLUMNS off a batch; returns the model's inputs, and these columns."""
     columns = {name: inputs[name] for name in TOKEN_COLUMNS if name in inputs}
     return {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}, columns
+
+
+def weigh(output, columns: dict) -> None:
+    """Multiplies the log-probabilities in TRL's output by the weights of their tokens, if the batch has any."""
+    if "loss_weights" in columns:
+        output.log_probs = output.log_probs * columns["loss_weights"][:, 1:]
 
 
 def sequence_index(inputs: dict):
