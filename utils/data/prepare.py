@@ -67,6 +67,10 @@ class Data:
         """Counts the rows that an epoch takes, packed ones as one; of a stream also those that will be dropped."""
         return len(self.train if self.stream is None else self.stream)
 
+    def checked(self) -> DataReport:
+        """The report of the rows in `train`, which of a stream are only the first."""
+        return self.report if self.stream is None else self.stream.sample_report
+
     def rows_trained(self) -> int:
         """Counts the rows of the files that are trained on, before packing."""
         return self.report.kept - self.held_back

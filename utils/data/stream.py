@@ -104,12 +104,13 @@ class RowStream:
 
     Attributes:
         empty: the row in the place of one that is dropped, and of number `len(self)`, which fills up the last step.
-        sample: the first rows, prepared; a datasets.Dataset.
+        sample: the first rows, prepared; a datasets.Dataset. `sample_report` is theirs.
         schema: of prepared rows, a pyarrow.Schema.
     """
 
     empty: dict = {}
     sample: Any = None
+    sample_report: DataReport
     schema: Any = None
 
     def __init__(
@@ -235,7 +236,7 @@ def _sample(stream: RowStream, files: list[str]):
 
     rows, reports = stream.encode(stream.first_numbers(SAMPLE_ROWS))
     raise_refused(reports, stream.encoder)
-    report = DataReport()
+    report = stream.sample_report = DataReport(files=files)
     for encoded in reports:
         report.add_chunk(encoded)
     missing = set(stream.encoder.renamed).difference(*(encoded.renamed for encoded in reports))

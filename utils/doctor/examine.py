@@ -12,6 +12,7 @@ from typing import Any
 
 from loguru import logger
 
+from utils.data.stream import SAMPLE_ROWS
 from utils.doctor.census import Census, take_census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, findings_of, in_order, with_severity
@@ -177,7 +178,7 @@ def _prepare_rows(examined: Examination, args, train_args, task, template, token
             continue
         if attempt is alone:
             examined.findings += stopped
-        for report in filter(None, (data.report, data.eval_report)):
+        for report in filter(None, (data.checked(), data.eval_report)):
             options = {"args": args, "template": template, "tokenizer": tokenizer}
             examined.findings += report_findings(report, args, functools.partial(describe_lengths, **options))
         return data, []
@@ -191,6 +192,12 @@ def _preparation_finding(problem: Problem) -> Finding:
 
 def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[Finding]) -> None:
     """Checks the texts of all rows; if the rows could not be prepared, also which of them cannot be read."""
+    if args.streaming:
+        what = f"the texts, and all rows but the first {SAMPLE_ROWS:,}"
+        examined.not_examined(what, "--streaming true reads them during the training; without it they are examined")
+        examined.findings += stopped
+        examined.rows = data.checked().rows if data is not None else 0
+        return
     special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
     options = (args.task, special)
     train = _try_check(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))

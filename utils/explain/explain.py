@@ -19,7 +19,9 @@ from utils.run.record import effective_args
 from utils.runtime.errors import UserError
 from utils.tasks.no_effect import RunSettings
 from utils.template import get_template
-from utils.train.plan import measure, plan
+from utils.train.plan import Rows, extend, measure, plan
+
+_MAX_STREAMED = 5_000_000  # rows; the plan lists the rows of each update
 
 # key of DeepSpeed's file → what transformers fills in for "auto"
 _AUTO = {
@@ -96,7 +98,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     counted, evaluated = _count(args, train_args), len(data.eval) if data.eval is not None else 0
     _resolve_padding_free(args, train_args, task, tokenizer, sources)
     padded = not task.lays_end_to_end(train_args)
-    planned = plan(train_args, measure(data.train, task.row_type), evaluated, processes, padded)
+    planned = plan(train_args, _measure(data, task.row_type), evaluated, processes, padded)
     _resolve_checkpointing(counted, train_args, sources)
     case = RunSettings(args, train_args, processes, rows_to_evaluate=evaluated > 0)
     settings = effective_args(args, train_args)
@@ -113,6 +115,23 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
         counted,
         deepspeed_values(train_args, counted, planned["steps"], processes),
     )
+
+
+def _measure(data: Data, row_type) -> Rows:
+    """Counts the tokens of the training rows; those of a stream are estimated from the first.
+
+    Raises:
+        UserError: a stream has too many rows to list.
+    """
+    rows, count = measure(data.train, row_type), data.rows_in_epoch()
+    if data.stream is None:
+        return rows
+    if count > _MAX_STREAMED:
+        raise UserError(
+            f"--streaming true: the {count:,} rows of --train_data_path are too many to plan, at most "
+            f"{_MAX_STREAMED:,}; give some of the files"
+        )
+    return extend(rows, count)
 
 
 def _count(args, train_args) -> ModelSize | None:

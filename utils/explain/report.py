@@ -58,6 +58,11 @@ def _rows(explained) -> str:
     plan, report = explained.plan, explained.data.report
     packed = f" in {plan['rows']:,} packed rows" if explained.values.get("packing") else ""
     text = f"{explained.data.rows_trained():,} of {report.rows:,} train{packed}"
+    if explained.data.stream is not None:
+        first = len(explained.data.train)
+        text = (
+            f"{report.rows:,} are streamed, less those that are dropped; tokens are estimated from the first {first:,}"
+        )
     text += f", {report.dropped_rows():,} are left out ({report.counts()})" if report.dropped else ""
     text += f", {report.untrained:,} of their answers are not trained" if report.untrained else ""
     more = plan["rows_repeated"]

@@ -92,13 +92,14 @@ def main(argv: list[str] | None = None) -> None:
                 print("labels", part.labels)
         for name, value in row_type.other_columns(row).items():
             print(f"{name}: {value}")
-    print(
-        f"--- {data.report.kept:,} of {data.report.rows:,} rows are trained on, {data.report.dropped_rows():,} left out"
-    )
-    if data.report.untrained:
-        print(f"answers of these rows that are not trained: {data.report.untrained:,}")
-    share = 100 * data.report.trained_tokens / max(data.report.tokens, 1)
-    print(f"tokens: {data.report.tokens:,}, of them trained {data.report.trained_tokens:,} ({share:.0f} %)")
+    report = data.checked()
+    if data.stream is not None:
+        print(f"--- streamed: of {data.report.rows:,} rows the first {report.rows:,} are counted here")
+    print(f"--- {report.kept:,} of {report.rows:,} rows are trained on, {report.dropped_rows():,} left out")
+    if report.untrained:
+        print(f"answers of these rows that are not trained: {report.untrained:,}")
+    share = 100 * report.trained_tokens / max(report.tokens, 1)
+    print(f"tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)")
     lengths = [row_type.length(row) for row in data.train]
     print(census(lengths, args.max_len))
 

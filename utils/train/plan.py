@@ -53,6 +53,12 @@ def measure(dataset, row_type: RowType) -> Rows:
     return Rows(*columns, sequences=len(row_type.sequence_columns))
 
 
+def extend(rows: Rows, count: int) -> Rows:
+    """Repeats the counts of the first rows of a stream, as an estimate of those of all its `count` rows."""
+    repeated = [numpy.resize(column, count) for column in (rows.tokens, rows.trained, rows.longest, rows.examples)]
+    return Rows(*repeated, sequences=rows.sequences)
+
+
 def _labelled(batch, name: str) -> numpy.ndarray:
     """The number of trained labels of each row, [rows]."""
     values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
