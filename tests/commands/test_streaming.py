@@ -44,7 +44,7 @@ def test_explain_refuses_more_rows_than_it_can_list(flags, refused, monkeypatch)
 def test_the_doctor_looks_at_the_first_rows(flags, capsys):
     assert doctor.main([*flags, "--json", "true"]) == 1  # a row is dropped
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == 5
+    assert found["examined"]["rows"] == 5
     findings = {finding["code"]: finding["message"] for finding in found["findings"]}
     assert "all rows but the first 5" in findings["NOT_EXAMINED"]
     assert any("nothing" in message or "empty" in message for message in findings.values())

@@ -82,6 +82,19 @@ def test_as_prepared_rows_in_the_files_order(train):
     assert ours == theirs
 
 
+def test_weights_of_messages_are_those_of_prepared_rows(train, tmp_path):
+    """Also where the first rows have none, and a batch has rows of both kinds."""
+    turns = [[("user", f"Q {i}"), ("assistant", f"A {i}")] for i in range(12)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    for row in rows[7::2]:
+        row["messages"][1]["weight"] = 0.5
+    flags = [*STREAM, *IN_ORDER, "--num_train_epochs", "1"]
+    data = f"{write_rows(tmp_path / 'a.jsonl', rows[:6])},{write_rows(tmp_path / 'b.jsonl', rows[6:])}"
+    streamed = train(*flags, data=data, output="a")
+    prepared = train(*flags, "--streaming", "false", data=data, output="b")
+    assert losses(streamed) == losses(prepared) and same_weights(streamed, prepared)
+
+
 def test_as_prepared_rows_written_in_the_order_of_the_seed(train, tmp_path):
     rows = RowOrder([3] * 7 + [1], 8, seed=7).rows(0, 22)
     ordered = write_rows(tmp_path / "ordered.jsonl", [ROWS[row] for row in rows])

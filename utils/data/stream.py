@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 from loguru import logger
 
-from utils.data.cache import content_key
+from utils.data.cache import content_key, without_empty_columns
 from utils.data.encode import EncodedChunk, RowEncoder, encode_chunk
 from utils.data.files import files_left_out, find_files
 from utils.data.parallel import Chunk
@@ -246,7 +246,8 @@ def _sample(stream: RowStream, files: list[str]):
         raise UserError(Problem(f"{message}; correct the name, or leave it out", flags=("columns",)))
     refuse_nothing_left(report, report.kept, files)
     report.log(f"train data, of which the first {report.rows:,} rows are checked")
-    return Dataset(pyarrow.Table.from_pylist([rows[number] for number in sorted(rows)], schema=stream.schema))
+    table = pyarrow.Table.from_pylist([rows[number] for number in sorted(rows)], schema=stream.schema)
+    return without_empty_columns(Dataset(table))
 
 
 def raise_refused(reports: list[EncodedChunk], encoder: RowEncoder, how_to_resume: str = "") -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from loguru import logger
 
-from utils.data.stream import SAMPLE_ROWS
 from utils.doctor.census import Census, take_census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, findings_of, in_order, with_severity
@@ -193,10 +192,10 @@ def _preparation_finding(problem: Problem) -> Finding:
 def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[Finding]) -> None:
     """Checks the texts of all rows; if the rows could not be prepared, also which of them cannot be read."""
     if args.streaming:
-        what = f"the texts, and all rows but the first {SAMPLE_ROWS:,}"
+        examined.rows = data.checked().rows if data is not None else 0
+        what = f"the texts, and all rows but the first {examined.rows:,}"
         examined.not_examined(what, "--streaming true reads them during the training; without it they are examined")
         examined.findings += stopped
-        examined.rows = data.checked().rows if data is not None else 0
         return
     special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
     options = (args.task, special)
