@@ -93,7 +93,7 @@ def sft_run(tmp_path_factory):
     import main_train
 
     folder = tmp_path_factory.mktemp("pages") / "sft"
-    main_train.main(["--output_dir", str(folder), *SHORT])
+    main_train.main(["--output_dir", str(folder), "--row_ledger", "true", *SHORT])
     shutil.rmtree(folder / "checkpoint-2")
     return folder
 

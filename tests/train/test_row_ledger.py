@@ -44,7 +44,10 @@ def test_the_figures_are_those_of_each_row_alone_however_they_are_taken(cuts):
     ledger = RowLedger(NOTE)
     for low, high in zip((0, *cuts), (*cuts, 99), strict=True):
         part = (steps > low) & (steps <= high)
-        ledger.update(sources[part], steps[part], losses[part], tokens[part])
+        ledger.add(sources[part], steps[part], losses[part], tokens[part])
+        if low == 1:
+            ledger.merge()
+    ledger.merge()
     rows, wanted = ledger.rows, one_by_one(zip(sources, steps, losses, tokens, strict=True))
     assert list(rows["source"]) == sorted(wanted) and len(wanted) == 30
     for place, source in enumerate(rows["source"]):
@@ -52,17 +55,28 @@ def test_the_figures_are_those_of_each_row_alone_however_they_are_taken(cuts):
         assert found == pytest.approx(wanted[source], rel=1e-5)
 
 
+def test_many_losses_are_merged_together():
+    ledger = RowLedger(NOTE)
+    for step in range(1, 4):
+        ledger.add(np.arange(4000), np.full(4000, step), np.ones(4000), np.ones(4000))
+        assert len(ledger.rows["source"]) == (4000 if step == 3 else 0)
+    assert ledger.counts()["rows"] == 4000 and set(ledger.rows["times"]) == {3}
+
+
 def test_a_ledger_is_read_as_it_was_written(tmp_path):
     ledger, halves = RowLedger(NOTE), RowLedger(NOTE)
     sources, steps, losses, tokens = observations()
     early = steps <= 30
     for part in (early, ~early):
-        ledger.update(sources[part], steps[part], losses[part], tokens[part])
-    halves.update(sources[early], steps[early], losses[early], tokens[early])
+        ledger.add(sources[part], steps[part], losses[part], tokens[part])
+        ledger.merge()
+    halves.add(sources[early], steps[early], losses[early], tokens[early])
     halves.write(tmp_path / "half.parquet")
     halves = RowLedger.read(tmp_path / "half.parquet")
     assert halves.note == NOTE
-    halves.update(sources[~early], steps[~early], losses[~early], tokens[~early])
+    halves.add(sources[~early], steps[~early], losses[~early], tokens[~early])
+    ledger.merge()
+    halves.merge()
     for name, values in ledger.rows.items():
         assert values.dtype == halves.rows[name].dtype and (values == halves.rows[name]).all(), name
 
@@ -71,7 +85,7 @@ def test_the_table_names_file_line_and_source(tmp_path):
     ledger = RowLedger(NOTE)
     places = [(0, 7), (1, 3), (2, 1)]
     sources = np.array([encode_source(*place) for place in places])
-    ledger.update(sources, np.array([1, 2, 2]), np.array([6.0, 8.0, 1.0]), np.array([3.0, 2.0, 1.0]))
+    ledger.add(sources, np.array([1, 2, 2]), np.array([6.0, 8.0, 1.0]), np.array([3.0, 2.0, 1.0]))
     ledger.write(tmp_path / "ledger.parquet")
     rows = pyarrow.parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
     names = ("file", "line", "source", "first_loss", "mean_loss", "times", "last_step")
@@ -102,5 +116,6 @@ def test_another_parquet_file_is_no_ledger(tmp_path):
 def test_a_row_is_learned_forgotten_or_never_learned(losses, state):
     ledger = RowLedger(NOTE)
     for step, loss in enumerate(losses, 1):
-        ledger.update(np.array([5]), np.array([step]), np.array([loss]), np.array([1.0]))
+        ledger.add(np.array([5]), np.array([step]), np.array([loss]), np.array([1.0]))
+    ledger.merge()
     assert [name for name, values in states(ledger.rows).items() if values[0]] == ([state] if state else [])

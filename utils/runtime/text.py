@@ -25,6 +25,11 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
+def on_one_line(text: str) -> str:
+    """Replaces control characters and line ends by spaces, so that a terminal shows a text on one line."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def format_setting(value) -> str:
     """Formats a setting: `True` → `true`, `None` → `none`, `["a", "b"]` → `a, b`."""
     value = value.value if isinstance(value, Enum) else value

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.places import decode_sources, encode_source
+from utils.data.places import decode_source, decode_sources, encode_source
 from utils.storage.files import replace_file
 
 LEARNED_SHARE = 0.8  # of the first loss; a row whose loss is at or below this share of it is learned
 _EVEN_BET = float(np.log(2))  # loss of a token of probability 1/2, and of a pair without a preference
 _KEY = b"ledger"
+_MERGED_TOGETHER = 10_000  # sequences
 _FIGURES = {
     "first_loss": "float32",
     "last_loss": "float32",
@@ -75,19 +76,35 @@ class RowLedger:
 
     def clear(self) -> None:
         """Removes all rows."""
+        self._waiting: list[tuple] = []
         self.rows = {"source": np.zeros(0, "int64")} | {name: np.zeros(0, kind) for name, kind in _FIGURES.items()}
 
-    def update(self, sources, steps, losses, tokens) -> None:
+    def add(self, sources, steps, losses, tokens) -> None:
         """Adds the losses of sequences of later steps than before.
 
-        Sequences of one row in one step are parts of one observation: pieces of a row that packing cut, or a row that
-        was drawn twice.
+        They are merged into `rows` together with later ones, as each merge takes time in proportion to all rows.
 
         Args:
             sources: of each sequence, [N].
             steps: in which it was trained, [N].
             losses: the sum over its labelled tokens, [N]; one that is not finite is left out.
             tokens: how many these are, [N].
+        """
+        self._waiting.append((sources, steps, losses, tokens))
+        if sum(len(batch[0]) for batch in self._waiting) >= _MERGED_TOGETHER:
+            self.merge()
+
+    def merge(self) -> None:
+        """Merges all losses that were added into `rows`."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._update(*(np.concatenate(part) for part in zip(*waiting, strict=True)))
+
+    def _update(self, sources, steps, losses, tokens) -> None:
+        """Merges losses into `rows`; the arguments are those of `add`.
+
+        Sequences of one row in one step are parts of one observation: pieces of a row that packing cut, or a row that
+        was drawn twice.
         """
         used = np.isfinite(losses) & (tokens > 0)
         if not used.any():
@@ -130,11 +147,17 @@ class RowLedger:
             added = {"source": source, **later}
             self.rows = {name: np.insert(values, place[~known], added[name][~known]) for name, values in rows.items()}
 
+    def place(self, index: int) -> str:
+        """Where a row is: `"data/a.jsonl:12"`."""
+        file, line = decode_source(self.rows["source"][index])
+        return f"{self.note.files[file]}:{line}"
+
     def write(self, path: Path) -> None:
         """Writes the ledger as Parquet, completely or not at all."""
         import pyarrow
         import pyarrow.parquet
 
+        self.merge()
         file, line = decode_sources(self.rows["source"])
         table = {
             "file": _named(self.note.files, file),
@@ -150,6 +173,7 @@ class RowLedger:
 
     def counts(self) -> dict[str, int]:
         """The number of rows, and of those in each of the `states`."""
+        self.merge()
         found = {name: int(values.sum()) for name, values in states(self.rows).items()}
         return {"rows": len(self.rows["source"]), **found}
 

@@ -132,7 +132,7 @@ class RowLossesMixin:
         if self.ledger is not None and self.args.should_save:
             self.ledger.note.step = self.state.global_step
             if sources is not None:
-                self.ledger.update(sources, steps, *figures[1:].astype("float64"))
+                self.ledger.add(sources, steps, *figures[1:].astype("float64"))
         if sources is not None and len(set(self.source_names)) > 1:
             sums = self.__dict__.setdefault("_source_sums", {})
             for name, values in sum_by_source(sources, figures, self.source_names).items():
