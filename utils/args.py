@@ -71,7 +71,8 @@ class CommonArgs:
     )
     template_date: str | None = arg(
         None,
-        "The date, as 2026-01-31, that a template of `auto` prints. Default: today; when resuming, the run's date.",
+        "The date, as 2026-01-31, that gpt-oss and some templates of `auto` print. Default: today; when resuming, the "
+        "run's date.",
     )
     max_len: int = arg(1024, "The maximum length of a row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The maximum length of the prompt of a preference pair in tokens (dpo).")

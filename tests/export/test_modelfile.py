@@ -13,7 +13,7 @@ import tiny
 from conftest import ROOT
 from test_catalogue import FAMILIES, RENDERINGS
 
-from utils.export.modelfile import leading_bos, modelfile, template_in, write_modelfile
+from utils.export.modelfile import has_go_form, leading_bos, modelfile, template_in, write_modelfile
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
 from utils.template.go import _SPACES, literal, quoted, to_go
@@ -78,6 +78,8 @@ def turns(*contents, system=None):
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
+# gpt-oss ends an answer with one token and earlier ones with another, and shows the date
+NAMES = sorted(name for name, template in template_dict.items() if has_go_form(template))
 CONVERSATIONS = [
     turns("Hi"),
     turns("Hi", "Hello!", "Who?"),
@@ -95,14 +97,15 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
-@pytest.mark.parametrize("name", sorted(template_dict))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_is_what_render_makes(name, bos, evaluate):
     """Each conversation that ends with a question; the BOS that Ollama sets itself is the one that is left out."""
     template, tokenizer = fitted(name, bos=bos)
     added = leading_bos(template, tokenizer)
     wanted, cases = [], []
     for messages in CONVERSATIONS:
-        if messages[-1]["role"] == "assistant":
+        later_system = any(message["role"] == "system" for message in messages[1:])
+        if messages[-1]["role"] == "assistant" or (template.system_at_start and later_system):
             continue
         try:
             wanted.append(template.render(messages, add_generation_prompt=True))
@@ -119,7 +122,7 @@ def test_a_prompt_is_what_render_makes(name, bos, evaluate):
     ]
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.values()))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES.values()) & set(NAMES)))
 def test_a_prompt_is_the_official_one(name, evaluate):
     rows = [row for row in RENDERINGS if FAMILIES[row["family"]] == name and row["part"] == "prompt"]
     rows = [row for row in rows if "rendered" in row and row["messages"][-1]["role"] != "assistant"]
@@ -129,7 +132,23 @@ def test_a_prompt_is_the_official_one(name, evaluate):
     assert [answer["text"] for answer in rendered] == [row["rendered"] for row in rows]
 
 
-@pytest.mark.parametrize("name", sorted(template_dict))
+@pytest.mark.parametrize(("name", "role", "said"), [
+    ("llama3.1", "system", "the format llama3.1 has a system message at the start only"),
+    ("deepseek-v3", "system", "the format deepseek-v3 has a system message at the start only"),
+    *((name, "tool", f"the format {name} has no turn for this role in a Modelfile") for name in NAMES),
+])  # fmt: skip
+def test_a_turn_that_has_no_place_is_refused_in_words(name, role, said, evaluate):
+    template, tokenizer = fitted(name)
+    (answer,) = evaluate([case_of(template, tokenizer, [*turns("Hi", "Yo"), {"role": role, "content": "x"}])])
+    assert said in answer["error"]
+
+
+def test_a_modelfile_says_that_it_has_no_tools():
+    assert "# TEMPLATE has no tools" in modelfile(*fitted("qwen2.5"), None)
+    assert "tools" not in modelfile(*fitted("yi"), None)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_answer_that_stands_last_is_gone_on_with(name, evaluate):
     template, tokenizer = fitted(name)
     messages = turns("Hi", "Hello!", "Who?", "I am")
@@ -138,7 +157,7 @@ def test_an_answer_that_stands_last_is_gone_on_with(name, evaluate):
     assert leading_bos(template, tokenizer) + answer["text"] == prompt + template.before_answer + "I am"
 
 
-@pytest.mark.parametrize("name", sorted(template_dict))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_conversation_cut_at_its_front_is_rendered(name, evaluate):
     """What does not fit is cut turn by turn, so that an answer may come first, or after the system message."""
     template, tokenizer = fitted(name)

@@ -28,7 +28,8 @@ CHATML = {"user": "<u>{content}</u>", "assistant": "<a>", "stop": "</a>"}
 HEAD = '{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}{{ if eq .Role "system" }}'
 USER = '{{ else if eq .Role "user" }}'
 ANSWER = '{{ else if eq .Role "assistant" }}<a>{{ .Content }}{{ if not $last }}</a>{{ end }}'
-END = '{{ end }}{{ if and $last (ne .Role "assistant") }}<a>{{ end }}{{ end }}'
+END = '{{ else }}{{ index $.Messages "the format t has no turn for this role in a Modelfile" }}'
+END += '{{ end }}{{ if and $last (ne .Role "assistant") }}<a>{{ end }}{{ end }}'
 
 
 def test_a_template_with_turns_for_all_roles():

@@ -10,7 +10,7 @@ from loguru import logger
 
 from utils.export.arguments import MergeArgs
 from utils.export.merge_folder import atomic_folder, read_merged
-from utils.export.modelfile import NAME, template_in, write_modelfile
+from utils.export.modelfile import NAME, has_go_form, template_in, write_modelfile
 from utils.export.tensors import absent_tensors, keep_types, load_exactly, main_type
 from utils.infer.load import Parts, TrainedArgs
 from utils.model.base_config import refuse_unloadable
@@ -180,12 +180,15 @@ def _template(args: MergeArgs, tokenizer, parts: Parts):
         UserError: there is none, and `--modelfile` needs it.
     """
     if args.template_name and args.template_name != "auto":
-        return get_template(args.template_name, tokenizer)
-    template = template_in(tokenizer, _trained_template(parts))
-    if args.modelfile and template is None:
-        has = "cannot be written in Go's syntax" if tokenizer.chat_template else "is not saved with it"
+        template = get_template(args.template_name, tokenizer)
+    else:
+        template = template_in(tokenizer, _trained_template(parts))
+    if args.modelfile and not has_go_form(template):
+        has = "cannot be written in Go's syntax" if template or tokenizer.chat_template else "is not saved with it"
+        named = args.template_name not in (None, "auto")
+        which = f"--template_name {args.template_name}" if named else f"the format of --model_path {args.model_path!r}"
         raise UserError(
-            f"--modelfile true: the chat format of --model_path {args.model_path!r} {has} (it may print a date, leave "
+            f"--modelfile true: {which} {has} (it may print a date, leave "
             "out earlier thinking, or have no special token before a turn). Give a registered format that the model "
             "was trained on as --template_name, or leave --modelfile out: convert_hf_to_gguf.py of llama.cpp reads the "
             "format as it is"

@@ -39,6 +39,11 @@ _PROBES = [
 NAME = "Modelfile"
 
 
+def has_go_form(template: Template | None) -> bool:
+    """Whether a chat format can be written as a Modelfile's TEMPLATE."""
+    return template is not None and not template.jinja_only
+
+
 def template_in(tokenizer, likely: str | None = None) -> Template | None:
     """The Template that renders as a tokenizer's chat template does: a registered one, or one derived from it.
 
@@ -103,7 +108,12 @@ def modelfile(template: Template, tokenizer, stop_ids: int | list[int] | None) -
         stop_ids: `eos_token_id` of generation_config.json.
     """
     added = leading_bos(template, tokenizer)
-    lines = [f"# {template.name}: {template.source}", "FROM .", ""]
+    lines = [f"# {template.name}: {template.source}"]
+    if template.has_tools:
+        lines.append(
+            "# TEMPLATE has no tools, so that Ollama refuses requests with tools; chat_template.jinja has them"
+        )
+    lines += ["FROM .", ""]
     lines += [f'TEMPLATE """{to_go(template, added)}"""', ""]
     system = template.default_system
     # TEMPLATE contains the default system message as well; with SYSTEM, /show prints it

@@ -7,7 +7,7 @@ from loguru import logger
 from utils.model.base_config import load_config
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, load_failure
-from utils.template import Template
+from utils.template import Template, template_dict
 from utils.template.auto import shows_date, today
 
 _NAMED = "additional_chat_templates"  # transformers' folder for templates other than the default one
@@ -53,7 +53,7 @@ def load_run_tokenizer(args):
     """Loads a run's tokenizer: the base's, and for `auto` the chat template of the adapter the run continues from.
 
     Args:
-        args: CommonArgs. `template_date` is set to today if the chat template prints a date and none is given.
+        args: CommonArgs. `template_date` is set to today if the run's format prints a date and none is given.
     """
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
@@ -61,7 +61,8 @@ def load_run_tokenizer(args):
         named = {file.stem: file.read_text(encoding="utf-8") for file in saved.parent.glob(f"{_NAMED}/*.jinja")}
         default = saved.read_text(encoding="utf-8")
         tokenizer.chat_template = {"default": default, **named} if named else default
-    if args.template_name == "auto" and shows_date(tokenizer):
+    named = template_dict.get(args.template_name)
+    if named.shows_date if named else shows_date(tokenizer):
         args.template_date = args.template_date or broadcast_object(today())  # midnight may pass between two processes
     elif args.template_date:
         logger.warning("--template_date {}: the template prints no day, so it changes nothing", args.template_date)
@@ -86,7 +87,7 @@ def _check_vocabulary(tokenizer, path: str, trust_remote_code: bool, flag: str) 
 def save_chat_format(tokenizer, template: Template, model) -> None:
     """Sets a chat format on tokenizer and model, so that they are saved with it and with its stop token."""
     apply_chat_format(tokenizer, template)
-    stop_at_eos(model, tokenizer)
+    stop_at_eos(model, tokenizer, template.call_stop if isinstance(template, Template) else "")
 
 
 def apply_chat_format(tokenizer, template: Template) -> None:
@@ -96,9 +97,10 @@ def apply_chat_format(tokenizer, template: Template) -> None:
     tokenizer.eos_token = template.stop_token()
 
 
-def stop_at_eos(model, tokenizer) -> None:
-    """Adds the tokenizer's EOS token to the stop tokens of the model's generation config."""
+def stop_at_eos(model, tokenizer, also: str = "") -> None:
+    """Adds the tokenizer's EOS token, and the token `also`, to the stop tokens of the model's generation config."""
     config = model.generation_config
     known = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
-    config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known]))
+    more = [tokenizer.convert_tokens_to_ids(also)] if also else []
+    config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *known, *more]))
     config.pad_token_id = tokenizer.pad_token_id

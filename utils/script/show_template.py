@@ -18,6 +18,16 @@ from utils.template import Template, get_template, template_dict, unknown_templa
 CATALOGUE = ROOT / "chat_template" / "README.md"
 _SYSTEM = {"role": "system", "content": "Be brief."}
 _ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+_TOOL = {"name": "weather", "description": "Tells the weather.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+_CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
+_TOOL_TURNS = [
+    {"role": "user", "content": "北京天气？", "tools": [{"type": "function", "function": _TOOL}]},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": "22 °C"},
+    {"role": "assistant", "content": "22 °C."},
+]
+_DAY = "2026-01-31"  # the date that gpt-oss shows here
 _TWO_TURNS = [*_ONE_TURN, {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
 
 
@@ -40,6 +50,7 @@ def describe(template: Template) -> str:
         ("stop token · 停止符", _code(template.stop_token())),
         ("closes a conversation · 对话结尾", _code(template.end or template.closing or template.after_stop) or "–"),
         ("spaces around a content · 首尾空白", "removed · 去除" if template.strip else "kept · 保留"),
+        ("tools · 工具", "yes · 支持" if template.has_tools else "no · 不支持"),
     ]
     lines = [f"## {template.name}", "", *(f"- {name}: {value}" for name, value in facts), ""]
     examples = [("One turn · 一轮", _ONE_TURN), ("Several turns · 多轮", _TWO_TURNS)]
@@ -47,6 +58,8 @@ def describe(template: Template) -> str:
         examples.insert(1, ("With a system message · 带系统消息", [_SYSTEM, *_ONE_TURN]))
     else:
         lines += ["A system message is refused. · 不接受系统消息。", ""]
+    if template.has_tools:
+        examples.append(("With tools · 带工具", _TOOL_TURNS))
     for title, messages in examples:
         lines += [f"{title}:", "", "```text", template.render(messages), "```", ""]
     lines += ["Prompt · 提示:", "", "```text", template.render(_ONE_TURN[:1], add_generation_prompt=True), "```", ""]
@@ -71,10 +84,18 @@ def catalogue() -> str:
         "`default` 的起始符和停止符取自分词器，这里写作 `<s>` 和 `</s>`。",
         "",
     ]
-    templates = [get_template(name) for name in template_dict]
+    templates = [get_template(name, date=_DAY) for name in template_dict]
     names = markdown_table(
-        ["name · 名字", "for · 适用模型", "stop token · 停止符"],
-        [(f"[{t.name}](#{t.name.replace('.', '')})", ", ".join(t.models), f"`{t.stop_token()}`") for t in templates],
+        ["name · 名字", "for · 适用模型", "stop token · 停止符", "tools · 工具"],
+        [
+            (
+                f"[{t.name}](#{t.name.replace('.', '')})",
+                ", ".join(t.models),
+                f"`{t.stop_token()}`",
+                "✓" if t.has_tools else "",
+            )
+            for t in templates
+        ],  # fmt: skip
     )
     return "\n".join([*head, names, "", *(describe(template) for template in templates)]).rstrip() + "\n"
 
@@ -94,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         problems.append(f"nothing to do: give --name (one of {', '.join(template_dict)}) or --write")
     raise_if_any(problems)
     if args.name:
-        print(describe(get_template(args.name)))
+        print(describe(get_template(args.name, date=_DAY)))
     if args.write:
         Path(CATALOGUE).parent.mkdir(exist_ok=True)
         CATALOGUE.write_text(catalogue(), encoding="utf-8")

@@ -46,7 +46,8 @@ class AutoTemplate:
         tokens: name → text of the tokenizer's special tokens, which the template may use.
         special: matches the text of any special token.
         date: the day that the template shows, `2026-01-31`, at midnight; empty if it shows none.
-        name: `auto`.
+        name: `auto`, or that of a format of this project whose Jinja text this is.
+        exact_marks: whether `{% generation %}` encloses every answer exactly, stop token included.
         text_arguments: whether the arguments of tool calls are passed as JSON text, for a template that joins texts.
         null_content: whether a tool call without text is passed with null as content, where the template requires it.
         parts: whether a content is passed as a list of parts, for a template that renders no other form.
@@ -58,6 +59,7 @@ class AutoTemplate:
     special: re.Pattern = field(repr=False)
     date: str = ""
     name: str = "auto"
+    exact_marks: bool = False
     text_arguments: bool = False
     null_content: bool = False
     parts: bool = False
@@ -140,8 +142,13 @@ class AutoTemplate:
                     **dict(self.tokens),
                 )
         except Exception as error:  # Jinja's own, or whatever the template's code runs into
-            raise UserError(f"the tokenizer's chat template refuses it: {error}") from error
+            raise UserError(f"{self.label} refuses it: {error}") from error
         return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    @property
+    def label(self) -> str:
+        """How messages call the template."""
+        return "the tokenizer's chat template" if self.name == "auto" else f"template {self.name!r}"
 
     @property
     def key(self) -> str:

@@ -5,11 +5,13 @@ A call holds all that is specific to a format; `utils/template/format.py` render
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 from utils.runtime.errors import Problem, UserError, nearest
-from utils.template.auto import AutoTemplate
-from utils.template.format import Message, Template
+from utils.template.auto import AutoTemplate, today
+from utils.template.format import Message, Template, formats_with_tools
 from utils.template.tokenize import IGNORE_INDEX, label_spans
+from utils.template.tool_template import ToolTemplate
 
 __all__ = ["IGNORE_INDEX", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
 
@@ -17,11 +19,16 @@ template_dict: dict[str, Template] = {}
 
 
 def register_template(**data) -> Template:
-    """Adds a template to `template_dict`; the arguments are the attributes of `Template`."""
-    template = Template(**data)
+    """Adds a template to `template_dict`.
+
+    The arguments are the attributes of `Template`, or of `ToolTemplate` for a format with `jinja`.
+    """
+    template = ToolTemplate(**data) if "jinja" in data else Template(**data)
     if template.name in template_dict:
         raise ValueError(f"template {template.name!r} is registered twice")
     template_dict[template.name] = template
+    if template.has_tools:
+        formats_with_tools.append(template.name)
     return template
 
 
@@ -31,7 +38,7 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     Args:
         name: a key of `template_dict`, or `auto` for the tokenizer's own chat template.
         tokenizer: has the texts for `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
-        date: the day that `auto` shows, if the tokenizer's chat template shows one; None for today.
+        date: the day that the template shows, if it shows one; None for today.
 
     Raises:
         UserError: the name is unknown, or the stop token is not a single token of the tokenizer.
@@ -47,6 +54,8 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
         for field in fields(template)
         if isinstance(value := getattr(template, field.name), str)
     }
+    if isinstance(template, ToolTemplate) and template.shows_date:
+        filled["date"] = date or today()
     template = replace(template, **filled)
     if tokenizer is not None:
         _check_stop_token(template, tokenizer)
@@ -74,6 +83,10 @@ def _check_stop_token(template: Template, tokenizer) -> None:
             "('auto' uses the tokenizer's own, 'default' ends with its EOS token)"
         )
         raise UserError(Problem(message, code="TEMPLATE_TOKEN_SPLIT", flags=("template_name",)))
+
+
+def _jinja(name: str) -> str:
+    return (Path(__file__).parent / "formats" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ the catalogue
@@ -121,6 +134,7 @@ register_template(
     source="Qwen/Qwen2.5-7B-Instruct, tokenizer_config.json, September 2024",
     models=("Qwen2.5",),
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    jinja=_jinja("qwen"),
     **_CHATML,
 )
 
@@ -128,6 +142,7 @@ register_template(
     name="qwen3",
     source="Qwen/Qwen3-4B-Instruct-2507, tokenizer_config.json, July 2025 (non-thinking)",
     models=("Qwen3-Instruct-2507",),
+    jinja=_jinja("qwen"),
     **_CHATML,
 )
 
@@ -177,8 +192,10 @@ register_template(
 
 register_template(
     name="mistral",
-    source="mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json, December 2023",
+    source="mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json, December 2023; "
+    "with tools: Mistral-7B-Instruct-v0.3, tokenizer_config.json, August 2024",
     models=("Mistral-Instruct v0.1", "Mistral-Instruct v0.2"),
+    jinja=_jinja("mistral"),
     bos="<s>",
     user="[INST] {content} [/INST]",
     assistant="",
@@ -222,4 +239,48 @@ register_template(
     assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
     stop="<|eot_id|>",
     strip=True,
+)
+
+register_template(
+    name="llama3.1",
+    source="meta-llama/Llama-3.1-8B-Instruct, tokenizer_config.json, September 2024; without its built-in tools",
+    models=("Llama-3.1",),
+    jinja=_jinja("llama3.1"),
+    system_at_start=True,
+    bos="<|begin_of_text|>",
+    default_system="",
+    system="<|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{content}<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    stop="<|eot_id|>",
+    strip=True,
+)
+
+register_template(
+    name="deepseek-v3",
+    source="deepseek-ai/DeepSeek-V3, tokenizer_config.json, December 2024, and its successors without reasoning; "
+    "the list of tools as in the model card of DeepSeek-V2.5",
+    models=("DeepSeek-V3",),
+    jinja=_jinja("deepseek-v3"),
+    system_at_start=True,
+    bos="<｜begin▁of▁sentence｜>",
+    system="{content}",
+    user="<｜User｜>{content}",
+    assistant="<｜Assistant｜>",
+    stop="<｜end▁of▁sentence｜>",
+)
+
+register_template(
+    name="gpt-oss",
+    source="openai/gpt-oss-20b, chat_template.jinja, August 2025; without its built-in tools",
+    models=("gpt-oss",),
+    jinja=_jinja("gpt-oss"),
+    jinja_only=True,
+    system="<|start|>developer<|message|># Instructions\n\n{content}\n\n<|end|>",
+    user="<|start|>user<|message|>{content}<|end|>",
+    assistant="<|start|>assistant",
+    before_answer="<|channel|>final<|message|>",
+    stop="<|return|>",
+    call_stop="<|call|>",
 )

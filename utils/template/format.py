@@ -24,6 +24,7 @@ from utils.template.messages import (
 from utils.template.tokenize import Segment, encode_segments, train_everything
 
 _TRY_AUTO = "; --template_name auto uses the tokenizer's own chat template, which may support it"
+formats_with_tools: list[str] = []  # names, in the order of the catalogue
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Template:
     closing: str = ""
     strip: bool = False
     alternate: bool = False
+
+    # not attributes of a format here, but of a `ToolTemplate`
+    has_tools, jinja_only, system_at_start, shows_date, call_stop = False, False, False, False, ""
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Renders a conversation as text.
@@ -134,10 +138,12 @@ class Template:
         if role not in ("system", "user", "assistant"):
             raise UserError(
                 f"turn {turn} has the role {role!r}; template {self.name!r} supports system, user and assistant"
-                + _TRY_AUTO
+                + (_try_formats_with_tools() if role == "tool" else _TRY_AUTO)
             )
         if "tools" in message or "tool_calls" in message:
-            raise UserError(f"turn {turn} has tools, which template {self.name!r} does not support" + _TRY_AUTO)
+            raise UserError(
+                f"turn {turn} has tools, which template {self.name!r} does not support" + _try_formats_with_tools()
+            )
         fields = {**message, **message.get("extra", {})}
         for field in (*REASONING_FIELDS, *MEDIA_FIELDS):
             if fields.get(field):
@@ -197,7 +203,7 @@ class Template:
             if self.closing and messages[-1]["role"] == "assistant":
                 segments.append(Segment(self.closing, _weight_in(messages[-1]), answer=True))
             rendered.append(train_everything(segments) if train_on == "prompt" else segments)
-        return encode_segments(rendered, tokenizer, allow_special, format_text=self.text())
+        return encode_segments(rendered, tokenizer, allow_special, format_text=self.full_text())
 
     def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
         """Notes the answers that are not trained although `train_on` selects them, and fields that are not rendered."""
@@ -212,9 +218,14 @@ class Template:
         return sorted(token for token in added if token in self.text())
 
     def text(self) -> str:
-        """All text that the format itself writes, joined."""
-        parts = [getattr(self, field.name) for field in fields(self) if field.name not in ("name", "source", "models")]
+        """All text that the format itself writes in conversations without tools, joined."""
+        others = ("name", "source", "models", "jinja", "call_stop", "date")
+        parts = [getattr(self, field.name) for field in fields(self) if field.name not in others]
         return "\n".join(part for part in parts if isinstance(part, str))
+
+    def full_text(self) -> str:
+        """As `text`, with what the format writes in conversations with tools."""
+        return self.text()
 
     def stop_token(self) -> str:
         """The token that ends an answer."""
@@ -233,6 +244,10 @@ class Template:
 def _weight_in(message: Message) -> float:
     """The weight of an answer; 0 if there is nothing of it to train."""
     return 0 if is_empty_answer(message) else weight_of(message)
+
+
+def _try_formats_with_tools() -> str:
+    return f"{_TRY_AUTO}; formats with tools: {', '.join(formats_with_tools)}"
 
 
 def _fill(form: str, content: str) -> Iterator[Segment]:

@@ -5,7 +5,7 @@ consecutive messages of one role beforehand. The rendering is a prompt, so it en
 the last message is the assistant's, the model continues that answer, which is rendered without its stop token.
 
 Ollama removes the first turns of a conversation that is too long, so it may begin with an answer. Such turns are
-rendered like any other; only a system message that the format does not support is refused.
+rendered like any other; only a role and a system message that the format does not support are refused.
 """
 
 # the characters that `str.strip` removes, by their length in UTF-8: Go's `slice` counts bytes and there is no trim
@@ -20,7 +20,7 @@ def to_go(template, leave_out: str = "") -> str:
     """Writes a `Template` as a Go template with the same rendering.
 
     Args:
-        template: utils.template.format.Template
+        template: utils.template.format.Template; only its conversations without tools are rendered.
         leave_out: the BOS token, if the program that tokenises adds it itself. It is then removed from the beginning
             of the rendering, since training had only one.
 
@@ -48,6 +48,7 @@ def to_go(template, leave_out: str = "") -> str:
     stop = literal(template.after_answer + template.stop + template.after_stop)
     parts.append("{{ if not $last }}" + stop + "{{ end }}" if stop else "")
     parts += ["{{ $begun = true }}"] if early else []
+    parts.append("{{ else }}" + _refusal("no turn for this role in a Modelfile", template))
     parts.append("{{ end }}")
     opening = literal(template.assistant)
     parts.append('{{ if and $last (ne .Role "assistant") }}' + opening + "{{ end }}" if opening else "")
@@ -55,12 +56,19 @@ def to_go(template, leave_out: str = "") -> str:
 
 
 def _system(template) -> str:
+    if template.system_at_start:
+        later = _refusal("a system message at the start only", template)
+        return "{{ if $i }}" + later + "{{ else }}" + _wrapped(template, template.system, ".Content") + "{{ end }}"
     if template.system is not None:
         return _wrapped(template, template.system, ".Content")
     if template.system_with_user is not None:
         return "{{ $system = .Content }}{{ $waits = true }}"
+    return _refusal("no system message", template)
+
+
+def _refusal(has: str, template) -> str:
     # indexing with a text makes Go raise an error that shows the text
-    return "{{ index $.Messages " + quoted(f"the format {template.name} has no system message") + " }}"
+    return "{{ index $.Messages " + quoted(f"the format {template.name} has {has}") + " }}"
 
 
 def _user(template, form: str, folds: bool) -> str:

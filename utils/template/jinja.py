@@ -29,8 +29,8 @@ def to_jinja(template) -> str:
     parts.append("{% elif message['role'] == 'user' %}")
     if template.system_with_user is not None:
         before, middle, after = _split(template.system_with_user)
-        whole = " ~ ".join([_quoted(before), "messages[0]['content']", _quoted(middle), "message['content']"])
-        whole = _content(template, f"({whole} ~ {_quoted(after)})")
+        whole = " ~ ".join([quoted(before), "messages[0]['content']", quoted(middle), "message['content']"])
+        whole = _content(template, f"({whole} ~ {quoted(after)})")
         parts.append("{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}" + _wrapped(template.user, whole))
         parts.append("{% else %}" + _wrapped(template.user, content) + "{% endif %}")
     else:
@@ -59,7 +59,7 @@ def _checks(template) -> str:
 
 
 def _refuse(message: str, more: str | None = None) -> str:
-    return "{{ raise_exception(" + _quoted(message) + (f" ~ {more}" if more else "") + ") }}"
+    return "{{ raise_exception(" + quoted(message) + (f" ~ {more}" if more else "") + ") }}"
 
 
 def _split(form: str) -> tuple[str, str, str]:
@@ -79,8 +79,9 @@ def _wrapped(form: str, content: str) -> str:
 
 def _literal(text: str) -> str:
     """Writes a text as an expression, since Jinja drops a line feed after a block: `"a\\n"` → `"{{ 'a\\n' }}"`."""
-    return "{{ " + _quoted(text) + " }}" if text else ""
+    return "{{ " + quoted(text) + " }}" if text else ""
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Quotes a text as a Jinja string: `"a\n"` → `"'a\\n'"`."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

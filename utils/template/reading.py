@@ -16,6 +16,7 @@ from utils.template.messages import (
     UNTRAINED_ANSWER,
     Message,
     RowNote,
+    count_answers,
     is_empty_answer,
     is_trained_answer,
     unread_field_notes,
@@ -69,7 +70,7 @@ def read_at_once(template, messages: list[Message]) -> Reading:
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge_hidden(template, messages, hidden)
     if refused is None and messages[0].get("tools") and _drops_tools(template, messages, text):
-        refused = "turn 1 has tools, which the tokenizer's chat template does not show"
+        refused = f"turn 1 has tools, which {template.label} does not show"
     shown = remove_fields(messages, [field for field in hidden if field[0] in lost]) if lost else messages
     shown = shown if shown is messages or template.render(shown) == text else messages
     spans, weights, not_found = [], [], []
@@ -86,7 +87,7 @@ def read_at_once(template, messages: list[Message]) -> Reading:
                 not_found.append(f"turn {turn + 1} {reason}")
         notes += [RowNote(UNTRAINED_ANSWER, reason)] if reason else []
     if not spans and not_found and refused is None:
-        refused = f"no exact mask for the tokenizer's chat template: {not_found[0]}"
+        refused = f"no exact mask for {template.label}: {not_found[0]}"
     return Reading(text, spans, weights, refused, notes)
 
 
@@ -108,7 +109,7 @@ def _judge_hidden(
             lost[turn] = f"has an answer with {name} that the template shows only in the last turn"
         elif refused is None:
             role = message["role"]
-            refused = f"turn {turn + 1} ({role}) has {name}, which the tokenizer's chat template does not show"
+            refused = f"turn {turn + 1} ({role}) has {name}, which {template.label} does not show"
     return refused, lost, unread_field_notes(fields)
 
 
@@ -130,6 +131,8 @@ def _drops_tools(template, messages: list[Message], text: str) -> bool:
 
 
 def _find_span(template, messages: list[Message], turn: int, text: str, marks) -> tuple[int, int]:
+    if template.exact_marks:
+        return marks[count_answers(messages[:turn])]
     try:
         span = find_answer_span(messages, turn, text, template.render, template.special)
     except UserError as error:

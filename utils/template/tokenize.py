@@ -236,7 +236,9 @@ def escape_messages(messages: list[dict[str, Any]], patterns: EscapePatterns, ch
         own = patterns.answers if message.get("role") == "assistant" else patterns.others
         escaped.append({
             escape_special_tokens(key, patterns.others, char):
-            item if key == "role" else escape_special_tokens(item, patterns.others if key == "tools" else own, char)
+            # what the arguments of a call hold is data, since the format itself writes the tags around a call
+            item if key == "role" else
+            escape_special_tokens(item, patterns.others if key in ("tools", "tool_calls") else own, char)
             for key, item in message.items()
         })  # fmt: skip
     return escaped

@@ -1,0 +1,117 @@
+"""`ToolTemplate`: a chat format whose conversations with tools are rendered by a Jinja text of this project.
+
+The texts are in `utils/template/formats/`. The answers are marked in them with `{% generation %}`.
+"""
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from utils.template.auto import AutoTemplate
+from utils.template.format import Template
+from utils.template.jinja import quoted
+from utils.template.messages import Message, RowNote
+from utils.template.tokenize import Segment
+
+
+@dataclass(frozen=True)
+class ToolTemplate(Template):
+    """A chat format with tools.
+
+    Attributes:
+        jinja: the Jinja text of the format, which renders all conversations; also saved as `tokenizer.chat_template`.
+            Those without tools are rendered by `Template`, to the same text, since that is several times faster.
+        system_at_start: whether a later system message is rendered in another form, which only `jinja` has.
+        jinja_only: whether those are rendered by `jinja` as well, since the other attributes cannot describe them.
+        call_stop: the token that ends a turn with a tool call, if that is another one than `stop`.
+        date: the day that the format shows, `2026-01-31`, if it shows one; empty for today.
+    """
+
+    jinja: str = ""
+    system_at_start: bool = False
+    jinja_only: bool = False
+    call_stop: str = ""
+    date: str = ""
+
+    has_tools = True
+
+    @cached_property
+    def _form(self) -> AutoTemplate:
+        """The Jinja text with the interface of `Template`."""
+        special = re.compile(re.escape(self.stop))
+        return AutoTemplate(self.to_jinja(), (), special, self.date, self.name, exact_marks=True)
+
+    def _needs_jinja(self, messages: list[Message]) -> bool:
+        """Whether a conversation has tools, or something else that the other attributes do not describe."""
+        if self.jinja_only or (messages and messages[0].get("tools")):
+            return bool(messages)
+        if self.system_at_start and any(message.get("role") == "system" for message in messages[1:]):
+            return True
+        return any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """As `Template.render`."""
+        if self._needs_jinja(messages):
+            return self._form.render(messages, add_generation_prompt)
+        return super().render(messages, add_generation_prompt)
+
+    def segments(self, messages: list[Message], add_generation_prompt: bool = False) -> Iterator[Segment]:
+        """As `Template.segments`; with tools, contents are not told from the rest."""
+        if not self._needs_jinja(messages):
+            yield from super().segments(messages, add_generation_prompt)
+        elif add_generation_prompt:
+            yield Segment(self._form.render(messages, True))
+        else:
+            yield from self._form.segments(messages)
+
+    def check(self, messages: list[Message]) -> None:
+        """As `Template.check`."""
+        if not self._needs_jinja(messages):
+            return super().check(messages)
+        return self._form.check(messages)
+
+    def encode_batch(
+        self,
+        conversations: list[list[Message]],
+        tokenizer,
+        allow_special: bool = False,
+        train_on: str | int = "all_turns",
+    ) -> list[dict[str, list[int]]]:
+        """As `Template.encode_batch`."""
+        rows: dict[int, dict[str, list[int]]] = {}
+        for needed, encode in ((True, self._form.encode_batch), (False, super().encode_batch)):
+            numbers = [i for i, messages in enumerate(conversations) if self._needs_jinja(messages) == needed]
+            some = [conversations[i] for i in numbers]
+            encoded = encode(some, tokenizer, allow_special, train_on) if some else []
+            rows |= dict(zip(numbers, encoded, strict=True))
+        return [rows[i] for i in range(len(conversations))]
+
+    def notes(self, messages: list[Message], train_on: str | int = "all_turns") -> list[RowNote]:
+        """As `Template.notes`."""
+        if self._needs_jinja(messages):
+            return self._form.notes(messages, train_on)
+        return super().notes(messages, train_on)
+
+    def full_text(self) -> str:
+        """As `text`, with what the format writes in conversations with tools."""
+        return f"{self.text()}\n{self.jinja}"
+
+    @property
+    def shows_date(self) -> bool:
+        """Whether the format shows the day on which it is rendered."""
+        return "strftime_now" in self.jinja
+
+    @property
+    def key(self) -> str:
+        """Everything that renderings depend on, for the cache of prepared rows."""
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
+        return f"{self!r} {', '.join(versions)}"
+
+    def to_jinja(self) -> str:
+        """The Jinja text, which is saved as `tokenizer.chat_template`."""
+        if "default_system" not in self.jinja:
+            return self.jinja
+        default = "none" if self.default_system is None else quoted(self.default_system)
+        return f"{{%- set default_system = {default} %}}\n{self.jinja}"
