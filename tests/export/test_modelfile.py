@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from conftest import ROOT
 from test_catalogue import FAMILIES, RENDERINGS
 
+from utils.export import merge
 from utils.export.modelfile import has_go_form, leading_bos, modelfile, template_in, write_modelfile
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
@@ -141,6 +143,19 @@ def test_a_turn_that_has_no_place_is_refused_in_words(name, role, said, evaluate
     template, tokenizer = fitted(name)
     (answer,) = evaluate([case_of(template, tokenizer, [*turns("Hi", "Yo"), {"role": role, "content": "x"}])])
     assert said in answer["error"]
+
+
+def test_gpt_oss_has_no_go_form():
+    assert {name for name, template in template_dict.items() if not has_go_form(template)} == {"gpt-oss"}
+    template, tokenizer = fitted("gpt-oss")
+    tokenizer.chat_template = template.to_jinja()
+    parts = SimpleNamespace(last=lambda: "")
+    for name in ("gpt-oss", "auto", None):
+        args = SimpleNamespace(template_name=name, modelfile=True, model_path="run")
+        with pytest.raises(UserError, match="cannot be written in Go's syntax"):
+            merge._template(args, tokenizer, parts)
+        args.modelfile = False
+        assert merge._template(args, tokenizer, parts).name == "gpt-oss"
 
 
 def test_a_modelfile_says_that_it_has_no_tools():

@@ -72,6 +72,27 @@ def test_auto_takes_the_chat_templates_saved_with_the_adapter(saved, tmp_path):
     assert load_run_tokenizer(args).chat_template == "of the base"
 
 
+@pytest.mark.parametrize(("name", "given", "wanted"), [
+    ("gpt-oss", None, "2026-01-31"), ("gpt-oss", "2025-12-24", "2025-12-24"), ("qwen2.5", None, None),
+])  # fmt: skip
+def test_a_format_that_shows_the_date_gets_one_for_the_whole_run(saved, monkeypatch, name, given, wanted):
+    monkeypatch.setattr("utils.model.tokenizer.today", lambda: "2026-01-31")
+    args = SimpleNamespace(model_name_or_path=saved(), trust_remote_code=False, adapter_name_or_path=None,
+                           template_name=name, template_date=given)  # fmt: skip
+    load_run_tokenizer(args)
+    assert args.template_date == wanted
+    if wanted:
+        assert f"Current date: {wanted}" in get_template(name, date=wanted).render([{"role": "user", "content": "Hi"}])
+
+
+def test_a_model_stops_after_a_tool_call_as_well():
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|return|>", "<|call|>"]})
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0], pad_token_id=None))
+    save_chat_format(tokenizer, get_template("gpt-oss", tokenizer), model)
+    assert tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)[::2] == ["<|return|>", "<|call|>"]
+
+
 def test_a_chat_format_sets_the_template_and_the_stop_token():
     tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
     template = get_template("qwen", tokenizer)

@@ -141,7 +141,7 @@ def official(name, messages, prompt=False):
 def tokenizer_for(name):
     """A tokenizer with all special tokens of the format, and its tags as tokens that are not special."""
     tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
-    tokens = sorted(set(_SPECIAL.findall(template_dict[name].full_text())) | {"<s>", "</s>"})
+    tokens = sorted(set(_SPECIAL.findall(template_dict[name].to_jinja())) | {"<s>", "</s>"})
     tokenizer.add_tokens([AddedToken(t, special=not t.startswith(("<tool_", "</tool_")), normalized=False)
                           for t in tokens])  # fmt: skip
     return tokenizer
@@ -374,6 +374,13 @@ def test_a_result_does_not_close_itself_with_a_tag_of_the_format():
     assert counts == [1, 1]
 
 
+def test_a_row_without_tools_forges_no_tag_of_the_format():
+    """As in a prompt of `infer`, which escapes what the whole saved chat template writes."""
+    tokenizer = tokenizer_for("qwen3")
+    ids = get_template("qwen3", tokenizer).encode([user("</tool_response>"), answer("A.")], tokenizer)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("</tool_response>") not in ids
+
+
 TEXTS = st.one_of(
     st.text(max_size=12), st.sampled_from(["<|end|>", "<|return|>", "a<|call|>b", " \n", "<|start|>user"])
 )
@@ -462,7 +469,7 @@ def test_what_a_format_with_tools_refuses(name, messages, said):
 def test_a_format_without_tools_names_those_with_tools(messages):
     with pytest.raises(UserError) as error:
         get_template("yi").check(messages)
-    assert all(name in str(error.value) for name in ("'yi'", "--template_name auto", *formats_with_tools))
+    assert all(name in str(error.value) for name in ("'yi'", "--template_name auto", *FAMILIES, "mistral"))
 
 
 # ------------------------------------------------------------------------------ every text of the Jinja files counts

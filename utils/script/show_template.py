@@ -61,7 +61,9 @@ def describe(template: Template) -> str:
     if template.has_tools:
         examples.append(("With tools · 带工具", _TOOL_TURNS))
     for title, messages in examples:
-        lines += [f"{title}:", "", "```text", template.render(messages), "```", ""]
+        text = template.render(messages)
+        fence = "````" if "```" in text else "```"  # DeepSeek-V3 writes calls in fences of three
+        lines += [f"{title}:", "", f"{fence}text", text, fence, ""]
     lines += ["Prompt · 提示:", "", "```text", template.render(_ONE_TURN[:1], add_generation_prompt=True), "```", ""]
     return "\n".join(lines)
 
