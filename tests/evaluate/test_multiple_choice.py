@@ -84,6 +84,7 @@ def test_in_each_format_only_the_choice_follows_the_prompt(name):
     tokenizer = with_chat_format(tiny.tokenizer_for(template_dict[name], tiny.byte_level_tokenizer), name)
     row = choices_of({"question": "好 or Paris?", "choices": ["Paris", "好", "a</s>b", "<|im_end|>"], "answer": 0})[0]
     prompt = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
+    prompt += "<|channel|>final<|message|>" if name == "gpt-oss" else ""  # the header of an answer
     for one, text in zip(encode_choices(row, tokenizer), row.texts, strict=True):
         assert tokenizer.decode(one.ids[: one.first]) == prompt
         assert tokenizer.decode(one.ids[one.first :]).lstrip(" ") == text
