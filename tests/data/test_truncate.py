@@ -6,8 +6,18 @@ import random
 import pytest
 import tiny
 
+from utils.data import truncate
 from utils.data.report import Dropped
-from utils.data.truncate import Shortened, check_all, cut_far, cut_pair_far, encode_pairs_within, encode_within, shorter
+from utils.data.truncate import (
+    Shortened,
+    check_all,
+    cut_far,
+    cut_pair_far,
+    encode_pairs_within,
+    encode_within,
+    first_fit,
+    shorter,
+)
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
 
@@ -105,6 +115,41 @@ def test_a_long_conversation_is_rendered_whole_only_once(tokenizers, name, monke
     (row,) = encode_within([kept], template, tokenizer, 512)
     assert 450 < len(row["input_ids"]) <= 512 and row["shortened"]
     assert sum(rendered) < 4 * len(messages) + 4 * len(kept) ** 2
+
+
+@pytest.mark.parametrize("train_on", ["all_turns", "last_turn"])
+@pytest.mark.parametrize("surplus", [5, 10_000])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_start_is_found_in_a_few_tokenisations(tokenizers, name, surplus, train_on, monkeypatch):
+    """By halving alone it would take ten tokenisations of 400 turns."""
+    tokenizer = tokenizers[name]
+    template = template_of(name, tokenizer)
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": f"Number {i}, once."} for i in range(400) for role in roles]
+    max_len = len(template.encode(messages, tokenizer)["input_ids"]) - surplus
+    texts = []
+    original = truncate.encode_texts
+    monkeypatch.setattr(truncate, "encode_texts", lambda some, *more: (texts.extend(some), original(some, *more))[1])
+    kept = cut_far(messages, template, tokenizer, max_len)
+    assert len(texts) <= 6 and isinstance(kept, Shortened)
+    (row,) = encode_within([kept], template, tokenizer, max_len, train_on=train_on)
+    assert max_len - 60 < len(row["input_ids"]) <= max_len
+
+
+def test_turns_of_very_different_lengths_take_no_more_than_halving():
+    """Interpolation alone would try the starts one by one."""
+    sizes = []
+    messages = [{"role": role, "content": "Hi"} for _ in range(400) for role in ("user", "assistant")]
+    messages[0]["content"] = "word " * 100_000
+    messages[-2]["content"] = "word " * 500
+
+    def surplus(rest):
+        sizes.append(len(rest))
+        return sum(len(message["content"]) for message in rest) - 2600 - 3 * 700
+
+    kept = first_fit(messages, surplus)
+    assert surplus(kept) <= 0 < surplus(messages[len(messages) - len(kept) - 2 :])
+    assert len(sizes) < 3 * 9 + 3
 
 
 def test_the_system_message_and_its_tools_stay(tokenizers):

@@ -12,9 +12,9 @@ from utils.runtime.errors import UserError
 from utils.template import get_template
 from utils.template.tokenize import (
     Segment,
-    _encode_texts,
     _label_ranges,
     encode_segments,
+    encode_texts,
     label_spans,
     pick_escape_char,
 )
@@ -31,7 +31,7 @@ def test_labels_by_ranges_are_those_by_offsets(pieces):
         if trained and piece:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
-    encoding = _encode_texts([text], tokenizer)[0]
+    encoding = encode_texts([text], tokenizer)[0]
     plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoding.ids == plain["input_ids"]
     labels = _label_ranges(encoding, encoding.ids, spans)
@@ -47,7 +47,7 @@ def test_ranges_serve_every_family(tokenizer):
         text = "".join(segment.text for segment in segments)
         ends = [sum(len(s.text) for s in segments[:i]) for i in range(len(segments) + 1)]
         spans = [(ends[i], ends[i + 1]) for i, segment in enumerate(segments) if segment.trained]
-        encoding = _encode_texts([text], tokenizer)[0]
+        encoding = encode_texts([text], tokenizer)[0]
         assert _label_ranges(encoding, encoding.ids, spans) is not None
 
 

@@ -1,6 +1,6 @@
 """Truncates conversations and preference pairs to `max_len`: the oldest turns first, never an answer."""
 
-import bisect
+import math
 from collections.abc import Callable
 
 from utils.data.bad_rows import EqualPair
@@ -9,7 +9,7 @@ from utils.data.report import TOO_LONG, Dropped
 from utils.runtime.errors import UserError
 from utils.template import Message, Template
 from utils.template.messages import count_answers
-from utils.template.tokenize import IGNORE_INDEX
+from utils.template.tokenize import IGNORE_INDEX, encode_texts
 
 _SIDES = ("chosen", "rejected")
 _SLACK = 16  # tokens by which the estimate of a pair's length may exceed its encoded length
@@ -79,7 +79,7 @@ def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int
     if not is_far(messages, max_len):
         return messages
     # without escaping: a special token's text in a content makes the encoding longer than this count
-    return first_fit(messages, lambda rest: count_tokens(template.render(rest), tokenizer) > max_len)
+    return first_fit(messages, lambda rest: count_tokens(template.render(rest), tokenizer) - max_len)
 
 
 def is_far(messages: list[Message], max_len: int) -> bool:
@@ -101,30 +101,43 @@ def check_all(template: Template, kept: list[Message], messages: list[Message]) 
         raise
 
 
-def first_fit(messages: list[Message], too_long: Callable[[list[Message]], bool]) -> list[Message]:
+def first_fit(messages: list[Message], surplus: Callable[[list[Message]], int]) -> list[Message]:
     """Drops as few of the oldest turns as make a conversation fit, or all that may be dropped.
+
+    The start is searched by interpolation: turns are of similar lengths, so three or four renderings mostly suffice.
 
     Args:
         messages: ending with an answer.
-        too_long: messages → whether they are too long; must be monotonic in their number.
+        surplus: messages → the number of tokens above the limit; must be monotonic in their number.
 
     Returns:
         the messages themselves, or `Shortened`.
     """
     starts = _starts(messages)
     try:
-        if not starts or not too_long(messages):
+        if not starts or (longest := surplus(messages)) <= 0:
             return messages
-        # binary search from the last question back: how many of the starts make it fit
-        fitting = bisect.bisect_left(starts[::-1], True, key=lambda start: too_long(_from(messages, start)))
+        # what begins at starts[low] is too long by `longest` tokens; what begins at starts[high] by `shortest`, if any
+        low, high = -1, len(starts) - 1
+        shortest = surplus(_from(messages, starts[high]))
+        step = 0
+        while high - low > 1 and shortest <= 0:
+            step += 1
+            share = longest / (longest - shortest) if step % 3 else 0.5
+            middle = min(max(low + math.ceil((high - low) * share), low + 1), high - 1)
+            tokens = surplus(_from(messages, starts[middle]))
+            if tokens > 0:
+                low, longest = middle, tokens
+            else:
+                high, shortest = middle, tokens
     except UserError:
         return messages  # the template's check names the turn it does not support
-    return Shortened(_from(messages, starts[-max(1, fitting)]))
+    return Shortened(_from(messages, starts[high]))
 
 
 def count_tokens(text: str, tokenizer) -> int:
     """Counts the tokens of a text, special tokens in it included."""
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(encode_texts([text], tokenizer)[0].ids)
 
 
 def shorter(messages: list[Message], surplus: int, tokenizer) -> list[Message] | None:
@@ -258,16 +271,16 @@ def cut_pair_far(pair: Pair, template: Template, tokenizer, max_len: int, max_pr
     if not is_far(pair["prompt"], min(max_len, max_prompt_length)):
         return pair
 
-    def too_long(asked: list) -> bool:
+    def surplus(asked: list) -> int:
+        counts = []
         for side in _SIDES:
-            turns = [*asked[:-1], *pair[side]]
-            tokens = count_tokens(template.render(turns), tokenizer) - _SLACK
-            answer = count_tokens(pair[side][0]["content"], tokenizer)
-            if tokens > max_len or (len(pair[side]) == 1 and tokens - answer > max_prompt_length):
-                return True
-        return False
+            tokens = count_tokens(template.render([*asked[:-1], *pair[side]]), tokenizer) - _SLACK
+            counts.append(tokens - max_len)
+            if len(pair[side]) == 1:
+                counts.append(tokens - count_tokens(pair[side][0]["content"], tokenizer) - max_prompt_length)
+        return max(counts)
 
-    asked = first_fit([*pair["prompt"], pair["chosen"][0]], too_long)
+    asked = first_fit([*pair["prompt"], pair["chosen"][0]], surplus)
     return {**pair, "prompt": Shortened(asked[:-1])} if isinstance(asked, Shortened) else pair
 
 

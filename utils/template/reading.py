@@ -27,7 +27,7 @@ from utils.template.spans import SpanNotFound, find_answer_span
 _FIELD_NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
 # a conversation is read twice: when its row is checked, and when its chunk of rows is encoded
 _CACHE_SIZE = 2048
-_PART_TURNS = 16  # a part has at least so many turns and ends before the next question
+_PART_TURNS = 6  # a part has at least so many turns and ends before the next question
 _NEXT_QUESTION = "\ue0ed"  # the content of the question that follows a part; no chat format contains it
 
 

@@ -70,7 +70,7 @@ def encode_segments(
         escapes.append(escape_char or (escape_chars and escape_chars[len(texts)]))
         for parts, part in zip((texts, spans, weights), _join(segments), strict=True):
             parts.append(part)
-    encoded = _encode_texts(texts, tokenizer)
+    encoded = encode_texts(texts, tokenizer)
     special_ids = frozenset(tokenizer.added_tokens_decoder)
     rows = []
     for text, encoding, trained, factors, escape_char in zip(texts, encoded, spans, weights, escapes, strict=True):
@@ -112,7 +112,7 @@ def _join(segments: list[Segment]) -> tuple[str, list[tuple[int, int]], list[flo
     return text, trained, weights
 
 
-def _encode_texts(texts: list[str], tokenizer) -> list:
+def encode_texts(texts: list[str], tokenizer) -> list:
     """As `tokenizer(texts, add_special_tokens=False)`, without its conversion of every encoding to Python lists."""
     backend = tokenizer.backend_tokenizer
     # the state that the tokenizer itself resets at every call
