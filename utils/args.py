@@ -26,7 +26,9 @@ class CommonArgs:
     )
     train_args_path: str = arg("train_args/sft/base.py", "The recipe: a Python file with a dataclass TrainArgument.")
     model_name_or_path: str = arg(
-        "data/tiny_model", "The base model: a folder, or a name on a hub such as Qwen/Qwen1.5-7B."
+        "data/tiny_model",
+        "The base model: a folder, a GGUF file, a name on a hub such as Qwen/Qwen1.5-7B, or the short name smollm2, a "
+        "small real model. A GGUF file and a short name are converted to a folder once.",
     )
     adapter_name_or_path: str | None = arg(
         None, "A LoRA adapter to continue training, with its base and settings; --train_mode full merges it first."
@@ -67,7 +69,9 @@ class CommonArgs:
         "(Parquet: row groups) are. Each process, and each of --dataloader_num_workers, holds their text in memory.",
     )
     template_name: str = arg(
-        "qwen", "The chat template, the one the base model was trained with; auto: the tokenizer's own."
+        "qwen",
+        "The chat template, the one the base model was trained with; auto: the tokenizer's own, the default for a GGUF "
+        "file and a short name.",
     )
     template_date: str | None = arg(
         None,

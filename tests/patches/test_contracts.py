@@ -52,6 +52,10 @@ NAMES = {
     "transformers.AttentionInterface._global_mapping": None,
     "transformers.masking_utils.find_packed_sequence_indices": "position_ids",
     "transformers.integrations.moe._can_use_grouped_mm": "input weight offs",
+    # utils/model/gguf_file.py
+    "transformers.integrations.gguf.reader._mapped": "gguf_path",
+    "transformers.integrations.gguf.reader._read_metadata": "blob gguf_path string_arrays",
+    "transformers.integrations.gguf.reader._read_tensor_table": "blob tensor_count pos",
     # utils/train, utils/tasks: methods of transformers' Trainer that a mix-in overrides or calls
     "transformers.Trainer._run_epoch": "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch "
     "trial ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",

@@ -3,6 +3,7 @@
 import os
 import time
 
+from utils.model.source import made_folder
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
 from utils.storage.run_folder import new_folder
@@ -12,7 +13,7 @@ from utils.template import template_dict, unknown_template
 def resolve(settings) -> None:
     """Sets the precision, the task, its sample data and a new run folder where nothing else was given."""
     common, values, given = settings.common, settings.values, settings.given
-    common.model_name_or_path = project_path(os.path.expanduser(common.model_name_or_path))
+    common.model_name_or_path = made_folder(project_path(os.path.expanduser(common.model_name_or_path)))
     _resolve_precision(settings)
     common.task_type = common.task_type or settings.recipe.task_types[0]
     settings.task = settings.tasks.get(common.task_type)

@@ -6,6 +6,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.model.adapter import ADAPTERS, adapter_of, names_where, row_of_type
+from utils.model.source import find_base, given_model, has_chat_template, is_source
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
 from utils.storage.run_folder import MANIFEST, RECORD_FILE, read_run_note
@@ -19,7 +20,7 @@ def resolve(settings) -> None:
         common.adapter_name_or_path = project_path(str(Path(common.adapter_name_or_path).expanduser()))
         config, problems = settings.adapter = _read_adapter(common)
         if not problems:
-            base = project_path(str(config["base_model_name_or_path"]))
+            base = find_base(str(config["base_model_name_or_path"]), common.adapter_name_or_path)
             if "model_name_or_path" not in given and not _is_missing(base):
                 common.model_name_or_path = base
             for name, key in adapter_of(common).settings.items():
@@ -123,11 +124,11 @@ def _read_config(flag: str, path: str) -> tuple[dict, Problem | None]:
 
 def _is_missing(base: str) -> bool:
     """Whether a recorded base is neither a folder nor like a hub's name."""
-    return not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1)
+    return not Path(base).is_dir() and not is_source(base) and (Path(base).is_absolute() or base.count("/") != 1)
 
 
 def _check_base(common, given: frozenset[str], flag: str, recorded: str) -> list[Problem]:
-    base = project_path(recorded)
+    base = find_base(recorded, common.adapter_name_or_path)
     if "model_name_or_path" not in given:
         if _is_missing(base):
             return refusal(
@@ -190,3 +191,6 @@ def _resolve_template(settings) -> None:
             common.template_name = name
             logger.info("template {}: the one that {} was trained in", name, folder)
         return
+    if "template_name" not in given and settings.task.uses_template and has_chat_template(common.model_name_or_path):
+        common.template_name = "auto"
+        logger.info("template auto: the chat template of {}", given_model(common.model_name_or_path))

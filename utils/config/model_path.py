@@ -1,11 +1,13 @@
-"""Checks that a path is a model: a folder that transformers saved, or a name on a hub."""
+"""Checks that a path is a model: a folder that transformers saved, a GGUF file, a short name, or a name on a hub."""
 
 import os
 import re
 from pathlib import Path
 
 from utils.model.base_config import load_config
+from utils.model.named_models import MODELS, listed
 from utils.model.quantised import check_base, resolve_base
+from utils.model.source import check_source, is_source
 from utils.runtime.errors import Problem, UserError, nearest_path, refusal
 from utils.storage.weights import check_weight_files
 
@@ -30,7 +32,7 @@ def validate(settings) -> list[Problem]:
 def check_model_path(
     name: str, path: str, trust_remote_code: bool, adapter_allowed: bool = False, needs_weights: bool = True
 ) -> list[Problem]:
-    """Checks that a path is a hub's name or a folder with a model.
+    """Checks that a path is a hub's name, a short name, a GGUF file, or a folder with a model.
 
     Args:
         name: the flag it came by, or what it is called in messages.
@@ -53,8 +55,14 @@ def check_model_path(
             f"{name} {path!r} cannot be read: {error.strerror}; choose another folder, or have its owner allow it",
             *_flags(name),
         )
+    if is_source(path):
+        return check_source(name, path)
     if folder.is_file():
-        return refusal(f"{name} {path!r} is a file; give the folder it lies in", *_flags(name))
+        if folder.suffix == ".gguf":
+            return refusal(
+                f"{name} {path!r} is not a GGUF file, as its first bytes show; copy or download it again", *_flags(name)
+            )
+        return refusal(f"{name} {path!r} is a file, and not in GGUF format; give the folder it lies in", *_flags(name))
     if not folder.is_dir():
         return _check_name(name, path, folder.parent, adapter_allowed)
     if adapter_allowed and (folder / "adapter_config.json").is_file():
@@ -71,7 +79,9 @@ def _check_folder(name: str, path: str, folder: Path, trust_remote_code: bool, n
                 *_flags(name),
                 "adapter_name_or_path",
             )
-        return refusal(f"{flag} has no config.json: it holds no model saved by transformers", *_flags(name))
+        ggufs = sorted(str(file) for file in folder.glob("*.gguf"))
+        held = f"GGUF files; give one of them: {', '.join(ggufs[:5])}" if ggufs else "no model saved by transformers"
+        return refusal(f"{flag} has no config.json: it holds {held}", *_flags(name))
     if not needs_weights:
         return _check_config(name, path, trust_remote_code)
     if not list(folder.glob("*.safetensors")):
@@ -96,9 +106,10 @@ def _check_name(name: str, path: str, parent: Path, adapter_allowed: bool) -> li
     if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         files = ["config.json", *(["adapter_config.json"] if adapter_allowed else [])]
         models = [found for found in _siblings(parent) if any((found / file).is_file() for file in files)]
+        models += [] if "/" in path else map(Path, MODELS)
         return refusal(
-            f"{name} {path!r} does not exist.{nearest_path(path, models)} Give a model folder, or a hub name like "
-            "Qwen/Qwen1.5-7B",
+            f"{name} {path!r} does not exist.{nearest_path(path, models)} Give a model folder, a GGUF file, a short "
+            f"name, of which there is {listed()}, or a hub name like Qwen/Qwen1.5-7B",
             *_flags(name),
         )
     return []

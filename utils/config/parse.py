@@ -22,6 +22,7 @@ from utils.config.config_file import read_config
 from utils.config.flags import hints_of, make_parser, read_flags, value_of
 from utils.config.provenance import Sources
 from utils.config.settings import Settings
+from utils.model.source import is_source, make_folder
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import Problem, UserError, raise_if_any
 from utils.runtime.log import is_main_process
@@ -128,6 +129,19 @@ def run_steps(settings: Settings, sources: Sources, problems: list[Problem]) -> 
         (train_args.output_dir, train_args.resume_from_checkpoint, common.template_date)
     )
     raise_if_any(problems)
+    _make_base(settings)
+
+
+def _make_base(settings: Settings) -> None:
+    """Downloads or converts the base of a short name or a GGUF file, once everything else is checked.
+
+    Raises:
+        UserError: it cannot be made, or an adapter was trained on another one.
+    """
+    common = settings.common
+    if is_source(common.model_name_or_path):
+        common.model_name_or_path = make_folder(common.model_name_or_path)
+        raise_if_any([*from_adapter.validate(settings), *model_path.validate(settings)])
 
 
 def _make_parser(recipe_type: type, common_type: type):

@@ -9,6 +9,7 @@ from loguru import logger
 from utils.config.model_path import check_model_path
 from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
 from utils.model.base_config import load_config
+from utils.model.source import made_folder
 from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
@@ -75,7 +76,7 @@ def check_eval_models(
 
 def _base_of_weights(args: TrainedArgs, folder: str) -> tuple[str | None, list[Problem]]:
     recorded = base_of_run(folder)
-    base = args.base_model or project_path(recorded.get("path") or "")
+    base = made_folder(args.base_model or project_path(recorded.get("path") or ""))
     if not base:
         return None, refusal(
             f"--model_path {args.model_path!r} does not say what it was trained on (it has no train_args.json with a "

@@ -9,6 +9,7 @@ from typing import Any
 
 from utils.evaluate.metrics import Figure, signatures
 from utils.evaluate.models import EvalModel
+from utils.model.source import given_model
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.runtime.text import markdown_table
 from utils.storage.files import write_refusal, write_text
@@ -111,7 +112,8 @@ def summarise(
         "skipped": [str(problem) for problem in problems],
         "figures": {name: {figure.key: _rounded(figure) for figure in found} for name, found in figures.items()},
         "models": {
-            model.name: {"base": model.parts.base, "adapters": list(model.parts.adapters)} for model in eval_models
+            model.name: {"base": given_model(model.parts.base), "adapters": list(model.parts.adapters)}
+            for model in eval_models
         },
         "sacrebleu": signatures(task.metrics) if task.name == "generation" else {},
         "arguments": asdict(args),

@@ -1,5 +1,6 @@
 """Formats the preview that utils.script.explain prints."""
 
+from utils.model.source import given_model
 from utils.runtime.text import format_count, format_setting
 
 # kind of source → heading of its values, in the order shown
@@ -38,7 +39,10 @@ def plan_lines(explained) -> list[str]:
     """The plan: model, rows, steps, tokens, learning rate, evaluations and checkpoints, one line each."""
     plan, args = explained.plan, explained.args
     rows = [("task", f"{args.task_type}, recipe {args.train_args_path}, --train_mode {args.train_mode}")]
-    rows += [("model", f"{args.model_name_or_path}{_weights(explained.weights)}"), ("rows", _rows(explained))]
+    rows += [
+        ("model", f"{given_model(args.model_name_or_path)}{_weights(explained.weights)}"),
+        ("rows", _rows(explained)),
+    ]
     rows += [("steps", _steps(explained)), ("update", _update(plan)), ("tokens", _tokens(plan))]
     rows += [("a pass", _pass(plan)), ("learning rate", _rate(explained))]
     rows += [(name, _occasion(explained, kind)) for name, kind in

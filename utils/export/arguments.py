@@ -11,6 +11,7 @@ from utils.export.modelfile import NAME
 from utils.infer.load import Parts, TrainedArgs
 from utils.model.adapter_files import check_mergeable
 from utils.model.quantised import method_of, quantisation_of
+from utils.model.source import is_converted
 
 
 @dataclass
@@ -65,6 +66,11 @@ def _check_full_weights(args: MergeArgs, parts: Parts) -> list[str]:
     folder = Path(parts.base)
     if not folder.is_dir():
         return [f"{flag} is not a folder, so no Modelfile can be written into it; give a folder with the model"]
+    if is_converted(parts.base):
+        return [
+            f"{flag} is kept in {str(folder)!r}, a cache that no Modelfile is written into; copy the folder and give "
+            "the copy"
+        ]
     if (folder / NAME).exists() and not args.overwrite:
         return [f"{flag} has a {NAME} already; give --overwrite true to replace it"]
     return []

@@ -17,6 +17,7 @@ from utils.model.base_config import refuse_unloadable
 from utils.model.load import fix_generation_config
 from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
+from utils.model.source import given_model
 from utils.model.tokenizer import load_tokenizer, save_chat_format
 from utils.patches.lazy_imports import import_peft, skip_deepspeed_import
 from utils.runtime.errors import UserError, load_failure
@@ -234,7 +235,7 @@ def _write_merge_record(parts: Parts, folder: Path, dtype: str) -> None:
     write_json(
         folder / MERGED,
         {
-            "base": {"path": parts.base, "fingerprint": weights_fingerprint(parts.base)},
+            "base": {"path": given_model(parts.base), "fingerprint": weights_fingerprint(parts.base)},
             "adapters": adapters,
             "dtype": dtype,
             "fingerprint": weights_fingerprint(folder),

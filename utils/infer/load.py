@@ -1,7 +1,7 @@
 """Loads models for inference: a run's folder, a base model, or a base with adapters."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loguru import logger
@@ -11,12 +11,12 @@ from utils.config.model_path import check_model_path
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
 from utils.model.merge_layers import merge_onto, types_of
+from utils.model.source import check_source, find_base, is_source, made_folder, make_folder
 from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.lazy_imports import import_peft
 from utils.patches.rope import use_row_rope
-from utils.runtime.errors import UserError, load_failure
-from utils.storage.files import project_path
+from utils.runtime.errors import UserError, load_failure, raise_if_any
 from utils.storage.run_folder import checkpoints_of, read_manifest, read_run_note
 from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template, template_dict, unknown_template
@@ -66,8 +66,10 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list]:
     if args.base_model:
         if not chain:
             return None, [f"--base_model {args.base_model!r} is for an adapter, and --model_path has full weights"]
-        base = args.base_model
+        base = made_folder(args.base_model)
         problems = check_model_path("--base_model", base, args.trust_remote_code)
+    elif is_source(base):
+        problems = check_source("the base" if chain else "--model_path", base)
     elif chain and not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
         problems = [f"{chain[0]!r} was trained on {base!r}, which does not exist; give its new path as --base_model"]
     problems += _check_weights(args, base, chain)
@@ -76,9 +78,24 @@ def check_trained(args: TrainedArgs) -> tuple[Parts | None, list]:
     return Parts(base, tuple(chain)), problems
 
 
+def make_base(args: TrainedArgs, parts: Parts) -> Parts:
+    """Downloads or converts a base that is a short name or a GGUF file, and checks again that the adapters fit it.
+
+    Raises:
+        UserError: it cannot be made, or is another one than the adapters were trained on.
+    """
+    if not is_source(parts.base):
+        return parts
+    base = make_folder(parts.base)
+    raise_if_any([] if args.allow_other_base else _check_base(base, list(parts.adapters)))
+    return replace(parts, base=base)
+
+
 def _check_given(args: TrainedArgs, adapters: list[str]) -> list:
     """The problems of `--model_path` and `--adapter`, each by itself."""
-    problems = check_model_path("--model_path", args.model_path, args.trust_remote_code, adapter_allowed=True)
+    path, problems = made_folder(args.model_path), []
+    if not is_source(path):  # one that is not converted yet is checked as the base
+        problems = check_model_path("--model_path", path, args.trust_remote_code, adapter_allowed=True)
     complete = [str(folder) for folder in checkpoints_of(Path(args.model_path)) if read_manifest(folder)]
     if problems and complete:
         problems = [
@@ -99,11 +116,11 @@ def _follow_adapters(model_path: str, adapters: list[str]) -> tuple[str, list[st
         recorded, problem = _recorded_base(base)
         if problem:
             return base, chain, problem
-        base = project_path(recorded)
+        base = find_base(recorded, base)
         if base in chain:
             problem = f"{chain[0]!r} names {base!r} as its base, which is an adapter on top of it; give --base_model"
             return base, chain, problem
-    return base, chain, None
+    return made_folder(base), chain, None
 
 
 def _check_weights(args: TrainedArgs, base: str, adapters: list[str]) -> list:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 
+from utils.model.source import given_model
 from utils.prove.figures import Count
 
 
@@ -44,7 +45,7 @@ def as_json(outcomes: list, subject) -> dict:
 
     return {
         "holds": all(outcome.verdict.holds is not False for outcome in outcomes),
-        "model": subject.args.model_name_or_path,
+        "model": given_model(subject.args.model_name_or_path),
         "rows": [
             {"file": subject.data.report.files[number], "line": line}
             for number, line in map(row_location, subject.rows)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from utils.config.deepspeed import short_name
+from utils.model.source import given_model
 from utils.runtime.environment import hardware, launcher, versions
 from utils.storage.weights import weights_fingerprint
 
@@ -12,7 +13,8 @@ _SECRET = re.compile(r"(?<!s)token(?!s)|api_?key|secret|passw|credential")
 
 def effective_args(args, train_args) -> dict:
     """Every value the run uses, by dataclass, without tokens and other secrets."""
-    parts = {"common": dataclasses.asdict(args), "trainer": train_args.to_dict()}
+    common = dataclasses.asdict(args) | {"model_name_or_path": given_model(args.model_name_or_path)}
+    parts = {"common": common, "trainer": train_args.to_dict()}
     values_of = {
         part: {name: value for name, value in values.items() if not _SECRET.search(name)}
         for part, values in parts.items()
@@ -31,7 +33,8 @@ def run_record(args, train_args, data) -> dict:
         data: the prepared rows.
     """
     # the fingerprint identifies the weights an adapter belongs to
-    base = {"path": args.model_name_or_path, "fingerprint": weights_fingerprint(args.model_name_or_path)}
+    fingerprint = weights_fingerprint(args.model_name_or_path)
+    base = {"path": given_model(args.model_name_or_path), "fingerprint": fingerprint}
     record = effective_args(args, train_args) | {"base": base, "data": data_record(data)}
     if args.adapter_name_or_path:
         record["adapter"] = {

@@ -19,7 +19,7 @@ from utils.evaluate.metrics import check_metrics
 from utils.evaluate.models import check_eval_models
 from utils.evaluate.report import check_output
 from utils.infer.generate import check_generate
-from utils.infer.load import Parts
+from utils.infer.load import Parts, make_base
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
@@ -49,6 +49,10 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluateArgs, dict[str, Parts]
         if value is not None and value < 1:
             problems.append(f"--{name} {value} is not allowed; give a whole number of at least 1")
     raise_if_any(problems)
+    made = {name: make_base(args, parts) for name, parts in models.items()}
+    if made != models:  # its weights can be compared with those in the run's record now
+        models, problems = check_eval_models(args, args.compare_base, insist="compare_base" in given)
+        raise_if_any(problems)
     for note in files_left_out(args.eval_data_path, "--eval_data_path"):
         logger.info("{}", note)
     return args, models, metrics, given

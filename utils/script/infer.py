@@ -13,7 +13,7 @@ they come: after an interruption the same command continues. The finished file h
 from utils.config.flags import make_parser, read_flags
 from utils.infer.answer_rows import InferArgs, answer_rows, check_infer
 from utils.infer.chat import Chat, run_chat
-from utils.infer.load import Parts, allows_special, check_trained, load_for_inference
+from utils.infer.load import Parts, allows_special, check_trained, load_for_inference, make_base
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> tuple[InferArgs, Parts]:
     args = InferArgs(**values)
     parts, found = check_trained(args)
     raise_if_any(problems + found + check_infer(args, given))
-    return args, parts
+    return args, make_base(args, parts)
 
 
 def load_chat(args: InferArgs, parts: Parts) -> Chat:

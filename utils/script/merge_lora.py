@@ -11,7 +11,7 @@ from utils.export.arguments import MergeArgs, check_merge
 from utils.export.merge import add_modelfile, merge
 from utils.export.merge_folder import check_output_dir
 from utils.export.modelfile import NAME
-from utils.infer.load import Parts, check_trained
+from utils.infer.load import Parts, check_trained, make_base
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import route_library_logs, setup_logging
@@ -31,7 +31,10 @@ def parse(argv: list[str] | None = None) -> tuple[MergeArgs, Parts]:
     args = MergeArgs(**values)
     parts, found = check_trained(args)
     raise_if_any(problems + found + check_merge(args, parts, readable=not found))
-    return args, parts
+    made = make_base(args, parts)
+    if made != parts:  # its size is known now
+        raise_if_any(check_merge(args, made, readable=True))
+    return args, made
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from utils.config.flags import arg, flag_of, make_parser, read_flags, split_flag
 from utils.memory.planner import batch_of
 from utils.memory.report import advice, as_json, cheapest, formula, make_plan, table
 from utils.memory.search import command_of
+from utils.model.source import given_model
 from utils.runtime.command import run_command
 from utils.runtime.errors import UserError, nearest, raise_if_any
 from utils.runtime.log import setup_logging
@@ -132,14 +133,14 @@ def main(argv: list[str] | None = None) -> None:
     own, best = planner.own(), cheapest(rows, plan.gpus)
     command = command_of(best.setting, own, given, plan.gpus) if best else None
     if plan.json:
-        found = {"model": args.model_name_or_path, "weights": planner.weights, "gpus": plan.gpus,
+        found = {"model": given_model(args.model_name_or_path), "weights": planner.weights, "gpus": plan.gpus,
                  "gpu_memory": plan.gpu_memory, "precision": args.precision, "batch": asdict(batch)}  # fmt: skip
         found |= as_json(rows, own, best) | {"command": command}
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     where = "one GPU" if plan.gpus == 1 else f"each of {plan.gpus} GPUs"
     weights = f"{planner.weights:,} weights, {args.precision}"
-    print(f"{args.model_name_or_path}: {weights}, {planner.batch} a step on {where}\n")
+    print(f"{given_model(args.model_name_or_path)}: {weights}, {planner.batch} a step on {where}\n")
     print(table(rows, own) + "\n")
     print(formula(best or next((row for row in rows if row.setting == own), rows[0])) + "\n")
     print(advice(rows, plan.gpu_memory, command))
