@@ -41,6 +41,8 @@ NOT_RUN = {
     "python -m pytest tests/": "the tests themselves",
     "python -m benchmarks.gpu_throughput --table": "tests/benchmarks/test_gpu_throughput.py compares its table",
     "deepspeed --hostfile hosts main_train.py": "needs ssh between machines",
+    "python main_train.py --model_name_or_path smollm2": "test_smollm2.py trains it, where its package can be had",
+    "python -m utils.script.infer --model_path smollm2": "test_smollm2.py has it answer this question",
     "vllm serve": "another program, as the page says",
     "ollama create": "another program, as the page says",
     "python convert_hf_to_gguf.py": "another program, as the page says",

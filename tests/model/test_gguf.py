@@ -47,6 +47,19 @@ def test_quantised_weights_are_those_that_the_gguf_package_dequantises(tmp_path,
         assert torch.equal(weights[f"model.layers.1.{own}.weight"], expected.bfloat16()), name
 
 
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-2", ["1", "ĊĊĊ", "Ġ5", "Ġ+", "Ġ17"]),
+        ("smollm", ["1", "ĊĊĊĠ", "5", "Ġ+", "Ġ", "1", "7"]),  # each digit first, as llama.cpp does
+    ],
+)
+def test_text_is_split_by_the_rule_that_the_file_names(tmp_path, pre, expected):
+    converted(tmp_path, pre=pre)
+    backend = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer
+    assert [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("1\n\n\n 5 + 17")] == expected
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
 def test_plain_numbers_keep_their_type(tmp_path, kind, dtype):
     model, *_, found, _ = converted(tmp_path, kind)

@@ -109,4 +109,5 @@ def test_a_missing_package(write, monkeypatch):
 def test_a_way_of_splitting_text_that_transformers_lacks_is_named(write):
     assert other_split(read_gguf(write())) is None
     assert other_split(read_gguf(write(pre="qwen2"))) is None
-    assert other_split(read_gguf(write(pre="starcoder"))) == "starcoder"
+    assert other_split(read_gguf(write(pre="smollm"))) is None
+    assert other_split(read_gguf(write(pre="poro-chat"))) == "poro-chat"

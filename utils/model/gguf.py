@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from utils.model.gguf_file import gguf_config, linked, other_split, read_gguf
+from utils.model.gguf_file import gguf_config, linked, other_split, read_gguf, split_digits
 from utils.runtime.command import run_command
 from utils.runtime.errors import ERROR_FILE, Problem, UserError, load_failure, read_problems, refusal
 from utils.storage.files import ROOT, existing_parent, sha256_of, write_json
@@ -203,7 +203,9 @@ def save_converted(path: Path, folder: Path) -> None:
     file = read_gguf(path)
     with linked(path) as source:
         try:
-            AutoTokenizer.from_pretrained(source, gguf_file="model.gguf").save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
+            split_digits(tokenizer, file)
+            tokenizer.save_pretrained(folder)
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file="model.gguf",

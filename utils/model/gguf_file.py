@@ -31,8 +31,10 @@ _SAME_AS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-# tokenizer.ggml.pre → transformers 5.23 has no rule for it, and GPT-2's, which it takes, gives the same tokens
-_LIKE_GPT2 = ("default", "gpt-2", "smollm")
+# names of llama.cpp's rules for splitting text that transformers 5.23 lacks; it takes GPT-2's, which is right for these
+_LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "jais")
+# and these first take each digit by itself
+_DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,16 @@ def other_split(file: GgufFile) -> str | None:
 
     rule = file.metadata.get("tokenizer.ggml.pre", "default")
     by_rule = file.metadata.get("tokenizer.ggml.model") == "gpt2"
-    return rule if by_rule and rule not in (*_LIKE_GPT2, *GGUF_PRE_TOKENIZER_SPLITS) else None
+    return rule if by_rule and rule not in (*_LIKE_GPT2, *_DIGITS_ALONE, *GGUF_PRE_TOKENIZER_SPLITS) else None
+
+
+def split_digits(tokenizer, file: GgufFile) -> None:
+    """Has a tokenizer take each digit by itself, where the file's rule does: `"\\n\\n 5"` → `["\\n\\n", " ", "5"]`."""
+    from tokenizers import pre_tokenizers
+
+    if file.metadata.get("tokenizer.ggml.pre") in _DIGITS_ALONE:
+        digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
 
 
 # ---------------------------------------------------------------------- the model that transformers makes of it
