@@ -31,7 +31,7 @@ _REASONS = {
     ("defaults", "max_prompt_length"): "half of --max_len {max_len}, which is less than the default",
     ("defaults", "resume_from_checkpoint"): "the word given",
     ("from_adapter", "model_name_or_path"): _ADAPTER,
-    ("from_adapter", "template_name"): "the chat format of the run or the model that this one starts from",
+    ("from_adapter", "template_name"): "the chat format of the model, or of the run that this one starts from",
     **{("from_adapter", f"lora_{name}"): _ADAPTER for name in ("rank", "alpha", "dropout")},
     **{("from_adapter", f"use_{name}"): _ADAPTER for name in ("dora", "rslora")},
     ("model_path", "train_mode"): "the base {model_name_or_path}, which is saved in 4 bits",

@@ -170,11 +170,26 @@ def _architectures() -> list[str]:
 
 def _readable_types(architecture: str) -> list[int]:
     """ggml's types that transformers 5.23 dequantises: by itself for new architectures, else by the package gguf."""
-    from gguf.quants import _type_traits
+    from gguf import GGMLQuantizationType
     from transformers.integrations.gguf import is_gguf_arch_supported
     from transformers.integrations.gguf.dequant import GGML_BLOCK
 
-    return sorted({*FLOATS, *(GGML_BLOCK if is_gguf_arch_supported(architecture) else map(int, _type_traits))})
+    if is_gguf_arch_supported(architecture):
+        return sorted({*FLOATS, *GGML_BLOCK})
+    return sorted({*FLOATS, *(int(kind) for kind in GGMLQuantizationType if _is_dequantised(kind))})
+
+
+def _is_dequantised(kind) -> bool:
+    """Whether the package gguf dequantises a type; tried on one block of zeros."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _type_name(kind: int) -> str:
