@@ -40,6 +40,10 @@ def test_epochs_and_seeds_have_other_orders():
             order.set_epoch(epoch)
             orders.append(tuple(order.rows(0, 43)))
     assert len(set(orders)) == 4
+    order = RowOrder([4] * 50, 1, seed=0)
+    chunks = [[row // 4 for row in order.rows(0, 200)[::4]]]
+    order.set_epoch(1)
+    assert [row // 4 for row in order.rows(0, 200)[::4]] not in chunks
 
 
 @pytest.mark.parametrize("buffer", [1, 4, 10, 20, 1000])

@@ -190,6 +190,19 @@ def test_main_train_trains_saves_and_resumes(project):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_processes")
+def test_its_rows_stream(project):
+    losses = []
+    for streaming in ("true", "false"):
+        out = project.root / f"streaming {streaming}"
+        more = ["--train_sampling_strategy", "sequential", "--max_steps", "2", "--save_strategy", "no"]
+        project("main_train.py", "--output_dir", str(out), "--streaming", streaming, *more)
+        history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_the_doctor_swallows_no_error(project):
     report = json.loads(project("-m", "utils.script.doctor", "--json", "true"))
     assert "NOT_EXAMINED" not in [finding["code"] for finding in report["findings"]], report["findings"]

@@ -1,6 +1,7 @@
 """Training on streamed rows: as on prepared ones in the same order, resumed anywhere, and what happens to bad rows."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ import main_train
 from benchmarks.matrix import two_processes
 from utils.data import stream, stream_index
 from utils.data.stream import RowOrder
-from utils.train.stream import StreamBatches
+from utils.train.stream import StreamBatches, StreamMixin
 
 TURNS = [row for row in tiny.ROWS * 9 if isinstance(row.get("output"), str)][:22]
 ROWS = [{"instruction": f"{row['instruction']} {i}", "output": f"{row['output']} {i}"} for i, row in enumerate(TURNS)]
@@ -126,7 +127,7 @@ def test_a_resume_refuses_other_files_and_another_order(train, refused, tmp_path
     flags += ["--report_to", "none", "--model_name_or_path", tiny_models(), "--train_data_path"]
     for changed in (["--shuffle_buffer", "9"], ["--streaming", "false"], ["--seed", "7"]):
         assert changed[0][2:] in refused(main_train.main, *flags, rows_file, *changed)
-    other = write_rows(tmp_path / "other.jsonl", ROWS[1:])
+    other = write_rows(tmp_path / "other.jsonl", ROWS[::-1])
     assert "the training rows" in refused(main_train.main, *flags, other)
 
 
@@ -178,6 +179,24 @@ def test_a_bad_row_stops_the_run_and_it_continues_without_it(
     folder = train(*flags, "--on_bad_row", "drop", "--resume_from_checkpoint", "true", data=str(data))
     assert summary(folder)["rows_dropped"] == 1 and summary(folder)["steps"] == 6
     assert same_weights(folder, train(*flags, "--on_bad_row", "drop", data=str(data), output="at once"))
+
+
+@pytest.mark.parametrize(("source", "loss"), [([1], 3.0), ([], 0.0)])
+def test_a_row_in_place_of_dropped_ones_trains_nothing_in_any_task(source, loss):
+    """By default it is a copy of the first row, with its labels."""
+
+    class Trainer:
+        model = SimpleNamespace(training=True)
+
+        def training_step(self, model, inputs, count):
+            return self.compute_loss(model, inputs)
+
+        def compute_loss(self, *_):
+            return torch.tensor(3.0)
+
+    streaming = type("Streaming", (StreamMixin, Trainer), {})()
+    for inputs in ([{"labels": [1], "source": source}], {"labels": [1], "source": source}):
+        assert streaming.training_step(None, inputs) == loss
 
 
 PAIRS = [{"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i * 7}"} for i in range(11)]

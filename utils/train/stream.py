@@ -84,13 +84,13 @@ class StreamMixin:
         loader = DataLoader(
             self.stream,
             batch_sampler=self._batches,
-            collate_fn=functools.partial(_collate, self.data_collator),
+            collate_fn=functools.partial(collate_stream, self.data_collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=functools.partial(_init_worker, args.dataloader_num_workers, args.process_index),
+            worker_init_fn=functools.partial(init_worker, args.dataloader_num_workers, args.process_index),
         )
         loader = accelerator.prepare(loader)
         if processes > 1:  # the batches are those of this process already, as of transformers' BatchRebalanceSampler
@@ -166,7 +166,7 @@ class StreamMixin:
         return result
 
 
-def _collate(collate: Callable, rows: list[dict]):
+def collate_stream(collate: Callable, rows: list[dict]):
     """Collates a batch of a `RowStream`; what became of its rows stays beside the tensors, under STREAM_REPORT."""
     first = dict(rows[0])
     reports = first.pop(STREAM_REPORT)
@@ -180,7 +180,7 @@ def _take_reports(batch) -> list[EncodedChunk]:
     return (batch[0] if isinstance(batch, list) else batch).pop(STREAM_REPORT)
 
 
-def _init_worker(workers: int, rank: int, worker: int) -> None:
+def init_worker(workers: int, rank: int, worker: int) -> None:
     """Seeds a data loader's worker as transformers does, and leaves signals to the main process."""
     from transformers.trainer_utils import seed_worker
 
