@@ -27,6 +27,42 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # ------------------------------------------------------------------ GGUF files and short names
+    Fault(
+        "gguf: settings that transformers does not read are passed over",
+        "utils/model/gguf_file.py",
+        'found.append(f"{name} {value}")',
+        "pass",
+        "tests/model/test_gguf_file.py -k 'transformers_cannot'",
+    ),
+    Fault(
+        "gguf: digits are split as by GPT-2",
+        "utils/model/gguf.py",
+        "            split_digits(tokenizer, file)\n",
+        "",
+        "tests/model/test_gguf.py -k 'rule_that_the_file_names'",
+    ),
+    Fault(
+        "gguf: a damaged folder is taken for a converted one",
+        "utils/model/gguf.py",
+        'return note if whole and isinstance(note["model"], str) else None',
+        "return note",
+        "tests/model/test_gguf.py -k damaged",
+    ),
+    Fault(
+        "smollm2: any wheel is used",
+        "utils/model/named_models.py",
+        "if (found := sha256_of(str(wheels[0]))) != model.sha256:",
+        "if not (found := sha256_of(str(wheels[0]))):",
+        "tests/model/test_named_models.py -k another_wheel",
+    ),
+    Fault(
+        "gguf: the record names the cache",
+        "utils/run/record.py",
+        '{"model_name_or_path": given_model(args.model_name_or_path)}',
+        "{}",
+        "tests/config/test_model_path.py -k own_template",
+    ),
     # ------------------------------------------------------------------ the language-model head
     Fault(
         "head: softcap set aside",
