@@ -85,8 +85,10 @@ class CommonArgs:
         "auto: a malformed row stops the run, a row with an empty answer is dropped and reported. "
         "error: both stop the run. drop: both are dropped and reported.",
     )
-    train_on: Literal["all_turns", "last_turn"] = arg(
-        "all_turns", "Which answers of a conversation are trained: every one, or only the last."
+    train_on: str = arg(
+        "all_turns",
+        "What of a conversation is trained. all_turns: every answer. last_turn: only the last. last_n:2: the last two. "
+        "prompt: everything, also the turns of system and user.",
     )
     overlong: Literal["truncate", "drop", "error"] = arg(
         "truncate",

@@ -9,6 +9,7 @@ import tiny
 from utils.data import truncate
 from utils.data.report import Dropped
 from utils.data.truncate import (
+    CUT_OFF,
     Shortened,
     check_all,
     cut_far,
@@ -20,6 +21,7 @@ from utils.data.truncate import (
 )
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
+from utils.template.messages import UNTRAINED_ANSWER, RowNote
 
 TEMPLATES = ["qwen", "llama3", "default", "auto"]
 
@@ -243,9 +245,11 @@ def test_the_oldest_turns_go_first(tokenizer):
     template = get_template("qwen", tokenizer)
     shorter = template.encode([TURNS[0], *TURNS[3:]], tokenizer)
     whole = template.encode(TURNS, tokenizer)
-    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False, "notes": []}
+    answers = {"answers": (2, 0)}
+    assert fit(TURNS, len(whole["input_ids"]), tokenizer) == {**whole, "shortened": False, "notes": [], **answers}
+    cut_off = [RowNote(UNTRAINED_ANSWER, CUT_OFF)]
     for max_len in (len(whole["input_ids"]) - 1, len(shorter["input_ids"])):
-        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True, "notes": []}
+        assert fit(TURNS, max_len, tokenizer) == {**shorter, "shortened": True, "notes": cut_off, **answers}
 
 
 def test_tools_stay_with_a_conversation_that_loses_its_first_turn():

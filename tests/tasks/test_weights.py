@@ -117,9 +117,7 @@ def test_a_truncated_row_keeps_the_weights_of_what_is_left(parse, tokenizer, tmp
     args, train_args = parse("--train_data_path", write_rows(tmp_path / "rows.jsonl", ROWS[:2]),
                              "--max_len", str(length))  # fmt: skip
     rows = args.task.load_datasets(args, train_args, template, tokenizer).train
-    assert rows[1]["loss_weights"] is None and {3.0, 1.0} == set(
-        whole["loss_weights"]
-    )
+    assert rows[1]["loss_weights"] is None and {3.0, 1.0} == set(whole["loss_weights"])
     assert set(rows[0]["loss_weights"]) == {0.25, 1.0}  # as long as the second row is now, or shorter
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import re
 from importlib.util import find_spec
 
 from utils.data.columns import parse_columns
@@ -30,7 +31,7 @@ def validate(settings) -> list[Problem]:
     """Checks what would fail only after the weights are loaded, or be silently ignored."""
     common, train_args = settings.common, settings.train_args
     problems = _check_numbers(common) + _check_data_files(settings) + _check_columns(settings)
-    problems += _check_attention(common) + _check_row_ledger(settings)
+    problems += _check_attention(common) + _check_row_ledger(settings) + _check_train_on(common)
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)
@@ -79,6 +80,16 @@ def _check_row_ledger(settings) -> list[Problem]:
         f"each row; leave it out, or use one of {allowed}",
         "row_ledger",
         "task_type",
+    )
+
+
+def _check_train_on(common) -> list[Problem]:
+    if re.fullmatch(r"all_turns|last_turn|prompt|last_n:[1-9]\d*", common.train_on):
+        return []
+    return refusal(
+        f"--train_on {common.train_on!r} is not allowed; give all_turns, last_turn, prompt, or last_n: with a number, "
+        "as last_n:2",
+        "train_on",
     )
 
 

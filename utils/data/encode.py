@@ -97,6 +97,7 @@ class EncodedChunk:
         dropped: line, reason and kind of each row that is not kept, also of those in `refused`.
         shortened: lines of truncated rows.
         untrained: line and reason of each answer in a kept row that is not trained.
+        answers: number of answers in kept rows, and of those that `--train_on` leaves out.
         refused: a description of each row that stops the run.
         unread: name of a field that is not read → number of rows with it.
         renamed: which of `RowEncoder.renamed` any row has.
@@ -110,6 +111,7 @@ class EncodedChunk:
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     shortened: list[int] = field(default_factory=list)
     untrained: list[tuple[int, str]] = field(default_factory=list)
+    answers: tuple[int, int] = (0, 0)
     refused: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     renamed: set[str] = field(default_factory=set)
@@ -167,6 +169,8 @@ def _encode(
             continue
         kept.append(row)
         sources.append([encode_source(number, line)])
+        if "answers" in row:
+            encoded.answers = tuple(map(sum, zip(encoded.answers, row["answers"], strict=True)))
         if row["shortened"]:
             encoded.shortened.append(line)
         for note in row.get("notes", ()):

@@ -75,7 +75,8 @@ class DataReport:
         hashes: file → its sha256; `bytes_of` its size in bytes.
         unread: file → field that is not read → number of rows with it.
         missing_columns: fields that `--columns` names and no row has.
-        untrained: number of answers in kept rows that are not trained.
+        answers: number of answers in kept rows of conversations.
+        untrained: number of those that are not trained, other than by `--train_on`, which leaves `not_chosen` out.
         shortened: number of rows that were truncated.
     """
 
@@ -92,7 +93,9 @@ class DataReport:
     bytes_of: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     missing_columns: list[str] = field(default_factory=list)
+    answers: int = 0
     untrained: int = 0
+    not_chosen: int = 0
     shortened: int = 0
 
     def add_chunk(self, chunk) -> None:
@@ -108,10 +111,12 @@ class DataReport:
         for line, reason in chunk.untrained:
             self.leave_untrained(chunk.file, line, reason)
         self.note_unread(chunk.file, chunk.unread)
+        self.answers += chunk.answers[0]
+        self.not_chosen += chunk.answers[1]
 
     def merge(self, other: "DataReport") -> None:
         """Adds the counts and records of a report on other rows."""
-        for name in ("rows", "kept", "tokens", "trained_tokens", "untrained", "shortened"):
+        for name in ("rows", "kept", "tokens", "trained_tokens", "answers", "untrained", "not_chosen", "shortened"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
@@ -161,6 +166,13 @@ class DataReport:
         """Groups the records of dropped rows."""
         return [group for group in self.groups() if group.kind not in (SHORTENED, UNTRAINED_ANSWER)]
 
+    def untrained_answers(self) -> str:
+        """`"3 of 120 answers are not trained"`; empty if all are that `--train_on` selects."""
+        if not self.untrained:
+            return ""
+        of = f" of {self.answers:,}" if self.answers else ""
+        return f"{self.untrained:,}{of} answers {'are' if self.untrained > 1 else 'is'} not trained"
+
     def note_unread(self, file: str, fields: dict[str, int]) -> None:
         """Counts the rows that have fields which are not read."""
         for name, count in fields.items():
@@ -191,9 +203,11 @@ class DataReport:
         )
         for line in self.unread_fields():
             logger.warning("{}: {}", name, line)
+        if self.not_chosen:
+            logger.info("{}: {:,} of {:,} answers are left out by --train_on", name, self.not_chosen, self.answers)
         if self.untrained:
-            counted = f"{self.untrained:,} answer{'s are' if self.untrained > 1 else ' is'} not trained"
-            logger.warning("{}: {}:{}", name, counted, _name_groups(self.groups(UNTRAINED_ANSWER)))
+            places = _name_groups(self.groups(UNTRAINED_ANSWER))
+            logger.warning("{}: {}:{}", name, self.untrained_answers(), places)
         if self.shortened:
             places = _name_groups(self.groups(SHORTENED))
             logger.warning("{}: {} truncated to fit:{}", name, format_count(self.shortened, "row"), places)

@@ -8,10 +8,13 @@ from utils.data.pairs import Pair
 from utils.data.report import TOO_LONG, Dropped
 from utils.runtime.errors import UserError
 from utils.template import Message, Template
-from utils.template.messages import count_answers
+from utils.template.messages import UNTRAINED_ANSWER, RowNote, count_answers, is_trained_answer, select_answers
 from utils.template.tokenize import IGNORE_INDEX, encode_texts
 
 _SIDES = ("chosen", "rejected")
+# why an answer is not trained, beside the reasons of a template; each completes "line N …"
+MARKED = "has an answer marked as not to be trained, or within its 'prompt'"
+CUT_OFF = "has an answer among the oldest turns, which are cut off"
 _SLACK = 16  # tokens by which the estimate of a pair's length may exceed its encoded length
 
 
@@ -29,11 +32,14 @@ def encode_within(
         **options: further arguments of `Template.encode_batch`.
 
     Returns:
-        for each `{"input_ids", "labels", "shortened", "notes"}`, or why it is dropped.
+        for each `{"input_ids", "labels", "shortened", "notes", "answers"}`, or why it is dropped; `answers` is the
+        number of the conversation's answers, and of those that `train_on` leaves out.
     """
+    train_on = options.get("train_on", "all_turns")
 
     def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
         shortened = isinstance(messages, Shortened)
+        answers = messages.answers if shortened else count_answers(messages)
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
             if not truncate:
                 return Dropped(f"is too long for --max_len {max_len}", TOO_LONG)
@@ -45,8 +51,12 @@ def encode_within(
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if encoded["labels"].count(IGNORE_INDEX) == len(encoded["labels"]):
             return Dropped("has nothing to train")
-        notes = template.notes(messages, options.get("train_on", "all_turns"))
-        return {**encoded, "shortened": shortened, "notes": notes}
+        left = count_answers(messages)
+        marked = left - sum(map(is_trained_answer, messages))
+        notes = template.notes(messages, train_on)
+        notes += [RowNote(UNTRAINED_ANSWER, MARKED)] * marked + [RowNote(UNTRAINED_ANSWER, CUT_OFF)] * (answers - left)
+        not_chosen = left - marked - sum(map(is_trained_answer, select_answers(messages, train_on)))
+        return {**encoded, "shortened": shortened, "notes": notes, "answers": (answers, not_chosen)}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
@@ -58,7 +68,13 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 class Shortened(list):
-    """The messages of a conversation without its oldest turns."""
+    """The messages of a conversation without its oldest turns.
+
+    Attributes:
+        answers: the number of answers of the whole conversation.
+    """
+
+    answers = 0
 
 
 def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int) -> list[Message]:
@@ -132,7 +148,9 @@ def first_fit(messages: list[Message], surplus: Callable[[list[Message]], int]) 
                 high, shortest = middle, tokens
     except UserError:
         return messages  # the template's check names the turn it does not support
-    return Shortened(_from(messages, starts[high]))
+    kept = Shortened(_from(messages, starts[high]))
+    kept.answers = count_answers(messages)
+    return kept
 
 
 def count_tokens(text: str, tokenizer) -> int:

@@ -155,7 +155,7 @@ def report_findings(report: DataReport, args, measure: Callable[[list[RowGroup]]
 
 
 def _untrained(report: DataReport) -> list[Finding]:
-    """Finds answers of kept rows that are not trained, except those that the row itself marks so."""
+    """Finds answers of kept rows that are not trained although `--train_on` selects them."""
     if not report.untrained:
         return []
     places: dict[str, RowLocations] = {}
@@ -165,7 +165,7 @@ def _untrained(report: DataReport) -> list[Finding]:
         kept = places.setdefault(group.file, RowLocations())
         kept.lines, kept.count = sorted({*kept.lines, *group.lines}), kept.count + group.count
     named = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(_REASONS))
-    message = f"{report.untrained:,} answer{'s' * (report.untrained > 1)} of {report.kept:,} rows: {named}"
+    message = f"{report.untrained_answers()}: {named}"
     return [Finding("ANSWER_NOT_TRAINED", message, places)]
 
 

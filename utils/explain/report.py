@@ -68,7 +68,7 @@ def _rows(explained) -> str:
             f"{report.rows:,} are streamed, less those that are dropped; tokens are estimated from the first {first:,}"
         )
     text += f", {report.dropped_rows():,} are left out ({report.counts()})" if report.dropped else ""
-    text += f", {report.untrained:,} of their answers are not trained" if report.untrained else ""
+    text += f", {report.untrained_answers()}" if report.untrained else ""
     more = plan["rows_repeated"]
     if more:
         text += f", {more:,} repeated, so that all processes have as many" if more > 0 else (

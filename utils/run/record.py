@@ -60,5 +60,5 @@ def data_record(data) -> dict:
 
 def _rows_record(report, checksum: str = "sha256") -> dict:
     files = [{"file": file, "bytes": report.bytes_of[file], checksum: report.hashes[file]} for file in report.files]
-    names = ("rows", "kept", "dropped", "shortened", "untrained", "tokens", "trained_tokens")
+    names = ("rows", "kept", "dropped", "shortened", "answers", "untrained", "tokens", "trained_tokens")
     return {"files": files, **{name: getattr(report, name) for name in names}}

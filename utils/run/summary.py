@@ -17,6 +17,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "folder": str(folder),
         "rows_trained": data.rows_trained(),
         "rows_dropped": data.report.dropped_rows(),
+        "answers": data.report.answers,
         "answers_untrained": data.report.untrained,
         "steps": trainer.state.global_step,
         "steps_skipped": trainer.steps_skipped,
@@ -55,8 +56,9 @@ def print_summary(summary: dict) -> None:
         if summary["steps_skipped"]
         else ""
     )
-    untrained = summary["answers_untrained"]
-    untrained = f"; {untrained:,} answers of the training rows are not trained" if untrained else ""
+    untrained = ""
+    if summary["answers_untrained"]:
+        untrained = "; {answers_untrained:,} of their {answers:,} answers are not trained".format(**summary)
     logger.info(
         "\nfinished: {folder}\n"
         "  training rows    {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"

@@ -7,14 +7,17 @@ python -m utils.script.show_data --rows 1 --ids true
 import math
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 from utils.args import parse_args
 from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.data.places import RowLocations, decode_source
 from utils.data.row_type import Sequence
 from utils.runtime.command import run_command
 from utils.runtime.errors import raise_if_any
 from utils.runtime.log import setup_logging
+from utils.template.messages import UNTRAINED_ANSWER
 from utils.template.tokenize import IGNORE_INDEX
 
 _COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"  # green
@@ -44,6 +47,13 @@ def mark_trained(row: Sequence, tokenizer, colour: bool) -> str:
             parts.append(f"{before}{text}{after}" if trained[start] else text)
             start = end
     return "".join(parts)
+
+
+def weights_of(row: Sequence) -> str:
+    """`", 12 of them with weight 0.5"`; empty where all trained tokens have weight 1."""
+    pairs = zip(row.labels, row.weights or [1.0] * len(row.labels), strict=True)
+    counts = Counter(weight for label, weight in pairs if label != IGNORE_INDEX and weight != 1)
+    return "".join(f", {count} of them with weight {weight:g}" for weight, count in sorted(counts.items()))
 
 
 def census(lengths: list[int], max_len: int) -> str:
@@ -81,11 +91,12 @@ def main(argv: list[str] | None = None) -> None:
     task, row_type = args.task, args.task.row_type
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
-    for number, row in enumerate(data.train.select(range(min(shown.rows, len(data.train)))), 1):
+    for row in data.train.select(range(min(shown.rows, len(data.train)))):
+        place = ", ".join(f"{data.report.files[file]}:{line}" for file, line in map(decode_source, row["source"]))
         for part in row_type.sequences(row):
             trained = sum(label != IGNORE_INDEX for label in part.labels)
             name = f", {part.name}" if part.name else ""
-            print(f"--- row {number}{name}: {len(part.input_ids)} tokens, {trained} trained")
+            print(f"--- {place}{name}: {len(part.input_ids)} tokens, {trained} trained{weights_of(part)}")
             print(mark_trained(part, tokenizer, sys.stdout.isatty()))
             if shown.ids:
                 print("ids   ", part.input_ids)
@@ -96,8 +107,12 @@ def main(argv: list[str] | None = None) -> None:
     if data.stream is not None:
         print(f"--- streamed: of {data.report.rows:,} rows the first {report.rows:,} are counted here")
     print(f"--- {report.kept:,} of {report.rows:,} rows are trained on, {report.dropped_rows():,} left out")
+    if report.not_chosen:
+        print(f"{report.not_chosen:,} of {report.answers:,} answers are left out by --train_on {args.train_on}")
     if report.untrained:
-        print(f"answers of these rows that are not trained: {report.untrained:,}")
+        print(report.untrained_answers() + ":")
+        for group in report.groups(UNTRAINED_ANSWER):
+            print(f"  {group.file}: {RowLocations(group.lines, group.count)} {group.reason}")
     share = 100 * report.trained_tokens / max(report.tokens, 1)
     print(f"tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)")
     lengths = [row_type.length(row) for row in data.train]

@@ -9,12 +9,13 @@ from utils.data.encode import build_row_encoder
 from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import CONVERSATION
 from utils.data.truncate import check_all, cut_far, encode_within
-from utils.runtime.errors import Problem, UserError
+from utils.runtime.errors import UserError
 from utils.tasks.no_effect import NoEffect
 from utils.tasks.plain_loss import cross_entropy
 from utils.tasks.task import Task
 from utils.tasks.trainer import make_trainer
 from utils.template.messages import UNTRAINED_ANSWER, without_marks
+from utils.train.token_losses import check_weighted_loss
 
 
 def load_datasets(args, train_args, template, tokenizer) -> Data:
@@ -40,26 +41,9 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
     key = {"task": "sft", "template": template.key, **options}
     encoder = build_row_encoder(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
     data = load_train_and_eval(args, train_args, encoder)
-    if "loss_weights" in data.train.column_names:
-        _check_weighted_loss(train_args)
+    if "loss_weights" in getattr(data.train, "column_names", ()):  # of streamed rows it is not known yet
+        check_weighted_loss(train_args)
     return data
-
-
-def _check_weighted_loss(train_args) -> None:
-    """Refuses losses that TRL does not compute from each token's log-probability, or not from that alone.
-
-    Raises:
-        UserError: such a loss is set.
-    """
-    for name, value in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-        if (given := getattr(train_args, name)) != value:
-            raise UserError(
-                Problem(
-                    f"--{name} {given} does not weight the losses of tokens, and answers in the training data have a "
-                    f"'weight'; use --{name} {value}, or remove the weights",
-                    flags=(name,),
-                )
-            )
 
 
 def _check_answers_located(template, messages: list) -> None:

@@ -84,9 +84,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
             prepare_trainable_weights(self.model, keep_dtype, start)
 
     trainer = _construct(Trainer, train_args, model, data, data_collator=collator, processing_class=tokenizer, **more)
-    if (
-        data.stream is not None
-    ):  # TRL 1.16's constructor takes only a `datasets.Dataset`: the first rows
+    if data.stream is not None:  # TRL 1.16's constructor takes only a `datasets.Dataset`: the first rows
         trainer.stream = data.stream
     trainer.prepare_weights()
     add_noise(trainer)

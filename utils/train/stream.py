@@ -24,7 +24,9 @@ _COUNTED = (
     "records",
     "totals",
     "unread",
+    "answers",
     "untrained",
+    "not_chosen",
     "shortened",
 )
 

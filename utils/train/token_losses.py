@@ -1,5 +1,7 @@
 """Gives a step's extensions the log-probability of each token, before TRL reduces them to the loss."""
 
+from utils.runtime.errors import Problem, UserError
+
 # columns of a batch that are no inputs of the model and are read here
 TOKEN_COLUMNS = ("loss_weights",)
 
@@ -20,6 +22,8 @@ class TokenLossMixin:
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs, columns = without_token_columns(inputs)
+        if columns:
+            check_weighted_loss(self.args)  # of streamed rows it was not known before
 
         def forward(**given):
             output = model(**given)
@@ -44,6 +48,23 @@ def without_token_columns(inputs: dict) -> tuple[dict, dict]:
     """Splits the columns of TOKEN_COLUMNS off a batch; returns the model's inputs, and these columns."""
     columns = {name: inputs[name] for name in TOKEN_COLUMNS if name in inputs}
     return {name: value for name, value in inputs.items() if name not in TOKEN_COLUMNS}, columns
+
+
+def check_weighted_loss(train_args) -> None:
+    """Refuses losses that TRL does not compute from each token's log-probability, or not from that alone.
+
+    Raises:
+        UserError: such a loss is set.
+    """
+    for name, value in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+        if (given := getattr(train_args, name)) != value:
+            raise UserError(
+                Problem(
+                    f"--{name} {given} does not weight the losses of tokens, and answers in the training data have a "
+                    f"'weight'; use --{name} {value}, or remove the weights",
+                    flags=(name,),
+                )
+            )
 
 
 def weigh(output, columns: dict) -> None:
