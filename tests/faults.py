@@ -850,7 +850,7 @@ FAULTS = [
     Fault(
         "truncation: of a long conversation a turn too many goes",
         "utils/data/truncate.py",
-        "return Shortened(_from(messages, starts[high]))",
+        "kept = Shortened(_from(messages, starts[high]))",
         "return Shortened(_from(messages, starts[-1]))",
         "tests/data/test_truncate.py -k 'as_many_turns'",
     ),
