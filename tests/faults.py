@@ -657,6 +657,27 @@ FAULTS = [
         "tests/export/test_modelfile.py -k has_no_go_form",
     ),
     Fault(
+        "tools: a call without arguments",
+        "utils/data/turns.py",
+        'if call.get("type", "function") == "function" and not isinstance(arguments, dict):',
+        "if False:",
+        "tests/data/test_turns.py -k what_a_turn_cannot_say",
+    ),
+    Fault(
+        "tools: a bare name instead of a description",
+        "utils/data/conversations.py",
+        "    if not isinstance(tool, dict):\n        raise BadRow(",
+        "    if not isinstance(tool, dict):\n        return tool\n        raise BadRow(",
+        "tests/data/test_turns.py -k description_of_a_tool",
+    ),
+    Fault(
+        "tools: the doctor takes a call's end for a missing stop token",
+        "utils/doctor/tokens.py",
+        "[stop, call_stop] if call_stop else [stop]",
+        "[stop]",
+        "tests/doctor/test_tokens.py -k ends_with_a_call",
+    ),
+    Fault(
         "tools: Ollama drops the result of a tool",
         "utils/template/go.py",
         'parts.append("{{ else }}" + _refusal("no turn for this role in a Modelfile", template))',
@@ -1981,8 +2002,8 @@ FAULTS = [
     Fault(
         "turns: a call without a name is trained",
         "utils/data/turns.py",
-        'if call.get("type", "function") == "function" and not',
-        "if False and not",
+        'if call.get("type", "function") == "function" and not (',
+        "if False and not (",
         "tests/data/test_formats.py -k has_no_place",
     ),
     Fault(
@@ -2370,7 +2391,7 @@ FAULTS = [
     Fault(
         "doctor: rows without a stop token",
         "utils/doctor/tokens.py",
-        "(values[numpy.maximum(last, 0)] != stop_id)",
+        "~numpy.isin(values[numpy.maximum(last, 0)], stop_ids)",
         "(values[numpy.maximum(last, 0)] == IGNORE_INDEX)",
         "tests/doctor/test_codes.py -k 'planted_defect and STOP_NOT_TRAINED'",
     ),

@@ -65,7 +65,8 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
     ([USER, {**ANSWER, "train": "no"}], "turn 2 has 'train' 'no'"),
     ([{**USER, "train": True}, ANSWER], "turn 1 (user) has 'train' True"),
     ([USER, {**ANSWER, "train": True, "weight": 0}], "turn 2 has marks that differ"),
-    ([USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{"name": "f"}]}],
+    ([USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"},
+             "tool_calls": [{"name": "f", "arguments": {}}]}],
      "turn 2 has 'function_call' beside 'tool_calls'"),
     ([USER, {"role": "function_call", "content": "f()"}, ANSWER], "turn 2 is a tool call, and its text is neither"),
     ([{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}, ANSWER],
@@ -75,10 +76,26 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
      "turn 2 has a tool call whose arguments are not JSON"),
     ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
      "turn 2 has a tool call whose arguments are a list, not an object"),
+    ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}],
+     "turn 2 has a tool call of 'f' with a list as arguments; write an object, {} for none"),
+    ([USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}],
+     "turn 2 has a tool call of 'f' with no arguments; write an object, {} for none"),
 ])  # fmt: skip
 def test_what_a_turn_cannot_say(turns, said):
     with pytest.raises(BadRow) as error:
         to_messages({"messages": turns})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("tools", "said"), [
+    (["search", "look"], "has a text in 'tools' where the description of a function belongs"),
+    ([{"type": "function"}], "has a tool without the name of a function in 'tools'"),
+    ([{"type": "function", "function": "f"}], "has a tool without the name of a function in 'tools'"),
+    ([{"name": "f"}, {"type": "function", "function": {"name": " "}}], "has a tool without the name of a function"),
+])  # fmt: skip
+def test_what_is_no_description_of_a_tool(tools, said):
+    with pytest.raises(BadRow) as error:
+        to_messages({"messages": [USER, ANSWER], "tools": tools})
     assert said in str(error.value)
 
 

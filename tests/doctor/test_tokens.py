@@ -1,7 +1,13 @@
 """Findings on the tokens of prepared rows."""
 
+from types import SimpleNamespace
+
+import tiny
+from datasets import Dataset
 from doctor_case import tokenizer_with
 
+from utils.doctor.tokens import token_findings
+from utils.tasks import get_task
 from utils.template import get_template
 
 
@@ -9,3 +15,12 @@ def test_one_bos_is_no_finding(case, report):
     form = get_template("yi").to_jinja()
     spoilt = case.model(lambda: tokenizer_with(bos_token="<|endoftext|>", chat_template="{{ bos_token }}" + form))
     assert report(*case.flags("--template_name", "auto", model=spoilt))[1]["findings"] == []
+
+
+def test_a_row_that_ends_with_a_call_has_its_stop_token():
+    tokenizer = tiny.byte_level_tokenizer()
+    ids = tokenizer("Hello<|im_end|>")["input_ids"]
+    rows = {"input_ids": [ids], "labels": [ids], "source": [[7]]}
+    given = Dataset.from_dict(rows), ["rows.jsonl"], SimpleNamespace(task=get_task("sft")), tokenizer, "<|endoftext|>"
+    assert [finding.code for finding in token_findings(*given)] == ["STOP_NOT_TRAINED"]
+    assert token_findings(*given, call_stop="<|im_end|>") == []

@@ -72,7 +72,7 @@ def test_what_is_trained_on_is_asked_for(rows, read):
     ({"prompt": "Hi", "chosen": "Hello"}, "has no field 'rejected'"),
     ({"prompt": "Hi", "reference": 5}, "has a number in 'reference'"),
     ({"prompt": "Hi", "tools": {"name": "f"}}, "has an object in 'tools'"),
-    ({"prompt": "Hi", "tools": ["\ud800"]}, "JSON cannot hold"),
+    ({"prompt": "Hi", "tools": [{"name": "\ud800"}]}, "JSON cannot hold"),
 ])  # fmt: skip
 def test_what_is_no_prompt(row, told):
     with pytest.raises(BadRow) as error:
@@ -128,4 +128,6 @@ def test_marks_of_what_is_trained_are_ignored(mark):
     turns = [{"from": "human", "value": "Hi"} | mark, {"from": "gpt", "value": "Hello"} | mark]
     assert to_prompt({"conversations": turns}) == ([USER], None, "Hello")
     assert to_prompt({"prompt": [user], "chosen": [said], "rejected": said}) == ([USER], None, "Hello")
-    assert to_prompt({"messages": [user], "tools": [mark]})[1] == [mark]  # of a tool it is no mark
+    assert to_prompt({"messages": [user], "tools": [{"name": "f", **mark}]})[1] == [
+        {"type": "function", "function": {"name": "f", **mark}}  # of a tool it is no mark
+    ]

@@ -251,6 +251,25 @@ def test_calls_and_answers_are_trained_with_their_stop_tokens(name):
     assert [text.lstrip(" ") for text in found] == TRAINED[name][1:]
 
 
+@pytest.mark.parametrize("name", formats_with_tools)
+def test_a_weight_scales_exactly_its_call(name):
+    tokenizer = tokenizer_for(name)
+    template = get_template(name, tokenizer)
+    messages = CASES["one call"]
+    only = [message if turn == 1 else {**message, "train": False} for turn, message in enumerate(messages)]
+    of_call = [label != -100 for label in template.encode(only, tokenizer)["labels"]]
+    weighted = template.encode([messages[0], {**messages[1], "train": 0.5}, *messages[2:]], tokenizer)
+    assert weighted["loss_weights"] == [0.5 if call else 1.0 for call in of_call]
+    assert weighted["labels"] == template.encode(messages, tokenizer)["labels"]
+
+
+@pytest.mark.parametrize("name", formats_with_tools)
+def test_train_on_prompt_trains_tools_and_results_too(name):
+    tokenizer = tokenizer_for(name)
+    encoded = get_template(name, tokenizer).encode(CASES["one call"], tokenizer, train_on="prompt")
+    assert encoded["labels"] == encoded["input_ids"]
+
+
 @pytest.mark.parametrize("case", [*CASES, *REASONING])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trained_is_what_auto_finds_in_the_official_template(name, case):

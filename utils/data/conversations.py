@@ -283,9 +283,18 @@ def with_tools(messages: list[Message], row: dict) -> list[Message]:
     return [{**messages[0], "tools": list(map(_wrapped, tools))}, *messages[1:]]
 
 
-def _wrapped(tool: Any) -> Any:
+def _wrapped(tool: Any) -> dict:
     """A description of a tool in the form that chat templates take: `{"type": "function", "function": {…}}`."""
-    bare = isinstance(tool, dict) and "name" in tool and "function" not in tool
-    if not bare or tool.get("type", "function") != "function":
+    if not isinstance(tool, dict):
+        raise BadRow(
+            f"has {kind_name(tool)} in 'tools' where the description of a function belongs: "
+            '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
+        )
+    if tool.get("type", "function") != "function":
         return tool
-    return {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
+    if "function" not in tool:
+        tool = {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
+    function = tool["function"]
+    if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"].strip()):
+        raise BadRow("has a tool without the name of a function in 'tools'")
+    return tool

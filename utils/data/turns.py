@@ -151,6 +151,9 @@ def _call(call: Any) -> dict:
         raise BadRow("has a tool call without the name of a function")
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
+        if call.get("type", "function") == "function" and not isinstance(arguments, dict):
+            found = "no arguments" if arguments is None else f"{kind_name(arguments)} as arguments"
+            raise BadRow(f"has a tool call of {call['name']!r} with {found}; write an object, {{}} for none")
         return call
     try:
         parsed = DECODER.decode(arguments)

@@ -30,7 +30,7 @@ from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import Problem, UserError, first_line, in_one_line
 from utils.runtime.log import is_main_process
 from utils.storage.weights import read_header, weight_files
-from utils.template import get_template
+from utils.template import Template, get_template
 from utils.template.tokenize import special_token_pattern
 from utils.train.plan import steps_of
 
@@ -331,10 +331,11 @@ def _run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
 def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
     """Checks the ids of training rows, and of validation rows with files of their own."""
     stop = template.stop_token() if template is not None else None
-    findings = token_findings(data.train, data.report.files, args, tokenizer, stop)
+    call_stop = template.call_stop if isinstance(template, Template) else ""
+    findings = token_findings(data.train, data.report.files, args, tokenizer, stop, call_stop)
     if data.eval_report is not None:
         codes = {finding.code for finding in findings}
-        found = token_findings(data.eval, data.eval_report.files, args, tokenizer, stop)
+        found = token_findings(data.eval, data.eval_report.files, args, tokenizer, stop, call_stop)
         findings += [finding for finding in found if finding.code not in codes]
     return findings
 

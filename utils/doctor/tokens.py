@@ -31,7 +31,7 @@ def sources(dataset):
     return numpy.concatenate([values[offsets[:-1]] for values, offsets in arrays(dataset, "source")])
 
 
-def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None) -> list[Finding]:
+def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None, call_stop: str = "") -> list[Finding]:
     """Checks the ids and labels of prepared rows.
 
     Args:
@@ -40,6 +40,7 @@ def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None)
         args: CommonArgs.
         tokenizer: the rows' own.
         stop: the token that ends an answer; None for plain text.
+        call_stop: the token that ends a tool call, if that is another one.
     """
     row_type = args.task.row_type
     findings = _bos(dataset, files, row_type.sequence_columns[0].ids[0], tokenizer)
@@ -47,27 +48,29 @@ def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None)
         findings += _ends(dataset, row_type, tokenizer)
     else:
         for columns in row_type.sequence_columns:
-            findings += _stops(dataset, files, columns, tokenizer, stop)
+            findings += _stops(dataset, files, columns, tokenizer, [stop, call_stop] if call_stop else [stop])
     return findings + (_length_bias(dataset, row_type) if row_type.compares_answers else [])
 
 
-def _stops(dataset, files, columns: SequenceColumns, tokenizer, stop: str) -> list[Finding]:
-    """Checks that the last trained token of each row is the stop token."""
+def _stops(dataset, files, columns: SequenceColumns, tokenizer, stops: list[str]) -> list[Finding]:
+    """Checks that the last trained token of each row is a stop token."""
     import numpy
 
-    (stop_id,) = tokenizer.convert_tokens_to_ids([stop])
+    stop_ids = tokenizer.convert_tokens_to_ids(stops)
     without = []
     for values, offsets in arrays(dataset, columns.labels):
         trained = numpy.where(values != IGNORE_INDEX, numpy.arange(len(values)), -1)
         last = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
         has = (last >= offsets[:-1]) & (last >= 0)
-        without.append(~has | (values[numpy.maximum(last, 0)] != stop_id))
+        without.append(~has | ~numpy.isin(values[numpy.maximum(last, 0)], stop_ids))
     rows = numpy.flatnonzero(numpy.concatenate(without))
     total = dataset.data.num_rows
     if not len(rows):
         return []
     side = f" ({columns.name})" if columns.name else ""
-    message = f"{len(rows):,} of {total:,} rows{side} have a last trained token other than {stop!r}"
+    message = (
+        f"{len(rows):,} of {total:,} rows{side} have a last trained token other than {' or '.join(map(repr, stops))}"
+    )
     # a few such rows teach little; where all are, the model never stops
     return [
         Finding("STOP_NOT_TRAINED", message, _places(dataset, rows, files), ERROR if len(rows) == total else WARNING)
