@@ -1,6 +1,7 @@
 """The chat templates, one `register_template(...)` call each.
 
-A call holds all that is specific to a format; `utils/template/format.py` renders and encodes all of them.
+A call holds all that is specific to a format; `utils/template/format.py` renders and encodes all of them. What a format
+writes in conversations with tools is in `utils/template/formats/`.
 """
 
 import re
