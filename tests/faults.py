@@ -748,6 +748,27 @@ FAULTS = [
         "tests/data/test_turns.py -k marked_as_bad",
     ),
     Fault(
+        "train_on: a marked answer is trained with the prompt",
+        "utils/template/tokenize.py",
+        "segment if segment.trained or segment.answer else",
+        "segment if segment.trained else",
+        "tests/data/test_prepare.py -k whole_conversation",
+    ),
+    Fault(
+        "train_on: answers that cannot be left out are trained with the prompt",
+        "utils/tasks/sft.py",
+        'if args.train_on == "prompt":',
+        "if False:",
+        "tests/data/test_prepare.py -k with_the_prompt",
+    ),
+    Fault(
+        "answers: those of turns that are cut off are not counted",
+        "utils/data/truncate.py",
+        "* (answers - left)",
+        "* 0",
+        "tests/data/test_prepare.py -k answers_are_counted",
+    ),
+    Fault(
         "weights: only whether an answer is trained counts",
         "utils/template/messages.py",
         'return float(message.get("train", True)) if',
@@ -836,7 +857,7 @@ FAULTS = [
         "truncation: a token too many is left",
         "utils/data/truncate.py",
         'len(encoded["input_ids"]) - max_len) > 0',
-        'len(encoded["input_ids"]) - max_len) > 1',
+        "kept = Shortened(_from(messages, starts[-1]))",
         "tests/data/test_prepare.py tests/data/test_truncate.py "
         "-k 'the_oldest_turns or the_beginning_of_the_last or overlong'",
     ),

@@ -10,9 +10,11 @@ from conftest import write_rows
 
 from utils.args import parse_args
 from utils.data.report import BROKEN_UNICODE, SHORTENED
+from utils.data.truncate import CUT_OFF, MARKED
 from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template, template_dict
+from utils.template.messages import UNTRAINED_ANSWER
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -209,6 +211,53 @@ def test_train_on_the_last_turn(load, tokenizer):
 
     assert said() == "Paris is.<|im_end|>jumps over<|im_end|>"
     assert said("--train_on", "last_turn") == "jumps over<|im_end|>"
+    assert said("--train_on", "last_n:1") == "jumps over<|im_end|>" and said("--train_on", "last_n:2") == said()
+
+
+@pytest.mark.parametrize("template", ["qwen", "auto"])
+def test_train_on_the_whole_conversation_but_answers_that_are_marked(load, tokenizer, template, tmp_path):
+    """Also the system message, the questions and what the format writes; a marked answer and its stop token not."""
+    tokenizer.chat_template = get_template("qwen").to_jinja()
+    template = get_template(template, tokenizer)
+    turns = TURNS
+    encoded = template.encode(turns, tokenizer, train_on="prompt")
+    assert encoded["labels"] == encoded["input_ids"] == template.encode(turns, tokenizer)["input_ids"]
+    marked = [{**turn, "train": False} if turn["content"] == "Paris is." else turn for turn in turns]
+    encoded = template.encode(marked, tokenizer, train_on="prompt")
+    left_out = [token for token, label in zip(*encoded.values(), strict=True) if label == -100]
+    assert tokenizer.decode(left_out) == "Paris is.<|im_end|>"
+    weighted = [{**turn, "train": 2.0} if turn["content"] == "Paris is." else turn for turn in turns]
+    encoded = template.encode(weighted, tokenizer, train_on="prompt")
+    heavy = [token for token, weight in zip(encoded["labels"], encoded["loss_weights"], strict=True) if weight == 2]
+    assert tokenizer.decode(heavy) == "Paris is.<|im_end|>" and -100 not in encoded["labels"]
+
+
+def test_an_answer_that_would_be_trained_with_the_prompt_is_refused(load):
+    rows = [{"messages": TURNS}, {"messages": [*TURNS[:2], {"role": "assistant", "content": " "}, *TURNS[1:]]}]
+    assert load(rows).report.untrained == 1
+    with pytest.raises(UserError, match="rows.jsonl:2 has an empty answer, which --train_on prompt would train"):
+        load(rows, "--train_on", "prompt")
+
+
+def test_answers_are_counted_and_those_not_trained_have_a_reason_and_a_line(load):
+    answer = {"role": "assistant", "content": "Yes."}
+    rows = [
+        {"messages": TURNS},
+        {"messages": [*TURNS[:2], {**answer, "weight": 0}, *TURNS[1:]]},
+        {"messages": [*TURNS[:2], {"role": "assistant", "content": ""}, *TURNS[1:]]},
+        {"messages": [turn for _ in range(60) for turn in ({"role": "user", "content": "Yes?"}, answer)]},
+    ]
+    report = load(rows, "--max_len", "100").report
+    reasons = {group.reason: (group.lines[0], group.count) for group in report.groups(UNTRAINED_ANSWER)}
+    assert report.answers == 2 + 3 + 3 + 60 and report.not_chosen == 0
+    assert reasons == {MARKED: (2, 1), "has an empty answer": (3, 1), CUT_OFF: (4, reasons[CUT_OFF][1])}
+    assert report.untrained == 2 + reasons[CUT_OFF][1] and 0 < reasons[CUT_OFF][1] < 60
+    assert report.untrained_answers() == f"{report.untrained} of 68 answers are not trained"
+    report = load(rows, "--train_on", "last_turn").report
+    assert (report.untrained, report.not_chosen) == (
+        2,
+        68 - 2 - 4,
+    )  # none twice
 
 
 def test_a_row_the_template_cannot_hold_is_named_with_its_turn(load):
