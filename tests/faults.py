@@ -406,7 +406,7 @@ FAULTS = [
     Fault(
         "labels: the break stays in the ids",
         "utils/template/tokenize.py",
-        "        if escape_char:\n            kept",
+        "        if escape_char and escape_char in text:\n            kept",
         "        if False:\n            kept",
         "tests/data/test_prepare.py -k special_tokens_in_content",
     ),
@@ -694,9 +694,23 @@ FAULTS = [
     Fault(
         "auto: marks of what is generated are ignored",
         "utils/template/reading.py",
-        "if template.has_generation_marks() and not any(",
-        "if False and not any(",
+        "if template.has_generation_marks() and not _is_marked(span, marks):",
+        "if False:",
         "tests/template/test_auto.py -k those_that_are_marked",
+    ),
+    Fault(
+        "auto: a derived form that renders another text is used",
+        "utils/template/reading.py",
+        'if "".join(segment.text for segment in segments) != text:',
+        "if False:",
+        "tests/template/test_reading.py -k derived_form",
+    ),
+    Fault(
+        "auto: every conversation is rendered for each answer",
+        "utils/template/reading.py",
+        "if template.form is None or not _is_plain(messages):",
+        "if True:",
+        "tests/template/test_reading.py -k one_rendering",
     ),
     Fault(
         "auto: an answer shown in another form is trained",

@@ -7,7 +7,8 @@ from test_official import NAMES, RESULT, TOOLS, answer, calls, tokenizer_of, use
 
 from utils.runtime.errors import UserError
 from utils.template import get_template
-from utils.template.reading import read_at_once, read_in_parts
+from utils.template.auto import AutoTemplate
+from utils.template.reading import read_as_form, read_at_once, read_in_parts
 
 ALL = ("gptoss", "qwen3", "qwen3_5")  # with calls and thoughts as well, which take longer
 
@@ -108,3 +109,59 @@ def test_a_template_that_shows_a_part_otherwise_is_read_whole(form, in_parts):
     messages = [{**messages[0], "tools": TOOLS}, *messages[1:]] if form is LAST else messages
     parts, _ = both(template, messages)
     assert (parts is not None) == in_parts
+
+
+ODD = [
+    *["one", "two words", "A, b."] * 5,
+    " two",
+    "x\ny\n",
+    "你好",
+    "user",
+    "A.",
+    "<think>why</think>so",
+    "[INST]",
+    "i",
+    "  ",
+    "assistant 0",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_derived_form_locates_what_the_template_itself_shows(name):
+    """Whatever a content looks like, the form reads what the renderings of all prompts say, or it is not used."""
+    draw = random.Random(name)
+    try:
+        template = get_template("auto", tokenizer_of(name))
+    except UserError:
+        return
+    used = 0
+    for _ in range(60 if template.form else 0):
+        messages = [{"role": "system", "content": draw.choice(ODD)}] if draw.random() < 0.5 else []
+        for _ in range(draw.randint(1, 4)):
+            messages += [user(draw.choice(ODD)), answer(draw.choice(ODD))]
+            messages[-1] |= draw.choice([{}, {}, {"train": False}, {"train": 0.5}, {"extra": {"note": "x"}}])
+        messages += [user("last")] * draw.choice([0, 0, 1])
+        try:
+            reading = read_as_form(template, messages)
+        except UserError:
+            continue
+        if reading is not None:
+            used += 1
+            assert reading == read_at_once(template, messages)
+    assert used > 1 or not template.form
+
+
+def test_a_plain_conversation_takes_one_rendering(monkeypatch):
+    """Locating its answers in renderings of every prompt would take three for each answer."""
+    template = get_template("auto", tokenizer_of("qwen2_5"))
+    assert template.form
+    rendered = []
+    original = AutoTemplate.render_with_marks
+    monkeypatch.setattr(
+        AutoTemplate, "render_with_marks", lambda *given: (rendered.append(1), original(*given))[1]
+    )  # fmt: skip
+    messages = plain(random.Random(3), 5)
+    template.check(messages)
+    assert len(rendered) == 1
+    template.check([*messages[:-1], {**messages[-1], "name": "Ann"}])
+    assert len(rendered) > 10

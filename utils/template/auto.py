@@ -1,6 +1,7 @@
 """`--template_name auto`: the tokenizer's own Jinja chat template, with the interface of `Template`."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -10,9 +11,10 @@ from datetime import datetime
 from unittest.mock import patch
 
 from utils.runtime.errors import UserError
+from utils.template.derived import from_renderings
 from utils.template.format import Template
 from utils.template.messages import Message, RowNote, original_fields, select_answers, weight_of, without_marks
-from utils.template.reading import Reading, read_conversation
+from utils.template.reading import Reading, read_as_form, read_at_once, read_conversation
 from utils.template.tokenize import (
     EscapePatterns,
     Segment,
@@ -29,8 +31,9 @@ from utils.template.tokenize import (
 _PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 _CALL_PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
-# the texts that `derive_template` finds again in a rendering
-_SYSTEM, _USER, _ANSWER, _SECOND = "Ssystemtext", "Uusertext", "Aanswertext", "Vsecondtext"
+# conversations whose renderings must be those of the derived form before it is used
+_TURNS = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
+_FORM_PROBES = [_PROBE, _TURNS, [{"role": "system", "content": "Be kind."}, *_TURNS], _TURNS[:-1]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class AutoTemplate:
         null_content: whether a tool call without text is passed with null as content, where the template requires it.
         parts: whether a content is passed as a list of parts, for a template that renders no other form.
         tool_use: the template for conversations with tools; None if the tokenizer has only one.
+        form: the same format as data, by which the answers of plain conversations are located in one rendering; None
+            if no such form renders and labels the same.
     """
 
     chat_template: str
@@ -64,6 +69,7 @@ class AutoTemplate:
     null_content: bool = False
     parts: bool = False
     tool_use: "AutoTemplate | None" = None
+    form: Template | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
@@ -92,6 +98,7 @@ class AutoTemplate:
         default, with_tools = chat_templates_of(tokenizer)
         template = cls(default, tokens, special_token_pattern(tokenizer), date)._fit_input_form()
         template.check(_PROBE)
+        template = replace(template, form=template._derive_form(tokenizer.bos_token or ""))
         return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fit_input_form())
 
     def _fit_input_form(self) -> "AutoTemplate":
@@ -104,6 +111,20 @@ class AutoTemplate:
             if form._accepts(_CALL_PROBE):
                 return form
         return template
+
+    def _derive_form(self, bos: str) -> Template | None:
+        """Derives `form`, and compares what it makes of a few conversations with what the Jinja text makes of them."""
+        try:
+            derived = replace(self, form=from_renderings(self, self.stop_token(), self.special, bos))
+        except (UserError, ValueError):  # refused, or a piece that is not found
+            return None
+        for messages in _FORM_PROBES:
+            try:
+                if read_as_form(derived, messages) not in (None, read_at_once(self, messages)):
+                    return None
+            except UserError:
+                continue  # a role or an order that the template refuses
+        return derived.form
 
     def _select(self, messages: list[Message]) -> "AutoTemplate":
         """Returns the template for a conversation, as `PreTrainedTokenizer.get_chat_template` chooses it."""
@@ -170,7 +191,7 @@ class AutoTemplate:
 
     def has_generation_marks(self) -> bool:
         """Whether the template marks its answers with `{% generation %}`."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        return _marks_answers(self.chat_template)
 
     def check(self, messages: list[Message]) -> None:
         """Raises a `UserError` that names the turn because of which a conversation cannot be trained exactly."""
@@ -274,6 +295,11 @@ def chat_templates_of(tokenizer) -> tuple[str, str | None]:
     return default, with_tools if with_tools != default else None
 
 
+@functools.lru_cache
+def _marks_answers(chat_template: str) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
+
+
 def _with_text_arguments(call):
     function = call.get("function", {}) if isinstance(call, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
@@ -339,69 +365,6 @@ def derive_template(tokenizer) -> Template | None:
         if shows_date(tokenizer):
             return None
         own = AutoTemplate.of(tokenizer)
-        return _from_renderings(own, own.stop_token(), special_token_pattern(tokenizer), tokenizer.bos_token or "")
+        return from_renderings(own, own.stop_token(), special_token_pattern(tokenizer), tokenizer.bos_token or "")
     except (UserError, ValueError):  # refused, or a piece that is not found
         return None
-
-
-def _from_renderings(own: AutoTemplate, stop: str, special: re.Pattern, bos: str) -> Template | None:
-    """As `derive_template`; raises a `ValueError` where a rendering lacks a piece."""
-    user, second = ({"role": "user", "content": text} for text in (_USER, _SECOND))
-    answer = {"role": "assistant", "content": _ANSWER}
-    prompt = own.render([user], True)
-    assistant = prompt.removeprefix(own.render([user]))
-    turns = own.render([user, answer, second], True)
-    after_user, before_answer = _cut(_between(turns, _USER, _ANSWER), assistant)
-    after_answer, rest = _cut(_between(turns, _ANSWER, _SECOND), stop)
-    opening = special.search(rest)  # of the second user's turn
-    if opening is None or not assistant:
-        return None
-    after_stop, before_user = rest[: opening.start()], rest[opening.start() :]
-    head = prompt[: prompt.index(_USER)].removesuffix(before_user)
-    template = Template(
-        name="auto", source="the tokenizer's own chat template", models=(),
-        user=f"{before_user}{{content}}{after_user}", assistant=assistant, before_answer=before_answer,
-        after_answer=after_answer, stop=stop, after_stop=after_stop, bos=head,
-    )  # fmt: skip
-    return _with_system(template, own, before_user, special, bos)
-
-
-def _with_system(
-    template: Template, own: AutoTemplate, before_user: str, special: re.Pattern, bos: str
-) -> Template | None:
-    """Adds the forms of a system message and of the default one; None where the renderings contradict each other.
-
-    Args:
-        template: without a system message; its `bos` is all that a rendering without one begins with.
-        own: the tokenizer's template.
-        before_user: what precedes the content of a user's turn.
-        special: matches the text of any special token.
-        bos: the BOS token; empty if there is none.
-    """
-    try:
-        start = own.render([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}], True)
-    except UserError:
-        return template  # without a system message
-    if _SYSTEM not in start:
-        return template
-    before_system = start[: start.index(_SYSTEM)]
-    after_system = _between(start, _SYSTEM, _USER).removesuffix(before_user)
-    # the BOS token stands before the special token that opens the system turn
-    first = bos if bos and special.match(before_system.removeprefix(bos)) and before_system.startswith(bos) else ""
-    before_system, head = before_system.removeprefix(first), template.bos.removeprefix(first)
-    template = replace(template, bos=first, system=f"{before_system}{{content}}{after_system}")
-    if head.startswith(before_system) and head.endswith(after_system) and head:
-        default = head[len(before_system) : len(head) - len(after_system)]
-        return replace(template, default_system=default)
-    return template if not head else None
-
-
-def _between(text: str, first: str, second: str) -> str:
-    start = text.index(first) + len(first)
-    return text[start : text.index(second, start)]
-
-
-def _cut(text: str, separator: str) -> tuple[str, str]:
-    """As `str.partition`, but raises a `ValueError` if the separator is missing."""
-    start = text.index(separator)
-    return text[:start], text[start + len(separator) :]

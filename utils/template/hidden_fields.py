@@ -64,6 +64,11 @@ def hidden_fields(messages: list[Message], render: Callable[[list[Message]], str
     return list(dict.fromkeys(hidden))
 
 
+def has_reasoning(message: Message) -> bool:
+    """Whether the content of an answer has tags around reasoning."""
+    return message["role"] == "assistant" and _REASONING_TAG.search(message["content"]) is not None
+
+
 def remove_fields(messages: list[Message], hidden: list[tuple[int, str]]) -> list[Message]:
     """Returns the conversation without contents and reasoning that its rendering does not show.
 

@@ -3,11 +3,11 @@
 import functools
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
-from utils.template.hidden_fields import hidden_fields, remove_fields
+from utils.template.hidden_fields import has_reasoning, hidden_fields, remove_fields
 from utils.template.messages import (
     EMPTY_ANSWER,
     MEDIA_FIELDS,
@@ -25,6 +25,7 @@ from utils.template.messages import (
 from utils.template.spans import SpanNotFound, find_answer_span
 
 _FIELD_NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
+_PLAIN_FIELDS = {"role", "content", "train"}
 # a conversation is read twice: when its row is checked, and when its chunk of rows is encoded
 _CACHE_SIZE = 2048
 _PART_TURNS = 6  # a part has at least so many turns and ends before the next question
@@ -61,7 +62,53 @@ def read_conversation(template, dumped: str) -> Reading:
         UserError: the template refuses the conversation.
     """
     messages: list[Message] = json.loads(dumped)
-    return read_in_parts(template, messages, read_at_once) or read_at_once(template, messages)
+    return (
+        read_as_form(template, messages)
+        or read_in_parts(template, messages, read_at_once)
+        or read_at_once(template, messages)
+    )
+
+
+def read_as_form(template, messages: list[Message]) -> Reading | None:
+    """Reads a plain conversation with one rendering, by the form that was derived from the template.
+
+    Returns:
+        None where that form renders another text, or the conversation has more than questions and answers.
+    """
+    if template.form is None or not _is_plain(messages):
+        return None
+    text, marks = template.render_with_marks(messages)
+    try:
+        segments = list(template.form.segments(messages))
+    except UserError:
+        return None
+    if "".join(segment.text for segment in segments) != text:
+        return None
+    ends = list(accumulate(len(segment.text) for segment in segments))
+    # an answer is two segments, its content and its stop token
+    contents = [i for i, segment in enumerate(segments) if segment.answer and segment.content]
+    found = [(ends[i] - len(segments[i].text), ends[i + 1], segments[i].trained) for i in contents]
+    spans = [(start, end) for start, end, weight in found if weight > 0]
+    if template.has_generation_marks() and not all(_is_marked(span, marks) for span in spans):
+        return None
+    return Reading(text, spans, [weight for *_, weight in found if weight > 0], None, [])
+
+
+def _is_plain(messages: list[Message]) -> bool:
+    """Whether a conversation has only texts: after a system message questions, each with at most one answer."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:] or not {*roles} <= {"system", "user", "assistant"}:
+        return False
+    if any(role == "assistant" and before != "user" for before, role in pairwise(["", *roles])):
+        return False
+    return all(
+        message.keys() <= _PLAIN_FIELDS and message["content"].strip() and not has_reasoning(message)
+        for message in messages
+    )
+
+
+def _is_marked(span: tuple[int, int], marks: list[tuple[int, int]]) -> bool:
+    return any(begin < span[1] and span[0] < end for begin, end in marks)
 
 
 def read_at_once(template, messages: list[Message]) -> Reading:
@@ -137,7 +184,7 @@ def _find_span(template, messages: list[Message], turn: int, text: str, marks) -
         span = find_answer_span(messages, turn, text, template.render, template.special)
     except UserError as error:
         raise SpanNotFound("the template refuses without the turns that follow") from error
-    if template.has_generation_marks() and not any(begin < span[1] and span[0] < end for begin, end in marks):
+    if template.has_generation_marks() and not _is_marked(span, marks):
         raise SpanNotFound("the template's own generation marks leave out")
     return span
 

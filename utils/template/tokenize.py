@@ -81,7 +81,7 @@ def encode_segments(
         row = {"input_ids": ids, "labels": labels}
         if any(factor != 1 for factor in factors):
             row["loss_weights"] = _weigh_spans(ids, encoding.offsets, trained, factors, special_ids)
-        if escape_char:
+        if escape_char and escape_char in text:
             kept = [k for k, (start, end) in enumerate(encoding.offsets) if text[start:end] != escape_char]
             row = {name: [column[k] for k in kept] for name, column in row.items()}
         rows.append(row)
