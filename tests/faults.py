@@ -778,8 +778,8 @@ FAULTS = [
     Fault(
         "answers: those of turns that are cut off are not counted",
         "utils/data/truncate.py",
-        "* (answers - left)",
-        "* 0",
+        "answers - left if train_on",
+        "0 if train_on",
         "tests/data/test_prepare.py -k answers_are_counted",
     ),
     Fault(

@@ -54,8 +54,10 @@ def encode_within(
         left = count_answers(messages)
         marked = left - sum(map(is_trained_answer, messages))
         notes = template.notes(messages, train_on)
-        notes += [RowNote(UNTRAINED_ANSWER, MARKED)] * marked + [RowNote(UNTRAINED_ANSWER, CUT_OFF)] * (answers - left)
-        not_chosen = left - marked - sum(map(is_trained_answer, select_answers(messages, train_on)))
+        selected = sum(map(is_trained_answer, select_answers(messages, train_on)))
+        cut_off = answers - left if train_on in ("all_turns", "prompt") else 0  # else they would not be trained anyway
+        notes += [RowNote(UNTRAINED_ANSWER, MARKED)] * marked + [RowNote(UNTRAINED_ANSWER, CUT_OFF)] * cut_off
+        not_chosen = answers - cut_off - marked - selected
         return {**encoded, "shortened": shortened, "notes": notes, "answers": (answers, not_chosen)}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
