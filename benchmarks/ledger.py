@@ -6,8 +6,9 @@
 Blocks of `--block` steps, each with the line of the log at its end, alternate as on, off, off, on, …, so that a
 machine whose speed drifts, or that others use as well, slows both down alike. The result is the median of the ratios
 within neighbouring pairs, and their quartiles: of the processor's time, which other programs hardly change, and of
-the time that passed. All rows have the same number of tokens. Separately timed: the ledger's own work for the rows of
-a step if it holds a million, and writing these. Results are added to benchmarks/results/ledger.json.
+the time that passed. The share of the processor's time within the functions that note losses is not blurred by
+differences between blocks. All rows have the same number of tokens. Separately timed: the ledger's own work for the
+rows of a step if it holds a million, and writing these. Results are added to benchmarks/results/ledger.json.
 """
 
 import argparse
@@ -39,6 +40,23 @@ def write_files(folder: Path, rows: int) -> str:
     return ",".join(files)
 
 
+def count_own_time(trainer, own: list[float]) -> None:
+    """Has the functions that note losses add the processor's seconds of each call to `own`."""
+
+    def timed(function):
+        def call(*args, **kwargs):
+            started = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                own.append(time.process_time() - started)
+
+        return call
+
+    for name in ("add_token_losses", "_take_training"):
+        setattr(trainer, name, timed(getattr(trainer, name)))
+
+
 def switched(trainer, block: int, ends: list[tuple]):
     """A callback that switches the losses of rows on and off, and notes when each block ends."""
     from transformers import TrainerCallback
@@ -57,16 +75,23 @@ def switched(trainer, block: int, ends: list[tuple]):
     return Switch()
 
 
-def time_blocks(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds of each block of one training, of the processor and of the clock."""
+def time_blocks(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], float]:
+    """Trains once.
+
+    Returns:
+        the seconds of each block, of the processor and of the clock, and the share of the processor's time in blocks
+        that note losses which the functions for it take themselves.
+    """
     import main_train
     import utils.train.trainer
 
     ends: list[tuple] = []
+    own: list[float] = []
     prepare = utils.train.trainer.prepare_trainer
 
     def prepare_and_switch(trainer, *given):
         prepare(trainer, *given)
+        count_own_time(trainer, own)
         trainer.add_callback(switched(trainer, args.block, ends))
 
     utils.train.trainer.prepare_trainer = prepare_and_switch
@@ -81,9 +106,10 @@ def time_blocks(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
         ])  # fmt: skip
     finally:
         utils.train.trainer.prepare_trainer = prepare
-    return tuple(
+    processor, clock = (
         [end - start for start, end in zip(times, times[1:], strict=False)] for times in zip(*ends, strict=True)
     )
+    return processor, clock, 2 * sum(own) / sum(processor)  # half of the blocks note losses
 
 
 def ratios(blocks: list[float]) -> list[float]:
@@ -144,11 +170,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        processor, clock = time_blocks(args, Path(folder))
+        processor, clock, own = time_blocks(args, Path(folder))
     import torch
 
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results[args.name or Path(args.model).name] = {
+        "own_share_of_processor": round(own, 5),
         "processor": summary(ratios(processor)), "clock": summary(ratios(clock)),
         "steps_of_a_block": args.block, "rows_of_a_step": args.batch,
         "seconds_of_a_step": round(statistics.median(clock) / args.block, 4),

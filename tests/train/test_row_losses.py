@@ -123,6 +123,18 @@ def test_the_steps_of_a_row_are_those_that_trained_it(train, two_files):
         assert row["last_loss"] == pytest.approx(losses[row["last_step"]], rel=1e-5)
 
 
+def test_streamed_rows_have_their_sources_too(train, two_files):
+    flags = ["--streaming", "true", "--logging_steps", "1", "--max_steps", "4", "--per_device_train_batch_size", "3"]
+    entries = training(train(*MOVING, *flags, data=",".join(two_files)))
+    assert {name for entry in entries for name in entry if "loss/" in name} == {"loss/first", "loss/rest"}
+    for entry in entries:
+        parts = [
+            (entry[f"tokens/{name}"], entry[f"loss/{name}"]) for name in ("first", "rest") if f"loss/{name}" in entry
+        ]
+        whole = sum(tokens * loss for tokens, loss in parts) / sum(tokens for tokens, _ in parts)
+        assert whole == pytest.approx(entry["loss"], rel=1e-5)
+
+
 def test_one_source_has_no_losses_of_its_own(train):
     assert not [name for entry in history(train(*MOVING, *EVERY)) for name in entry if "/" in name]
 

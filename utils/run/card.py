@@ -31,7 +31,7 @@ _MARK = "<!-- written by main_train.py, and again by the next run into this fold
 _NOT_SETTINGS = (
     "config", "train_args_path", "model_name_or_path", "adapter_name_or_path", "train_data_path", "eval_data_path",
     "task_type", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "cache_dir", "local_rank", "precision",
-    "card_samples", "disable_tqdm", "deepspeed",
+    "card_samples", "row_ledger", "disable_tqdm", "deepspeed",
 )  # fmt: skip
 _MAIN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",

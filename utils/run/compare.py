@@ -15,6 +15,7 @@ _A_RUN = f"a run has train_args.json and {STATE}, or checkpoint-N/{STATE}"
 # settings that differ between any two runs and do not change the training
 _NOT_SETTINGS = (
     "config", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "card_samples",
+    "row_ledger",
     "disable_tqdm",
 )  # fmt: skip
 _MISSING = "–"
