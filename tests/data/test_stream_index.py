@@ -117,6 +117,14 @@ def test_a_large_file_that_is_only_read_from_its_start_is_refused(name, tmp_path
     assert error.value.problems[0].flags == ("train_data_path",)
 
 
+def test_a_large_array_on_one_line_is_not_read_to_be_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS))
+    monkeypatch.setattr(stream_index, "MAX_SEQUENTIAL_BYTES", 50)
+    monkeypatch.setattr(stream_index, "has_a_row_a_line", lambda *_: pytest.fail("the line was read"))
+    with pytest.raises(UserError, match="can only be read from its start"):
+        index(tmp_path / "a.jsonl", tmp_path)
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.parquet", "no"), ("a.arrow", "no"), ("a.json", '[{"a": 1}, {')])
 def test_a_broken_file_is_refused(name, text, tmp_path):
     (tmp_path / name).write_text(text)

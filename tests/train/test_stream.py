@@ -215,6 +215,10 @@ def test_other_tasks_stream(train, tmp_path, task, monkeypatch):
     folder = train(*flags, data=write_rows(tmp_path / "data.jsonl", rows))
     found = summary(folder)
     assert (found["rows_trained"], found["rows_dropped"], found["steps"]) == (11, 2, 7)
+    prepared = train(*flags, "--streaming", "false", data=str(tmp_path / "data.jsonl"), output="prepared")
+    history = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (folder, prepared)]
+    tokens = [[entry["num_tokens"] for entry in entries if "num_tokens" in entry][-1:] for entries in history]
+    assert tokens[0] == tokens[1]  # those of rows, not of empty places
     adapters = [load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2, 3)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     assert not all(torch.equal(adapters[1][name], adapters[2][name]) for name in adapters[0])

@@ -218,10 +218,13 @@ def load_stream(args, train_args, encoder: RowEncoder) -> tuple[RowStream, DataR
     stream = RowStream(indices, encoder, args.on_bad_row, order, report)
     stream.sample = _sample(stream, files)
     largest = int(sizes.max())
-    shown = f"shuffled in groups of about {max(args.shuffle_buffer, largest):,}" if shuffled else "in the files' order"
+    how = f"shuffled in groups of about {max(args.shuffle_buffer, largest):,}" if shuffled else "in the files' order"
+    workers = train_args.dataloader_num_workers
+    where = f"in {workers} workers" if workers else "between the steps (--dataloader_num_workers 2: beside them)"
     logger.info(
-        "train data: {:,} rows are streamed, {}; a row that is dropped leaves its place in its step empty", rows, shown
-    )
+        "train data: {:,} rows are streamed, {}, and tokenised {}; a row that is dropped leaves its place in its step "
+        "empty, so an epoch always has the same number of steps", rows, how, where
+    )  # fmt: skip
     return stream, report
 
 

@@ -22,6 +22,7 @@ from utils.runtime.errors import Problem, UserError
 
 CHUNK_ROWS = 256  # of a file whose rows can be found one by one
 MAX_SEQUENTIAL_BYTES = 32 << 20  # of a file that can only be read from its start, which is one chunk
+_LARGE = 2_000_000_000  # bytes; counting takes seconds
 _INDEX_VERSION = 1
 _PARTS, _PART_BYTES = 64, 4096  # of a file, which its fingerprint covers
 
@@ -143,6 +144,8 @@ def _load_or_index(file: str, cache_dir: str | None) -> FileIndex:
             with numpy.load(stored) as arrays:
                 return FileIndex(file, str(arrays["how"]), arrays["rows"], arrays["places"], arrays["lines"], status)
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # there is none, or it is damaged
+            if status[0] > _LARGE:
+                logger.info("counting the rows of {} ({:,.0f} GB), once", file, status[0] / 1e9)
             index = _index(file, status)
         try:
             part = stored.with_suffix(".part.npz")
@@ -159,7 +162,7 @@ def _index(file: str, status: tuple[int, int]) -> FileIndex:
         how, chunks = ROW_GROUPS, _parquet_chunks(file)
     elif kind == ".arrow":
         how, chunks = BATCHES, _arrow_chunks(file)
-    elif Path(file).suffix.lower() in (".jsonl", ".json") and has_a_row_a_line(file):
+    elif Path(file).suffix.lower() in (".jsonl", ".json") and _has_rows_in_lines(file, status[0]):
         how, chunks = LINES, _line_chunks(file)
     elif status[0] <= MAX_SEQUENTIAL_BYTES:
         chunks = _sequential_chunk(file)
@@ -171,6 +174,14 @@ def _index(file: str, status: tuple[int, int]) -> FileIndex:
         )
     rows, places, lines = numpy.array(list(chunks), dtype=numpy.int64).reshape(-1, 3).T
     return FileIndex(file, how, rows, places, lines, status)
+
+
+def _has_rows_in_lines(file: str, size: int) -> bool:
+    """As `has_a_row_a_line`, which would read a large array into memory if it is all of a line."""
+    with open(file, "rb") as opened:
+        if size > MAX_SEQUENTIAL_BYTES and b"\n" not in opened.read(MAX_SEQUENTIAL_BYTES):
+            return False
+    return has_a_row_a_line(file)
 
 
 def _line_chunks(file: str) -> Iterator[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
     texts share rows of `max_len` tokens; a longer text continues in the next row, and nothing is cut off.
     """
     begin, end = _ends(tokenizer)
+    split = "" if args.streaming else "; --packing true would split it"
     allow_special = args.allow_special_tokens_in_content
 
     def encode(texts):
@@ -30,7 +31,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
             return [
                 {"input_ids": ids, "labels": ids, "shortened": False}
                 if len(ids) <= args.max_len
-                else Dropped(f"is too long for --max_len {args.max_len}; --packing true would split it", TOO_LONG)
+                else Dropped(f"is too long for --max_len {args.max_len}{split}", TOO_LONG)
                 for ids in rows
             ]
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]

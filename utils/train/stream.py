@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+import torch
 from loguru import logger
 from torch.utils.data import BatchSampler, DataLoader
 
 from utils.data.encode import EncodedChunk
 from utils.data.report import DataReport, from_stored, to_stored
 from utils.data.stream import STREAM_REPORT, RowOrder, RowStream, raise_refused, refused_rows
-from utils.runtime.distributed import all_gather_objects, any_rank
+from utils.runtime.distributed import all_gather_objects
 from utils.runtime.log import is_main_process
 from utils.train.nonfinite import without_sources
 
@@ -109,22 +110,23 @@ class StreamMixin:
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         reports = [report for batch in batches for report in _take_reports(batch)]
-        self._raise_refused(reports)
+        refused = [report for report in reports if refused_rows(report, self.stream.encoder)]
+        sources = [without_sources(batch)[1] for batch in batches]
+        empty = [batch for batch, real in zip(batches, sources, strict=True) if not real]
+        here = [len(refused), sum(map(len, sources)), sum(map(_count_tokens, empty))]
+        all_refused, rows, tokens = self.accelerator.reduce(torch.tensor(here, device=device), "sum").tolist()
+        if all_refused:  # on every process, as on any of them
+            raise_refused(all_gather_objects(refused), self.stream.encoder, self.how_to_resume())
         if self._epoch == 0:  # later epochs read the same rows
             for report in reports:
                 self._seen.add_chunk(report)
-        self._is_empty_step = not any_rank(any(without_sources(batch)[1] for batch in batches), device)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens -= tokens  # TRL 1.16 will add them
+        self._is_empty_step = not rows
         if self._is_empty_step:
             logger.warning("step {}: all of its rows are dropped, nothing is trained", self.state.global_step + 1)
             count = None if count is None else count.clamp(min=1)
         return batches, count
-
-    def _raise_refused(self, reports: list[EncodedChunk]) -> None:
-        """Raises a UserError on every process if a row of one of them stops the run."""
-        encoder = self.stream.encoder
-        refused = [report for report in reports if refused_rows(report, encoder)]
-        if any_rank(bool(refused), self.args.device):
-            raise_refused(all_gather_objects(refused), encoder, self.how_to_resume())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._is_empty_batch = not without_sources(inputs)[1]
@@ -180,6 +182,13 @@ def collate_stream(collate: Callable, rows: list[dict]):
 
 def _take_reports(batch) -> list[EncodedChunk]:
     return (batch[0] if isinstance(batch, list) else batch).pop(STREAM_REPORT)
+
+
+def _count_tokens(batch) -> int:
+    """The tokens of a batch as TRL 1.16 counts them."""
+    if isinstance(batch, list):
+        return 0
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["position_ids"].numel()
 
 
 def init_worker(workers: int, rank: int, worker: int) -> None:
