@@ -3318,6 +3318,7 @@ FAULTS = [
         'names.insert(1, "loss/")',
         "pass",
         "tests/run/test_plot.py -k sources",
+    ),
     Fault(
         "stream: tokens in place of dropped rows are counted",
         "utils/train/stream.py",
