@@ -38,6 +38,8 @@ class CommonArgs:
         "Training data: files (jsonl, json, csv, parquet, arrow; txt for pretrain), folders, globs; separated by "
         "commas. "
         "In a folder whose files are named after splits, as on the hub, only the training split is read. "
+        "A mixture: weights after colons, a.jsonl:0.7,b.parquet:0.3, or a YAML file with a list of sources "
+        "(docs/data.md). "
         "Default: the task's sample in data/.",
     )
     eval_data_path: str | None = arg(
@@ -67,6 +69,25 @@ class CommonArgs:
         10_000,
         "With --streaming true: how many rows are shuffled among each other, after parts of files of 256 rows "
         "(Parquet: row groups) are. Each process, and each of --dataloader_num_workers, holds their text in memory.",
+    )
+    mixing_strategy: Literal["concat", "interleave", "weighted"] | None = arg(
+        None,
+        "How an epoch mixes the entries of --train_data_path. concat: all rows of each, shuffled together. interleave: "
+        "a row of each in turn. weighted: as many of each as the weights say. Default: weighted where they have "
+        "weights, concat in a YAML file without; a plain list of files is not a mixture.",
+    )
+    mixing_unit: Literal["rows", "tokens"] = arg(
+        "rows", "With weighted: whether weights are shares of the rows (packed ones, with --packing) or of the tokens."
+    )
+    mixing_stop: Literal["first_exhausted", "all_exhausted"] = arg(
+        "first_exhausted",
+        "With interleave and weighted: an epoch ends with the last row of the first source that is used up, or once "
+        "all are, and the others begin anew.",
+    )
+    curriculum: str = arg(
+        "none",
+        "none; length: rows in order of their tokens, short first; column:NAME: in order of a number in the raw rows, "
+        "small first. Every epoch has the same order.",
     )
     template_name: str = arg(
         "qwen",

@@ -10,6 +10,7 @@ from loguru import logger
 
 from utils.config.flags import fits, suggest_flag, type_in_words
 from utils.data.files import TEXT_SUFFIXES, find_files
+from utils.data.sources import plain_paths
 from utils.data.stream_index import fingerprint
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest_path
@@ -169,6 +170,7 @@ class ConfigFile:
         then = {entry["file"]: entry[name] for entry in self._files(part)}
         if not then:
             return []
+        path = plain_paths(path) if part == "train" else path
         now = {file: checksum(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
         found = []
         for file, sha in now.items():

@@ -11,6 +11,7 @@ from utils.config import (
     deepspeed,
     defaults,
     from_adapter,
+    mixing,
     model_path,
     output_dir,
     recipe,
@@ -59,6 +60,7 @@ STEPS = (
     Step("deepspeed", deepspeed.resolve_plugin, deepspeed.validate_plugin, needs_train_args=True),
     Step("output_dir", output_dir.resolve, output_dir.validate, needs_train_args=True),
     Step("validate", validate=validate.validate),
+    Step("mixing", validate=mixing.validate, needs_train_args=True),
     Step("streaming", validate=streaming.validate, needs_train_args=True),
     Step("task", validate=_validate_task, needs_train_args=True),
 )

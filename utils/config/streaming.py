@@ -1,5 +1,6 @@
 """Checks of `--streaming true`: settings that need all rows at once, or another order of rows, are refused by name."""
 
+from utils.data.sources import is_mixture
 from utils.runtime.errors import Problem, refusal
 
 
@@ -26,6 +27,10 @@ def validate(settings) -> list[Problem]:
         problems += _refuse("precompute_ref_log_probs", "true", "stores a number for each row; leave it out")
     if common.row_ledger:
         problems += _refuse("row_ledger", "true", "keeps the losses of all rows in memory; leave it out")
+    if is_mixture(common):
+        problems += _refuse("train_data_path", repr(common.train_data_path), "draws from all rows; give plain files")
+    if common.curriculum != "none":
+        problems += _refuse("curriculum", common.curriculum, "sorts all rows; leave it out")
     strategy = train_args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         problems += _refuse("train_sampling_strategy", strategy, "sorts all rows; give random or sequential")

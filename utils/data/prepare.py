@@ -52,6 +52,8 @@ class Data:
             `--train_data_path`. The column `source` of a row holds the index of its file.
         eval_source_names: the same of the files of the validation rows.
         stream: the rows that are trained on, with `--streaming true`; else None.
+        order: the order of each epoch's rows, where it is not the one that the trainer draws: a `Mixture`, or a
+            `FixedOrder`.
     """
 
     train: Any
@@ -62,9 +64,12 @@ class Data:
     source_names: tuple[str, ...] = ()
     eval_source_names: tuple[str, ...] = ()
     stream: RowStream | None = None
+    order: Any = None
 
     def rows_in_epoch(self) -> int:
         """Counts the rows that an epoch takes, packed ones as one; of a stream also those that will be dropped."""
+        if self.order is not None:
+            return len(self.order)
         return len(self.train if self.stream is None else self.stream)
 
     def checked(self) -> DataReport:
@@ -86,6 +91,10 @@ def load_train_and_eval(args, train_args, encoder: RowEncoder) -> Data:
         raise UserError("--train_data_path is missing; give data files")
     options = (encoder, args.on_bad_row, args.cache_dir, getattr(train_args, "dataset_num_proc", None))
     stream = None
+    if args.train_data_path == "" and args.eval_data_path:  # of a mixture, whose sources are prepared one by one
+        rows, report = load_rows(args.eval_data_path, "--eval_data_path", *options)
+        names = name_sources(args.eval_data_path, "--eval_data_path", encoder.suffixes, report.files)
+        return Data(rows, rows, report, report, eval_source_names=names)
     if args.streaming:
         stream, report = load_stream(args, train_args, encoder)
         train = stream.sample

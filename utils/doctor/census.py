@@ -121,3 +121,22 @@ def take_census(paths: str, flag: str, task: Task, special: re.Pattern | None = 
     whole.rows, whole.questions = numpy.array(whole.rows, numpy.uint64), numpy.array(whole.questions, numpy.uint64)
     whole.scripts = numpy.array(whole.scripts, numpy.uint8).reshape(-1, 2)
     return whole
+
+
+def join(parts: list[Census]) -> Census:
+    """Joins the census of several sources; the numbers of their files continue from one to the next."""
+    import numpy
+
+    if len(parts) == 1:
+        return parts[0]
+    joined, starts = Census(), numpy.cumsum([0, *(len(part.files) for part in parts)])
+    for part, start in zip(parts, starts, strict=False):
+        first = encode_source(int(start), 0)
+        joined.files += part.files
+        joined.problems += part.problems
+        part.sources = part.sources + first
+        for code, found in part.flags.items():
+            joined.flags.setdefault(code, []).extend((source + first, detail) for source, detail in found)
+    for name in ("sources", "rows", "questions", "scripts"):
+        setattr(joined, name, numpy.concatenate([getattr(part, name) for part in parts]))
+    return joined

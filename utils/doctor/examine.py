@@ -12,7 +12,9 @@ from typing import Any
 
 from loguru import logger
 
-from utils.doctor.census import Census, take_census
+from utils.data.load_sources import split_sources
+from utils.data.sources import is_mixture
+from utils.doctor.census import Census, join, take_census
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding, findings_of, in_order, with_severity
 from utils.doctor.resources import disk_findings, memory_findings, quantised_findings
@@ -199,7 +201,7 @@ def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[F
         return
     special = _special_text_pattern(args, tokenizer) if tokenizer is not None else None
     options = (args.task, special)
-    train = _try_check(examined, "the rows", lambda: take_census(args.train_data_path, "--train_data_path", *options))
+    train = _try_check(examined, "the rows", lambda: _training_census(args, special))
     if train is None:
         return
     held_back = None
@@ -215,6 +217,12 @@ def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[F
     elif data.eval is not None and data.eval_report is None:
         train, held_back = _split_by_val_size(train, data)
     examined.findings += census_findings(train, held_back)
+
+
+def _training_census(args, special) -> Census:
+    """The census of the training rows, each source of a mixture read with its own columns."""
+    parts = [alone for _, alone in split_sources(args)] if is_mixture(args) else [args]
+    return join([take_census(part.train_data_path, "--train_data_path", part.task, special) for part in parts])
 
 
 def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:

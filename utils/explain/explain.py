@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,7 +125,7 @@ def _measure(data: Data, row_type) -> Rows:
     """
     rows, count = measure(data.train, row_type), data.rows_in_epoch()
     if data.stream is None:
-        return rows
+        return replace(rows, order=None if data.order is None else data.order.indices(0))
     if count > _MAX_STREAMED:
         raise UserError(
             f"--streaming true: the {count:,} rows of --train_data_path are too many to plan, at most "

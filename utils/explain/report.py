@@ -1,5 +1,6 @@
 """Formats the preview that utils.script.explain prints."""
 
+from utils.data.mixture import Mixture, format_mixture
 from utils.model.source import given_model
 from utils.runtime.text import format_count, format_setting
 
@@ -43,6 +44,7 @@ def plan_lines(explained) -> list[str]:
         ("model", f"{given_model(args.model_name_or_path)}{_weights(explained.weights)}"),
         ("rows", _rows(explained)),
     ]
+    rows += [("" if number else "an epoch", line) for number, line in enumerate(_order(explained.data.order))]
     rows += [("steps", _steps(explained)), ("update", _update(plan)), ("tokens", _tokens(plan))]
     rows += [("a pass", _pass(plan)), ("learning rate", _rate(explained))]
     rows += [(name, _occasion(explained, kind)) for name, kind in
@@ -75,6 +77,13 @@ def _rows(explained) -> str:
             f", {-more:,} of an epoch are left out (--dataloader_drop_last)"
         )  # fmt: skip
     return f"{text}, {plan['rows_to_evaluate']:,} evaluate" if plan["rows_to_evaluate"] else text
+
+
+def _order(order) -> list[str]:
+    """The rows of each source in an epoch, or the name of the order."""
+    if order is None:
+        return []
+    return [order.name, *format_mixture(order.table())] if isinstance(order, Mixture) else [order.name]
 
 
 def _steps(explained) -> str:

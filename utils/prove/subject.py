@@ -13,6 +13,7 @@ from typing import Any
 from loguru import logger
 
 from utils.data.files import read_rows
+from utils.data.load_sources import refuse_unless_plain
 from utils.data.places import row_location
 from utils.data.prepare import Data
 from utils.model.adapter import adapter_of, build_adapter
@@ -42,6 +43,7 @@ class Subject:
     """
 
     def __init__(self, args, train_args, count: int, dropout: float, flags: list[str], scratch: Path):
+        refuse_unless_plain(args, "utils.script.prove")
         self.args, self.train_args = args, train_args
         self.dropout, self.flags, self.scratch = dropout, flags, scratch
         self.task = args.task
@@ -76,7 +78,7 @@ class Subject:
             logger.warning(
                 "all of these rows are of one length, which puts padding and accumulation hardly to the test"
             )
-        return dataclasses.replace(data, train=data.train.select(chosen), eval=None, stream=None)
+        return dataclasses.replace(data, train=data.train.select(chosen), eval=None, stream=None, order=None)
 
     @functools.cached_property
     def raw_rows(self) -> list[Any]:

@@ -232,7 +232,21 @@ def _data(record: dict) -> list[str]:
     return [
         markdown_table(["rows", "read", "kept", "left out", "tokens", "trained tokens"], parts),
         markdown_table(["file", "bytes", "sha256"], files),
+        *_mixture(record),
     ]
+
+
+def _mixture(record: dict) -> list[str]:
+    """What was drawn of each source of a mixture."""
+    table = (record.get("summary") or {}).get("mixture")
+    if not table:
+        return []
+    rows = [
+        (inline_code(line["source"]), f"{line['rows']:,} ({100 * line['share_of_rows']:.1f} %)",
+         f"{line['tokens']:,} ({100 * line['share_of_tokens']:.1f} %)", f"{line['epochs']:.3g}")
+        for line in table
+    ]  # fmt: skip
+    return [markdown_table(["source", "rows drawn", "tokens, by the mean of its rows", "times its rows"], rows)]
 
 
 def _checksum(file: dict) -> Markdown:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.data.mixture import Mixture, format_mixture
+from utils.runtime.distributed import world_size
+from utils.train.plan import rows_of_epochs
 from utils.train.row_ledger import format_counts
 
 
@@ -26,6 +29,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         **evaluation_summary(trainer),
         "gpu_memory": _gpu_memory(trainer),
         **_ledger_counts(trainer),
+        **_mixture(trainer, data),
         "next": f"python -m utils.script.infer --model_path {shlex.quote(str(folder))}",
     }
 
@@ -34,6 +38,18 @@ def _ledger_counts(trainer) -> dict:
     """The counts of the row ledger, if the run has one."""
     ledger = getattr(trainer, "ledger", None)
     return {"row_ledger": ledger.counts()} if ledger is not None else {}
+
+
+def _mixture(trainer, data) -> dict:
+    """What was drawn of each source of a mixture."""
+    if not isinstance(data.order, Mixture):
+        return {}
+    rows = rows_of_epochs(trainer.args, len(data.order), world_size(), trainer.state.global_step)
+    return {"mixture": data.order.table(data.order.count_drawn(rows))}
+
+
+def _mixture_lines(summary: dict) -> str:
+    return "".join(f"  drawn of         {line}\n" for line in format_mixture(summary.get("mixture", [])))
 
 
 def _gpu_memory(trainer) -> int | None:
@@ -64,12 +80,13 @@ def print_summary(summary: dict) -> None:
         "  training rows    {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"
         "  steps            {steps:,}{skipped}\n"
         "  loss             {first} at first, {last} at last\n"
-        "{evaluation}{ledger}"
+        "{mixed}{evaluation}{ledger}"
         "talk to it:\n  {next}",
         first=loss(summary["first_loss"]),
         last=loss(summary["last_loss"]),
         evaluation=evaluation_lines(summary),
         ledger=_ledger_line(summary),
+        mixed=_mixture_lines(summary),
         skipped=skipped,
         untrained=untrained,
         **summary,

@@ -23,6 +23,7 @@ from utils.storage.files import project_path
 
 # flags of main_train.py that do not change the memory, and whose paths need not exist on this machine
 _NOT_NEEDED = ("train_data_path", "eval_data_path", "val_size", "streaming", "shuffle_buffer", "output_dir",
+               "mixing_strategy", "mixing_unit", "mixing_stop", "curriculum",
                "cache_dir", "resume_from_checkpoint",
                "report_to", "overwrite_output_dir", "push_to_hub", "hub_model_id")  # fmt: skip
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from utils.args import parse_args
 from utils.config.flags import arg, make_parser, read_flags, split_own
+from utils.data.mixture import Mixture, format_mixture
 from utils.data.places import RowLocations, decode_source
 from utils.data.row_type import Sequence
 from utils.runtime.command import run_command
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {group.file}: {RowLocations(group.lines, group.count)} {group.reason}")
     share = 100 * report.trained_tokens / max(report.tokens, 1)
     print(f"tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)")
+    if isinstance(data.order, Mixture):
+        print("\n".join(["an epoch of the mixture has of", *format_mixture(data.order.table())]))
     lengths = [row_type.length(row) for row in data.train]
     print(census(lengths, args.max_len))
 

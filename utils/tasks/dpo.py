@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from utils.data.bad_rows import BadRow
 from utils.data.encode import build_row_encoder
+from utils.data.load_sources import loads_sources
 from utils.data.pairs import Pair, to_pair
 from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import PAIR
@@ -16,6 +17,7 @@ from utils.tasks.task import Task, no_problems
 from utils.template.messages import UNTRAINED_ANSWER, count_answers
 
 
+@loads_sources
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares pairs as `prompt_ids`, and `…_ids` and `…_labels` of both answers."""
 

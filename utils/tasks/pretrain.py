@@ -3,6 +3,7 @@
 from utils.data.conversations import to_text
 from utils.data.encode import build_row_encoder
 from utils.data.files import TEXT_SUFFIXES
+from utils.data.load_sources import loads_sources
 from utils.data.prepare import Data, load_train_and_eval
 from utils.data.report import TOO_LONG, Dropped
 from utils.data.row_types import PLAIN_TEXT
@@ -13,6 +14,7 @@ from utils.tasks.task import Task
 from utils.template.tokenize import Segment, encode_segments
 
 
+@loads_sources
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares texts: each ends with the tokenizer's EOS token, and all ids are labels.
 

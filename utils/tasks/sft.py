@@ -6,6 +6,7 @@ from utils.data.bad_rows import BadRow
 from utils.data.collate import build_collator as _collator
 from utils.data.conversations import to_messages
 from utils.data.encode import build_row_encoder
+from utils.data.load_sources import loads_sources
 from utils.data.prepare import Data, load_train_and_eval
 from utils.data.row_types import CONVERSATION
 from utils.data.truncate import check_all, cut_far, encode_within
@@ -18,6 +19,7 @@ from utils.template.messages import UNTRAINED_ANSWER, without_marks
 from utils.train.token_losses import check_weighted_loss
 
 
+@loads_sources
 def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares conversations as `input_ids` and `labels`; answers and their stop tokens are labelled."""
     truncate = args.overlong == "truncate"

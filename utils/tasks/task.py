@@ -43,7 +43,8 @@ class Task:
         name: of `--task_type`.
         family: a tag of the model card, shared by the modes of one method; the name by default.
         row_type: of its rows.
-        load_datasets: (args, train_args, template or None, tokenizer) → `utils.data.prepare.Data`.
+        load_datasets: (args, train_args, template or None, tokenizer) → `utils.data.prepare.Data`. The decorator
+            `utils.data.load_sources.loads_sources` extends it to mixtures and `--curriculum`.
         build_trainer: (args, train_args, model, adapter, data, collator, tokenizer) → transformers' Trainer.
         build_collator: (args, train_args, tokenizer) → function of prepared rows to the tensors of a step. By default
             the trainer's step gets the list of prepared rows.

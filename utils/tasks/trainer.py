@@ -86,6 +86,7 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
     trainer = _construct(Trainer, train_args, model, data, data_collator=collator, processing_class=tokenizer, **more)
     if data.stream is not None:  # TRL 1.16's constructor takes only a `datasets.Dataset`: the first rows
         trainer.stream = data.stream
+    trainer.order = data.order
     trainer.prepare_weights()
     add_noise(trainer)
     resolve_aux_loss(trainer)
@@ -101,11 +102,15 @@ def make_trainer(trainer_class: type, args, train_args, model, adapter, data: Da
 
 def _mix_ins(data: Data) -> tuple[type, ...]:
     """The classes that every task's trainer is extended by for these rows."""
-    if data.stream is None:
-        return ()
-    from utils.train.stream import StreamMixin  # imports torch
+    if data.stream is not None:
+        from utils.train.stream import StreamMixin  # imports torch
 
-    return (StreamMixin,)
+        return (StreamMixin,)
+    if data.order is not None:
+        from utils.train.order import OrderMixin  # imports torch
+
+        return (OrderMixin,)
+    return ()
 
 
 def _construct(trainer_class: type, train_args, model, data: Data, **options):

@@ -57,6 +57,8 @@ class AutoTemplate:
         tool_use: the template for conversations with tools; None if the tokenizer has only one.
         form: the same format as data, by which the answers of plain conversations are located in one rendering; None
             if no such form renders and labels the same.
+        arguments: name → value as JSON of further arguments of the template.
+        system: the system message of conversations without one; empty for none.
     """
 
     chat_template: str
@@ -70,6 +72,8 @@ class AutoTemplate:
     parts: bool = False
     tool_use: "AutoTemplate | None" = None
     form: Template | None = field(default=None, repr=False, compare=False)
+    arguments: tuple[tuple[str, str], ...] = ()
+    system: str = ""
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
@@ -152,19 +156,28 @@ class AutoTemplate:
             raise UserError("the conversation is empty; it needs at least one message")
         if (template := self._select(messages)) is not self:
             return template.render_with_marks(messages, prompt)
+        tools = messages[0].get("tools")
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
         try:
             with fixed_date(self.date):
                 texts, marks = render_jinja_template(
                     [[self._as_input(message) for message in messages]],
-                    tools=messages[0].get("tools"),
+                    tools=tools,
                     chat_template=self.chat_template,
                     add_generation_prompt=prompt,
                     return_assistant_tokens_mask=self.has_generation_marks(),
                     **dict(self.tokens),
+                    **{name: json.loads(value) for name, value in self.arguments},
                 )
         except Exception as error:  # Jinja's own, or whatever the template's code runs into
             raise UserError(f"{self.label} refuses it: {error}") from error
         return texts[0], [tuple(span) for span in marks[0]] if marks else []
+
+    def variables(self) -> set[str]:
+        """The words in the template's code, among them its arguments."""
+        code = re.findall(r"\{[{%].*?[%}]\}", self.chat_template, re.DOTALL)
+        return {word for part in code for word in re.findall(r"[A-Za-z_]\w*", part)}
 
     @property
     def label(self) -> str:

@@ -26,6 +26,7 @@ class Rows:
         longest: the length of the longest sequence, [rows]; padding fills a batch up to the largest of these.
         examples: how many rows of the files each holds, [rows]; more than 1 if they are packed.
         sequences: how many sequences a row becomes: 2 for a preference pair.
+        order: indices of the rows of the first epoch, in order; None for those that the trainer draws.
     """
 
     tokens: numpy.ndarray
@@ -33,6 +34,11 @@ class Rows:
     longest: numpy.ndarray
     examples: numpy.ndarray
     sequences: int
+    order: numpy.ndarray | None = None
+
+    def in_epoch(self) -> numpy.ndarray:
+        """The indices of the rows of the first epoch, some of which may be missing, and others repeated."""
+        return numpy.arange(len(self.tokens)) if self.order is None else self.order
 
 
 def measure(dataset, row_type: RowType) -> Rows:
@@ -82,6 +88,20 @@ def steps_of(train_args, rows: int, processes: int) -> int:
     return _total_steps(train_args, math.ceil(passes / train_args.gradient_accumulation_steps))
 
 
+def rows_of_epochs(train_args, rows: int, processes: int, steps: int) -> list[int]:
+    """How many rows each epoch has trained after `steps` updates, of `rows` rows an epoch.
+
+    `rows=10` in steps of 4, after 4 steps → `[10, 4]`
+    """
+    passes = passes_per_epoch(train_args, rows, processes)
+    of_pass = train_args.per_device_train_batch_size * processes
+    per_epoch = math.ceil(passes / train_args.gradient_accumulation_steps)
+    epochs, rest = divmod(steps, per_epoch)
+    complete = min(rows, passes * of_pass)
+    of_rest = min(complete, rest * train_args.gradient_accumulation_steps * of_pass)
+    return [complete] * epochs + ([of_rest] if rest else [])
+
+
 def _total_steps(train_args, per_epoch: int) -> int:
     """The number of updates, counted as transformers 5.23 does in Trainer.set_initial_training_values."""
     return train_args.max_steps if train_args.max_steps > 0 else math.ceil(train_args.num_train_epochs * per_epoch)
@@ -110,13 +130,15 @@ def _batches(train_args, rows: Rows, processes: int, rank: int) -> list[list[int
     lengths, size = rows.tokens.tolist(), train_args.train_batch_size
     seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     steps, drop_last = train_args.gradient_accumulation_steps, train_args.dataloader_drop_last
-    if train_args.train_sampling_strategy == "batch_rebalance":
+    if rows.order is not None:
+        order = rows.order.tolist()
+    elif train_args.train_sampling_strategy == "batch_rebalance":
         return list(
             BatchRebalanceSampler(
                 lengths, size * steps * processes, dp_size=processes, grad_accum=steps, rank=rank, drop_last=drop_last
             )
         )
-    if train_args.train_sampling_strategy == "group_by_length":
+    elif train_args.train_sampling_strategy == "group_by_length":
         order = LengthGroupedSampler(size * steps, lengths=lengths, generator=torch.Generator().manual_seed(seed))
     elif train_args.train_sampling_strategy == "sequential":
         order = SequentialSampler(lengths)
@@ -147,9 +169,10 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
         UserError: no row is left to train, or there are too many updates to plan.
     """
     updates = first_epoch(train_args, rows, processes)
+    count = len(rows.in_epoch())
     if not updates:
         raise UserError(
-            f"--dataloader_drop_last true leaves none of the {len(rows.tokens):,} rows: --per_device_train_batch_size "
+            f"--dataloader_drop_last true leaves none of the {count:,} rows: --per_device_train_batch_size "
             f"{train_args.per_device_train_batch_size} on {processes} processes takes more; give less of them"
         )
     per_epoch = len(updates)
@@ -160,10 +183,10 @@ def plan(train_args, rows: Rows, evaluated: int, processes: int, padded: bool) -
         "epochs": steps / per_epoch,
         "processes": processes,
         "passes_per_update": train_args.gradient_accumulation_steps,
-        "rows": len(rows.tokens),
-        "examples": int(rows.examples.sum()),
+        "rows": count,
+        "examples": int(rows.examples[rows.in_epoch()].sum()),
         # repeated so that all processes have equally many; below 0, rows left out by --dataloader_drop_last
-        "rows_repeated": sum(len(batch) for update in updates for step in update for batch in step) - len(rows.tokens),
+        "rows_repeated": sum(len(batch) for update in updates for step in update for batch in step) - count,
         **_sizes(updates[:steps], rows, padded),
         "warmup_steps": train_args.get_warmup_steps(steps),
         "learning_rate": _rates(train_args, steps),

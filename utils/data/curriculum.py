@@ -1,0 +1,65 @@
+"""`--curriculum`: rows in order of their length, or of a number in the raw rows, easy first."""
+
+import math
+
+import numpy
+
+from utils.data.files import read_rows
+from utils.data.lengths import sequence_lengths
+from utils.data.mixture import FixedOrder
+from utils.data.places import decode_source, encode_source, format_sources
+from utils.runtime.errors import Problem, UserError
+
+COLUMN = "column:"
+_SHOWN = 100  # rows without a number
+
+
+def curriculum_order(args, train_args, data) -> FixedOrder:
+    """Returns the order of `--curriculum`, the same in every epoch; equal rows are in an order drawn by the seed.
+
+    Args:
+        args: CommonArgs.
+        train_args: the recipe's TrainArgument.
+        data: the prepared rows.
+
+    Raises:
+        UserError: a row has no number in the column.
+    """
+    if args.curriculum.startswith(COLUMN):
+        values = _column_values(args.curriculum.removeprefix(COLUMN), data)
+    else:
+        values = _lengths(data.train, args.task.row_type)
+    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
+    drawn = numpy.random.default_rng(seed).permutation(len(values))
+    return FixedOrder(drawn[numpy.argsort(values[drawn], kind="stable")], f"--curriculum {args.curriculum}")
+
+
+def _lengths(dataset, row_type) -> numpy.ndarray:
+    """The tokens of each row, [rows]."""
+    batches = dataset.with_format("arrow").iter(10_000)
+    return numpy.concatenate([sum(sequence_lengths(batch, row_type)) for batch in batches])
+
+
+def _column_values(name: str, data) -> numpy.ndarray:
+    """The numbers of a column of the raw rows, [rows]; the files are read again for them."""
+    sources = [decode_source(source[0]) for source in data.train["source"]]
+    wanted = set(sources)
+    found: dict[tuple[int, int], float] = {}
+    for number, file in enumerate(data.report.files):
+        for raw in read_rows(file):
+            place = (number, raw.line)
+            if place in wanted and isinstance(raw.value, dict) and _is_number(raw.value.get(name)):
+                found[place] = float(raw.value[name])
+    if missing := wanted - found.keys():
+        places = format_sources((encode_source(*place) for place in sorted(missing)[:_SHOWN]), data.report.files)
+        count = f"{len(missing):,} of {len(wanted):,} rows"
+        message = (
+            f"--curriculum {COLUMN}{name}: {count} have no number in {name!r}:{places}\n"
+            "   Give each a number, name another column, or use --curriculum length"
+        )
+        raise UserError(Problem(message, flags=("curriculum",)))
+    return numpy.array([found[place] for place in sources])
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,197 @@
+"""The order of the rows of an epoch: mixed from several sources, or in a fixed order, a pure function of the epoch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+
+from utils.data.sources import Source
+from utils.runtime.errors import Problem, UserError
+
+CONCAT, INTERLEAVE, WEIGHTED = "concat", "interleave", "weighted"
+ROWS, TOKENS = "rows", "tokens"
+FIRST, ALL = "first_exhausted", "all_exhausted"
+_TINY = 1e-9  # of rows: errors of floating-point numbers
+
+
+@dataclass(frozen=True)
+class FixedOrder:
+    """The same order of rows in every epoch.
+
+    Attributes:
+        rows: indices of the prepared rows, [rows].
+        name: describes the order, for checkpoints: `--curriculum length`.
+    """
+
+    rows: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def indices(self, epoch: int) -> numpy.ndarray:
+        """The indices of the rows of an epoch, [rows], in the order in which they are trained."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of each epoch, drawn from several sources whose prepared rows follow each other in one dataset.
+
+    How many rows of each source an epoch has is fixed, so that its steps are known before the training; which rows,
+    and their order, is drawn anew for each epoch from the seed and the number of the epoch.
+
+    Attributes:
+        sources: the settings of each.
+        sizes: prepared rows of each, [sources].
+        tokens: mean tokens of a row of each, [sources].
+        strategy: `concat`, `interleave` or `weighted`; `unit` and `stop` as `--mixing_unit` and `--mixing_stop`.
+        seed: of the order.
+        counts: rows of each in an epoch, [sources].
+    """
+
+    sources: tuple[Source, ...]
+    sizes: tuple[int, ...]
+    tokens: tuple[float, ...]
+    strategy: str
+    unit: str = ROWS
+    stop: str = FIRST
+    seed: int = 42
+    counts: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self):
+        for source, size in zip(self.sources, self.sizes, strict=True):
+            if source.rows is not None and source.rows > size:
+                raise _refused(source, f"rows: {source.rows:,} asks for more than the {size:,} rows that can be used")
+        counts = {CONCAT: self._concat, INTERLEAVE: self._interleave, WEIGHTED: self._weighted}[self.strategy]()
+        object.__setattr__(self, "counts", tuple(int(count) for count in counts))
+        for source, count in zip(self.sources, self.counts, strict=True):
+            if not count:
+                raise _refused(source, "gives no row to an epoch; raise its weight, rows or repeat")
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def name(self) -> str:
+        """Everything that the order depends on beside the rows, for checkpoints."""
+        how = {CONCAT: "", INTERLEAVE: f", {self.stop}", WEIGHTED: f" by {self.unit}, {self.stop}"}[self.strategy]
+        parts = []
+        for source in self.sources:
+            own = {
+                "weight": source.weight,
+                "rows": source.rows,
+                "repeat": source.repeat if source.repeat != 1 else None,
+            }
+            given = [f"{key} {value:g}" for key, value in own.items() if value is not None]
+            parts.append(f"{source.name} ({', '.join(given)})" if given else source.name)
+        return f"{self.strategy}{how}: {'; '.join(parts)}"
+
+    # ------------------------------------------------------------------ how many rows of each source
+    def _available(self) -> numpy.ndarray:
+        """The rows of each source that one pass through it takes, [sources]."""
+        taken = [source.rows or size for source, size in zip(self.sources, self.sizes, strict=True)]
+        return numpy.array(taken, numpy.int64)
+
+    def _concat(self) -> numpy.ndarray:
+        repeats = numpy.array([source.repeat for source in self.sources])
+        return numpy.floor(self._available() * repeats + 0.5).astype(numpy.int64)
+
+    def _interleave(self) -> numpy.ndarray:
+        """As `datasets.interleave_datasets`: one row of each in turn, until the shortest or the longest is used up."""
+        available = self._available()
+        return numpy.full(len(available), available.min() if self.stop == FIRST else available.max())
+
+    def _weighted(self) -> numpy.ndarray:
+        """The shares of the weights, of as many rows as use up the first source, or all of them."""
+        available = self._available()
+        shares = numpy.array([source.weight for source in self.sources], float)
+        if self.unit == TOKENS:
+            shares /= numpy.array(self.tokens)  # share of rows = share of tokens / tokens of a row
+        shares /= shares.sum()
+        needed = available / shares  # rows of an epoch that goes through each source once
+        total = int(needed.min() + _TINY) if self.stop == FIRST else int(numpy.ceil(needed.max() - _TINY))
+        counts = numpy.floor(total * shares + _TINY).astype(numpy.int64)
+        rest = numpy.argsort(counts - total * shares, kind="stable")[: total - counts.sum()]  # largest remainders
+        counts[rest] += 1
+        return counts
+
+    # ------------------------------------------------------------------ which rows, in which order
+    def indices(self, epoch: int) -> numpy.ndarray:
+        """The indices of the rows of an epoch, [rows], in the order in which they are trained.
+
+        A row comes again only after all others of its source have come.
+        """
+        slots = self._slots(epoch)
+        rows = numpy.empty(len(slots), numpy.int64)
+        start = 0
+        for number, size in enumerate(self.sizes):
+            rows[slots == number] = start + self._drawn(number, epoch)
+            start += size
+        return rows
+
+    def _slots(self, epoch: int) -> numpy.ndarray:
+        """The number of the source of each row of an epoch, [rows]."""
+        if self.strategy == INTERLEAVE:
+            return numpy.tile(numpy.arange(len(self.counts)), self.counts[0])
+        return self._generator(epoch).permutation(numpy.repeat(numpy.arange(len(self.counts)), self.counts))
+
+    def _drawn(self, number: int, epoch: int) -> numpy.ndarray:
+        """The rows of one source, counted from its first, pass after pass, [count]."""
+        generator, count = self._generator(epoch, number), self.counts[number]
+        passed = generator.permutation(self.sizes[number])[: self.sources[number].rows]
+        passes = [passed]
+        while sum(map(len, passes)) < count:
+            passes.append(generator.permutation(passed))
+        return numpy.concatenate(passes)[:count]
+
+    def _generator(self, epoch: int, *more: int) -> numpy.random.Generator:
+        return numpy.random.default_rng((self.seed, epoch, *more))
+
+    # ------------------------------------------------------------------ what was drawn
+    def count_drawn(self, rows_of_epochs: list[int]) -> numpy.ndarray:
+        """How many rows of each source were trained, [sources].
+
+        Args:
+            rows_of_epochs: how many of its first rows each epoch has trained.
+        """
+        counts = numpy.zeros(len(self.counts), numpy.int64)
+        for epoch, rows in enumerate(rows_of_epochs):
+            every = rows == len(self)
+            counts += self.counts if every else numpy.bincount(self._slots(epoch)[:rows], minlength=len(self.counts))
+        return counts
+
+    def table(self, counts=None) -> list[dict]:
+        """Name, rows, tokens, shares and passes of each source; of one epoch, or of the given number of rows of each.
+
+        Tokens are the mean of the source's rows, times the rows.
+        """
+        counts = numpy.array(self.counts if counts is None else counts)
+        tokens = counts * numpy.array(self.tokens)
+        return [
+            {
+                "source": source.name,
+                "rows": int(counts[number]),
+                "share_of_rows": float(counts[number] / max(counts.sum(), 1)),
+                "tokens": round(tokens[number]),
+                "share_of_tokens": float(tokens[number] / max(tokens.sum(), 1)),
+                "epochs": float(counts[number] / self._available()[number]),
+            }
+            for number, source in enumerate(self.sources)
+        ]
+
+
+def format_mixture(table: list[dict]) -> list[str]:
+    """Formats the table of a mixture, one line for each source.
+
+    `"maths: 70 rows (70.0 %), 7,000 tokens (82.4 %), 0.7 times its rows"`
+    """
+    return [
+        f"{line['source']}: {line['rows']:,} rows ({100 * line['share_of_rows']:.1f} %), {line['tokens']:,} tokens "
+        f"({100 * line['share_of_tokens']:.1f} %), {line['epochs']:.3g} times its rows"
+        for line in table
+    ]
+
+
+def _refused(source: Source, message: str) -> UserError:
+    return UserError(Problem(f"--train_data_path: the source {source.name!r} {message}", flags=("train_data_path",)))
