@@ -1,0 +1,129 @@
+"""The order of an epoch's rows: shares, passes, and its end; compared with `datasets.interleave_datasets`."""
+
+import math
+
+import numpy
+import pytest
+from datasets import Dataset, interleave_datasets
+
+from utils.data.mixture import Mixture, format_mixture
+from utils.data.sources import Source
+from utils.runtime.errors import UserError
+
+
+def mixture(sizes, strategy, weights=None, tokens=None, **options):
+    settings = options.pop("settings", [{}] * len(sizes))
+    weights = weights or [None] * len(sizes)
+    sources = tuple(
+        Source(f"{i}.jsonl", f"s{i}", w, **more) for i, (w, more) in enumerate(zip(weights, settings, strict=True))
+    )
+    return Mixture(sources, tuple(sizes), tuple(tokens or [10.0] * len(sizes)), strategy, **options)
+
+
+def sources_of(found, rows):
+    """The source of each row."""
+    return numpy.searchsorted(numpy.cumsum(found.sizes), rows, side="right")
+
+
+def test_concat_has_every_row_once_in_a_new_order_each_epoch():
+    found = mixture([5, 8, 1], "concat")
+    first, second = found.indices(0), found.indices(1)
+    assert sorted(first) == sorted(second) == list(range(14)) and list(first) != list(second)
+    assert list(found.indices(0)) == list(first)  # a function of the epoch alone
+    assert list(mixture([5, 8, 1], "concat", seed=7).indices(0)) != list(first)
+
+
+def test_repeat_and_rows():
+    found = mixture([10, 8], "concat", settings=[{"repeat": 2.5}, {"rows": 3, "repeat": 2}])
+    assert found.counts == (25, 6)
+    rows = found.indices(3)
+    times = numpy.bincount(rows, minlength=18)
+    assert sorted(times[:10]) == [2] * 5 + [3] * 5
+    assert sorted(times[10:]) == [0] * 5 + [2] * 3  # the same three, twice
+    assert set(rows[rows >= 10]) != set(found.indices(4)[found.indices(4) >= 10])  # others in the next epoch
+    own = rows[rows < 10]
+    assert sorted(own[:10]) == sorted(own[10:20]) == list(range(10))  # pass after pass
+
+
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+def test_interleave_takes_the_sources_in_turn_as_datasets_does(stop):
+    sizes = [3, 5, 4]
+    found = mixture(sizes, "interleave", stop=stop)
+    parts = [Dataset.from_dict({"source": [number] * size}) for number, size in enumerate(sizes)]
+    theirs = interleave_datasets(parts, stopping_strategy=stop)["source"]
+    rows = found.indices(2)
+    assert list(sources_of(found, rows)) == list(theirs)
+    times = numpy.bincount(rows, minlength=12)
+    assert (times[:3] == 1).all() if stop == "first_exhausted" else times.min() >= 1
+
+
+@pytest.mark.parametrize(("stop", "counts"), [("first_exhausted", (70, 30)), ("all_exhausted", (700, 300))])
+def test_weighted_ends_with_the_first_or_the_last_source(stop, counts):
+    found = mixture([70, 300], "weighted", [0.7, 0.3], stop=stop)
+    assert found.counts == counts
+    times = numpy.bincount(found.indices(0), minlength=370)
+    if stop == "first_exhausted":
+        assert times.max() == 1 and (times[:70] == 1).all()
+    else:
+        assert (times[70:] == 1).all() and (times[:70] == 10).all()
+
+
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0.2, 0.3, 0.5], [1, 7, 2], [0.61, 0.02, 3]])
+def test_a_source_is_never_short_of_rows_nor_are_shares_off_by_a_row(weights, stop):
+    sizes = [50, 61, 997]
+    found = mixture(sizes, "weighted", weights, stop=stop)
+    shares = numpy.array(weights) / sum(weights)
+    assert (abs(numpy.array(found.counts) - len(found) * shares) <= 1).all()
+    used_up = numpy.array(found.counts) >= sizes
+    assert used_up.any() and (used_up.all() if stop == "all_exhausted" else (numpy.array(found.counts) <= sizes).all())
+
+
+def test_shares_of_any_part_of_an_epoch_are_within_binomial_bounds():
+    found, share = mixture([2000, 3000], "weighted", [0.3, 0.7], stop="all_exhausted"), 0.3
+    for epoch in range(20):
+        drawn = sources_of(found, found.indices(epoch)) == 0
+        for part in (drawn[:500], drawn[1000:2000], drawn):
+            bound = 5 * math.sqrt(share * (1 - share) / len(part))
+            assert abs(part.mean() - share) < bound
+
+
+def test_shares_of_tokens():
+    found = mixture([1000, 1000], "weighted", [1, 1], tokens=[10.0, 90.0], unit="tokens")
+    by_rows = mixture([1000, 1000], "weighted", [1, 1], tokens=[10.0, 90.0])
+    assert found.counts == (1000, 111) and by_rows.counts == (1000, 1000)
+    first, second = found.table()
+    assert first["share_of_tokens"] == pytest.approx(0.5, abs=1e-3) and second["share_of_rows"] == pytest.approx(
+        0.1, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(("sizes", "options"), [
+    ([5, 5], {"settings": [{"rows": 6}, {}], "strategy": "concat"}),
+    ([1000, 1], {"weights": [1e-9, 1], "strategy": "weighted"}),
+    ([5, 5], {"settings": [{"repeat": 0.01}, {}], "strategy": "concat"}),
+])  # fmt: skip
+def test_a_source_that_gives_no_row_or_too_few_is_refused(sizes, options):
+    with pytest.raises(UserError):
+        mixture(sizes, options.pop("strategy"), options.pop("weights", None), **options)
+
+
+def test_what_was_drawn_equals_the_rows_of_the_order():
+    found = mixture([20, 30, 12], "weighted", [5, 3, 2], stop="all_exhausted")
+    for rows in ([len(found), 7], [len(found) - 2, len(found) - 2], [0], []):
+        ordered = [found.indices(epoch)[:count] for epoch, count in enumerate(rows)]
+        drawn = numpy.concatenate([numpy.array([], int), *ordered])
+        assert list(found.count_drawn(rows)) == list(numpy.bincount(sources_of(found, drawn), minlength=3))
+
+
+def test_the_table_and_the_name():
+    found = mixture([20, 30], "weighted", [0.7, 0.3], tokens=[10.0, 20.0])
+    assert found.table()[0] == {
+        "source": "s0", "rows": 20, "share_of_rows": 20 / 28, "tokens": 200, "share_of_tokens": 200 / 360, "epochs": 1.0
+    }  # fmt: skip
+    assert format_mixture(found.table())[1] == "s1: 8 rows (28.6 %), 160 tokens (44.4 %), 0.267 times its rows"
+    changed = [mixture([20, 30], "weighted", [0.7, 0.3], unit="tokens"), mixture([20, 30], "weighted", [0.6, 0.3]),
+               mixture([20, 30], "weighted", [0.7, 0.3], stop="all_exhausted"),
+               mixture([20, 30], "weighted", [0.7, 0.3], settings=[{"rows": 3}, {}]),
+               mixture([20, 30], "concat"), mixture([20, 30], "concat", settings=[{"repeat": 2}, {}])]  # fmt: skip
+    assert len({found.name, *(one.name for one in changed)}) == 7
