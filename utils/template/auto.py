@@ -105,6 +105,13 @@ class AutoTemplate:
         template = replace(template, form=template._derive_form(tokenizer.bos_token or ""))
         return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fit_input_form())
 
+    def with_settings(self, arguments: tuple[tuple[str, str], ...], system: str) -> "AutoTemplate":
+        """Returns the template with further arguments, and a system message for conversations without one."""
+        own = {"arguments": arguments, "system": system, "form": None}
+        template, tool_use = replace(self, **own), self.tool_use and replace(self.tool_use, **own)
+        form = template._derive_form(dict(self.tokens).get("bos_token", ""))
+        return replace(template, form=form, tool_use=tool_use)
+
     def _fit_input_form(self) -> "AutoTemplate":
         """Chooses the form of contents, tool calls and arguments that the template accepts."""
         template, parted = replace(self, parts=False), replace(self, parts=True)

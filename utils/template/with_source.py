@@ -35,11 +35,7 @@ def _auto(template: AutoTemplate, source) -> AutoTemplate:
     reserved = {"messages", "tools", "add_generation_prompt", *dict(template.tokens)}
     if unknown := [name for name in source.template_args if name not in taken - reserved]:
         raise _refused(source, f"template_args gives {unknown[0]!r}, which {template.label} does not take")
-
-    def changed(form: AutoTemplate) -> AutoTemplate:
-        return dataclasses.replace(form, arguments=arguments, system=source.system or "")
-
-    new = dataclasses.replace(changed(template), tool_use=template.tool_use and changed(template.tool_use))
+    new = template.with_settings(arguments, source.system or "")
     new.check([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     return new
 
