@@ -699,6 +699,20 @@ FAULTS = [
         "tests/template/test_auto.py -k those_that_are_marked",
     ),
     Fault(
+        "prepare: weights are needed",
+        "utils/script/prepare.py",
+        "parse_args(rest, needs_weights=False)",
+        "parse_args(rest)",
+        "tests/script/test_prepare.py -k without_weights",
+    ),
+    Fault(
+        "prepare: streaming prepares nothing without a word",
+        "utils/script/prepare.py",
+        "if args.streaming:",
+        "if False:",
+        "tests/script/test_prepare.py -k refused_at_once",
+    ),
+    Fault(
         "auto: a derived form that renders another text is used",
         "utils/template/reading.py",
         'if "".join(segment.text for segment in segments) != text:',

@@ -218,6 +218,12 @@ def test_explain_lists_what_the_task_lists(project):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_processes")
+def test_its_rows_are_prepared_alone(project):
+    assert f"--train_data_path: {len(ROWS)} of {len(ROWS)} rows kept" in project("-m", "utils.script.prepare")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_processes")
 def test_show_data_shows_the_bool_and_the_texts(project):
     text = project("-m", "utils.script.show_data", "--rows", "2")
     assert "[[It is number 0, and that is all." in text and "label: True\ntags: ['short', 'row 0']" in text
