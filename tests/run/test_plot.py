@@ -15,6 +15,7 @@ from conftest import write_rows
 import main_train
 import utils.run.plot
 import utils.run.save
+from utils.run.ledger_rows import read_run_ledger
 from utils.run.plot import plot_history, plot_runs, series, smoothed, smoothing_for
 from utils.runtime.errors import Interrupted, UserError
 from utils.train.checkpointing import CompleteCheckpointMixin
@@ -294,8 +295,10 @@ def test_a_run_that_stops_early_is_drawn(train, tmp_path, monkeypatch, name):
     how, error, said = STOPS[name]
     stop_in_the_third_step(monkeypatch, how)
     with pytest.raises(error, match=said):
-        train("--logging_steps", "1")
+        train("--logging_steps", "1", "--row_ledger", "true")
     folder = tmp_path / "run"
+    steps = read_run_ledger(str(folder)).note.step
+    assert steps == (3 if name == "SIGTERM" else 2)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry][:2] == [1, 2]
     assert (folder / "loss.png").read_bytes()[:4] == PNG

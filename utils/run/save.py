@@ -22,7 +22,7 @@ from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import Problem, UserError, is_disk_error, raise_if_any
 from utils.runtime.log import is_main_process, log_to_file, route_library_logs
 from utils.storage.files import replace_file, write_json
-from utils.storage.run_files import PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
+from utils.storage.run_files import LEDGER_FILE, PISSA_START, clear_run, holds_weights, remove_pissa_start, written_here
 from utils.storage.run_folder import (
     RECORD_FILE,
     RECORD_IN_PROGRESS,
@@ -139,7 +139,10 @@ def begin_run(trainer, args, train_args, data, tokenizer) -> RunStart:
 
 @contextlib.contextmanager
 def save_history_on_exit(trainer):
-    """A context that writes and plots the trainer's history at its end, also if the training fails."""
+    """A context that writes and plots the trainer's history at its end, also if the training fails.
+
+    Of a training that fails or is stopped, the row ledger is written as well.
+    """
     ended = False
     try:
         with trainer.checkpoint_named_on_interrupt():
@@ -151,6 +154,8 @@ def save_history_on_exit(trainer):
             try:
                 with replace_file(folder / STATE) as part:
                     trainer.state.save_to_json(str(part))
+                if not ended and getattr(trainer, "ledger", None) is not None:
+                    trainer.ledger.write(folder / LEDGER_FILE)  # up to the last line of the log
                 plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
             except Exception as error:  # must not hide the error that ended the training
                 logger.warning("the run's history cannot be written or plotted: {}: {}", type(error).__name__, error)
