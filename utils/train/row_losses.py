@@ -115,9 +115,12 @@ class RowLossesMixin:
 
     def _collects(self) -> bool:
         """Whether the losses of the batch at hand are used; those of one that only fills up a step are not."""
-        names = self.source_names if self.model.training else self.eval_source_names
-        wanted = len(set(names)) > 1 or (self.model.training and self.ledger is not None)
-        return wanted and bool(self.batch_sources)
+        return self._uses_losses(self.model.training) and bool(self.batch_sources)
+
+    def _uses_losses(self, training: bool) -> bool:
+        """Whether losses of rows are used, in the training or in an evaluation; the same on every process."""
+        names = self.source_names if training else self.eval_source_names
+        return len(set(names)) > 1 or (training and self.ledger is not None)
 
     def _pending(self, training: bool) -> PendingLosses:
         return self.__dict__.setdefault("_pending_losses", {}).setdefault(training, PendingLosses())
@@ -128,6 +131,8 @@ class RowLossesMixin:
     def _take_training(self) -> None:
         """Adds the losses since the last call to the sums of the sources and to the ledger, on every process."""
         self._taken_at = self.state.global_step
+        if not self._uses_losses(training=True):
+            return
         sources, steps, figures = self._pending(True).take()
         if self.ledger is not None and self.args.should_save:
             self.ledger.note.step = self.state.global_step
@@ -146,7 +151,7 @@ class RowLossesMixin:
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sources, _, figures = self._pending(False).take()
+        sources, _, figures = self._pending(False).take() if self._uses_losses(training=False) else (None,) * 3
         if sources is not None:
             sums = sum_by_source(sources, figures, self.eval_source_names)
             output.metrics.update(source_figures(sums, f"{metric_key_prefix}_", self.loss_unit))
