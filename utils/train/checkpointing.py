@@ -40,7 +40,7 @@ class CompleteCheckpointMixin:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._write_or_remove(folder, lambda: is_local_main_process() and mark_incomplete(folder))
         self._write_or_remove(folder, lambda: super(CompleteCheckpointMixin, self)._save_checkpoint(model, trial))
-        self._write_or_remove(folder, lambda: self.args.should_save and self._complete(folder))
+        self._write_or_remove(folder, lambda: self.args.should_save and self.complete_checkpoint(folder))
         if self.args.should_save:
             rotate_checkpoints(Path(self.args.output_dir), self.save_limit, self.state.best_model_checkpoint)
 
@@ -48,7 +48,7 @@ class CompleteCheckpointMixin:
         with saved_with(self.accelerator.unwrap_model(self.model), self.base_config):
             super()._save(*args, **kwargs)
 
-    def _complete(self, folder: Path) -> None:
+    def complete_checkpoint(self, folder: Path) -> None:
         """Adds what transformers does not write, then the manifest that marks the checkpoint as complete."""
         if self.is_deepspeed_enabled and not self.args.save_only_model:
             (folder / "latest").write_text(f"global_step{self.model_wrapped.global_steps}", encoding="utf-8")
@@ -119,7 +119,7 @@ class CompleteCheckpointMixin:
                     patch.object(engine, "_copy_recovery_script", collecting(engine._copy_recovery_script))
                 )
                 # DeepSpeed 0.19 would write `latest`, its pointer to the newest state, also if a state is incomplete;
-                # _complete writes it last
+                # complete_checkpoint writes it last
                 save = functools.wraps(engine.save_checkpoint)(
                     functools.partial(engine.save_checkpoint, save_latest=False)
                 )

@@ -185,11 +185,11 @@ class RowLossesMixin:
             self._take_training()
         super()._save_checkpoint(*args, **kwargs)
 
-    def _complete(self, folder: Path) -> None:
+    def complete_checkpoint(self, folder: Path) -> None:
         if self.ledger is not None:
             for place in (folder, folder.parent):
                 self.ledger.write(place / LEDGER_FILE)
-        super()._complete(folder)
+        super().complete_checkpoint(folder)
 
     def save_state(self):
         super().save_state()
