@@ -11,6 +11,7 @@ PAIRS = ["--train_args_path", "train_args/dpo/base.py", "--train_data_path", "da
 @pytest.mark.parametrize("flags", [
     ["--val_size", "2"], ["--packing", "true", "--padding_free", "true"], ["--row_ledger", "true"],
     ["--train_sampling_strategy", "group_by_length"], ["--train_sampling_strategy", "batch_rebalance"],
+    ["--curriculum", "length"], ["--train_data_path", "data/sft_data.jsonl:2,data/sft_eval_data.jsonl:1"],
     ["--dataloader_in_order", "false"], ["--accelerator_config", '{"even_batches": false}'],
     ["--accelerator_config", '{"split_batches": true}'], ["--shuffle_buffer", "0"],
     ["--precompute_ref_log_probs", "true", *PAIRS],
