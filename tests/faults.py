@@ -3132,8 +3132,8 @@ FAULTS = [
     Fault(
         "stream: other files are resumed with",
         "utils/data/stream.py",
-        "hashes = {file: fingerprint(file) for file in files}",
-        "hashes = dict.fromkeys(files, '00')",
+        "{file: fingerprint(file) for file in files}",
+        "dict.fromkeys(files, '00')",
         "tests/train/test_stream.py -k another_order",
     ),
     Fault(

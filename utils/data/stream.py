@@ -199,33 +199,36 @@ def load_stream(args, train_args, encoder: RowEncoder) -> tuple[RowStream, DataR
     for note in files_left_out(args.train_data_path, flag, encoder.suffixes):
         logger.info("{}", note)
     indices = index_files(files, flag, args.cache_dir)
-    # --on_bad_row and --overlong error decide about single rows, not about their order, and may change on a resume
-    hashes = {file: fingerprint(file) for file in files}
-    sizes = chunk_sizes(indices)
-    encoding = {**encoder.key, "chunks": hashlib.sha256(sizes.tobytes()).hexdigest()}
-    if encoding.get("overlong") == "error":
-        encoding["overlong"] = "drop"
-    key = content_key(hashes, encoding, "")
-    rows = int(sizes.sum())
-    report = DataReport(rows=rows, kept=rows, files=files, hashes=hashes, key=key)
-    report.bytes_of = {index.file: index.status[0] for index in indices}
-    if len(set(all_gather_objects([key]))) > 1:
+    report = _report(files, indices, encoder)
+    if len(set(all_gather_objects([report.key]))) > 1:
         raise UserError(f"{flag}: the processes have read different files; give each machine the same files")
-    refuse_nothing_left(DataReport(), rows, files)
-    shuffled = train_args.train_sampling_strategy == "random"
+    refuse_nothing_left(DataReport(), report.rows, files)
+    sizes, shuffled = chunk_sizes(indices), train_args.train_sampling_strategy == "random"
     seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     order = RowOrder(sizes, args.shuffle_buffer if shuffled else None, seed)
     stream = RowStream(indices, encoder, args.on_bad_row, order, report)
     stream.sample = _sample(stream, files)
-    largest = int(sizes.max())
-    how = f"shuffled in groups of about {max(args.shuffle_buffer, largest):,}" if shuffled else "in the files' order"
-    workers = train_args.dataloader_num_workers
-    where = f"in {workers} workers" if workers else "between the steps (--dataloader_num_workers 2: beside them)"
+    group, workers = max(args.shuffle_buffer, int(sizes.max())), train_args.dataloader_num_workers
     logger.info(
         "train data: {:,} rows are streamed, {}, and tokenised {}; a row that is dropped leaves its place in its step "
-        "empty, so an epoch always has the same number of steps", rows, how, where
-    )  # fmt: skip
+        "empty, so an epoch always has the same number of steps",
+        report.rows,
+        f"shuffled in groups of about {group:,}" if shuffled else "in the files' order",
+        f"in {workers} workers" if workers else "between the steps (--dataloader_num_workers 2: beside them)",
+    )
     return stream, report
+
+
+def _report(files: list[str], indices: list[FileIndex], encoder: RowEncoder) -> DataReport:
+    """The report of rows that are not read yet; its key identifies the files, their order and their encoding."""
+    sizes, hashes = chunk_sizes(indices), {file: fingerprint(file) for file in files}
+    encoding = {**encoder.key, "chunks": hashlib.sha256(sizes.tobytes()).hexdigest()}
+    # --on_bad_row and --overlong error decide about single rows, not about their order, and may change on a resume
+    if encoding.get("overlong") == "error":
+        encoding["overlong"] = "drop"
+    rows, key = int(sizes.sum()), content_key(hashes, encoding, "")
+    bytes_of = {index.file: index.status[0] for index in indices}
+    return DataReport(rows=rows, kept=rows, files=files, hashes=hashes, bytes_of=bytes_of, key=key)
 
 
 def _sample(stream: RowStream, files: list[str]):
