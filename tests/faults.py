@@ -526,8 +526,8 @@ FAULTS = [
     Fault(
         "tools: a later system message is rendered as the first one",
         "utils/template/tool_template.py",
-        "if self.system_at_start and any(",
-        "if False and any(",
+        'if role == "tool" or message.get("tool_calls") or (role == "system" and number and self.system_at_start):',
+        'if role == "tool" or message.get("tool_calls"):',
         "tests/template/test_tool_template.py -k 'official_template and later'",
     ),
     Fault(

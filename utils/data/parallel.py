@@ -3,6 +3,7 @@
 The first process reads the files and receives the results in order; only a few chunks are in memory at a time.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -115,6 +116,7 @@ _work: Callable[[Chunk], Any] | None = None  # set in each worker process
 def _init_worker(work: Callable[[Chunk], Any]) -> None:
     global _work
     _work = work
+    gc.freeze()  # the collector would walk through, and so copy, all that this process shares with the first one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the first process handles Ctrl-C
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()

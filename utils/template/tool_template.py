@@ -47,9 +47,11 @@ class ToolTemplate(Template):
         """Whether a conversation has tools, or something else that the other attributes do not describe."""
         if self.jinja_only or (messages and messages[0].get("tools")):
             return bool(messages)
-        if self.system_at_start and any(message.get("role") == "system" for message in messages[1:]):
-            return True
-        return any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
+        for number, message in enumerate(messages):
+            role = message.get("role")
+            if role == "tool" or message.get("tool_calls") or (role == "system" and number and self.system_at_start):
+                return True
+        return False
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """As `Template.render`."""
