@@ -23,7 +23,7 @@ import test_before_training
 import test_extending
 import test_launch
 from conftest import ROOT
-from pages import PAGES, anchors, commands, inline_code, links, read, section
+from pages import PAGES, anchors, blocks, commands, inline_code, links, read, section
 
 import utils.script
 from utils.template import template_dict
@@ -112,6 +112,8 @@ def folder(tmp_path, sft_run):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
     german = [json.dumps({"frage": f"Was ist {n} + 1?", "antwort": str(n + 1)}) + "\n" for n in range(20)]
     (tmp_path / "german.jsonl").write_text("".join(german), encoding="utf-8")
+    (mixture,) = blocks(section("docs/data.md", "## Mixtures"), "yaml")
+    (tmp_path / "mix.yaml").write_text(mixture, encoding="utf-8")
     return tmp_path
 
 

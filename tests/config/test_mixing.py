@@ -1,10 +1,16 @@
 """Mixtures and curricula: settings that contradict each other are refused by name, before anything is read."""
 
+import dataclasses
+import json
+
 import pytest
 import tiny
 from conftest import write_rows
 
+from utils.config.config_file import ConfigFile
+from utils.data.sources import read_sources
 from utils.runtime.errors import UserError
+from utils.storage.files import sha256_of
 
 PAIRS = ["--train_args_path", "train_args/dpo/base.py"]
 
@@ -70,3 +76,14 @@ def test_a_setting_of_a_source_that_is_not_used_is_refused(parse, files, tmp_pat
 def test_a_source_without_its_file_is_refused_with_all_other_problems(parse, files):
     refused = refused_flags(parse, "--train_data_path", f"{files[0]}:1,{files[1]}x:1", "--val_size", "3")
     assert refused == ["train_data_path", "val_size"]
+
+
+def test_config_notices_that_the_sources_have_changed(files, tmp_path):
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"- path: {files[0]}\n- path: {files[1]}\n")
+    known = [{"file": str(file), "sha256": sha256_of(str(file))} for file in files]
+    sources = [dataclasses.asdict(source) for source in read_sources(str(mix))[0]]
+    config = ConfigFile(record=json.loads(json.dumps({"data": {"train": {"files": known, "sources": sources}}})))
+    assert config._other_files("train", str(mix)) == []
+    mix.write_text(f"- path: {files[0]}\n  repeat: 2\n- path: {files[1]}\n")
+    assert len(config._other_files("train", str(mix))) == 1

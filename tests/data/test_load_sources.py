@@ -8,7 +8,10 @@ from conftest import write_rows
 
 from utils.args import parse_args
 from utils.data.lengths import list_lengths
+from utils.data.load_sources import refuse_unless_plain
 from utils.data.places import decode_source
+from utils.doctor.examine import _training_census
+from utils.runtime.errors import UserError
 from utils.tasks import get_task
 from utils.template import get_template
 
@@ -109,3 +112,22 @@ def test_of_every_task(load, tmp_path, task):
     assert data.order.counts == (4, 4) and [decode_source(row[0]) for row in data.train["source"]] == [
         (0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (1, 4)
     ]  # fmt: skip
+
+
+def test_the_doctor_reads_each_source_with_its_columns(load, files, tmp_path, tiny_models):
+    load(files)
+    flags = ["--model_name_or_path", tiny_models(), "--output_dir", str(tmp_path / "run")]
+    args, _ = parse_args([*flags, "--train_data_path", str(tmp_path / "mix.yaml")])
+    census = _training_census(args, None)
+    places = [decode_source(source) for source in census.sources]
+    assert places == [(file, line) for file, count in enumerate((8, 10, 5)) for line in range(1, count + 1)
+                      if (file, line) != (0, 4)] + [] * len(census.problems)  # fmt: skip
+    assert len(census.files) == 3 and {record.line for record in census.problems} <= {4}
+
+
+def test_a_command_for_plain_files_refuses_a_mixture(files, tmp_path, tiny_models):
+    (tmp_path / "mix.yaml").write_text(files)
+    paths = ["--model_name_or_path", tiny_models(), "--output_dir", str(tmp_path / "run"), "--train_data_path"]
+    with pytest.raises(UserError):
+        refuse_unless_plain(parse_args([*paths, str(tmp_path / "mix.yaml")])[0], "a command")
+    refuse_unless_plain(parse_args([*paths, str(tmp_path / "a.jsonl")])[0], "a command")

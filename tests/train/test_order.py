@@ -2,6 +2,7 @@
 
 import json
 
+import numpy
 import pytest
 import torch
 from conftest import write_rows
@@ -12,6 +13,7 @@ from benchmarks.matrix import two_processes
 from utils.data.mixture import Mixture
 from utils.data.sources import Source
 from utils.train.order import OrderMixin
+from utils.train.plan import Rows, first_epoch, plan, rows_of_epochs
 
 SIZES = (14, 9, 21)
 FLAGS = ["--precision", "fp32", "--logging_steps", "1", "--lora_dropout", "0.1", "--num_train_epochs", "3",
@@ -144,3 +146,26 @@ def test_two_processes_train_the_order_of_one_and_resume_bit_for_bit(train, weig
     alone = train(*flags, "--gradient_accumulation_steps", "2", data=weighted, output="alone")
     assert losses(undisturbed) == pytest.approx(losses(alone), abs=1e-4)
     assert record(undisturbed)["summary"]["mixture"] == record(alone)["summary"]["mixture"]
+
+
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+def test_the_plan_has_the_rows_of_the_first_epoch(train, weighted, batches, parse, stop):
+    folder = train(*FLAGS, "--num_train_epochs", "1", "--mixing_stop", stop, data=weighted)
+    _, train_args = parse(*FLAGS, "--num_train_epochs", "1", "--output_dir", f"{folder} of the plan")
+    expected = order(stop=stop)
+    counts = numpy.ones(sum(SIZES), int)
+    rows = Rows(counts, counts, counts, counts, 1, expected.indices(0))
+    every = [(n << 40) + line for n, size in enumerate(SIZES) for line in range(1, size + 1)]
+    updates = first_epoch(train_args, rows, 1)
+    assert [[every[row] for step in update for batch in step for row in batch] for update in updates] == batches
+    found = plan(train_args, rows, 0, 1, True)
+    assert (found["rows"], found["steps"], found["rows_repeated"]) == (len(expected), len(losses(folder)), 0)
+    of_two = first_epoch(train_args, rows, 2)
+    assert sorted(row for update in of_two for step in update for batch in step for row in batch) == sorted(rows.order)
+
+
+@pytest.mark.parametrize(("steps", "drop_last", "expected"), [(7, False, [10, 10, 4]), (6, False, [10, 10]),
+                                                              (5, True, [8, 8, 4]), (1, False, [4])])  # fmt: skip
+def test_rows_of_epochs(parse, steps, drop_last, expected):
+    _, train_args = parse("--per_device_train_batch_size", "2", "--dataloader_drop_last", str(drop_last))
+    assert rows_of_epochs(train_args, 10, 2, steps) == expected

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from loguru import logger
 
 from utils.config.flags import fits, suggest_flag, type_in_words
 from utils.data.files import TEXT_SUFFIXES, find_files
-from utils.data.sources import plain_paths
+from utils.data.sources import plain_paths, read_sources
 from utils.data.stream_index import fingerprint
 from utils.runtime.environment import LIBRARIES, hardware, launcher, versions
 from utils.runtime.errors import Problem, UserError, nearest_path
@@ -170,9 +170,13 @@ class ConfigFile:
         then = {entry["file"]: entry[name] for entry in self._files(part)}
         if not then:
             return []
-        path = plain_paths(path) if part == "train" else path
-        now = {file: checksum(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
         found = []
+        if part == "train":
+            known = self.record["data"]["train"].get("sources")
+            if known is not None and known != [asdict(source) for source in read_sources(path)[0]]:
+                found.append(f"the sources that {path!r} lists have changed since")
+            path = plain_paths(path)
+        now = {file: checksum(file) for file in find_files(path, f"--{part}_data_path", TEXT_SUFFIXES)[0]}
         for file, sha in now.items():
             if file in then and then[file] != sha:
                 found.append(f"{file!r} has changed since ({name} {then[file][:12]} then, {sha[:12]} now)")

@@ -78,9 +78,8 @@ def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data
         logger.info("an epoch of the mixture has of {}", line)
     if not args.eval_data_path:
         return data
-    evaluated = load(
-        dataclasses.replace(args, train_data_path="", mixing_strategy=None), train_args, template, tokenizer
-    )
+    alone = dataclasses.replace(args, train_data_path="", mixing_strategy=None)
+    evaluated = load(alone, train_args, template, tokenizer)
     names = evaluated.eval_source_names
     return dataclasses.replace(data, eval=evaluated.eval, eval_report=evaluated.eval_report, eval_source_names=names)
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from utils.config.deepspeed import short_name
+from utils.data.mixture import Mixture
 from utils.model.source import given_model
 from utils.runtime.environment import hardware, launcher, versions
 from utils.storage.weights import weights_fingerprint
@@ -52,6 +53,8 @@ def data_record(data) -> dict:
     """
     checksum = "sha256" if data.stream is None else "fingerprint"
     rows = {"train": _rows_record(data.report, checksum) | {"trained": data.rows_trained()}}
+    if isinstance(data.order, Mixture):
+        rows["train"]["sources"] = [dataclasses.asdict(source) for source in data.order.sources]
     if data.eval is not None:
         held_back = {"held_back": data.held_back}
         rows["eval"] = _rows_record(data.eval_report) if data.eval_report else held_back
