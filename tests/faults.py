@@ -3435,8 +3435,8 @@ FAULTS = [
     Fault(
         "mixture: columns of the run replace those of a source",
         "utils/data/load_sources.py",
-        "columns=source.columns or args.columns",
-        "columns=args.columns",
+        '"columns": source.columns or args.columns',
+        '"columns": args.columns',
         "tests/data/test_load_sources.py -k 'columns_and'",
     ),
     Fault(

@@ -44,6 +44,8 @@ def test_auto_has_the_system_message_and_the_arguments(auto):
     template, tokenizer = auto
     changed = with_source_settings(template, source("Be brief.", shout=True))
     assert changed.render(TURNS) == tokenizer.apply_chat_template(SYSTEM + TURNS, tokenize=False, shout=True)
+    other = [{"role": "system", "content": "Own."}]
+    assert changed.render(other + TURNS) == tokenizer.apply_chat_template(other + TURNS, tokenize=False, shout=True)
     assert with_source_settings(template, source(shout=False)).render(TURNS) == template.render(TURNS)
     encoded = changed.encode(TURNS, tokenizer)
     assert tokenizer.decode(encoded["input_ids"]) == changed.render(TURNS)

@@ -51,7 +51,8 @@ def split_sources(args) -> Iterator[tuple[Source, object]]:
         raise UserError(*problems)
     for source in sources:
         alone = {"train_data_path": source.path, "eval_data_path": None, "mixing_strategy": None, "curriculum": "none"}
-        yield source, dataclasses.replace(args, **alone, columns=source.columns or args.columns)
+        alone |= {"columns": source.columns or args.columns, "val_size": 0.0 if args.eval_data_path else args.val_size}
+        yield source, dataclasses.replace(args, **alone)
 
 
 def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data:
@@ -75,7 +76,7 @@ def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data
         order=_mix(args, train_args, sources, [data for _, data in parts]),
     )
     for line in format_mixture(data.order.table()):
-        logger.info("an epoch of the mixture has of {}", line)
+        logger.info("in an epoch of the mixture: {}", line)
     if not args.eval_data_path:
         return data
     alone = dataclasses.replace(args, train_data_path="", mixing_strategy=None)

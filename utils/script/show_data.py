@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     share = 100 * report.trained_tokens / max(report.tokens, 1)
     print(f"tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)")
     if isinstance(data.order, Mixture):
-        print("\n".join(["an epoch of the mixture has of", *format_mixture(data.order.table())]))
+        print("\n".join(["--- an epoch of the mixture", *format_mixture(data.order.table())]))
     lengths = [row_type.length(row) for row in data.train]
     print(census(lengths, args.max_len))
 
