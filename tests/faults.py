@@ -3483,9 +3483,9 @@ FAULTS = [
     ),
     Fault(
         "mixture: a system message replaces the row's own",
-        "utils/template/auto.py",
-        'if self.system and messages[0]["role"] != "system":',
-        "if self.system:",
+        "utils/template/with_source.py",
+        'if not messages or messages[0]["role"] == "system":',
+        "if not messages:",
         "tests/template/test_with_source.py",
     ),
     Fault(

@@ -169,3 +169,17 @@ def test_the_plan_has_the_rows_of_the_first_epoch(train, weighted, batches, pars
 def test_rows_of_epochs(parse, steps, drop_last, expected):
     _, train_args = parse("--per_device_train_batch_size", "2", "--dataloader_drop_last", str(drop_last))
     assert rows_of_epochs(train_args, 10, 2, steps) == expected
+
+
+@pytest.mark.parametrize("strategy", ["concat", "interleave"])
+def test_a_plain_list_with_a_strategy(train, files, batches, strategy):
+    flags = ["--num_train_epochs", "1", "--mixing_strategy", strategy]
+    stop = ["--mixing_stop", "all_exhausted"] if strategy == "interleave" else []
+    train(*FLAGS, *flags, *stop, data=",".join(files))
+    found = sum(batches, [])
+    assert found == places(order(strategy, (None,) * 3, **({"stop": "all_exhausted"} if stop else {})), 0)
+    numbers = [source >> 40 for source in found]
+    if strategy == "concat":
+        assert sorted(found) == sorted(places(order("concat", (None,) * 3), 1)) and len(set(found)) == sum(SIZES)
+    else:
+        assert numbers == [0, 1, 2] * max(SIZES)

@@ -58,7 +58,6 @@ class AutoTemplate:
         form: the same format as data, by which the answers of plain conversations are located in one rendering; None
             if no such form renders and labels the same.
         arguments: name → value as JSON of further arguments of the template.
-        system: the system message of conversations without one; empty for none.
     """
 
     chat_template: str
@@ -73,7 +72,6 @@ class AutoTemplate:
     tool_use: "AutoTemplate | None" = None
     form: Template | None = field(default=None, repr=False, compare=False)
     arguments: tuple[tuple[str, str], ...] = ()
-    system: str = ""
 
     @classmethod
     def of(cls, tokenizer, date: str | None = None) -> "AutoTemplate":
@@ -105,9 +103,9 @@ class AutoTemplate:
         template = replace(template, form=template._derive_form(tokenizer.bos_token or ""))
         return replace(template, tool_use=with_tools and replace(template, chat_template=with_tools)._fit_input_form())
 
-    def with_settings(self, arguments: tuple[tuple[str, str], ...], system: str) -> "AutoTemplate":
-        """Returns the template with further arguments, and a system message for conversations without one."""
-        own = {"arguments": arguments, "system": system, "form": None}
+    def with_arguments(self, arguments: tuple[tuple[str, str], ...]) -> "AutoTemplate":
+        """Returns the template with further arguments."""
+        own = {"arguments": arguments, "form": None}
         template, tool_use = replace(self, **own), self.tool_use and replace(self.tool_use, **own)
         form = template._derive_form(dict(self.tokens).get("bos_token", ""))
         return replace(template, form=form, tool_use=tool_use)
@@ -163,14 +161,11 @@ class AutoTemplate:
             raise UserError("the conversation is empty; it needs at least one message")
         if (template := self._select(messages)) is not self:
             return template.render_with_marks(messages, prompt)
-        tools = messages[0].get("tools")
-        if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
         try:
             with fixed_date(self.date):
                 texts, marks = render_jinja_template(
                     [[self._as_input(message) for message in messages]],
-                    tools=tools,
+                    tools=messages[0].get("tools"),
                     chat_template=self.chat_template,
                     add_generation_prompt=prompt,
                     return_assistant_tokens_mask=self.has_generation_marks(),
