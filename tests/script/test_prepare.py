@@ -131,3 +131,15 @@ def test_help_names_the_flags_it_takes(capsys):
     with pytest.raises(SystemExit) as end:
         prepare.main(["--help"])
     assert end.value.code == 0 and "main_train.py" in capsys.readouterr().out
+
+
+def test_a_mixture_is_prepared_source_by_source(tmp_path, tiny_models, capsys):
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"instruction": f"{name} {i}", "output": "yes"} for i in range(4)])
+    paths = f"{tmp_path / 'a.jsonl'}:1,{tmp_path / 'b.jsonl'}:2"
+    prepare.main(
+        ["--model_name_or_path", tiny_models(), "--train_data_path", paths, "--cache_dir", str(tmp_path / "c")]
+    )
+    out = capsys.readouterr().out
+    assert "8 of 8 rows kept" in out
+    assert sorted(re.findall(r"in: (.*)", out)) == sorted(str(path) for path in (tmp_path / "c").iterdir())

@@ -1,6 +1,9 @@
 """The commands that show formats and data."""
 
+import re
+
 import pytest
+from conftest import write_rows
 
 from utils.data.row_type import Sequence
 from utils.script import show_data, show_template
@@ -84,3 +87,13 @@ def test_95_percent_of_few_rows_are_all_of_them():
 
     assert "median 204, 95 % up to 211" in census([198, 211], 512)
     assert "95 % up to 95" in census(list(range(1, 101)), 512)
+
+
+def test_show_data_shows_a_mixture_in_the_order_of_its_first_epoch(show, tmp_path):
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"instruction": f"{name} {i}", "output": "yes"} for i in range(4)])
+    paths = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    out = show("--train_data_path", paths, "--mixing_strategy", "interleave", "--rows", "4")
+    places = re.findall(r"([ab])\.jsonl:\d", out)
+    assert places[:4] == ["a", "b", "a", "b"]
+    assert "a: 4 rows (50.0 %)" in out and "b: 4 rows (50.0 %)" in out

@@ -24,7 +24,7 @@ class PrepareArgs:
 
 
 def summary(flag: str, report: DataReport, dataset) -> str:
-    """What became of the rows of a flag: how many are kept and dropped, their tokens, and the folder they are in.
+    """What became of the rows of a flag: how many are kept and dropped, their tokens, and where they are.
 
     Args:
         flag: that names the files.
@@ -33,12 +33,12 @@ def summary(flag: str, report: DataReport, dataset) -> str:
     """
     dropped = f", {report.dropped_rows():,} dropped ({report.counts()})" if report.dropped else ", none dropped"
     share = 100 * report.trained_tokens / max(report.tokens, 1)
-    folder = Path(dataset.cache_files[0]["filename"]).resolve().parent
+    folders = dict.fromkeys(Path(file["filename"]).resolve().parent for file in dataset.cache_files)  # of each source
     lines = [
         f"{flag}: {report.kept:,} of {report.rows:,} rows kept{dropped}",
         f"  truncated: {report.shortened:,}",
         f"  tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)",
-        f"  in: {folder}",
+        *(f"  in: {folder}" for folder in folders),
     ]
     return "\n".join(lines)
 

@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     task, row_type = args.task, args.task.row_type
     template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
-    for row in data.train.select(range(min(shown.rows, len(data.train)))):
+    order = range(len(data.train)) if data.order is None else data.order.indices(0)  # of the first epoch
+    for row in data.train.select(order[: shown.rows]):
         place = ", ".join(f"{data.report.files[file]}:{line}" for file, line in map(decode_source, row["source"]))
         for part in row_type.sequences(row):
             trained = sum(label != IGNORE_INDEX for label in part.labels)
