@@ -20,6 +20,7 @@ from doctor_case import (
 
 import main_train
 from utils.args import parse_args
+from utils.data.report import DataReport
 from utils.doctor import resources
 from utils.doctor.codes import CODES
 from utils.doctor.examine import quick_findings
@@ -95,7 +96,7 @@ def _stop_untrained(case):
     ids = tokenizer("Hello<|im_end|>")["input_ids"]
     rows = {"input_ids": [ids], "labels": [[*ids[:-1], -100]], "source": [[7]]}
     args = SimpleNamespace(task=get_task("sft"))
-    return token_findings(Dataset.from_dict(rows), ["rows.jsonl"], args, tokenizer, "<|im_end|>")
+    return token_findings(Dataset.from_dict(rows), DataReport(files=["rows.jsonl"]), args, tokenizer, "<|im_end|>")
 
 
 def _ignores_positions(case):

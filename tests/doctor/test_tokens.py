@@ -6,6 +6,7 @@ import tiny
 from datasets import Dataset
 from doctor_case import tokenizer_with
 
+from utils.data.report import DataReport
 from utils.doctor.tokens import token_findings
 from utils.tasks import get_task
 from utils.template import get_template
@@ -21,6 +22,7 @@ def test_a_row_that_ends_with_a_call_has_its_stop_token():
     tokenizer = tiny.byte_level_tokenizer()
     ids = tokenizer("Hello<|im_end|>")["input_ids"]
     rows = {"input_ids": [ids], "labels": [ids], "source": [[7]]}
-    given = Dataset.from_dict(rows), ["rows.jsonl"], SimpleNamespace(task=get_task("sft")), tokenizer, "<|endoftext|>"
+    report = DataReport(files=["rows.jsonl"])
+    given = Dataset.from_dict(rows), report, SimpleNamespace(task=get_task("sft")), tokenizer, "<|endoftext|>"
     assert [finding.code for finding in token_findings(*given)] == ["STOP_NOT_TRAINED"]
     assert token_findings(*given, call_stop="<|im_end|>") == []

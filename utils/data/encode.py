@@ -17,6 +17,7 @@ from utils.data.parallel import Chunk, map_chunks
 from utils.data.places import encode_source
 from utils.data.report import TOO_LONG, Dropped
 from utils.data.row_type import IDS, LABELS, RowType, arrow_type
+from utils.data.token_rows import TokenRow, labelled_by, with_token_encoding, with_token_rows
 from utils.template.messages import UNTRAINED_ANSWER
 from utils.template.tokenize import IGNORE_INDEX
 
@@ -49,7 +50,16 @@ class RowEncoder:
 
 
 def build_row_encoder(
-    args, train_args, tokenizer, row_type: RowType, read, encode, strategy: str | None = None, suffixes=SUFFIXES, **key
+    args,
+    train_args,
+    tokenizer,
+    row_type: RowType,
+    read,
+    encode,
+    strategy: str | None = None,
+    suffixes=SUFFIXES,
+    all_tokens: bool | None = None,
+    **key,
 ) -> RowEncoder:
     """Builds the RowEncoder of a task, with the settings that every task has: lengths, packing, and the cache's key.
 
@@ -57,6 +67,8 @@ def build_row_encoder(
         row_type: of the task.
         read, encode, suffixes: as in RowEncoder.
         strategy: TRL's packing strategy, as in `pack_rows`; None for rows that cannot be packed.
+        all_tokens: whether all tokens are trained of a row that is token ids without labels (`TokenRow`); None if such
+            rows are not read.
         **key: what else the rows depend on.
     """
     pack, versions = None, {"packing": None, "held_back": None}
@@ -68,6 +80,9 @@ def build_row_encoder(
         versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}
     if args.columns:
         key["columns"] = args.columns
+    if all_tokens is not None:
+        read = with_token_rows(read, labelled_by(tokenizer, all_tokens))
+        encode = with_token_encoding(encode, None if pack and strategy == "bfd_split" else args.max_len)
     return RowEncoder(
         suffixes=suffixes,
         read=with_columns(read, args.column_names),
@@ -98,6 +113,7 @@ class EncodedChunk:
         shortened: lines of truncated rows.
         untrained: line and reason of each answer in a kept row that is not trained.
         answers: number of answers in kept rows, and of those that `--train_on` leaves out.
+        token_rows: number of kept rows that were token ids in their file.
         refused: a description of each row that stops the run.
         unread: name of a field that is not read → number of rows with it.
         renamed: which of `RowEncoder.renamed` any row has.
@@ -112,6 +128,7 @@ class EncodedChunk:
     shortened: list[int] = field(default_factory=list)
     untrained: list[tuple[int, str]] = field(default_factory=list)
     answers: tuple[int, int] = (0, 0)
+    token_rows: int = 0
     refused: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     renamed: set[str] = field(default_factory=set)
@@ -148,6 +165,8 @@ def _checked(encoder: RowEncoder, raw: RawRow):
     if raw.problem:
         raise unreadable(raw)
     value = encoder.read(raw.value)
+    if isinstance(value, TokenRow):  # no texts
+        return value
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -169,6 +188,7 @@ def _encode(
             continue
         kept.append(row)
         sources.append([encode_source(number, line)])
+        encoded.token_rows += row.get("is_ids", False)
         if "answers" in row:
             encoded.answers = tuple(map(sum, zip(encoded.answers, row["answers"], strict=True)))
         if row["shortened"]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.data.indexed import read_indexed
 from utils.data.json_rows import (
     COMPRESSIONS,
     NOT_UTF8,
@@ -22,7 +23,7 @@ from utils.runtime.errors import Problem, nearest_path, refusal
 from utils.storage.files import project_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-TEXT_SUFFIXES = (*SUFFIXES, ".txt")
+TEXT_SUFFIXES = (*SUFFIXES, ".txt", ".bin")  # .bin: token ids of Megatron-LM, which have no labels
 _MAX_NAMES = 10  # of files, in one message
 
 
@@ -123,7 +124,9 @@ def _files_of_other_kinds(folder: str, suffixes: tuple[str, ...], name: str) -> 
     others = [
         str(path.relative_to(folder))
         for path in _files_in(folder)
-        if not _is_read(path, suffixes) and path.stem.upper() not in ("README", "LICENSE")
+        if not _is_read(path, suffixes)
+        and path.stem.upper() not in ("README", "LICENSE")
+        and not (path.suffix == ".idx" and ".bin" in suffixes)  # read with its .bin
     ]
     if not others:
         return []
@@ -136,7 +139,7 @@ def _is_read(file: str | Path, suffixes: tuple[str, ...]) -> bool:
     """Whether a file is of a kind that is read; text may be compressed, Parquet and Arrow compress by themselves."""
     kind = kind_of_file(file)
     compressed = Path(file).suffix.lower() in COMPRESSIONS
-    return kind in suffixes and not (compressed and kind in (".parquet", ".arrow"))
+    return kind in suffixes and not (compressed and kind in (".parquet", ".arrow", ".bin"))
 
 
 def _expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -176,6 +179,7 @@ def raw_rows(file: str) -> Iterator[RawRow]:
         ".csv": read_csv,
         ".parquet": read_parquet,
         ".arrow": read_arrow,
+        ".bin": read_indexed,
     }
     try:
         yield from reader.get(kind_of_file(file), _read_text)(file)

@@ -184,4 +184,6 @@ def _are_columns(value: dict) -> bool:
     if not columns or not all(isinstance(column, list) and column for column in columns):
         return False
     scalars = all(not isinstance(item, list | dict) for column in columns for item in column)
+    if "input_ids" in value:  # lists of token ids, labels and masks
+        return False
     return scalars and len({len(column) for column in columns}) == 1

@@ -75,6 +75,7 @@ class DataReport:
         hashes: file → its sha256; `bytes_of` its size in bytes.
         unread: file → field that is not read → number of rows with it.
         missing_columns: fields that `--columns` names and no row has.
+        token_rows: number of kept rows that were token ids in their file.
         answers: number of answers in kept rows of conversations.
         untrained: number of those that are not trained, other than by `--train_on`, which leaves `not_chosen` out.
         shortened: number of rows that were truncated.
@@ -93,6 +94,7 @@ class DataReport:
     bytes_of: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     missing_columns: list[str] = field(default_factory=list)
+    token_rows: int = 0
     answers: int = 0
     untrained: int = 0
     not_chosen: int = 0
@@ -111,12 +113,23 @@ class DataReport:
         for line, reason in chunk.untrained:
             self.leave_untrained(chunk.file, line, reason)
         self.note_unread(chunk.file, chunk.unread)
+        self.token_rows += chunk.token_rows
         self.answers += chunk.answers[0]
         self.not_chosen += chunk.answers[1]
 
     def merge(self, other: "DataReport") -> None:
         """Adds the counts and records of a report on other rows."""
-        for name in ("rows", "kept", "tokens", "trained_tokens", "answers", "untrained", "not_chosen", "shortened"):
+        for name in (
+            "rows",
+            "kept",
+            "tokens",
+            "trained_tokens",
+            "token_rows",
+            "answers",
+            "untrained",
+            "not_chosen",
+            "shortened",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count

@@ -1,18 +1,21 @@
 """The row types there are: conversation, plain text and preference pair."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from utils.data.conversations import to_messages, to_text
 from utils.data.formats import CONVERSATION_FORMATS, PAIR_FORMATS, TEXT_FORMATS, Format, find_format
 from utils.data.pairs import repeats_answer, to_pair
 from utils.data.row_type import IDS, LABELS, WEIGHTS, RowType, SequenceColumns, Texts
+from utils.data.token_rows import TOKEN_FIELDS, TokenRow, is_token_row, with_token_rows
 from utils.data.truncate import count_tokens
 from utils.template.messages import REASONING_FIELDS
 from utils.template.tokenize import IGNORE_INDEX
 
 
 def _fields_read(row: dict, formats: tuple[Format, ...]) -> Collection[str]:
+    if is_token_row(row) and formats is not PAIR_FORMATS:
+        return TOKEN_FIELDS
     form = find_format(row, formats)
     return form.reads if form else ()
 
@@ -37,6 +40,19 @@ def _conversation_texts(messages: list[dict]) -> Texts:
     return Texts([_message_text(m) for m in messages[:last]], [_message_text(m) for m in messages[last:]])
 
 
+def _token_texts(row: TokenRow) -> Texts:
+    return Texts([], [" ".join(map(str, row.input_ids))])  # to find rows that repeat others
+
+
+def _token_counts(row: TokenRow, template, tokenizer) -> tuple[int, int]:
+    return len(row.input_ids), 0
+
+
+def _of_either(of_text: Callable, of_tokens: Callable) -> Callable:
+    """A function of what `with_token_rows` returns, and further arguments."""
+    return lambda row, *more: (of_tokens if isinstance(row, TokenRow) else of_text)(row, *more)
+
+
 def _one_token_without_label(first: dict) -> dict:
     empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "loss_weights": None, "source": [], "seq_lengths": [1]}
     return {name: empty[name] for name in first}
@@ -44,25 +60,29 @@ def _one_token_without_label(first: dict) -> dict:
 
 CONVERSATION = RowType(
     "conversation",
-    read=to_messages,
-    texts=_conversation_texts,
+    read=with_token_rows(to_messages),
+    texts=_of_either(_conversation_texts, _token_texts),
     fields_read=lambda row: _fields_read(row, CONVERSATION_FORMATS),
-    known_fields=_known_fields(CONVERSATION_FORMATS),
+    known_fields=_known_fields(CONVERSATION_FORMATS) | set(TOKEN_FIELDS),
     columns={**_ONE_SEQUENCE_COLUMNS, "loss_weights": WEIGHTS},
     sequence_columns=_ONE_SEQUENCE,
-    token_counts=lambda messages, template, tokenizer: (count_tokens(template.render(messages), tokenizer), 0),
+    token_counts=_of_either(
+        lambda messages, template, tokenizer: (count_tokens(template.render(messages), tokenizer), 0), _token_counts
+    ),
     filler=_one_token_without_label,
 )
 PLAIN_TEXT = RowType(
     "text",
-    read=to_text,
-    texts=lambda text: Texts([], [text]),
+    read=with_token_rows(to_text),
+    texts=_of_either(lambda text: Texts([], [text]), _token_texts),
     fields_read=lambda row: _fields_read(row, TEXT_FORMATS),
-    known_fields=_known_fields(TEXT_FORMATS),
+    known_fields=_known_fields(TEXT_FORMATS) | set(TOKEN_FIELDS),
     columns=_ONE_SEQUENCE_COLUMNS,
     sequence_columns=_ONE_SEQUENCE,
     # the eos token ends each
-    token_counts=lambda text, template, tokenizer: (len(tokenizer(text)["input_ids"]) + 1, 0),
+    token_counts=_of_either(
+        lambda text, template, tokenizer: (len(tokenizer(text)["input_ids"]) + 1, 0), _token_counts
+    ),
     filler=_one_token_without_label,
 )
 

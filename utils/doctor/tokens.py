@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from utils.data.lengths import list_lengths, sequence_lengths
 from utils.data.places import locate_sources
+from utils.data.report import DataReport
 from utils.data.row_type import RowType, SequenceColumns
 from utils.doctor.codes import ERROR, WARNING
 from utils.doctor.findings import Finding
@@ -31,24 +32,29 @@ def sources(dataset):
     return numpy.concatenate([values[offsets[:-1]] for values, offsets in arrays(dataset, "source")])
 
 
-def token_findings(dataset, files: list[str], args, tokenizer, stop: str | None, call_stop: str = "") -> list[Finding]:
+def token_findings(
+    dataset, report: DataReport, args, tokenizer, stop: str | None, call_stop: str = ""
+) -> list[Finding]:
     """Checks the ids and labels of prepared rows.
 
     Args:
         dataset: of a task's `load_datasets`.
-        files: as `encode_source` numbers them.
+        report: on these rows.
         args: CommonArgs.
         tokenizer: the rows' own.
         stop: the token that ends an answer; None for plain text.
         call_stop: the token that ends a tool call, if that is another one.
     """
-    row_type = args.task.row_type
+    row_type, files = args.task.row_type, report.files
     findings = _bos(dataset, files, row_type.sequence_columns[0].ids[0], tokenizer)
     if stop is None:
         findings += _ends(dataset, row_type, tokenizer)
     else:
         for columns in row_type.sequence_columns:
             findings += _stops(dataset, files, columns, tokenizer, [stop, call_stop] if call_stop else [stop])
+    for finding in findings:
+        if report.token_rows:  # which end as those who made them wished
+            finding.severity = WARNING
     return findings + (_length_bias(dataset, row_type) if row_type.compares_answers else [])
 
 

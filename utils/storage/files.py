@@ -24,9 +24,13 @@ def sha256_of(file: str) -> str:
 
 
 def checksum(file: str) -> tuple[str, int]:
-    """Returns a file's SHA-256 and its number of bytes."""
+    """Returns a file's SHA-256 and its number of bytes; that of a `.bin` covers its index, a `.idx` beside it, too."""
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest(), content.tell()
+        digest, size = hashlib.file_digest(content, "sha256"), content.tell()
+    index = Path(file).with_suffix(".idx")
+    if Path(file).suffix == ".bin" and index.is_file():
+        digest.update(index.read_bytes())
+    return digest.hexdigest(), size
 
 
 @contextlib.contextmanager

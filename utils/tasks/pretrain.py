@@ -19,7 +19,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
     """Prepares texts: each ends with the tokenizer's EOS token, and all ids are labels.
 
     The text of a special token is tokenized as plain text, unless `--allow_special_tokens_in_content true`. Packed
-    texts share rows of `max_len` tokens; a longer text continues in the next row, and nothing is cut off.
+    texts share rows of `max_len` tokens; a longer text continues in the next row, and nothing is cut off. Rows of token
+    ids are taken as they are, without an EOS token of their own.
     """
     begin, end = _ends(tokenizer)
     split = "" if args.streaming else "; --packing true would split it"
@@ -39,7 +40,7 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return [{"input_ids": ids, "labels": ids, "shortened": False} for ids in rows]
 
     key = {"task": "pretrain", "allow_special": allow_special}
-    options = {"strategy": "bfd_split", "suffixes": TEXT_SUFFIXES}
+    options = {"strategy": "bfd_split", "suffixes": TEXT_SUFFIXES, "all_tokens": True}
     encoder = build_row_encoder(args, train_args, tokenizer, PLAIN_TEXT, to_text, encode, **options, **key)
     return load_train_and_eval(args, train_args, encoder)
 

@@ -25,6 +25,7 @@ _COUNTED = (
     "records",
     "totals",
     "unread",
+    "token_rows",
     "answers",
     "untrained",
     "not_chosen",
