@@ -21,6 +21,12 @@ _COUNTED_AS = {BROKEN_UNICODE: MALFORMED}
 SHORTENED = "shortened"
 
 
+# fields of DataReport that are added up
+_SUMS = (
+    "rows", "kept", "tokens", "trained_tokens", "token_rows", "answers", "untrained", "not_chosen", "shortened",
+)  # fmt: skip
+
+
 class Dropped(NamedTuple):
     """Why a row is dropped.
 
@@ -119,17 +125,7 @@ class DataReport:
 
     def merge(self, other: "DataReport") -> None:
         """Adds the counts and records of a report on other rows."""
-        for name in (
-            "rows",
-            "kept",
-            "tokens",
-            "trained_tokens",
-            "token_rows",
-            "answers",
-            "untrained",
-            "not_chosen",
-            "shortened",
-        ):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
