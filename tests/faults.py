@@ -3285,6 +3285,13 @@ FAULTS = [
         "tests/train/test_row_losses.py -k continues_the_ledger",
     ),
     Fault(
+        "ledger: a checkpoint's of other files is continued",
+        "utils/train/row_losses.py",
+        "if earlier.note.sha256 != note.sha256:",
+        "if False:",
+        "tests/train/test_row_losses.py -k in_other_files",
+    ),
+    Fault(
         "ledger: a checkpoint's lacks the steps since the last line of the log",
         "utils/train/row_losses.py",
         "        if self.ledger is not None:\n            self._take_training()\n        super()._save_checkpoint",

@@ -1,5 +1,7 @@
 """The table of rows' losses: merged step by step, written and read again, and which rows were forgotten."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -7,9 +9,7 @@ import pytest
 from utils.data.places import encode_source
 from utils.train.row_ledger import LedgerNote, RowLedger, states
 
-NOTE = LedgerNote(
-    files=["a.jsonl", "b/one.csv", "b/two.csv"], sha256=["x", "y", "z"], sources=["a", "b", "b"], task_type="sft"
-)
+NOTE = LedgerNote(files=["a.jsonl", "b/one.csv", "b/two.csv"], sha256=["x", "y", "z"], sources=["a", "b", "b"])
 
 
 def one_by_one(observed):
@@ -119,3 +119,14 @@ def test_a_row_is_learned_forgotten_or_never_learned(losses, state):
         ledger.add(np.array([5]), np.array([step]), np.array([loss]), np.array([1.0]))
     ledger.merge()
     assert [name for name, values in states(ledger.rows).items() if values[0]] == ([state] if state else [])
+
+
+def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
+    ledger = RowLedger(NOTE)
+    ledger.add(*observations())
+    ledger.write(tmp_path / "ledger.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "ledger.parquet")
+    note = {**json.loads(table.schema.metadata[b"ledger"]), "task_type": "sft", "columns": None}
+    table = table.replace_schema_metadata({"ledger": json.dumps(note)})
+    pyarrow.parquet.write_table(table, tmp_path / "earlier.parquet")
+    assert RowLedger.read(tmp_path / "earlier.parquet").note == NOTE

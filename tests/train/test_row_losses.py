@@ -212,6 +212,32 @@ def test_a_ledger_that_begins_at_a_checkpoint_says_so(train, two_files, capfd):
     assert {row["first_step"] for row in ledger(folder)} == {3, 4}
 
 
+@pytest.mark.parametrize("kind", ["joined", "split", "renamed"])
+def test_a_resumed_run_with_the_rows_in_other_files_begins_a_ledger(train, two_files, tmp_path, capfd, kind):
+    flags = [
+        *MOVING,
+        "--row_ledger",
+        "true",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--train_sampling_strategy",
+    ]
+    flags += ["sequential", "--per_device_train_batch_size", "2"]
+    joined, rest = write_rows(tmp_path / "all.jsonl", tiny.ROWS), shutil.copy(two_files[1], tmp_path / "other.jsonl")
+    before, after = (
+        ",".join(two_files),
+        {"joined": joined, "split": ",".join(two_files), "renamed": f"{two_files[0]},{rest}"},
+    )
+    train(*flags, "--max_steps", "2", data=joined if kind == "split" else before)
+    folder = train(*flags, "--max_steps", "4", "--resume_from_checkpoint", "true", data=after[kind])
+    message, rows = "joined or split since", ledger(folder)
+    assert (message in capfd.readouterr().err) == (kind != "renamed")
+    assert min(row["first_step"] for row in rows) == (1 if kind == "renamed" else 3)
+    assert {row["file"] for row in rows} <= set(after[kind].split(","))
+
+
 def test_a_run_in_place_of_another_removes_its_ledger(train, rows_file):
     folder = train(*STILL, "--row_ledger", "true")
     assert (folder / LEDGER_FILE).is_file()

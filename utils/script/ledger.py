@@ -73,7 +73,7 @@ def heading(ledger: RowLedger, folder: str) -> str:
         f"  {format_counts(ledger.counts())}",
     ]
     if note.first_step:
-        lines.append(f"  the ledger begins after step {note.first_step:,}: the run had none before")
+        lines.append(f"  the ledger begins after step {note.first_step:,}: the run had none before, or of other files")
     if once:
         lines.append(f"  {format_count(once, 'row')} trained once only, so that their losses show no change")
     return "\n".join(lines)

@@ -140,14 +140,12 @@ def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
     trainer.files = data.report.files
     trainer.source_names, trainer.eval_source_names = data.source_names, data.eval_source_names
     if args.row_ledger:
-        trainer.ledger = RowLedger(_ledger_note(args, data))
+        trainer.ledger = RowLedger(_ledger_note(data))
 
 
-def _ledger_note(args, data: Data) -> LedgerNote:
+def _ledger_note(data: Data) -> LedgerNote:
     """What the losses of this run's row ledger belong to."""
     report = data.report
     hashes = [report.hashes[file] for file in report.files]
     names = list(data.source_names or report.files)
-    return LedgerNote(
-        task_type=args.task_type, columns=args.columns, files=list(report.files), sha256=hashes, sources=names
-    )
+    return LedgerNote(files=list(report.files), sha256=hashes, sources=names)

@@ -15,7 +15,7 @@ The file's metadata holds, under the key `ledger`, what is needed to find the ro
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,6 @@ class LedgerNote:
     Attributes:
         step: the number of steps that the ledger covers.
         first_step: the step after which it begins; 0 for all of a run.
-        task_type: of the run; of a preference pair the loss is that of the pair.
-        columns: the run's `--columns`.
         files: the training files, in the order of their indices.
         sha256: of each file when it was read.
         sources: the name of each file's source.
@@ -55,8 +53,6 @@ class LedgerNote:
 
     step: int = 0
     first_step: int = 0
-    task_type: str = ""
-    columns: str | None = None
     files: list[str] = field(default_factory=list)
     sha256: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -189,7 +185,9 @@ class RowLedger:
 
         table = pyarrow.parquet.read_table(path)
         try:
-            ledger = cls(LedgerNote(**json.loads(table.schema.metadata[_KEY])))
+            note = json.loads(table.schema.metadata[_KEY])
+            names = [known.name for known in fields(LedgerNote)]  # earlier versions stored others beside them
+            ledger = cls(LedgerNote(**{name: note[name] for name in names}))
             file, line = (table[name].to_numpy().astype("int64") for name in ("file_index", "line"))
             ledger.rows = {"source": encode_source(file, line)}
             ledger.rows |= {name: table[name].to_numpy().astype(kind) for name, kind in _FIGURES.items()}

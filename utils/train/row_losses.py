@@ -166,7 +166,7 @@ class RowLossesMixin:
         return found
 
     def _resume_ledger(self) -> None:
-        """Continues the checkpoint's ledger; without a checkpoint, or if it has none, the ledger begins here."""
+        """Continues the checkpoint's ledger; without one of the same files, the ledger begins here."""
         note, step = self.ledger.note, self.state.global_step
         self.ledger.clear()
         note.step = note.first_step = step
@@ -177,6 +177,13 @@ class RowLossesMixin:
             earlier = RowLedger.read(checkpoint / LEDGER_FILE)
         except (OSError, ValueError):
             logger.warning("{} has no {}: the row ledger begins after step {}", checkpoint, LEDGER_FILE, step)
+            return
+        if earlier.note.sha256 != note.sha256:  # the same rows may be in other files, whose lines are others
+            logger.warning(
+                "the training files were changed, joined or split since {}: the row ledger begins after step {}",
+                checkpoint,
+                step,
+            )
             return
         self.ledger.rows, note.first_step = earlier.rows, earlier.note.first_step
 
