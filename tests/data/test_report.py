@@ -5,6 +5,8 @@ import json
 from utils.data.report import (
     BROKEN_UNICODE,
     MALFORMED,
+    MAX_GROUPS,
+    OTHER_REASON,
     SHORTENED,
     TOO_LONG,
     DataReport,
@@ -83,3 +85,20 @@ def test_a_report_of_an_earlier_version_is_taken():
     ]
     assert (report.rows, report.kept, report.dropped, report.untrained) == (6, 3, EARLIER["dropped"], 1)
     assert report.unread == {"a": {"quality": 3}}
+
+
+def test_reasons_without_end_are_one_group_beyond_the_first_thousand():
+    report, halves = DataReport(), [DataReport(), DataReport()]
+    for line in range(1, 3001):
+        for counted in (report, halves[line > 1500]):
+            counted.drop("a", line, f"is not JSON: {line}", MALFORMED)
+            counted.drop("a", line, "is too long", TOO_LONG)
+    report.drop("b", 1, "is not JSON: 1", MALFORMED)
+    merged = from_stored(json.loads(json.dumps(to_stored(halves[0]))), [])
+    merged.merge(halves[1])
+    merged.drop("b", 1, "is not JSON: 1", MALFORMED)
+    assert merged.totals == report.totals and merged.dropped == report.dropped
+    groups = report.dropped_groups()
+    assert len(groups) == MAX_GROUPS + 1 + 1 and sum(group.count for group in groups) == 6001
+    assert groups[-2] == RowGroup("a", MALFORMED, OTHER_REASON, list(range(1000, 1100)), 2001)
+    assert merged.dropped_groups()[-2].count == 2001 and len(to_stored(merged)["records"]) <= MAX_GROUPS + 300

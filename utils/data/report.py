@@ -1,5 +1,6 @@
 """The report of prepared rows: how many are trained on, which are dropped, and why."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from utils.runtime.text import format_count
 from utils.template.messages import UNTRAINED_ANSWER
 
 MAX_LINES_KEPT = 100  # line numbers kept for the rows of one file with one reason
+MAX_GROUPS = 1000  # of the rows of one file; the reason of a malformed row holds a part of its text, and is its own
+OTHER_REASON = f"has another problem than the first {MAX_GROUPS:,} of this file"
 
 # kinds of dropped rows, as they are counted in messages
 MALFORMED = "malformed"
@@ -85,6 +88,8 @@ class DataReport:
         answers: number of answers in kept rows of conversations.
         untrained: number of those that are not trained, other than by `--train_on`, which leaves `not_chosen` out.
         shortened: number of rows that were truncated.
+
+    Of each file at most `MAX_GROUPS` groups are kept; further rows of a kind are one group with `OTHER_REASON`.
     """
 
     rows: int = 0
@@ -105,6 +110,9 @@ class DataReport:
     untrained: int = 0
     not_chosen: int = 0
     shortened: int = 0
+
+    def __post_init__(self):
+        self._groups_of = Counter(file for file, *_ in self.totals)
 
     def add_chunk(self, chunk) -> None:
         """Counts the rows of an `utils.data.encode.EncodedChunk`."""
@@ -130,16 +138,17 @@ class DataReport:
         for kind, count in other.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
         for group, count in other.totals.items():
+            group = self._group(*group)
             self.totals[group] = self.totals.get(group, 0) + count
         for file, fields in other.unread.items():
             self.note_unread(file, fields)
         kept: dict[tuple[str, str, str], int] = {}
         records, self.records = self.records + other.records, []
         for record in records:
-            group = (record.file, record.kind, record.reason)
+            group = self._group(record.file, record.kind, record.reason)
             kept[group] = kept.get(group, 0) + 1
             if kept[group] <= MAX_LINES_KEPT:
-                self.records.append(record)
+                self.records.append(record._replace(reason=group[2]))
 
     def drop(self, file: str, line: int, reason: str, kind: str) -> None:
         """Counts a dropped row and records where it is."""
@@ -158,10 +167,18 @@ class DataReport:
         self._keep(RowRecord(file, line, UNTRAINED_ANSWER, reason))
 
     def _keep(self, record: RowRecord) -> None:
-        group = (record.file, record.kind, record.reason)
+        group = self._group(record.file, record.kind, record.reason)
         self.totals[group] = self.totals.get(group, 0) + 1
         if self.totals[group] <= MAX_LINES_KEPT:
-            self.records.append(record)
+            self.records.append(record._replace(reason=group[2]))
+
+    def _group(self, *group: str) -> tuple[str, str, str]:
+        """The group of `totals` that rows with a file, kind and reason are counted in."""
+        file, kind, _ = group
+        if group not in self.totals and self._groups_of[file] >= MAX_GROUPS:
+            group = (file, kind, OTHER_REASON)
+        self._groups_of[file] += group not in self.totals
+        return group
 
     def groups(self, *kinds: str) -> list[RowGroup]:
         """Groups the records, of the given kinds or of all, by file, kind and reason, in order."""
