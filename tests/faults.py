@@ -2743,6 +2743,20 @@ FAULTS = [
         "tests/data/test_report.py -k without_end",
     ),
     Fault(
+        "cache: rows depend on the path of their file",
+        "utils/data/cache.py",
+        "(kind_of_file(file), Path(file).suffix.lower())",
+        "file",
+        "tests/data/test_cache.py -k was_moved",
+    ),
+    Fault(
+        "cache: rows of a file that was moved are named by its path before",
+        "utils/data/cache.py",
+        "        report.rename_files(files)\n",
+        "",
+        "tests/data/test_cache.py -k was_moved",
+    ),
+    Fault(
         "report: an earlier one's file by the shortest name",
         "utils/data/report.py",
         "file = max((file for",

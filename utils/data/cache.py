@@ -1,6 +1,6 @@
 """Keeps prepared rows on disk: the key they are found by, the lock while they are made, the folder itself.
 
-A key depends on no path, seed, clock, or number of processes.
+A key depends on no seed, clock, number of processes, or path beyond the suffix, which decides how a file is read.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from utils.data.json_rows import kind_of_file
 from utils.data.report import DataReport, from_stored, to_stored
 from utils.runtime.distributed import is_local_main_process
 from utils.runtime.errors import UserError
@@ -91,17 +92,18 @@ def check_unchanged(hashes: dict[str, str]) -> None:
 
 
 def cache_folder(cache_dir: str | None, files: list[str], content: str) -> Path:
-    """Returns the folder for prepared rows, named by a hash of their content key and the files' names.
+    """Returns the folder for prepared rows, named by a hash of their content key and the kinds of the files.
 
     Args:
         cache_dir: the folder of all prepared rows; None for `llm_dojo` in the cache of `datasets`.
-        files: paths as given, which the stored report names.
+        files: paths; only their suffixes count.
         content: from `content_key`.
     """
     import datasets
 
     root = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llm_dojo").expanduser()
-    return root / hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()[:32]
+    kinds = [(kind_of_file(file), Path(file).suffix.lower()) for file in files]
+    return root / hashlib.sha256(json.dumps([content, kinds]).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -151,7 +153,9 @@ def load_cached(folder: Path, files: list[str]):
         # other files are allowed: TRL stores the log-probabilities of the reference model beside the rows
         if any((folder / name).stat().st_size != size for name, size in stored.pop("sizes").items()):
             raise ValueError("a file is missing or truncated")
-        return without_empty_columns(load_from_disk(str(folder))), from_stored(stored, files)
+        report = from_stored(stored, files)
+        report.rename_files(files)
+        return without_empty_columns(load_from_disk(str(folder))), report
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the prepared rows in {} are damaged ({}); they are prepared again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)

@@ -212,6 +212,7 @@ def _prepare(hashes: dict[str, str], encoder: RowEncoder, on_bad_row: str, folde
         else:
             save_arrow_file(dataset, scratch / "encoded.arrow", scratch / "rows")
         report.key = rows_key(without_empty_columns(dataset))
+        report.files = list(hashes)
         del dataset
         store(report, scratch / "rows", folder)
     finally:

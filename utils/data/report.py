@@ -166,6 +166,15 @@ class DataReport:
         self.untrained += 1
         self._keep(RowRecord(file, line, UNTRAINED_ANSWER, reason))
 
+    def rename_files(self, files: list[str]) -> None:
+        """Replaces the names in `files`, and those of all records, by the names of the same files now."""
+        names = dict(zip(self.files, files, strict=True))
+        self.records = [record._replace(file=names[record.file]) for record in self.records]
+        self.totals = {(names[file], *group): count for (file, *group), count in self.totals.items()}
+        self.unread = {names[file]: fields for file, fields in self.unread.items()}
+        self.files = files
+        self.__post_init__()
+
     def _keep(self, record: RowRecord) -> None:
         group = self._group(record.file, record.kind, record.reason)
         self.totals[group] = self.totals.get(group, 0) + 1
