@@ -1,6 +1,7 @@
 """The order of an epoch's rows: shares, passes, and its end; compared with `datasets.interleave_datasets`."""
 
 import math
+import time
 
 import numpy
 import pytest
@@ -36,13 +37,55 @@ def test_concat_has_every_row_once_in_a_new_order_each_epoch():
 def test_repeat_and_rows():
     found = mixture([10, 8], "concat", settings=[{"repeat": 2.5}, {"rows": 3, "repeat": 2}])
     assert found.counts == (25, 6)
-    rows = found.indices(3)
+    rows = found.indices(2)
     times = numpy.bincount(rows, minlength=18)
     assert sorted(times[:10]) == [2] * 5 + [3] * 5
     assert sorted(times[10:]) == [0] * 5 + [2] * 3  # the same three, twice
-    assert set(rows[rows >= 10]) != set(found.indices(4)[found.indices(4) >= 10])  # others in the next epoch
+    assert set(rows[rows >= 10]) != set(found.indices(3)[found.indices(3) >= 10])  # others in the next epoch
     own = rows[rows < 10]
     assert sorted(own[:10]) == sorted(own[10:20]) == list(range(10))  # pass after pass
+
+
+@pytest.mark.parametrize(("sizes", "strategy", "options"), [
+    ([150, 20], "concat", {"settings": [{"rows": 15}, {}]}),
+    ([150, 20], "concat", {"settings": [{"rows": 70}, {"repeat": 0.3}]}),
+    ([150, 20], "concat", {"settings": [{}, {"repeat": 2.7}]}),
+    ([1000, 100], "weighted", {"weights": [0.5, 0.5]}),
+    ([100, 31], "weighted", {"weights": [0.7, 0.3], "stop": "all_exhausted"}),
+    ([50, 7], "interleave", {"stop": "all_exhausted"}),
+    ([50, 7], "interleave", {}),
+])  # fmt: skip
+def test_over_the_epochs_a_row_comes_again_only_after_all_others_of_its_source(sizes, strategy, options):
+    found = mixture(sizes, strategy, **options)
+    start = 0
+    for size, count in zip(sizes, found.counts, strict=True):
+        times, orders = numpy.zeros(size, int), set()
+        for epoch in range(12):
+            rows = found.indices(epoch)
+            rows = rows[(rows >= start) & (rows < start + size)] - start
+            assert len(rows) == count and (len(set(rows)) == min(count, size))  # none twice before all have come
+            orders.add(tuple(rows))
+            for row in rows:
+                times[row] += 1
+                assert times[row] == times.min() + 1 or times.min() == times.max()
+        assert times.max() - times.min() <= 1 and len(orders) == 12
+        start += size
+
+
+def test_rows_that_an_epoch_repeats_are_others_in_the_next():
+    found = mixture([10], "concat", settings=[{"rows": 4, "repeat": 3}])
+    times = numpy.zeros(10, int)
+    for epoch in range(5):
+        rows = found.indices(epoch)
+        assert len(set(rows)) == 4 and all(set(rows[part : part + 4]) == set(rows) for part in (0, 4, 8))
+        times += numpy.bincount(rows, minlength=10)
+    assert list(times) == [6] * 10
+
+
+def test_a_small_source_is_repeated_without_a_pass_for_each_row():
+    found, started = mixture([1, 200_000], "interleave", stop="all_exhausted"), time.process_time()
+    rows = found.indices(1)
+    assert time.process_time() - started < 5 and (rows == 0).sum() == 200_000
 
 
 @pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
@@ -108,6 +151,23 @@ def test_a_source_that_gives_no_row_or_too_few_is_refused(sizes, options):
         mixture(sizes, options.pop("strategy"), options.pop("weights", None), **options)
 
 
+@pytest.mark.parametrize(("strategy", "options", "named"), [
+    ("weighted", {"weights": [1, 1e-9], "stop": "all_exhausted"}, "'s0'"),
+    ("weighted", {"weights": [1, 5e-324], "stop": "all_exhausted"}, "'s0'"),
+    ("concat", {"settings": [{}, {"repeat": 1e11}]}, "'s1'"),
+    ("concat", {"settings": [{}, {"repeat": 1e300}]}, "'s1'"),
+    ("concat", {"settings": [{}, {"repeat": 1.7e308}]}, "'s1'"),
+])  # fmt: skip
+def test_an_epoch_of_too_many_rows_is_refused_by_its_source(strategy, options, named):
+    with pytest.raises(UserError) as error:
+        mixture([20, 40], strategy, **options)
+    assert named in str(error.value) and "2,147,483,648" in str(error.value)
+
+
+def test_large_weights_are_shares():
+    assert mixture([20, 40], "weighted", [1e308, 1.5e308]).counts == (20, 30)
+
+
 def test_what_was_drawn_equals_the_rows_of_the_order():
     found = mixture([20, 30, 12], "weighted", [5, 3, 2], stop="all_exhausted")
     for rows in ([len(found), 7], [len(found) - 2, len(found) - 2], [0], []):
@@ -127,3 +187,6 @@ def test_the_table_and_the_name():
                mixture([20, 30], "weighted", [0.7, 0.3], settings=[{"rows": 3}, {}]),
                mixture([20, 30], "concat"), mixture([20, 30], "concat", settings=[{"repeat": 2}, {}])]  # fmt: skip
     assert len({found.name, *(one.name for one in changed)}) == 7
+    close = [{"rows": 1234567}, {"rows": 1234568}, {"repeat": 1.0000001}, {"repeat": 1.0000002}, {"repeat": 2.0}]
+    names = [mixture([2_000_000], "concat", settings=[setting]).name for setting in close]
+    assert len(set(names)) == 5 and "(rows 1234567)" in names[0] and "(repeat 2)" in names[4]

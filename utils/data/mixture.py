@@ -12,6 +12,7 @@ CONCAT, INTERLEAVE, WEIGHTED = "concat", "interleave", "weighted"
 ROWS, TOKENS = "rows", "tokens"
 FIRST, ALL = "first_exhausted", "all_exhausted"
 _TINY = 1e-9  # of rows: errors of floating-point numbers
+_MOST = 2**31  # rows of an epoch; more can only be a mistake in a weight or in repeat
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class FixedOrder:
 class Mixture:
     """The rows of each epoch, drawn from several sources whose prepared rows follow each other in one dataset.
 
-    How many rows of each source an epoch has is fixed, so that its steps are known before the training; which rows,
-    and their order, is drawn anew for each epoch from the seed and the number of the epoch.
+    How many rows of each source an epoch has is fixed, so that its steps are known before the training. Which rows, and
+    their order, depends on the seed and the number of the epoch: each epoch continues where the one before it ended.
 
     Attributes:
         sources: the settings of each.
@@ -64,6 +65,8 @@ class Mixture:
             if source.rows is not None and source.rows > size:
                 raise _refused(source, f"rows: {source.rows:,} asks for more than the {size:,} rows that can be used")
         counts = {CONCAT: self._concat, INTERLEAVE: self._interleave, WEIGHTED: self._weighted}[self.strategy]()
+        if not counts.sum() <= _MOST:
+            self._refuse_size(counts)
         object.__setattr__(self, "counts", tuple(int(count) for count in counts))
         for source, count in zip(self.sources, self.counts, strict=True):
             if not count:
@@ -83,9 +86,16 @@ class Mixture:
                 "rows": source.rows,
                 "repeat": source.repeat if source.repeat != 1 else None,
             }
-            given = [f"{key} {value:g}" for key, value in own.items() if value is not None]
+            given = [f"{key} {_exact(value)}" for key, value in own.items() if value is not None]
             parts.append(f"{source.name} ({', '.join(given)})" if given else source.name)
         return f"{self.strategy}{how}: {'; '.join(parts)}"
+
+    def _refuse_size(self, shares: numpy.ndarray) -> None:
+        """Raises a `UserError` that names the source with the most rows of an epoch that has too many."""
+        remedy = "raise the smallest weight" if self.strategy == WEIGHTED else "lower its repeat"
+        remedy += ", or use --mixing_stop first_exhausted" if self.stop == ALL else ""
+        message = f"makes an epoch longer than the {_MOST:,} rows that are allowed; {remedy}"
+        raise _refused(self.sources[int(shares.argmax())], message)
 
     # ------------------------------------------------------------------ how many rows of each source
     def _available(self) -> numpy.ndarray:
@@ -95,7 +105,8 @@ class Mixture:
 
     def _concat(self) -> numpy.ndarray:
         repeats = numpy.array([source.repeat for source in self.sources])
-        return numpy.floor(self._available() * repeats + 0.5).astype(numpy.int64)
+        with numpy.errstate(over="ignore"):
+            return numpy.floor(self._available() * repeats + 0.5)
 
     def _interleave(self) -> numpy.ndarray:
         """As `datasets.interleave_datasets`: one row of each in turn, until the shortest or the longest is used up."""
@@ -108,11 +119,15 @@ class Mixture:
         shares = numpy.array([source.weight for source in self.sources], float)
         if self.unit == TOKENS:
             shares /= numpy.array(self.tokens)  # share of rows = share of tokens / tokens of a row
+        shares /= shares.max()  # the sum of large weights is no finite number
         shares /= shares.sum()
-        needed = available / shares  # rows of an epoch that goes through each source once
-        total = int(needed.min() + _TINY) if self.stop == FIRST else int(numpy.ceil(needed.max() - _TINY))
+        with numpy.errstate(divide="ignore", over="ignore"):
+            needed = available / shares  # rows of an epoch that goes through each source once
+        total = numpy.floor(needed.min() + _TINY) if self.stop == FIRST else numpy.ceil(needed.max() - _TINY)
+        if not total <= _MOST:
+            self._refuse_size(shares)
         counts = numpy.floor(total * shares + _TINY).astype(numpy.int64)
-        rest = numpy.argsort(counts - total * shares, kind="stable")[: total - counts.sum()]  # largest remainders
+        rest = numpy.argsort(counts - total * shares, kind="stable")[: int(total) - counts.sum()]  # largest remainders
         counts[rest] += 1
         return counts
 
@@ -120,7 +135,7 @@ class Mixture:
     def indices(self, epoch: int) -> numpy.ndarray:
         """The indices of the rows of an epoch, [rows], in the order in which they are trained.
 
-        A row comes again only after all others of its source have come.
+        Over the epochs, a row comes again only after all others of its source have come.
         """
         slots = self._slots(epoch)
         rows = numpy.empty(len(slots), numpy.int64)
@@ -137,13 +152,21 @@ class Mixture:
         return self._generator(epoch).permutation(numpy.repeat(numpy.arange(len(self.counts)), self.counts))
 
     def _drawn(self, number: int, epoch: int) -> numpy.ndarray:
-        """The rows of one source, counted from its first, pass after pass, [count]."""
-        generator, count = self._generator(epoch, number), self.counts[number]
-        passed = generator.permutation(self.sizes[number])[: self.sources[number].rows]
-        passes = [passed]
-        while sum(map(len, passes)) < count:
-            passes.append(generator.permutation(passed))
-        return numpy.concatenate(passes)[:count]
+        """The rows of one source, counted from its first, in the order in which they are trained, [count].
+
+        The source is gone through again and again, in one order drawn for the run; an epoch begins where the one
+        before it has ended, so that it has no row twice before it has all. Its rows are shuffled within each pass. With
+        `rows` an epoch that needs more of them repeats its own.
+        """
+        size, count = self.sizes[number], self.counts[number]
+        different = min(count, self.sources[number].rows or count)
+        times, within = numpy.divmod(numpy.arange(count), different)
+        position = epoch * different + within  # in the endless passes
+        # the pass through `rows`, then the pass through the source, of which `rows` has parts of at most two
+        passes = 2 * times + position // size - epoch * different // size
+        shuffled = numpy.argsort(passes + self._generator(epoch, number + 1).random(count))
+        order = self._generator(0, number + 1, 1).permutation(size)  # 1: other random numbers than those of epoch 0
+        return order[position[shuffled] % size]
 
     def _generator(self, epoch: int, *more: int) -> numpy.random.Generator:
         return numpy.random.default_rng((self.seed, epoch, *more))
@@ -191,6 +214,11 @@ def format_mixture(table: list[dict]) -> list[str]:
         f"({100 * line['share_of_tokens']:.1f} %), {line['epochs']:.3g} times its rows"
         for line in table
     ]
+
+
+def _exact(value: float) -> str:
+    """All digits of a number: `2.0` → `"2"`, `1234567.5` → `"1234567.5"`."""
+    return repr(int(value) if value == int(value) else value)
 
 
 def _refused(source: Source, message: str) -> UserError:
