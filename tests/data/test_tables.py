@@ -78,7 +78,7 @@ def booking(arguments):
 def test_nulls_that_a_table_pads_with_are_not_trained(tmp_path):
     """The same rows from JSON and from Parquet are the same messages; a null of a JSON file stays."""
     rows = [booking({"people": 4}), booking({"place": "Lark", "deep": {"a": 1}})]
-    rows[1]["tools"] = [{"type": "function", "function": {"name": "other", "description": "Other."}}]
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "book_table", "description": "Other."}}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     padded = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()
     assert padded[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["place"] is None

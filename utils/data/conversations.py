@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.bad_rows import BadRow, EmptyRow
+from utils.data.calls import check_called_functions, order_results
 from utils.data.fields import field_problem
 from utils.data.formats import (
     CONVERSATION_FORMATS,
@@ -100,7 +101,9 @@ def to_messages(row: Any) -> list[Message]:
         messages = _from_question_and_answer(usual, form)
     check_fields(row, form, messages)
     _check_answers(messages)
-    return with_tools(messages, row)
+    messages = with_tools(order_results(messages), row)
+    check_called_functions(messages, messages[0].get("tools"))
+    return messages
 
 
 def converted(row: dict, form: Format) -> dict:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from utils.data.bad_rows import BadRow, EmptyRow, EqualPair
+from utils.data.calls import check_called_functions, order_results
 from utils.data.conversations import (
     Message,
     WrongTask,
@@ -48,7 +49,11 @@ def to_pair(row: Any) -> Pair:
         _check_answer(name, answer)
     if _bare(chosen) == _bare(rejected):
         raise EqualPair("has chosen equal to rejected")
-    return {"prompt": with_tools(prompt, usual), "chosen": chosen, "rejected": rejected}
+    prompt = with_tools(prompt, usual)
+    # a rejected answer may be rejected because of the function it calls
+    check_called_functions(chosen, prompt[0].get("tools"), len(prompt))
+    chosen, rejected = (order_results([*prompt, *answer])[len(prompt) :] for answer in (chosen, rejected))
+    return {"prompt": order_results(prompt), "chosen": chosen, "rejected": rejected}
 
 
 def read_pair(row: dict) -> tuple[list[Message], list[Message], list[Message]]:

@@ -7,6 +7,7 @@ from typing import Any
 from loguru import logger
 
 from utils.data.bad_rows import BadRow, unreadable
+from utils.data.calls import order_results
 from utils.data.columns import rename_raw
 from utils.data.conversations import Message, as_list, converted, read_question, read_turns, with_system, with_tools
 from utils.data.fields import prompt_problem, question_problem
@@ -97,6 +98,7 @@ def to_prompt(row: Any) -> tuple[list[Message], list | None, str | None]:
     messages, answer = _read(_without_training_marks(row))
     if not messages:
         raise BadRow("has an answer and no prompt before it")
+    messages = order_results(messages)
     check_prompt(messages)
     if "reference" in row:
         answer = read_text(row, "reference")
