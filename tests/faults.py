@@ -3263,6 +3263,13 @@ FAULTS = [
         "tests/train/test_stream.py -k another_order",
     ),
     Fault(
+        "stream: an update that encodes in another way is not noticed",
+        "utils/data/stream.py",
+        '"first": rows_key(stream.sample)',
+        '"first": None',
+        "tests/data/test_stream.py -k update_leaves",
+    ),
+    Fault(
         "stream: chunks of a group are read again and again",
         "utils/data/stream.py",
         "self._max_chunks = order.largest_group() + 1",

@@ -1,5 +1,7 @@
 """Streamed rows: their order, what they are encoded as, and what is kept in memory."""
 
+import copy
+import importlib.metadata
 import json
 
 import numpy
@@ -70,12 +72,12 @@ def load(tiny_models, tmp_path, tokenizer, monkeypatch):
     """Loads rows as main_train.py does; returns the task's Data."""
     monkeypatch.setattr(stream_index, "CHUNK_ROWS", 4)
 
-    def run(paths, *flags, task="sft"):
+    def run(paths, *flags, task="sft", template="qwen", tokenizer=tokenizer):
         argv = ["--train_args_path", f"train_args/{task}/base.py", "--model_name_or_path", tiny_models()]
         argv += ["--train_data_path", paths, "--output_dir", str(tmp_path / "run")]
         args, train_args = parse_args([*argv, "--cache_dir", str(tmp_path / "cache"), *flags])
         return get_task(train_args.task_types[0]).load_datasets(
-            args, train_args, get_template("qwen", tokenizer), tokenizer
+            args, train_args, get_template(template, tokenizer), tokenizer
         )
 
     return run
@@ -105,6 +107,23 @@ def test_rows_are_encoded_as_prepared_ones(load, tmp_path, task, rows):
 def test_no_row_is_written(load, tmp_path):
     load(write_rows(tmp_path / "a.jsonl", tiny.ROWS), *STREAM)
     assert [path.suffixes for path in (tmp_path / "cache").iterdir()] == [[".index", ".npz"]]
+
+
+@pytest.mark.parametrize("template", ["qwen", "auto"])
+def test_an_update_leaves_the_key_unless_it_encodes_in_another_way(load, tmp_path, tokenizer, monkeypatch, template):
+    other, file = copy.deepcopy(tokenizer), write_rows(tmp_path / "a.jsonl", tiny.ROWS)
+    tokenizer = copy.deepcopy(tokenizer)
+    for each in (tokenizer, other):
+        each.chat_template = get_template("qwen", each).to_jinja()
+    other.add_tokens(["Paris"])
+    monkeypatch.setattr("utils.data.encode.tokenizer_key", lambda *_: "")
+    options = {"template": template, "tokenizer": tokenizer}
+    before = load(file, *STREAM, **options).report.key
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.9")
+    monkeypatch.setattr("utils.data.cache._FORMAT_VERSION", 99)
+    assert load(file, *STREAM, **options).report.key == before
+    keys = {before, load(file, *STREAM, "--train_on", "last_turn", **options).report.key}
+    assert len(keys | {load(file, *STREAM, template=template, tokenizer=other).report.key}) == 3
 
 
 def test_a_dropped_row_leaves_its_place_empty_and_is_reported(load, tmp_path):

@@ -25,6 +25,7 @@ from utils.storage.files import checksum
 # raise it whenever a code change produces other ids or labels, or another report, for the same rows
 _FORMAT_VERSION = 15
 _REPORT = "report.json"
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")  # that render and encode
 
 
 def content_key(hashes: dict[str, str], encoding: dict, on_bad_row: str) -> str:
@@ -35,9 +36,13 @@ def content_key(hashes: dict[str, str], encoding: dict, on_bad_row: str) -> str:
         encoding: everything that encoding a row depends on, `RowEncoder.key`.
         on_bad_row: as in CommonArgs.
     """
-    tokenizers = importlib.metadata.version("tokenizers")
-    parts = {"version": _FORMAT_VERSION, "tokenizers": tokenizers, "on_bad_row": on_bad_row, **encoding}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return hash_settings({"version": _FORMAT_VERSION, **versions, "on_bad_row": on_bad_row, **encoding}, hashes)
+
+
+def hash_settings(settings: dict, hashes: dict[str, str]) -> str:
+    """Returns a hash of settings, and of the files of `hashes` in their order."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for sha in hashes.values():
         digest.update(bytes.fromhex(sha))
     return digest.hexdigest()[:32]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 from loguru import logger
 
-from utils.data.cache import content_key, without_empty_columns
+from utils.data.cache import hash_settings, rows_key, without_empty_columns
 from utils.data.encode import EncodedChunk, RowEncoder, encode_chunk
 from utils.data.files import files_left_out, find_files
 from utils.data.parallel import Chunk
@@ -208,6 +208,7 @@ def load_stream(args, train_args, encoder: RowEncoder) -> tuple[RowStream, DataR
     order = RowOrder(sizes, args.shuffle_buffer if shuffled else None, seed)
     stream = RowStream(indices, encoder, args.on_bad_row, order, report)
     stream.sample = _sample(stream, files)
+    report.key = hash_settings({"rows": report.key, "first": rows_key(stream.sample)}, {})
     group, workers = max(args.shuffle_buffer, int(sizes.max())), train_args.dataloader_num_workers
     logger.info(
         "train data: {:,} rows are streamed, {}, and tokenised {}; a row that is dropped leaves its place in its step "
@@ -220,13 +221,17 @@ def load_stream(args, train_args, encoder: RowEncoder) -> tuple[RowStream, DataR
 
 
 def _report(files: list[str], indices: list[FileIndex], encoder: RowEncoder) -> DataReport:
-    """The report of rows that are not read yet; its key identifies the files, their order and their encoding."""
+    """The report of rows that are not read yet; its key identifies the files, their order and their encoding.
+
+    No version is in it, so that a run can be resumed after an update, as one of prepared rows can; whether that
+    encodes rows in another way is seen in the ids of the first rows, which `load_stream` adds to the key.
+    """
     sizes, hashes = chunk_sizes(indices), {file: fingerprint(file) for file in files}
     encoding = {**encoder.key, "chunks": hashlib.sha256(sizes.tobytes()).hexdigest()}
     # --on_bad_row and --overlong error decide about single rows, not about their order, and may change on a resume
     if encoding.get("overlong") == "error":
         encoding["overlong"] = "drop"
-    rows, key = int(sizes.sum()), content_key(hashes, encoding, "")
+    rows, key = int(sizes.sum()), hash_settings(encoding, hashes)
     bytes_of = {index.file: index.status[0] for index in indices}
     return DataReport(rows=rows, kept=rows, files=files, hashes=hashes, bytes_of=bytes_of, key=key)
 

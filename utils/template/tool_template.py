@@ -3,7 +3,6 @@
 The texts are in `utils/template/formats/`. The answers are marked in them with `{% generation %}`.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,9 +106,8 @@ class ToolTemplate(Template):
 
     @property
     def key(self) -> str:
-        """Everything that renderings depend on, for the cache of prepared rows."""
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "jinja2")]
-        return f"{self!r} {', '.join(versions)}"
+        """Everything that renderings depend on but the versions of the libraries, for the cache of prepared rows."""
+        return repr(self)
 
     def to_jinja(self) -> str:
         """The Jinja text, which is saved as `tokenizer.chat_template`."""
