@@ -4,6 +4,7 @@ import pytest
 from quiz import evaluate_rows
 
 from utils.evaluate import metrics
+from utils.evaluate.report import check_output
 
 
 @pytest.mark.parametrize("said", ["", "Hello! 好。"], ids=["empty", "some"])
@@ -24,3 +25,14 @@ def test_the_files_are_written_for_any_rows(rows, said, tiny_models, tmp_path, c
     figures = summary["figures"][next(iter(summary["figures"]))]
     assert {name for name in figures if "bleu" in name} | {"chrf"} == set(summary["sacrebleu"])
     assert "ROUGE-L" in out
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.summary.json"])
+def test_an_input_is_never_the_output_or_its_summary(tmp_path, name):
+    """Also through a link; `out.jsonl` and `out.summary.json` are written together."""
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]", encoding="utf-8")
+    (tmp_path / name).hardlink_to(rows)
+    (problem,) = check_output(str(tmp_path / "out.jsonl"), overwrite=True, read=[str(rows)])
+    assert f"{name}' is one of the files of --eval_data_path" in problem
+    assert check_output(str(tmp_path / "other.jsonl"), overwrite=True, read=[str(rows)]) == []

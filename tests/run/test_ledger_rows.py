@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from utils.data.places import encode_source
-from utils.run.ledger_rows import SELECTIONS, looks_mislabelled
+from utils.run.ledger_rows import SELECTIONS, looks_mislabelled, too_little_learned
 from utils.train.row_ledger import LedgerNote, RowLedger
 
 
@@ -39,13 +39,28 @@ def test_a_row_with_a_high_mean_and_last_loss_looks_mislabelled():
     assert list(SELECTIONS["worst"].pick(ledger))[0] == 6
 
 
-@pytest.mark.parametrize("losses", [usual(40)[:, :1], [[4.0, 3.9, 3.8]] * 39 + [[9.0, 9.0, 9.0]]])
-def test_without_learning_nothing_looks_mislabelled(losses):
+@pytest.mark.parametrize(("losses", "why"), [
+    (usual(40)[:, :1], "no row was trained more than once"),
+    ([[4.0, 3.9, 3.8]] * 39 + [[9.0, 9.0, 9.0]], "only 0 of 40 rows were learned"),
+    (np.concatenate([usual(19), [[4.0, 3.9, 3.8]] * 21]), "only 19 of 40 rows were learned"),
+    (np.concatenate([usual(20), [[4.0, 3.9, 3.8]] * 20]), ""),
+])  # fmt: skip
+def test_without_learning_nothing_looks_mislabelled(losses, why):
+    ledger = ledger_of(losses)
+    assert not looks_mislabelled(ledger).any()
+    assert too_little_learned(ledger).partition(";")[0] == why
+
+
+def test_a_row_that_was_trained_early_does_not_look_mislabelled_for_it():
+    losses = usual(40)
+    losses[3] = [40.0, 1.0, 0.35]  # the loss before the first step is far above those of rows that were drawn later
     assert not looks_mislabelled(ledger_of(losses)).any()
 
 
 def test_rows_are_compared_with_those_of_their_source():
-    losses = np.concatenate([usual(30), usual(30, scale=3.0)])  # the second source is harder, and no row of it is wrong
+    losses = np.concatenate(
+        [usual(30, seed=1), usual(30, scale=3.0, seed=1)]
+    )  # the second source is harder, and no row of it is wrong
     assert not looks_mislabelled(ledger_of(losses, files=2)).any()
     losses[4] = [9.0, 8.0, 2.0]
     assert lines(looks_mislabelled(ledger_of(losses, files=2))) == [5]

@@ -115,7 +115,57 @@ def test_a_value_that_json_does_not_have_is_refused(train, tmp_path, refused):
     assert "cannot be written as JSON" in said and not (tmp_path / "out.jsonl").exists()
 
 
+def test_the_columns_that_the_rows_need_are_named(train, tmp_path, capsys):
+    rows = [{"q": f"{number}: Hi", "a": "fox"} for number in range(4)]
+    write_rows(tmp_path / "own.jsonl", rows)
+    write_rows(tmp_path / "plain.jsonl", [{"instruction": row["q"], "output": row["a"]} for row in rows])
+    columns = json.dumps({"instruction": "q", "output": "a"})
+    (tmp_path / "mix.yaml").write_text(
+        f"- path: {tmp_path / 'own.jsonl'}\n  columns: {columns}\n- path: {tmp_path / 'plain.jsonl'}\n"
+    )
+    run = train("--row_ledger", "true", data=str(tmp_path / "mix.yaml"))
+    main([str(run), "--top", "99", "--write", str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr().out
+    assert f"to train them, add --columns '{columns}'" in said
+    plain = train("--row_ledger", "true", data=str(tmp_path / "plain.jsonl"), output="plain")
+    main([str(plain), "--write", str(tmp_path / "out2.jsonl")])
+    assert "--columns" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------ what is refused
+@pytest.mark.parametrize("spelling", ["same", "relative", "link", "hard link", "validation"])
+def test_a_data_file_of_the_run_is_never_written(own, tmp_path, refused, spelling):
+    data = tmp_path / "lights.jsonl"
+    out = {
+        "same": data, "relative": tmp_path / "run" / ".." / "lights.jsonl", "link": tmp_path / "link.jsonl",
+        "hard link": tmp_path / "hard.jsonl", "validation": tmp_path / "eval.jsonl",
+    }[spelling]  # fmt: skip
+    if spelling == "link":
+        out.symlink_to(data)
+    elif spelling == "hard link":
+        out.hardlink_to(data)
+    elif spelling == "validation":
+        out.write_text("{}")
+        record = json.loads((own / "train_args.json").read_text(encoding="utf-8"))
+        record["data"]["eval"] = {"files": [{"file": str(out)}]}
+        (own / "train_args.json").write_text(json.dumps(record), encoding="utf-8")
+    before = out.read_bytes()
+    for overwrite in ("true", "false"):
+        said = refused(main, str(own), "--write", str(out), "--overwrite", overwrite)
+        assert "is a data file of the run" in said
+    assert out.read_bytes() == before
+
+
+def test_a_list_that_was_not_looked_for_is_not_written(train, tmp_path, refused, capsys):
+    run = train("--row_ledger", "true", "--learning_rate", "1e-9", "--num_train_epochs", "2")
+    main([str(run)])
+    said = capsys.readouterr().out
+    assert "Not looked for: only 0 of " in said and "train longer" in said
+    out = tmp_path / "out.jsonl"
+    said = refused(main, str(run), "--which", "mislabelled", "--write", str(out))
+    assert "mislabelled rows are not looked for: only 0 of " in said and not out.exists()
+
+
 def test_a_changed_file_is_shown_without_texts_and_not_written_out(own, tmp_path, refused, capsys):
     data = tmp_path / "lights.jsonl"
     data.write_text(data.read_text(encoding="utf-8").replace("brief", "Brief"), encoding="utf-8")

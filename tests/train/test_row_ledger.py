@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from utils.data.places import encode_source
-from utils.train.row_ledger import LedgerNote, RowLedger, states
+from utils.train.row_ledger import LedgerNote, RowLedger
 
 NOTE = LedgerNote(files=["a.jsonl", "b/one.csv", "b/two.csv"], sha256=["x", "y", "z"], sources=["a", "b", "b"])
 
@@ -118,7 +118,7 @@ def test_a_row_is_learned_forgotten_or_never_learned(losses, state):
     for step, loss in enumerate(losses, 1):
         ledger.add(np.array([5]), np.array([step]), np.array([loss]), np.array([1.0]))
     ledger.merge()
-    assert [name for name, values in states(ledger.rows).items() if values[0]] == ([state] if state else [])
+    assert [name for name, values in ledger.states().items() if values[0]] == ([state] if state else [])
 
 
 def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
@@ -130,3 +130,33 @@ def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
     table = table.replace_schema_metadata({"ledger": json.dumps(note)})
     pyarrow.parquet.write_table(table, tmp_path / "earlier.parquet")
     assert RowLedger.read(tmp_path / "earlier.parquet").note == NOTE
+
+
+def test_a_row_that_is_trained_late_is_judged_as_the_others():
+    """The loss falls for all rows alike, and the rows of step 9 are seen when it is low already."""
+    ledger = RowLedger(NOTE)
+    for epoch in range(3):
+        for step in range(10):
+            loss = max(8.0 * 0.9 ** (10 * epoch + step), 3.3)
+            ledger.add(np.arange(16) + 16 * step, np.full(16, 10 * epoch + step + 1), np.full(16, loss), np.ones(16))
+    counts = ledger.counts()
+    assert np.unique(ledger.start_losses()) == pytest.approx([np.median([8.0] * 16 + [7.2] * 16)])
+    assert counts == {"rows": 160, "learned": 160, "forgotten": 0, "never_learned": 0}
+
+
+def test_each_source_starts_at_its_own_loss():
+    ledger = RowLedger(NOTE)
+    sources = np.array([encode_source(0, 1), encode_source(0, 2), encode_source(1, 1), encode_source(2, 1)])
+    ledger.add(sources, np.full(4, 1), np.array([2.0, 6.0, 9.0, 9.0]), np.ones(4))
+    ledger.add(sources, np.full(4, 2), np.array([1.0, 3.3, 7.0, 7.3]), np.ones(4))
+    ledger.merge()
+    assert list(ledger.start_losses()) == [4.0, 4.0, 9.0, 9.0]
+    assert list(ledger.states()["learned"]) == [True, False, True, False]  # 3.2 and 7.2
+
+
+def test_a_source_starts_at_the_loss_of_its_first_20_rows():
+    ledger = RowLedger(NOTE)
+    for step in range(1, 31):
+        ledger.add(np.array([step]), np.array([step]), np.array([100.0 - step]), np.array([1.0]))
+    ledger.merge()
+    assert set(ledger.start_losses()) == {100.0 - 10.5}

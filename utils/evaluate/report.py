@@ -12,7 +12,7 @@ from utils.evaluate.models import EvalModel
 from utils.model.source import given_model
 from utils.runtime.errors import Problem, UserError, is_disk_error
 from utils.runtime.text import markdown_table
-from utils.storage.files import write_refusal, write_text
+from utils.storage.files import is_one_of, write_refusal, write_text
 
 # module → package
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "sacrebleu": "sacrebleu",
@@ -37,9 +37,9 @@ def check_output(path: str | None, overwrite: bool, read: list[str]) -> list[str
     flag, output = f"--output {path!r}", Path(path)
     if output.suffix != ".jsonl":
         return [f"{flag} does not end in .jsonl, the format it is written in; give such a name"]
-    if output.resolve() in [Path(file).resolve() for file in read]:
-        return [f"{flag} is one of the files of --eval_data_path; give another file"]
     for file in (output, summary_of(output)):
+        if is_one_of(file, read):
+            return [f"{flag}: {str(file)!r} is one of the files of --eval_data_path; give another file"]
         if file.is_dir():
             return [f"{flag}: {str(file)!r} is a folder; give another file"]
         if file.exists() and not overwrite:

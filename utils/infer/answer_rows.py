@@ -16,7 +16,7 @@ from utils.infer.load import Parts, TrainedArgs, allows_special, load_for_infere
 from utils.infer.prompts import Prompt, read_prompts
 from utils.model.base_config import load_config
 from utils.runtime.errors import Problem, UserError
-from utils.storage.files import sha256_of
+from utils.storage.files import is_one_of, sha256_of
 from utils.storage.weights import weights_fingerprint
 
 _MAX_LINES_SHOWN = 100  # of rows that cannot be answered
@@ -64,7 +64,7 @@ def check_infer(args: InferArgs, given: set[str]) -> list:
     problems += found + parse_columns(args.columns)[1]
     if args.output is None:
         problems.append("--output is missing; give the .jsonl file for the answers to --input")
-    elif Path(args.output).resolve() in [Path(file).resolve() for file in files]:
+    elif is_one_of(args.output, files):
         problems.append(f"--output {args.output!r} is one of the files of --input; give another file")
     else:
         problems += check_output(args.output, args.overwrite)

@@ -9,11 +9,13 @@ import numpy as np
 
 from utils.data.files import raw_rows
 from utils.data.json_rows import RawRow
-from utils.data.places import decode_source, decode_sources
+from utils.data.places import decode_source
 from utils.runtime.errors import UserError, nearest_path
+from utils.runtime.text import format_count
 from utils.storage.files import sha256_of
 from utils.storage.run_files import LEDGER_FILE
-from utils.train.row_ledger import RowLedger, states
+from utils.storage.run_folder import read_run_note
+from utils.train.row_ledger import RowLedger
 
 _ENOUGH = 20  # rows of a source that are compared with each other; fewer are compared with all rows
 _OUTLIER = 3.0  # robust standard deviations above the median
@@ -26,10 +28,12 @@ class Selection(NamedTuple):
     Attributes:
         title: says which rows these are.
         pick: ledger → indices of its rows, the most striking first.
+        why_not: ledger → why these rows cannot be looked for; empty if they can.
     """
 
     title: str
     pick: Callable[[RowLedger], np.ndarray]
+    why_not: Callable[[RowLedger], str] = lambda ledger: ""
 
 
 def read_run_ledger(path: str) -> RowLedger:
@@ -54,10 +58,50 @@ def read_run_ledger(path: str) -> RowLedger:
         raise UserError(f"{str(file)!r} cannot be read as a row ledger: {error}") from error
 
 
-def by_loss(ledger: RowLedger, chosen, figure: str = "last_loss") -> np.ndarray:
-    """The indices of chosen rows, a mask [rows], the highest loss first."""
+def data_files(path: str, ledger: RowLedger) -> list[str]:
+    """The training and validation files of a run.
+
+    Args:
+        path: as given to `read_run_ledger`.
+        ledger: of the run.
+    """
+    place = Path(path)
+    data = read_run_note(place if place.is_dir() else place.parent, "data")
+    return ledger.note.files + [file["file"] for part in data.values() for file in part.get("files", [])]
+
+
+def columns_of(ledger: RowLedger, indices: Iterable[int]) -> list[str]:
+    """The values of `--columns` that rows were read with, each once."""
+    columns = ledger.note.file_columns or [None] * len(ledger.note.files)
+    found = [columns[decode_source(ledger.rows["source"][index])[0]] for index in indices]
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def by_loss(ledger: RowLedger, chosen, losses=None) -> np.ndarray:
+    """The indices of chosen rows, a mask [rows], the highest loss first: the last one, or as given, [rows]."""
     indices = np.flatnonzero(chosen)
-    return indices[np.argsort(-ledger.rows[figure][indices], kind="stable")]
+    losses = ledger.rows["last_loss"] if losses is None else losses
+    return indices[np.argsort(-losses[indices], kind="stable")]
+
+
+def later_mean(ledger: RowLedger) -> np.ndarray:
+    """The mean of each row's losses after its first, [rows]; the first of a row that was trained once.
+
+    The first one depends most on how long the model had been trained before it.
+    """
+    rows = ledger.rows
+    later = (rows["mean_loss"] * rows["times"] - rows["first_loss"]) / np.maximum(rows["times"] - 1, 1)
+    return np.where(rows["times"] > 1, later, rows["first_loss"])
+
+
+def too_little_learned(ledger: RowLedger) -> str:
+    """Why mislabelled rows cannot be told from others, as `"only 85 of 200 rows were learned"`; empty if they can."""
+    counts = ledger.counts()
+    if not (ledger.rows["times"] > 1).any():
+        return "no row was trained more than once; train for more epochs"
+    if 2 * counts["learned"] < counts["rows"]:
+        return f"only {counts['learned']:,} of {format_count(counts['rows'], 'row')} were learned; train longer"
+    return ""
 
 
 def looks_mislabelled(ledger: RowLedger) -> np.ndarray:
@@ -67,23 +111,21 @@ def looks_mislabelled(ledger: RowLedger) -> np.ndarray:
     over the training (Swayamdipta et al., 2020, arXiv 2009.10795). Such a row here
 
     - was trained more than once, in a run that at its end had learned at least half of its rows
-    - has a mean loss more than three robust standard deviations (1.4826 · MAD) above the median of the rows of its
-      source, or of all rows if its source has fewer than 20
+    - has a mean loss, after its first, more than three robust standard deviations (1.4826 · MAD) above the median of
+      the rows of its source, or of all rows if its source has fewer than 20
     - has a last loss above their median as well
 
     A row that is right and only harder than the others looks the same, so each needs a look.
     """
     rows = ledger.rows
     again, found = rows["times"] > 1, np.zeros(len(rows["source"]), bool)
-    if not again.any() or states(rows)["learned"].mean() < 0.5:
+    if too_little_learned(ledger):
         return found
-    file, _ = decode_sources(rows["source"])
-    names, group_of_file = np.unique(ledger.note.sources, return_inverse=True)
-    group = group_of_file[file]
+    mean, last = later_mean(ledger), rows["last_loss"]
+    names, group = ledger.sources()
     for number in range(len(names)):
         own = again & (group == number)
         compared = own if own.sum() >= _ENOUGH else again
-        mean, last = rows["mean_loss"], rows["last_loss"]
         middle = np.median(mean[compared])
         spread = _MAD * np.median(np.abs(mean[compared] - middle))
         found |= own & (mean - middle > _OUTLIER * spread) & (last > np.median(last[compared]))
@@ -91,7 +133,7 @@ def looks_mislabelled(ledger: RowLedger) -> np.ndarray:
 
 
 def _in_state(name: str) -> Callable[[RowLedger], np.ndarray]:
-    return lambda ledger: by_loss(ledger, states(ledger.rows)[name])
+    return lambda ledger: by_loss(ledger, ledger.states()[name])
 
 
 SELECTIONS = {
@@ -100,14 +142,17 @@ SELECTIONS = {
     ),
     "mislabelled": Selection(
         "rows that may be mislabelled, or only hard: their mean loss is far above that of the others",
-        lambda ledger: by_loss(ledger, looks_mislabelled(ledger), "mean_loss"),
+        lambda ledger: by_loss(ledger, looks_mislabelled(ledger), later_mean(ledger)),
+        too_little_learned,
     ),
     "forgotten": Selection(
-        "forgotten rows: their loss was at most 0.8 of their first (or of log 2), and rose above it again",
+        "forgotten rows: their loss was at most 0.8 of that at which their source starts (or of log 2), and rose "
+        "above it again",
         _in_state("forgotten"),
     ),
     "never_learned": Selection(
-        "rows that were never learned: their loss always was above 0.8 of their first", _in_state("never_learned")
+        "rows that were never learned: their loss always was above 0.8 of that at which their source starts",
+        _in_state("never_learned"),
     ),
 }
 

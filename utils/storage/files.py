@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +16,15 @@ def project_path(path: str) -> str:
     if path and not os.path.exists(path) and os.path.exists(ROOT / path):  # False where Path's would raise
         return str(ROOT / path)
     return path
+
+
+def is_one_of(path: str | Path, files: Iterable[str | Path]) -> bool:
+    """Whether a path is one of some files, however it is spelled and through links of both kinds."""
+    path = Path(path)
+    return any(
+        path.resolve() == Path(file).resolve() or (path.exists() and Path(file).exists() and path.samefile(file))
+        for file in files
+    )
 
 
 def sha256_of(file: str) -> str:

@@ -4,7 +4,9 @@ import copy
 import inspect
 import os
 
+from utils.data.load_sources import split_sources
 from utils.data.prepare import Data
+from utils.data.sources import is_mixture
 from utils.model.adapter_start import adapter_weights, check_new_adapter, prepare_trainable_weights
 from utils.model.experts import leave_router_logits_out, resolve_aux_loss
 from utils.model.head import check_head
@@ -140,12 +142,14 @@ def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
     trainer.files = data.report.files
     trainer.source_names, trainer.eval_source_names = data.source_names, data.eval_source_names
     if args.row_ledger:
-        trainer.ledger = RowLedger(_ledger_note(data))
+        trainer.ledger = RowLedger(_ledger_note(args, data))
 
 
-def _ledger_note(data: Data) -> LedgerNote:
+def _ledger_note(args, data: Data) -> LedgerNote:
     """What the losses of this run's row ledger belong to."""
     report = data.report
     hashes = [report.hashes[file] for file in report.files]
     names = list(data.source_names or report.files)
-    return LedgerNote(files=list(report.files), sha256=hashes, sources=names)
+    columns = {source.name: alone.columns for source, alone in split_sources(args)} if is_mixture(args) else {}
+    columns = [columns.get(name, args.columns) for name in names]
+    return LedgerNote(files=list(report.files), sha256=hashes, sources=names, file_columns=columns)

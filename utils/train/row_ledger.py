@@ -8,7 +8,7 @@ A row's loss in a step is the mean over its labelled tokens, measured before the
     first_loss, last_loss                  its loss in the first and in the latest step that trained it
     best_loss, worst_loss, mean_loss       the lowest, the highest and the mean of its losses
     times, first_step, last_step           in how many steps it was trained, and the numbers of these steps
-    learned, forgotten, never_learned      see `states`
+    learned, forgotten, never_learned      see `RowLedger.states`
     file_index                             the index of the file in the run's list of files
 
 The file's metadata holds, under the key `ledger`, what is needed to find the rows again: `LedgerNote` as JSON.
@@ -23,7 +23,8 @@ import numpy as np
 from utils.data.places import decode_source, decode_sources, encode_source
 from utils.storage.files import replace_file
 
-LEARNED_SHARE = 0.8  # of the first loss; a row whose loss is at or below this share of it is learned
+LEARNED_SHARE = 0.8  # of the loss that its source starts at; a row whose loss is at or below this share is learned
+_EARLIEST = 20  # rows of a source whose first losses are those that it starts at
 _EVEN_BET = float(np.log(2))  # loss of a token of probability 1/2, and of a pair without a preference
 _KEY = b"ledger"
 _MERGED_TOGETHER = 10_000  # sequences
@@ -49,6 +50,7 @@ class LedgerNote:
         files: the training files, in the order of their indices.
         sha256: of each file when it was read.
         sources: the name of each file's source.
+        file_columns: the value of `--columns` for each file; empty in ledgers of earlier versions.
     """
 
     step: int = 0
@@ -56,6 +58,7 @@ class LedgerNote:
     files: list[str] = field(default_factory=list)
     sha256: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    file_columns: list[str | None] = field(default_factory=list)
 
 
 class RowLedger:
@@ -160,17 +163,59 @@ class RowLedger:
             "line": line,
             "source": _named(self.note.sources, file),
             **{name: self.rows[name] for name in _FIGURES},
-            **states(self.rows),
+            **self.states(),
             "file_index": file.astype("int32"),
         }
         table = pyarrow.table(table).replace_schema_metadata({_KEY: json.dumps(asdict(self.note))})
         with replace_file(path) as part:
             pyarrow.parquet.write_table(table, part)
 
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """The names of the sources, and the index of each row's, [rows]."""
+        names, index = np.unique(self.note.sources, return_inverse=True)
+        return list(names), index[decode_sources(self.rows["source"])[0]]
+
+    def start_losses(self) -> np.ndarray:
+        """The loss at which the source of each row starts, [rows].
+
+        It is the median of the first losses of the source's 20 rows that were trained first; rows of the same step as
+        the last of these count as well, and a source with fewer rows has all.
+        """
+        first_step, first_loss = self.rows["first_step"], self.rows["first_loss"]
+        names, source_of = self.sources()
+        starts = np.zeros(len(source_of))
+        for number in range(len(names)):
+            own = source_of == number
+            if own.any():
+                steps = np.sort(first_step[own])
+                earliest = own & (first_step <= steps[:_EARLIEST][-1])
+                starts[own] = np.median(first_loss[earliest])
+        return starts
+
+    def states(self) -> dict:
+        """Which rows were learned, forgotten, or never learned.
+
+        After Toneva et al., 2019, An Empirical Study of Example Forgetting (arXiv 1812.05159): an example that
+        was right becomes wrong. A row of text is not right or wrong, so here it is learned at a loss of at most
+
+            0.8 · max(loss at which its source starts, log 2)
+
+        one bound for all rows of a source, whichever step trains them first: see `start_losses`. For a source that
+        starts easy, below log 2 (tokens of probability 1/2), it is fixed.
+
+        Returns:
+            learned: by its last loss. forgotten: by its best loss and not by its last. never_learned: not by its best
+            loss, although it was trained more than once. [rows] each.
+        """
+        self.merge()
+        bound = LEARNED_SHARE * np.maximum(self.start_losses(), _EVEN_BET)
+        learned, once = self.rows["last_loss"] <= bound, self.rows["best_loss"] <= bound
+        return {"learned": learned, "forgotten": once & ~learned, "never_learned": ~once & (self.rows["times"] > 1)}
+
     def counts(self) -> dict[str, int]:
         """The number of rows, and of those in each of the `states`."""
         self.merge()
-        found = {name: int(values.sum()) for name, values in states(self.rows).items()}
+        found = {name: int(values.sum()) for name, values in self.states().items()}
         return {"rows": len(self.rows["source"]), **found}
 
     @classmethod
@@ -187,32 +232,13 @@ class RowLedger:
         try:
             note = json.loads(table.schema.metadata[_KEY])
             names = [known.name for known in fields(LedgerNote)]  # earlier versions stored others beside them
-            ledger = cls(LedgerNote(**{name: note[name] for name in names}))
+            ledger = cls(LedgerNote(**{name: note[name] for name in names if name in note}))
             file, line = (table[name].to_numpy().astype("int64") for name in ("file_index", "line"))
             ledger.rows = {"source": encode_source(file, line)}
             ledger.rows |= {name: table[name].to_numpy().astype(kind) for name, kind in _FIGURES.items()}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no row ledger: {error}") from error
         return ledger
-
-
-def states(rows: dict) -> dict:
-    """Which rows were learned, forgotten, or never learned.
-
-    After Toneva et al., 2019, An Empirical Study of Example Forgetting (arXiv 1812.05159): an example that
-    was right becomes wrong. A row of text is not right or wrong, so here it is learned at a loss of at most
-
-        0.8 · max(first loss, log 2)
-
-    which for a row that starts easy, below log 2 (tokens of probability 1/2), is a fixed bound.
-
-    Returns:
-        learned: by its last loss. forgotten: by its best loss and not by its last. never_learned: not by its best loss,
-        although it was trained more than once. [rows] each.
-    """
-    bound = LEARNED_SHARE * np.maximum(rows["first_loss"], _EVEN_BET)
-    learned, once = rows["last_loss"] <= bound, rows["best_loss"] <= bound
-    return {"learned": learned, "forgotten": once & ~learned, "never_learned": ~once & (rows["times"] > 1)}
 
 
 def format_counts(counts: dict[str, int]) -> str:
