@@ -755,6 +755,13 @@ FAULTS = [
         "tests/script/test_prepare.py -k refused_at_once",
     ),
     Fault(
+        "prepare: the day that finds the rows again is not printed",
+        "utils/script/prepare.py",
+        "if args.template_date != given:",
+        "if False:",
+        "tests/script/test_prepare.py -k the_day",
+    ),
+    Fault(
         "auto: a derived form that renders another text is used",
         "utils/template/reading.py",
         'if "".join(segment.text for segment in segments) != text:',

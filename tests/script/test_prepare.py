@@ -77,6 +77,28 @@ def test_rows_that_are_not_kept_are_counted_by_reason(flags, tmp_path, capsys):
     assert "--eval_data_path: 3 of 3 rows kept" in out and len(set(re.findall(r"in: (.*)", out))) == 2
 
 
+@pytest.mark.parametrize("more", [[], ["--template_date", "2026-01-31"], ["--template_name", "qwen"]])
+def test_the_day_that_finds_the_rows_again_is_printed(
+    flags, prepared, tiny_models, tmp_path, monkeypatch, capsys, more
+):
+    make, _ = flags
+    model = shutil.copytree(tiny_models(), tmp_path / "dated")
+    dated = "{{ 'Today is ' + strftime_now('%d %B %Y') + '. ' }}"
+    chat = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    )
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    (model / "chat_template.jinja").write_text(dated + chat + prompt)
+    monkeypatch.setattr("utils.model.tokenizer.today", lambda: "2026-01-30")
+    given = make(tiny.ROWS, "--template_name", "auto", *more, model=model)
+    prepare.main(given)
+    found = re.findall(r"pass (--template_date) (\S+)", capsys.readouterr().out)
+    assert found == ([("--template_date", "2026-01-30")] if not more else [])
+    monkeypatch.setattr("utils.model.tokenizer.today", lambda: "2026-01-31")
+    prepare.main([*given, *(found[0] if found else [])])
+    assert len(prepared) == 1
+
+
 @pytest.mark.slow
 def test_a_run_with_other_training_settings_starts_from_them(flags, prepared, tiny_models, capsys):
     make, _ = flags

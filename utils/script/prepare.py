@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils.template import get_template
 
     route_library_logs()
+    given = args.template_date
     tokenizer = load_run_tokenizer(args)
     template = get_template(args.template_name, tokenizer, args.template_date) if args.task.uses_template else None
     data = args.task.load_datasets(args, train_args, template, tokenizer)
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  held back by --val_size: {data.held_back:,} rows")
     if data.eval_report is not None:
         print(summary("--eval_data_path", data.eval_report, data.eval))
+    if args.template_date != given:  # today, where the template prints a date
+        print(f"The template prints the date: on another day, pass --template_date {args.template_date}")
 
 
 if __name__ == "__main__":
