@@ -841,8 +841,8 @@ FAULTS = [
     Fault(
         "answers: those of turns that are cut off are not counted",
         "utils/data/truncate.py",
-        "answers - left if train_on",
-        "0 if train_on",
+        "* (selected - kept)",
+        "* 0",
         "tests/data/test_prepare.py -k answers_are_counted",
     ),
     Fault(
@@ -879,6 +879,20 @@ FAULTS = [
         "for i in range(first, after)]",
         "for i in range(first, first + 1)]",
         "tests/data/test_token_rows.py -k indexed_files_of",
+    ),
+    Fault(
+        "answers: of equal rows those of the others are counted, too",
+        "utils/data/truncate.py",
+        "return [*template.notes(messages, train_on), *notes], (answers",
+        "found = template.notes(messages, train_on); found += notes; return found, (answers",
+        "tests/data/test_prepare.py -k equal_rows",
+    ),
+    Fault(
+        "train_on: the doctor wants a stop token at the end of everything",
+        "utils/doctor/tokens.py",
+        'last=args.train_on != "prompt"',
+        "last=True",
+        "tests/tasks/test_weights.py -k on_everything",
     ),
     Fault(
         "weights: only whether an answer is trained counts",
@@ -1981,7 +1995,7 @@ FAULTS = [
     Fault(
         "fields: a weight is ignored",
         "utils/data/fields.py",
-        'if name == "weight" and value not in (1, "1", "1.0"):',
+        'if name in ("weight", "loss_weight") and value not in (1, "1", "1.0"):',
         "if False:",
         "tests/data/test_fields.py",
     ),
@@ -2552,8 +2566,8 @@ FAULTS = [
     Fault(
         "doctor: rows without a stop token",
         "utils/doctor/tokens.py",
-        "~numpy.isin(values[numpy.maximum(last, 0)], stop_ids)",
-        "(values[numpy.maximum(last, 0)] == IGNORE_INDEX)",
+        "~numpy.isin(values[numpy.maximum(place, 0)], stop_ids)",
+        "(values[numpy.maximum(place, 0)] == IGNORE_INDEX)",
         "tests/doctor/test_codes.py -k 'planted_defect and STOP_NOT_TRAINED'",
     ),
     Fault(

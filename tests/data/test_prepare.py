@@ -235,7 +235,7 @@ def test_train_on_the_whole_conversation_but_answers_that_are_marked(load, token
 def test_an_answer_that_would_be_trained_with_the_prompt_is_refused(load):
     rows = [{"messages": TURNS}, {"messages": [*TURNS[:2], {"role": "assistant", "content": " "}, *TURNS[1:]]}]
     assert load(rows).report.untrained == 1
-    with pytest.raises(UserError, match="rows.jsonl:2 has an empty answer, which --train_on prompt would train"):
+    with pytest.raises(UserError, match="rows.jsonl:2 has an empty answer, and --train_on prompt cannot leave it out"):
         load(rows, "--train_on", "prompt")
 
 
@@ -253,8 +253,17 @@ def test_answers_are_counted_and_those_not_trained_have_a_reason_and_a_line(load
     assert reasons == {MARKED: (2, 1), "has an empty answer": (3, 1), CUT_OFF: (4, reasons[CUT_OFF][1])}
     assert report.untrained == 2 + reasons[CUT_OFF][1] and 0 < reasons[CUT_OFF][1] < 60
     assert report.untrained_answers() == f"{report.untrained} of 68 answers are not trained"
+    assert load(rows, "--train_on", "last_n:50", "--max_len", "100").report.untrained > 30  # selected, and cut off
     report = load(rows, "--train_on", "last_turn").report
     assert (report.untrained, report.not_chosen) == (1, 68 - 1 - 4)  # the marked one; none is counted twice
+
+
+@pytest.mark.parametrize("template", ["qwen", "auto"])
+def test_equal_rows_are_counted_each_for_itself(load, tokenizer, template):
+    tokenizer.chat_template = get_template("qwen").to_jinja()
+    row = {"messages": [*TURNS[:3], TURNS[1], {**TURNS[4], "weight": 0}]}
+    report = load([row] * 5, "--template_name", template).report
+    assert (report.answers, report.untrained) == (10, 5)
 
 
 def test_a_row_the_template_cannot_hold_is_named_with_its_turn(load):

@@ -57,10 +57,11 @@ def test_an_answer_marked_as_bad_is_not_trained(template, mark):
 
 
 @pytest.mark.parametrize(("turns", "said"), [
-    ([USER, {**ANSWER, "weight": -0.5}], "turn 2 has 'weight' -0.5; give a number of at least 0"),
-    ([USER, {**ANSWER, "weight": "0.5"}], "turn 2 has 'weight' '0.5'; give a number"),
-    ([USER, {**ANSWER, "weight": math.inf}], "turn 2 has 'weight' inf; give a number"),
+    ([USER, {**ANSWER, "weight": -0.5}], "turn 2 has 'weight' -0.5; give 0, or a number from 1e-30"),
+    ([USER, {**ANSWER, "weight": "0.5"}], "turn 2 has 'weight' '0.5'; give 0"),
+    ([USER, {**ANSWER, "weight": math.inf}], "turn 2 has 'weight' inf; give 0"),
     ([USER, {**ANSWER, "weight": 0.5, "loss_weight": 2}], "turn 2 has marks that differ"),
+    ([USER, {**ANSWER, "weight": 1e39}], "turn 2 has 'weight' 1e+39; give 0"),
     ([USER, {**ANSWER, "loss": 0.5}], "turn 2 has 'loss' 0.5; write true or false, or a number as its 'weight'"),
     ([USER, {**ANSWER, "train": "no"}], "turn 2 has 'train' 'no'"),
     ([{**USER, "train": True}, ANSWER], "turn 1 (user) has 'train' True"),

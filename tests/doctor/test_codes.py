@@ -95,7 +95,7 @@ def _stop_untrained(case):
     tokenizer = tiny.byte_level_tokenizer()
     ids = tokenizer("Hello<|im_end|>")["input_ids"]
     rows = {"input_ids": [ids], "labels": [[*ids[:-1], -100]], "source": [[7]]}
-    args = SimpleNamespace(task=get_task("sft"))
+    args = SimpleNamespace(task=get_task("sft"), train_on="all_turns")
     return token_findings(Dataset.from_dict(rows), DataReport(files=["rows.jsonl"]), args, tokenizer, "<|im_end|>")
 
 

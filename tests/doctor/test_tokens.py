@@ -23,6 +23,7 @@ def test_a_row_that_ends_with_a_call_has_its_stop_token():
     ids = tokenizer("Hello<|im_end|>")["input_ids"]
     rows = {"input_ids": [ids], "labels": [ids], "source": [[7]]}
     report = DataReport(files=["rows.jsonl"])
-    given = Dataset.from_dict(rows), report, SimpleNamespace(task=get_task("sft")), tokenizer, "<|endoftext|>"
+    args = SimpleNamespace(task=get_task("sft"), train_on="all_turns")
+    given = Dataset.from_dict(rows), report, args, tokenizer, "<|endoftext|>"
     assert [finding.code for finding in token_findings(*given)] == ["STOP_NOT_TRAINED"]
     assert token_findings(*given, call_stop="<|im_end|>") == []

@@ -154,6 +154,28 @@ def test_weights_are_those_of_an_answer_and_its_stop_token(template):
     }  # fmt: skip
 
 
+def test_a_run_on_everything_trains_everything(train, tmp_path, tiny_models, tokenizer):
+    """The doctor looks for a trained stop token in each row, not at its end, where the format's line feed is."""
+    rows = [talk(("one", {}), ("two", {"weight": 0})), talk(("three", {}))]
+    folder = train(*ONE_STEP, *ALL, "--train_on", "prompt", data=write_rows(tmp_path / "rows.jsonl", rows))
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(), dtype=torch.float32)
+    template, total, count = get_template("qwen", tokenizer), 0.0, 0
+    for row in rows:
+        turns = [{**turn, "train": turn.get("weight", 1) != 0} for turn in row["messages"]]
+        answers = [{**turn, "train": not turn["train"]} for turn in turns]
+        encoded, left_out = template.encode(turns, tokenizer), set()
+        for place, label in enumerate(template.encode(answers, tokenizer)["labels"]):
+            left_out |= {place} if label != -100 else set()
+        labels = [-100 if place in left_out else token for place, token in enumerate(encoded["input_ids"])]
+        with torch.no_grad():
+            logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(labels)[1:]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
+        count += int((targets != -100).sum())
+    assert log[0]["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
 def test_rows_without_weights_have_no_column(parse, tokenizer, tmp_path):
     template = get_template("qwen", tokenizer)
     rows = [talk(("one", {"weight": 1}), ("two", {"weight": 0}))]

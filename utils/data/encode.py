@@ -114,6 +114,7 @@ class EncodedChunk:
         untrained: line and reason of each answer in a kept row that is not trained.
         answers: number of answers in kept rows, and of those that `--train_on` leaves out.
         token_rows: number of kept rows that were token ids in their file.
+        weighted: number of kept rows with a weight other than 0 and 1.
         refused: a description of each row that stops the run.
         unread: name of a field that is not read → number of rows with it.
         renamed: which of `RowEncoder.renamed` any row has.
@@ -129,6 +130,7 @@ class EncodedChunk:
     untrained: list[tuple[int, str]] = field(default_factory=list)
     answers: tuple[int, int] = (0, 0)
     token_rows: int = 0
+    weighted: int = 0
     refused: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     renamed: set[str] = field(default_factory=set)
@@ -189,6 +191,7 @@ def _encode(
         kept.append(row)
         sources.append([encode_source(number, line)])
         encoded.token_rows += row.get("is_ids", False)
+        encoded.weighted += "loss_weights" in row
         if "answers" in row:
             encoded.answers = tuple(map(sum, zip(encoded.answers, row["answers"], strict=True)))
         if row["shortened"]:

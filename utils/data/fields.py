@@ -97,8 +97,8 @@ def _problem_beside_turns(row: dict, name: str, form: Format, turns: Sequence[di
         return problem
     if name == "label" and _is_false(value):
         return f"has 'label' {value!r}, the mark of an answer that is not wanted; remove the row, or the field"
-    if name == "weight" and value not in (1, "1", "1.0"):
-        return f"has 'weight' {value!r}, but all rows weigh the same here; remove the field, or the row"
+    if name in ("weight", "loss_weight") and value not in (1, "1", "1.0"):
+        return f"has {name!r} {value!r} as a row; write it into the turns of its answers, or remove it"
     return None
 
 

@@ -26,7 +26,8 @@ SHORTENED = "shortened"
 
 # fields of DataReport that are added up
 _SUMS = (
-    "rows", "kept", "tokens", "trained_tokens", "token_rows", "answers", "untrained", "not_chosen", "shortened",
+    "rows", "kept", "tokens", "trained_tokens", "token_rows", "weighted", "answers", "untrained", "not_chosen",
+    "shortened",
 )  # fmt: skip
 
 
@@ -85,6 +86,7 @@ class DataReport:
         unread: file → field that is not read → number of rows with it.
         missing_columns: fields that `--columns` names and no row has.
         token_rows: number of kept rows that were token ids in their file.
+        weighted: number of kept rows with a weight other than 0 and 1.
         answers: number of answers in kept rows of conversations.
         untrained: number of those that are not trained, other than by `--train_on`, which leaves `not_chosen` out.
         shortened: number of rows that were truncated.
@@ -106,6 +108,7 @@ class DataReport:
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     missing_columns: list[str] = field(default_factory=list)
     token_rows: int = 0
+    weighted: int = 0
     answers: int = 0
     untrained: int = 0
     not_chosen: int = 0
@@ -128,6 +131,7 @@ class DataReport:
             self.leave_untrained(chunk.file, line, reason)
         self.note_unread(chunk.file, chunk.unread)
         self.token_rows += chunk.token_rows
+        self.weighted += chunk.weighted
         self.answers += chunk.answers[0]
         self.not_chosen += chunk.answers[1]
 
@@ -238,6 +242,8 @@ class DataReport:
         )
         for line in self.unread_fields():
             logger.warning("{}: {}", name, line)
+        if self.weighted:
+            logger.info("{}: {} with weighted answers", name, format_count(self.weighted, "row"))
         if self.not_chosen:
             logger.info("{}: {:,} of {:,} answers are left out by --train_on", name, self.not_chosen, self.answers)
         if self.untrained:
@@ -321,8 +327,10 @@ def refuse_nothing_left(report: DataReport, left: int, files: list[str]) -> None
         raise UserError(Problem(f"{', '.join(files)} holds no row", code="ROW_NOTHING_TRAINED"))
     codes = {MALFORMED: "ROW_UNREADABLE", TOO_LONG: "ROW_TOO_LONG"}
     code = next((code for kind, code in codes.items() if kind in report.dropped), "ROW_NOTHING_TRAINED")
+    flags = ("max_len", "max_prompt_length") if TOO_LONG in report.dropped else ()
+    remedy = "Raise --max_len (and --max_prompt_length), or" if flags else "Look at marks such as 'weight' 0, or"
     message = (
         f"none of the {report.rows:,} rows keeps a trained token ({report.counts()}):{report.named_places()}\n"
-        "   Raise --max_len (and --max_prompt_length) if they are too long, or correct the rows"
+        f"   {remedy} correct the rows"
     )
-    raise UserError(Problem(message, code, ("max_len", "max_prompt_length")))
+    raise UserError(Problem(message, code, flags))

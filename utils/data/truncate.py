@@ -39,7 +39,7 @@ def encode_within(
 
     def shorten(messages: list[Message], encoded: dict) -> dict | Dropped:
         shortened = isinstance(messages, Shortened)
-        answers = messages.answers if shortened else count_answers(messages)
+        whole = messages.whole if shortened else messages
         while (surplus := len(encoded["input_ids"]) - max_len) > 0:
             if not truncate:
                 return Dropped(f"is too long for --max_len {max_len}", TOO_LONG)
@@ -51,14 +51,8 @@ def encode_within(
             encoded, shortened = template.encode(messages, tokenizer, **options), True
         if encoded["labels"].count(IGNORE_INDEX) == len(encoded["labels"]):
             return Dropped("has nothing to train")
-        left = count_answers(messages)
-        marked = left - sum(map(is_trained_answer, messages))
-        notes = template.notes(messages, train_on)
-        selected = sum(map(is_trained_answer, select_answers(messages, train_on)))
-        cut_off = answers - left if train_on in ("all_turns", "prompt") else 0  # else they would not be trained anyway
-        notes += [RowNote(UNTRAINED_ANSWER, MARKED)] * marked + [RowNote(UNTRAINED_ANSWER, CUT_OFF)] * cut_off
-        not_chosen = answers - cut_off - marked - selected
-        return {**encoded, "shortened": shortened, "notes": notes, "answers": (answers, not_chosen)}
+        notes, answers = _fates(template, whole, messages, train_on)
+        return {**encoded, "shortened": shortened, "notes": notes, "answers": answers}
 
     encoded = template.encode_batch(conversations, tokenizer, **options)
     return [shorten(messages, row) for messages, row in zip(conversations, encoded, strict=True)]
@@ -69,14 +63,36 @@ _MANY_QUESTIONS = 32
 _CHARACTERS_PER_TOKEN = 4
 
 
+def _fates(
+    template: Template, whole: list[Message], messages: list[Message], train_on: str
+) -> tuple[list[RowNote], tuple[int, int]]:
+    """What becomes of the answers of a conversation.
+
+    Args:
+        template: renders it.
+        whole: all of its messages.
+        messages: those that are trained, without the oldest turns if it is too long.
+        train_on: `--train_on`.
+
+    Returns:
+        notes of the answers that are not trained and of fields that are not read; the number of all answers, and of
+        those that `train_on` leaves out.
+    """
+    answers, unmarked = count_answers(whole), sum(map(is_trained_answer, whole))
+    selected, kept = (sum(map(is_trained_answer, select_answers(part, train_on))) for part in (whole, messages))
+    notes = [RowNote(UNTRAINED_ANSWER, MARKED)] * (answers - unmarked)
+    notes += [RowNote(UNTRAINED_ANSWER, CUT_OFF)] * (selected - kept)
+    return [*template.notes(messages, train_on), *notes], (answers, unmarked - selected)
+
+
 class Shortened(list):
     """The messages of a conversation without its oldest turns.
 
     Attributes:
-        answers: the number of answers of the whole conversation.
+        whole: all of its messages.
     """
 
-    answers = 0
+    whole: list[Message] = []
 
 
 def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int) -> list[Message]:
@@ -151,7 +167,7 @@ def first_fit(messages: list[Message], surplus: Callable[[list[Message]], int]) 
     except UserError:
         return messages  # the template's check names the turn it does not support
     kept = Shortened(_from(messages, starts[high]))
-    kept.answers = count_answers(messages)
+    kept.whole = messages
     return kept
 
 

@@ -1,7 +1,6 @@
 """Reads one turn of a conversation: text, tool calls, reasoning, and whether it is trained."""
 
 import json
-import math
 from typing import Any
 
 from utils.data.bad_rows import BadRow, BrokenUnicode
@@ -12,6 +11,7 @@ from utils.template.messages import REASONING_FIELDS, Message
 
 # fields that set by how much a turn is trained, OpenAI's first, and whether it is
 WEIGHTS = ("weight", "loss_weight")
+_LEAST = 1e-30  # of weights, which are kept in float32
 TRAINING_MARKS = (*WEIGHTS, "loss", "train", "train_on_turn", "trainable")
 # further names, whose meaning is not known: a mask of 1 may hide an answer or show it
 _OTHER_MARKS = ("loss_mask", "mask", "masked", "ignore", "label")
@@ -67,12 +67,12 @@ def _read_weight(turn: dict, role: str) -> float:
     marks = {name: turn[name] for name in TRAINING_MARKS if not is_empty(turn.get(name))}
     for name, value in marks.items():
         if name in WEIGHTS:
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise BadRow(f"has {name!r} {value!r}; give a number of at least 0, by which its loss is multiplied")
+            if not isinstance(value, int | float) or (value != 0 and not _LEAST <= value <= 1 / _LEAST):
+                raise BadRow(f"has {name!r} {value!r}; give 0, or a number from {_LEAST} to {1 / _LEAST}, for its loss")
         elif value not in (0, 1):  # true and false, too
             raise BadRow(f"has {name!r} {value!r}; write true or false, or a number as its 'weight'")
         if value and role != "assistant":
-            raise BadRow(f"({role}) has {name!r} {value!r}, and only answers of the assistant are trained; remove it")
+            raise BadRow(f"({role}) has {name!r} {value!r}, a mark for answers of the assistant only; remove it")
     weights = {float(value) for name, value in marks.items() if name in WEIGHTS}
     if len({bool(value) for value in marks.values()}) > 1 or len(weights) > 1:
         raise BadRow(f"has marks that differ: {', '.join(f'{name!r} {value!r}' for name, value in marks.items())}")

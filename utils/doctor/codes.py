@@ -147,9 +147,10 @@ CODES = {
     "ANSWER_NOT_TRAINED": Code(
         WARNING, False, "Some answers of rows that are trained on are not trained",
         "参与训练的行里，有的回答本身不训练",
-        "Fill or remove empty answers; if the template shows thinking only in the last turn, make a row of each turn, "
-        "or use a template that keeps it",
-        "补上或删去空回答；模板只在最后一轮显示思考时，把每轮拆成一行，或改用保留思考的模板",
+        "Remove marks that are not meant; fill or remove empty answers; raise --max_len for those that are cut off; if "
+        "the template shows thinking only in the last turn, make a row of each turn, or use a template that keeps it",
+        "去掉不该有的标记；补上或删去空回答；被截掉的，调大 --max_len；模板只在最后一轮显示思考时，把每轮拆成一行，"
+        "或改用保留思考的模板",
     ),
     "FIELDS_UNREAD": Code(
         NOTE, False, "Rows have fields that are not read", "有的字段不会被读取",

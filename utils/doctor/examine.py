@@ -340,7 +340,7 @@ def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
     """Checks the ids of training rows, and of validation rows with files of their own."""
     stop = template.stop_token() if template is not None else None
     call_stop = template.call_stop if isinstance(template, Template) else ""
-    findings = token_findings(data.train, data.report, args, tokenizer, stop, call_stop)
+    findings = token_findings(data.train, data.checked(), args, tokenizer, stop, call_stop)
     if data.eval_report is not None:
         codes = {finding.code for finding in findings}
         found = token_findings(data.eval, data.eval_report, args, tokenizer, stop, call_stop)

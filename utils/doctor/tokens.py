@@ -51,32 +51,36 @@ def token_findings(
         findings += _ends(dataset, row_type, tokenizer)
     else:
         for columns in row_type.sequence_columns:
-            findings += _stops(dataset, files, columns, tokenizer, [stop, call_stop] if call_stop else [stop])
+            stops = [stop, call_stop] if call_stop else [stop]
+            findings += _stops(dataset, files, columns, tokenizer, stops, last=args.train_on != "prompt")
     for finding in findings:
         if report.token_rows:  # which end as those who made them wished
             finding.severity = WARNING
     return findings + (_length_bias(dataset, row_type) if row_type.compares_answers else [])
 
 
-def _stops(dataset, files, columns: SequenceColumns, tokenizer, stops: list[str]) -> list[Finding]:
-    """Checks that the last trained token of each row is a stop token."""
+def _stops(dataset, files, columns: SequenceColumns, tokenizer, stops: list[str], last: bool = True) -> list[Finding]:
+    """Checks that the last trained token of each row is a stop token; with `last` false, that one is trained at all."""
     import numpy
 
     stop_ids = tokenizer.convert_tokens_to_ids(stops)
     without = []
     for values, offsets in arrays(dataset, columns.labels):
+        if not last:
+            found = numpy.concatenate([[0], numpy.isin(values, stop_ids).cumsum()])
+            without.append(found[offsets[1:]] == found[offsets[:-1]])
+            continue
         trained = numpy.where(values != IGNORE_INDEX, numpy.arange(len(values)), -1)
-        last = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
-        has = (last >= offsets[:-1]) & (last >= 0)
-        without.append(~has | ~numpy.isin(values[numpy.maximum(last, 0)], stop_ids))
+        place = numpy.maximum.accumulate(trained)[offsets[1:] - 1] if len(values) else offsets[1:] - 1
+        has = (place >= offsets[:-1]) & (place >= 0)
+        without.append(~has | ~numpy.isin(values[numpy.maximum(place, 0)], stop_ids))
     rows = numpy.flatnonzero(numpy.concatenate(without))
     total = dataset.data.num_rows
     if not len(rows):
         return []
     side = f" ({columns.name})" if columns.name else ""
-    message = (
-        f"{len(rows):,} of {total:,} rows{side} have a last trained token other than {' or '.join(map(repr, stops))}"
-    )
+    what = "a last trained token other than" if last else "no trained token"
+    message = f"{len(rows):,} of {total:,} rows{side} have {what} {' or '.join(map(repr, stops))}"
     # a few such rows teach little; where all are, the model never stops
     return [
         Finding("STOP_NOT_TRAINED", message, _places(dataset, rows, files), ERROR if len(rows) == total else WARNING)

@@ -22,6 +22,7 @@ def summarise(trainer, args, data, folder: Path) -> dict:
         "rows_dropped": data.report.dropped_rows(),
         "answers": data.report.answers,
         "answers_untrained": data.report.untrained,
+        "answers_not_chosen": data.report.not_chosen,
         "steps": trainer.state.global_step,
         "steps_skipped": trainer.steps_skipped,
         "first_loss": losses[0] if losses else None,
@@ -75,6 +76,8 @@ def print_summary(summary: dict) -> None:
     untrained = ""
     if summary["answers_untrained"]:
         untrained = "; {answers_untrained:,} of their {answers:,} answers are not trained".format(**summary)
+    if summary["answers_not_chosen"]:
+        untrained += "; {answers_not_chosen:,} of {answers:,} answers are left out by --train_on".format(**summary)
     logger.info(
         "\nfinished: {folder}\n"
         "  training rows    {rows_trained:,}, dropped {rows_dropped:,}{untrained}\n"

@@ -50,10 +50,10 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
 
 
 def _check_answers_located(template, messages: list) -> None:
-    """Refuses a conversation with an answer that is not to be trained, and that the template cannot leave out."""
+    """Refuses a conversation with an answer that would not be trained alone: its tokens are not told from the rest."""
     for note in template.notes(without_marks(messages)):
         if note.kind == UNTRAINED_ANSWER:
-            raise BadRow(f"{note.reason}, which --train_on prompt would train; use --train_on all_turns")
+            raise BadRow(f"{note.reason}, and --train_on prompt cannot leave it out; use --train_on all_turns")
 
 
 def build_collator(args, train_args, tokenizer):

@@ -234,6 +234,8 @@ class AutoTemplate:
         if everything:
             reading = self._read(without_marks(messages))
             weights = [weight_of(message) for message in messages if message["role"] == "assistant"]
+            if len(weights) != len(reading.spans):
+                raise UserError("an answer cannot be told from the rest, as --train_on prompt needs it")
             return train_everything(split_at_spans(reading.text, reading.spans, weights))
         reading = self._read(messages)
         return split_at_spans(reading.text, reading.spans, reading.weights)

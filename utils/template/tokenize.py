@@ -1,6 +1,7 @@
 """Segments of a rendered conversation → token ids and labels, in one tokenisation of the whole text."""
 
 import re
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -91,9 +92,8 @@ def encode_segments(
 def _weigh_spans(ids: list[int], offsets: list, spans: list, factors: list[float], special: frozenset[int]) -> list:
     """The weight of each token's loss, [L]: that of the span that labels it, and 1 where none does."""
     weights = [1.0] * len(ids)
-    for span, factor in zip(spans, factors, strict=True):
-        labels = label_spans(ids, offsets, [span], special)
-        weights = [weight if label == IGNORE_INDEX else factor for weight, label in zip(weights, labels, strict=True)]
+    for span, position in _tokens_in(ids, offsets, spans, special):
+        weights[position] = factors[span]
     return weights
 
 
@@ -155,15 +155,21 @@ def label_spans(
         [L], -100 where nothing is trained.
     """
     labels = [IGNORE_INDEX] * len(ids)
+    for _, position in _tokens_in(ids, offsets, spans, special):
+        labels[position] = ids[position]
+    return labels
+
+
+def _tokens_in(ids: list[int], offsets: list, spans: list, special: frozenset[int]) -> Iterator[tuple[int, int]]:
+    """Yields the number of a span and the position of a token that belongs to it; arguments as in `label_spans`."""
     position = 0
-    for start, end in spans:
+    for number, (start, end) in enumerate(spans):
         while position < len(ids) and offsets[position][1] <= start:
             position += 1
         while position < len(ids) and offsets[position][0] < end:
             if offsets[position][0] >= start or ids[position] not in special:
-                labels[position] = ids[position]
+                yield number, position
             position += 1
-    return labels
 
 
 def split_at_spans(text: str, answers: list[tuple[int, int]], weights: list[float] | None = None) -> list[Segment]:

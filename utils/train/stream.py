@@ -26,6 +26,7 @@ _COUNTED = (
     "totals",
     "unread",
     "token_rows",
+    "weighted",
     "answers",
     "untrained",
     "not_chosen",
