@@ -121,6 +121,27 @@ def test_a_curriculum_is_trained_in_its_order(train, files, batches):
     assert epochs[0] == epochs[1] and [source >> 40 for source in epochs[0]] == [0] * 14 + [1] * 9 + [2] * 21
 
 
+def test_a_resume_refuses_other_numbers_of_a_curriculum(train, refused, tmp_path, tiny_models):
+    rows = [{"instruction": f"q{i}", "output": "a", "hard": i} for i in range(8)]
+    flags = [*FLAGS, *SAVES, "--curriculum", "column:hard"]
+    folder = train(*flags, "--max_steps", "1", data=write_rows(tmp_path / "hard.jsonl", rows))
+    write_rows(tmp_path / "hard.jsonl", [{**row, "hard": -row["hard"]} for row in rows])
+    flags += ["--resume_from_checkpoint", "true", "--output_dir", str(folder), "--report_to", "none"]
+    flags += ["--model_name_or_path", tiny_models(), "--train_data_path", str(tmp_path / "hard.jsonl")]
+    assert "the order of rows" in refused(main_train.main, *flags)
+
+
+def test_a_negative_seed_of_the_order(train, weighted, files, batches):
+    orders = []
+    for seed in ("-5", "-6"):
+        train(*FLAGS, "--num_train_epochs", "1", "--data_seed", seed, data=weighted, output=f"mixed {seed}")
+        orders.append(list(batches))
+        batches.clear()
+    assert orders[0] != orders[1]
+    for more in (["--streaming", "true"], []):
+        train(*FLAGS, "--max_steps", "1", "--data_seed", "-5", *more, data=",".join(files), output=f"{more}")
+
+
 @pytest.mark.parametrize("flags", [["--packing", "true", "--padding_free", "true", "--max_len", "64"],
                                    ["--padding_free", "true"], ["--val_size", "0.2"]], ids=" ".join)  # fmt: skip
 def test_with_packed_concatenated_and_held_back_rows(train, weighted, flags, batches):

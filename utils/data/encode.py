@@ -11,6 +11,7 @@ from typing import Any
 from utils.data.bad_rows import BadRow, BrokenUnicode, EmptyRow, unreadable
 from utils.data.cache import tokenizer_key
 from utils.data.columns import with_columns
+from utils.data.curriculum import sorting_column
 from utils.data.files import SUFFIXES, RawRow, parse_row
 from utils.data.packing import pack_rows
 from utils.data.parallel import Chunk, map_chunks
@@ -36,6 +37,7 @@ class RowEncoder:
         refuse_long: whether a row that is too long is an error.
         unread: raw row → names of the fields that are not read, for the log.
         renamed: the fields of the files that `--columns` names.
+        also_read: fields of training rows that are read after the preparation, as by `--curriculum column:…`.
     """
 
     suffixes: tuple[str, ...]
@@ -47,6 +49,7 @@ class RowEncoder:
     refuse_long: bool = False
     unread: Callable[[Any], list[str]] = lambda row: []
     renamed: tuple[str, ...] = ()
+    also_read: tuple[str, ...] = ()
 
 
 def build_row_encoder(
@@ -99,6 +102,7 @@ def build_row_encoder(
         refuse_long=args.overlong == "error",
         unread=row_type.with_columns(args.column_names).unread,
         renamed=tuple(args.column_names.values()),
+        also_read=tuple(filter(None, [sorting_column(args)])),
     )
 
 

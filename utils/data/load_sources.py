@@ -10,7 +10,7 @@ from loguru import logger
 
 from utils.data.curriculum import curriculum_order
 from utils.data.lengths import sequence_lengths
-from utils.data.mixture import CONCAT, WEIGHTED, Mixture, format_mixture
+from utils.data.mixture import CONCAT, WEIGHTED, Mixture, format_mixture, order_seed
 from utils.data.places import encode_source
 from utils.data.prepare import Data
 from utils.data.report import DataReport
@@ -87,10 +87,9 @@ def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data
 
 def _mix(args, train_args, sources: tuple[Source, ...], parts: list[Data]) -> Mixture:
     strategy = args.mixing_strategy or (WEIGHTED if sources[0].weight is not None else CONCAT)
-    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     sizes = tuple(len(data.train) for data in parts)
     tokens = tuple(_mean_tokens(data.train, args.task.row_type) for data in parts)
-    return Mixture(sources, sizes, tokens, strategy, args.mixing_unit, args.mixing_stop, seed)
+    return Mixture(sources, sizes, tokens, strategy, args.mixing_unit, args.mixing_stop, order_seed(train_args))
 
 
 def _mean_tokens(dataset, row_type) -> float:

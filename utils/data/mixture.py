@@ -1,5 +1,6 @@
 """The order of the rows of an epoch: mixed from several sources, or in a fixed order, a pure function of the epoch."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,23 @@ _TINY = 1e-9  # of rows: errors of floating-point numbers
 _MOST = 2**31  # rows of an epoch; more can only be a mistake in a weight or in repeat
 
 
+def order_seed(train_args) -> int:
+    """The seed of the order of rows for numpy, which takes no negative one: `--data_seed`, or `--seed` without it.
+
+    Args:
+        train_args: the recipe's TrainArgument.
+    """
+    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
+    return seed % 2**64
+
+
 @dataclass(frozen=True)
 class FixedOrder:
     """The same order of rows in every epoch.
 
     Attributes:
         rows: indices of the prepared rows, [rows].
-        name: describes the order, for checkpoints: `--curriculum length`.
+        name: describes the order: `--curriculum length`.
     """
 
     rows: Any
@@ -29,6 +40,11 @@ class FixedOrder:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """The name with a hash of the order, for checkpoints."""
+        return f"{self.name} ({hashlib.sha256(numpy.asarray(self.rows, numpy.int64).tobytes()).hexdigest()[:12]})"
 
     def indices(self, epoch: int) -> numpy.ndarray:
         """The indices of the rows of an epoch, [rows], in the order in which they are trained."""
@@ -77,7 +93,7 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """Everything that the order depends on beside the rows, for checkpoints."""
+        """Everything that the order depends on beside the rows and the seed."""
         how = {CONCAT: "", INTERLEAVE: f", {self.stop}", WEIGHTED: f" by {self.unit}, {self.stop}"}[self.strategy]
         parts = []
         for source in self.sources:
@@ -89,6 +105,11 @@ class Mixture:
             given = [f"{key} {_exact(value)}" for key, value in own.items() if value is not None]
             parts.append(f"{source.name} ({', '.join(given)})" if given else source.name)
         return f"{self.strategy}{how}: {'; '.join(parts)}"
+
+    @property
+    def fingerprint(self) -> str:
+        """For checkpoints."""
+        return self.name
 
     def _refuse_size(self, shares: numpy.ndarray) -> None:
         """Raises a `UserError` that names the source with the most rows of an epoch that has too many."""

@@ -143,6 +143,8 @@ def load_rows(paths: str, flag: str, encoder: RowEncoder, on_bad_row: str, cache
     if len(set(all_gather_objects([report.key]))) > 1:
         raise UserError(f"{flag}: the processes have read different rows; give each machine the same files")
     _check_columns(report, flag)
+    if flag == "--train_data_path":
+        report.leave_out_unread(encoder.also_read)
     report.log(name)
     return dataset, report
 

@@ -1,6 +1,7 @@
 """The report of prepared rows: how many are trained on, which are dropped, and why."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -217,6 +218,13 @@ class DataReport:
         for name, count in fields.items():
             counts = self.unread.setdefault(file, {})
             counts[name] = counts.get(name, 0) + count
+
+    def leave_out_unread(self, names: Collection[str]) -> None:
+        """Removes fields from those that are not read."""
+        for name in names:
+            for counts in self.unread.values():
+                counts.pop(name, None)
+        self.unread = {file: counts for file, counts in self.unread.items() if counts}
 
     def unread_fields(self) -> list[str]:
         """`["a.jsonl: fields not read: 'quality' (12 rows), 'notes' (3 rows)"]`"""

@@ -19,6 +19,7 @@ from loguru import logger
 from utils.data.cache import hash_settings, rows_key, without_empty_columns
 from utils.data.encode import EncodedChunk, RowEncoder, encode_chunk
 from utils.data.files import files_left_out, find_files
+from utils.data.mixture import order_seed
 from utils.data.parallel import Chunk
 from utils.data.places import decode_source
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
@@ -204,8 +205,7 @@ def load_stream(args, train_args, encoder: RowEncoder) -> tuple[RowStream, DataR
         raise UserError(f"{flag}: the processes have read different files; give each machine the same files")
     refuse_nothing_left(DataReport(), report.rows, files)
     sizes, shuffled = chunk_sizes(indices), train_args.train_sampling_strategy == "random"
-    seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
-    order = RowOrder(sizes, args.shuffle_buffer if shuffled else None, seed)
+    order = RowOrder(sizes, args.shuffle_buffer if shuffled else None, order_seed(train_args))
     stream = RowStream(indices, encoder, args.on_bad_row, order, report)
     stream.sample = _sample(stream, files)
     report.key = hash_settings({"rows": report.key, "first": rows_key(stream.sample)}, {})

@@ -53,7 +53,7 @@ def run_settings(args, train_args, data) -> dict:
     must["DeepSpeed"] = f"ZeRO-{stage} on {world_size()} processes" if zero else None
     must["streaming"] = args.streaming or None
     must["shuffle_buffer"] = args.shuffle_buffer if args.streaming else None
-    must["the order of rows"] = data.order.name if data.order is not None else None
+    must["the order of rows"] = data.order.fingerprint if data.order is not None else None
     must["the training rows"] = data.report.key[:12]
     recipe = [field.name for field in dataclasses.fields(train_args) if field.init]
     should = {name: _plain(getattr(train_args, name)) for name in recipe if rule_of(name) is not None}
