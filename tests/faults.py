@@ -92,6 +92,27 @@ FAULTS = [
         "tests/model/test_gguf.py -k cannot_be_written",
     ),
     Fault(
+        "gguf: a file that was moved keeps its old path",
+        "utils/model/source.py",
+        '_GIVEN.get(path, note["model"])',
+        'note["model"]',
+        "tests/model/test_gguf.py -k 'copy_of_a_file'",
+    ),
+    Fault(
+        "gguf: the note of a converted folder keeps a path that is gone",
+        "utils/model/source.py",
+        "change_note(folder, model=given)",
+        "pass",
+        "tests/model/test_gguf.py -k 'was_moved'",
+    ),
+    Fault(
+        "smollm2: comes before a GGUF file of that name",
+        "utils/model/source.py",
+        "return path in MODELS and not Path(path).exists()",
+        "return path in MODELS",
+        "tests/model/test_named_models.py -k comes_first",
+    ),
+    Fault(
         "smollm2: any wheel is used",
         "utils/model/named_models.py",
         "if (found := sha256_of(str(wheels[0]))) != model.sha256:",

@@ -8,6 +8,7 @@ import gguf_files
 import pytest
 
 import main_train
+from utils.args import parse_args
 from utils.infer.load import base_of_run
 from utils.model.gguf import save_converted
 from utils.runtime.errors import UserError
@@ -62,6 +63,23 @@ def test_the_folder_is_converted_again_when_it_is_gone(trained, tmp_path):
         shutil.rmtree(models)
         base = Path(use())
         assert base.parent == models and (base / "model.safetensors").is_file()
+
+
+def test_a_run_on_a_file_that_was_moved_finds_it_again(trained, tmp_path):
+    _, file, models = trained
+    made_again = ["--train_data_path", str(file.parent / "rows.jsonl"), "--max_steps", "1", "--card_samples", "0",
+                  "--output_dir", str(tmp_path / "run"), "--report_to", "none"]  # fmt: skip
+    parse_args(["--model_name_or_path", str(file)])  # converts it
+    moved = file.rename(tmp_path / "m.gguf")
+    try:
+        main_train.main(["--model_name_or_path", str(moved), *made_again])
+        record = json.loads((tmp_path / "run" / "train_args.json").read_text())
+        assert record["common"]["model_name_or_path"] == record["base"]["path"] == str(moved)
+        shutil.rmtree(models)
+        base = Path(infer.parse(["--model_path", str(tmp_path / "run"), "--prompt", "Hi"])[1].base)
+        assert base.parent == models
+    finally:
+        moved.rename(file)
 
 
 def test_another_file_is_not_taken_for_the_base(trained):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.model import gguf as converting
 from utils.model.gguf import conversion, gguf_folder, models_folder, read_note, save_converted
-from utils.model.source import check_source, made_folder, make_folder
+from utils.model.source import check_source, given_model, made_folder, make_folder
 from utils.runtime.errors import UserError
 
 gguf = pytest.importorskip("gguf")
@@ -130,11 +130,22 @@ def test_a_file_is_converted_once(cache, file, monkeypatch):
     assert Path(folder).name == f"m-{note['sha256'][:16]}"
 
 
-def test_a_file_that_was_moved_is_named_by_its_new_path(cache, file):
+@pytest.mark.parametrize("use", [make_folder, made_folder])
+def test_a_file_that_was_moved_is_named_by_its_new_path(cache, file, monkeypatch, use):
     folder = make_folder(str(file))
     (file.parent / "new").mkdir()
     moved = file.rename(file.parent / "new" / "m.gguf")
-    assert make_folder(str(moved)) == folder and read_note(folder)["model"] == str(moved)
+    assert given_model(folder) == folder  # its old path leads nowhere
+    monkeypatch.chdir(moved.parent)
+    assert use("m.gguf") == folder and given_model(folder) == read_note(folder)["model"] == str(moved)
+
+
+def test_a_copy_of_a_file_is_named_as_it_was_given(cache, file):
+    folder = make_folder(str(file))
+    (file.parent / "new").mkdir()
+    copy = str(shutil.copy(file, file.parent / "new"))
+    assert made_folder(copy) == folder and given_model(folder) == copy
+    assert read_note(folder)["model"] == str(file)
 
 
 def test_a_damaged_folder_is_made_again(cache, file):

@@ -7,8 +7,16 @@ import pytest
 
 from utils.model import gguf as converting
 from utils.model import named_models
-from utils.model.gguf import save_converted
-from utils.model.source import find_base, given_model, has_chat_template, is_source, made_folder, make_folder
+from utils.model.gguf import gguf_folder, save_converted
+from utils.model.source import (
+    check_source,
+    find_base,
+    given_model,
+    has_chat_template,
+    is_source,
+    made_folder,
+    make_folder,
+)
 from utils.runtime.errors import UserError
 from utils.storage.files import sha256_of
 
@@ -80,6 +88,17 @@ def test_without_the_package(package, tmp_path):
 def test_a_folder_of_that_name_comes_first(package, tmp_path):
     (tmp_path / "tiny").mkdir()
     assert not is_source("tiny") and make_folder("tiny") == "tiny"
+
+
+def test_a_gguf_file_of_that_name_comes_first(package, tmp_path):
+    file = tmp_path / "tiny"
+    gguf_files.write_gguf(file, *gguf_files.small_llama(), "Q8_0")  # without a template
+    assert is_source("tiny") and not has_chat_template("tiny")
+    package.unlink()  # nothing can be downloaded
+    assert check_source("--model_name_or_path", "tiny") == []
+    folder = make_folder("tiny")
+    assert Path(folder) == gguf_folder(file) != named_models.named_folder("tiny")
+    assert made_folder("tiny") == folder and given_model(folder) == str(file)
 
 
 def test_the_base_of_an_adapter_is_found_without_its_folder(package, tmp_path):

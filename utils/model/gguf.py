@@ -81,6 +81,13 @@ def read_note(folder: str | Path) -> dict | None:
         return None
 
 
+def change_note(folder: Path, **values: str) -> None:
+    """Changes values in the note of a converted folder; nothing happens where the folder cannot be written."""
+    with contextlib.suppress(OSError), _lock(folder):
+        if note := read_note(folder):
+            write_json(folder / NOTE, note | values)
+
+
 def _has_model(files: Iterable[str]) -> bool:
     """Whether there are a configuration and weights among the names of files."""
     return "config.json" in files and any(name.endswith(".safetensors") for name in files)

@@ -2,33 +2,42 @@
 
 from pathlib import Path
 
-from utils.model.gguf import NOTE, check_space, conversion, convert_gguf, gguf_folder, models_folder, read_note
+from utils.model.gguf import change_note, check_space, conversion, convert_gguf, gguf_folder, models_folder, read_note
 from utils.model.gguf_file import check_gguf, check_package, is_gguf, read_gguf
 from utils.model.named_models import MODELS, check_named, make_named, named_folder
 from utils.runtime.errors import Problem
-from utils.storage.files import project_path, sha256_of, write_json
+from utils.storage.files import project_path, sha256_of
 from utils.storage.run_folder import read_run_note
 from utils.storage.weights import DTYPES
+
+_GIVEN: dict[str, str] = {}  # a converted folder → the name by which this process was given it
 
 
 def is_source(path: str) -> bool:
     """Whether a path is a GGUF file or a short name; a file or folder of the same name is taken first."""
-    return is_gguf(path) or (path in MODELS and not Path(path).exists())
+    return is_gguf(path) or _is_short_name(path)
+
+
+def _is_short_name(path: str) -> bool:
+    return path in MODELS and not Path(path).exists()
 
 
 def made_folder(path: str) -> str:
     """The folder that a GGUF file or a short name was converted to; the path itself if it was not, or is neither."""
     if not is_source(path):
         return path
-    folder = named_folder(path) if path in MODELS else gguf_folder(path)
-    return str(folder) if read_note(folder) is not None else path
+    folder = named_folder(path) if _is_short_name(path) else gguf_folder(path)
+    if read_note(folder) is None:
+        return path
+    _note_given(folder, path)
+    return str(folder)
 
 
 def check_source(flag: str, path: str) -> list[Problem]:
     """Checks what can be checked of a GGUF file or a short name before it is converted; returns the problems."""
     if missing := check_package(flag, path):
         return missing
-    if path in MODELS:
+    if _is_short_name(path):
         return check_named(flag, path)
     if found := check_gguf(flag, path):
         return found
@@ -44,22 +53,48 @@ def make_folder(path: str) -> str:
     """
     if not is_source(path):
         return path
-    if path in MODELS:
-        return str(make_named(path))
-    folder, given = gguf_folder(path), str(Path(path).expanduser().resolve())
-    with conversion(folder) as made:
-        if made is not None:
-            convert_gguf(path, given, made)
-    note = read_note(folder)
-    if note and note["model"] != given and not Path(note["model"]).is_file():  # the file was moved
-        write_json(folder / NOTE, note | {"model": given})
+    if _is_short_name(path):
+        folder = make_named(path)
+    else:
+        folder = gguf_folder(path)
+        with conversion(folder) as made:
+            if made is not None:
+                convert_gguf(path, _given(path), made)
+    _note_given(folder, path)
     return str(folder)
 
 
+def _given(path: str) -> str:
+    """The name to record of a GGUF file or a short name."""
+    return path if _is_short_name(path) else str(Path(path).expanduser().resolve())
+
+
+def _note_given(folder: Path, path: str) -> None:
+    """Remembers for `given_model` by which path a folder was given; replaces one in its note that is no longer there.
+
+    The file may have been moved or copied after it was converted.
+    """
+    given = _GIVEN[str(folder)] = _given(path)
+    note = read_note(folder)
+    if note and note["model"] != given and not _can_be_given(note["model"]):
+        change_note(folder, model=given)
+
+
 def given_model(path: str) -> str:
-    """What a converted folder was made from, the name to record: `smollm2`, or a GGUF file's path; else the path."""
+    """What a converted folder was made from, the name to record: `smollm2`, or a GGUF file's path; else the path.
+
+    Of several paths to the file it is the one given to this process. The folder itself if its file is no longer there.
+    """
     note = read_note(path) if _is_converted_path(path) else None
-    return note["model"] if note else path
+    if note is None:
+        return path
+    given = _GIVEN.get(path, note["model"])
+    return given if _can_be_given(given) else path
+
+
+def _can_be_given(recorded: str) -> bool:
+    """Whether a recorded name can be given again: a short name, or the path of a GGUF file that is still there."""
+    return _is_short_name(recorded) or (Path(recorded).is_absolute() and is_gguf(recorded))
 
 
 def is_converted(path: str) -> bool:
@@ -74,7 +109,7 @@ def has_chat_template(path: str) -> bool:
     if not is_source(path):
         return False
     try:
-        return path in MODELS or bool(read_gguf(path).chat_template)
+        return _is_short_name(path) or bool(read_gguf(path).chat_template)
     except (ValueError, OSError):
         return False
 
