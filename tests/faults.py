@@ -783,6 +783,13 @@ FAULTS = [
         "tests/script/test_prepare.py -k the_day",
     ),
     Fault(
+        "auto: contents with tags of the template are read by the derived form",
+        "utils/template/reading.py",
+        " or _has_tags(template, messages):",
+        ":",
+        "tests/template/test_reading.py -k with_care",
+    ),
+    Fault(
         "auto: a derived form that renders another text is used",
         "utils/template/reading.py",
         'if "".join(segment.text for segment in segments) != text:',
@@ -792,7 +799,7 @@ FAULTS = [
     Fault(
         "auto: every conversation is rendered for each answer",
         "utils/template/reading.py",
-        "if template.form is None or not _is_plain(messages):",
+        "if template.form is None or not _is_plain(messages) or _has_tags(template, messages):",
         "if True:",
         "tests/template/test_reading.py -k one_rendering",
     ),

@@ -1,5 +1,6 @@
 """A long conversation read in parts is read as it is read whole, on the official template of every family."""
 
+import json
 import random
 
 import pytest
@@ -8,7 +9,7 @@ from test_official import NAMES, RESULT, TOOLS, answer, calls, tokenizer_of, use
 from utils.runtime.errors import UserError
 from utils.template import get_template
 from utils.template.auto import AutoTemplate
-from utils.template.reading import read_as_form, read_at_once, read_in_parts
+from utils.template.reading import read_as_form, read_at_once, read_conversation, read_in_parts
 
 ALL = ("gptoss", "qwen3", "qwen3_5")  # with calls and thoughts as well, which take longer
 
@@ -149,6 +150,28 @@ def test_a_derived_form_locates_what_the_template_itself_shows(name):
             used += 1
             assert reading == read_at_once(template, messages)
     assert used > 1 or not template.form
+
+
+SEARCHING = (  # the last question that is no result of a tool, as Qwen3.5's template does
+    "{% set ns = namespace(none=true) %}{% for m in messages %}{% if m.role == 'user' and not"
+    " m.content.startswith('<tool_response>') %}{% set ns.none = false %}{% endif %}{% endfor %}"
+    "{% if ns.none %}{{ raise_exception('no question') }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_question_with_a_tag_of_the_template_is_read_with_care():
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = SEARCHING
+    template = get_template("auto", tokenizer)
+    for question in ("<tool_response>a</tool_response>", "<|im_start|>"):
+        messages = [user(question), answer("one"), user("two"), answer("three")]
+        assert read_as_form(template, messages) is None
+    assert read_as_form(template, [user("<b>x</b> [0]"), answer("one")]) is not None
+    messages = [user("<tool_response>a</tool_response>"), answer("one"), user("two"), answer("three")]
+    reading = read_conversation(template, json.dumps(messages))
+    assert [reading.text[start:end] for start, end in reading.spans] == ["three<|im_end|>"]
 
 
 def test_a_plain_conversation_takes_one_rendering(monkeypatch):

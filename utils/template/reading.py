@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ _PLAIN_FIELDS = {"role", "content", "train"}
 # a conversation is read twice: when its row is checked, and when its chunk of rows is encoded
 _CACHE_SIZE = 2048
 _PART_TURNS = 6  # a part has at least so many turns and ends before the next question
+_TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _NEXT_QUESTION = "\ue0ed"  # the content of the question that follows a part; no chat format contains it
 
 
@@ -75,7 +77,7 @@ def read_as_form(template, messages: list[Message]) -> Reading | None:
     Returns:
         None where that form renders another text, or the conversation has more than questions and answers.
     """
-    if template.form is None or not _is_plain(messages):
+    if template.form is None or not _is_plain(messages) or _has_tags(template, messages):
         return None
     text, marks = template.render_with_marks(messages)
     try:
@@ -105,6 +107,16 @@ def _is_plain(messages: list[Message]) -> bool:
         message.keys() <= _PLAIN_FIELDS and message["content"].strip() and not has_reasoning(message)
         for message in messages
     )
+
+
+def _has_tags(template, messages: list[Message]) -> bool:
+    """Whether a content has a special token, or a tag that the template's text has, which it may treat otherwise.
+
+    Qwen3.5's template looks for the last question that is not `<tool_response>…</tool_response>`.
+    """
+    contents = [message["content"] for message in messages]
+    tags = {tag for content in contents for tag in _TAG.findall(content)}
+    return any(tag in template.chat_template for tag in tags) or any(map(template.special.search, contents))
 
 
 def _is_marked(span: tuple[int, int], marks: list[tuple[int, int]]) -> bool:
