@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf_files
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.model import gguf as converting
 from utils.model.gguf import conversion, gguf_folder, models_folder, read_note, save_converted
+from utils.model.gguf_file import read_gguf
 from utils.model.source import check_source, given_model, made_folder, make_folder
 from utils.runtime.errors import UserError
 
@@ -72,6 +74,34 @@ def test_plain_numbers_keep_their_type(tmp_path, kind, dtype):
     model, *_, found, _ = converted(tmp_path, kind)
     assert found.dtype == dtype
     assert torch.equal(found.lm_head.weight, model.lm_head.weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "dtype"),
+    [
+        ("F16", 1.0009765625, torch.float16),  # 1 + 2 ** -10
+        ("F16", 1.0005, torch.float32),  # rounded in float16
+        ("F16", 1e5, torch.float32),  # infinite in float16
+        ("BF16", 1.0078125, torch.bfloat16),  # 1 + 2 ** -7
+        ("BF16", 1.0009765625, torch.float32),
+    ],
+)
+def test_float32_norms_are_kept_exactly(tmp_path, kind, value, dtype):
+    model, tokenizer = gguf_files.small_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    save_converted(gguf_files.write_gguf(tmp_path / "m.gguf", model, tokenizer, kind), tmp_path / "out")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert {weight.dtype for weight in weights.values()} == {dtype}
+    assert torch.equal(weights["model.norm.weight"].float(), model.model.norm.weight)
+
+
+def test_weights_of_both_16_bit_types_are_kept_as_float32(tmp_path):
+    model, tokenizer = gguf_files.small_llama()
+    file = read_gguf(gguf_files.write_gguf(tmp_path / "m.gguf", model, tokenizer, "F16"))
+    assert file.dtype == "float16"
+    (name, shape, kind, offset), *others = file.tensors
+    assert kind == 1 and replace(file, tensors=((name, shape, 30, offset), *others)).dtype == "float32"
 
 
 def test_the_rope_of_llama_3_is_read_from_its_factors(tmp_path):

@@ -1,6 +1,6 @@
 """Reads the header of a GGUF file, llama.cpp's format, and checks that transformers can read it as a model.
 
-No tensor is read, except the rope factors of Llama 3.
+No tensor is read, except the rope factors of Llama 3, and float32 weights in a file of 16-bit ones.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ class GgufFile:
         """llama.cpp's name of the architecture: `llama`, `qwen2`, …"""
         return self.metadata["general.architecture"]
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """The dtype that keeps the weights as they are: that of the file's numbers, bfloat16 for quantised blocks."""
-        types = {kind for _, _, kind, _ in self.tensors}
+        """The smallest dtype that holds the weights exactly as they are; bfloat16 for quantised blocks."""
+        types = {kind for name, _, kind, _ in self.tensors if name != _ROPE_FACTORS}
         if not types <= set(FLOATS):
             return "bfloat16"
-        return next(name for kind, name in ((30, "bfloat16"), (1, "float16"), (0, "float32")) if kind in types)
+        narrow = [FLOATS[kind] for kind in types if kind != 0]
+        return narrow[0] if len(narrow) == 1 and _floats_fit(self, narrow[0]) else "float32"
 
     @property
     def weights(self) -> int:
@@ -75,6 +77,21 @@ class GgufFile:
     def chat_template(self) -> str | None:
         """The Jinja chat template, if there is one."""
         return self.metadata.get("tokenizer.chat_template")
+
+
+def _floats_fit(file: GgufFile, dtype: str) -> bool:
+    """Whether a dtype of 16 bits holds the file's float32 weights, mostly those of norms, without rounding."""
+    import numpy
+    import torch
+
+    narrow = getattr(torch, dtype)
+    for name, shape, kind, offset in file.tensors:
+        if kind == 0 and name != _ROPE_FACTORS:
+            numbers = numpy.memmap(file.path, "<f4", "c", file.data_start + offset, (math.prod(shape),))
+            parts = torch.from_numpy(numbers).split(1 << 24)
+            if not all(torch.equal(part.to(narrow).float(), part) for part in parts):
+                return False
+    return True
 
 
 def is_gguf(path: str | Path) -> bool:
