@@ -3825,6 +3825,27 @@ FAULTS = [
         "tests/data/test_curriculum.py -k 'decimals'",
     ),
     Fault(
+        "mixture: a date that does not exist is a traceback",
+        "utils/data/sources.py",
+        "except (ValueError, LookupError, AttributeError, OverflowError, RecursionError):",
+        "except LookupError:",
+        "tests/data/test_sources.py -k 'cannot_be_used'",
+    ),
+    Fault(
+        "mixture: a name may have control characters",
+        "utils/data/sources.py",
+        '_CONTROLS = ("Cc", "Zl", "Zp")',
+        "_CONTROLS = ()",
+        "tests/data/test_sources.py -k 'cannot_be_used'",
+    ),
+    Fault(
+        "mixture: problems of a source do not name it",
+        "utils/data/load_sources.py",
+        "message=about + problem.message",
+        "message=problem.message",
+        "tests/data/test_load_sources.py -k 'have_its_name'",
+    ),
+    Fault(
         "mixture: a number of rows to hold back is taken from each source",
         "utils/config/mixing.py",
         "if common.val_size >= 1:",

@@ -131,3 +131,15 @@ def test_a_command_for_plain_files_refuses_a_mixture(files, tmp_path, tiny_model
     with pytest.raises(UserError):
         refuse_unless_plain(parse_args([*paths, str(tmp_path / "mix.yaml")])[0], "a command")
     refuse_unless_plain(parse_args([*paths, str(tmp_path / "a.jsonl")])[0], "a command")
+
+
+def test_problems_of_one_source_have_its_name(load, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", rows("one", 1))
+    many = write_rows(tmp_path / "many.jsonl", rows("many", 9))
+    text = f"- path: {many}\n  name: first\n- path: {one}\n  name: second"
+    for more, flags, first in (("\n  columns: {output: antwort}", [], "columns"), ("", ["--val_size", "0.5"], None)):
+        with pytest.raises(UserError) as error:
+            load(text + more, *flags)
+        (problem,) = error.value.problems
+        assert "of the source 'second'" in str(problem) and problem.flags[-1] == "train_data_path"
+        assert problem.flags[0] == (first or "train_data_path")

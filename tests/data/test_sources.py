@@ -70,7 +70,20 @@ def test_all_problems_come_at_once_with_their_lines(mix):
     assert "'weight'" in str(problems[0])  # the nearest name
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "path: a.jsonl", "[]", "5"])
+@pytest.mark.parametrize("setting", [
+    "name: 2024-99-99", f"rows: 1{'0' * 400}", f"rows: 1{'0' * 5000}", f"rows: 0x1{'0' * 5000}",
+    f"repeat: 1{'0' * 400}", f"template_args: {{a: 0x1{'0' * 5000}}}", "weight: !!bool x", "weight: !!timestamp x",
+    "weight: 0b_", 'name: "a\\nb"', "name: 'a\n\n    b'", 'name: "a\\x1b[31m"', 'name: "a\\u2028b"', 'path: "a\\0"',
+], ids=lambda setting: setting[:20])  # fmt: skip
+def test_a_value_that_cannot_be_used_is_refused_by_its_line(mix, setting):
+    text = f"- system: 'two\n\n    lines'\n  {setting}\n"
+    _, problems = mix(text if "path:" in setting else f"{text}  path: a.jsonl\n")
+    assert [problem.line for problem in problems] == [4] and len(str(problems[0])) < 200
+
+
+@pytest.mark.parametrize(
+    "text", [f"- path: a\n  columns: {'[' * 3000 + ']' * 3000}", "", "a: [", "path: a.jsonl", "[]", "5"]
+)
 def test_a_file_without_a_list_is_refused(mix, text):
     sources, problems = mix(text)
     assert not sources and len(problems) == 1

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy
 from loguru import logger
@@ -17,6 +18,8 @@ from utils.data.report import DataReport
 from utils.data.sources import Source, is_mixture, read_sources
 from utils.runtime.errors import Problem, UserError
 from utils.template.with_source import with_source_settings
+
+_FLAG = "train_data_path"
 
 
 def loads_sources(load: Callable) -> Callable:
@@ -60,7 +63,9 @@ def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data
     parts: list[tuple[Source, Data]] = []
     for source, alone in split_sources(args):
         logger.info("source {}: {}", source.name, source.path)
-        parts.append((source, load(alone, train_args, with_source_settings(template, source), tokenizer)))
+        source_template = with_source_settings(template, source)
+        with _naming(source):
+            parts.append((source, load(alone, train_args, source_template, tokenizer)))
     starts = numpy.cumsum([0, *(len(data.report.files) for _, data in parts)])
     train = _join([_shift_files(data.train, start) for (_, data), start in zip(parts, starts, strict=False)])
     held_back = [_shift_files(data.eval, start) for (_, data), start in zip(parts, starts, strict=False) if data.eval]
@@ -83,6 +88,20 @@ def _load_mixture(load: Callable, args, train_args, template, tokenizer) -> Data
     evaluated = load(alone, train_args, template, tokenizer)
     names = evaluated.eval_source_names
     return dataclasses.replace(data, eval=evaluated.eval, eval_report=evaluated.eval_report, eval_source_names=names)
+
+
+@contextmanager
+def _naming(source: Source):
+    """Adds the source's name to each problem of a `UserError`, whose flags were not given for this source alone."""
+    try:
+        yield
+    except UserError as error:
+        about = f"--{_FLAG}: of the source {source.name!r}: "
+        problems = []
+        for problem in error.problems:
+            flags = tuple(dict.fromkeys((*problem.flags, _FLAG)))
+            problems.append(dataclasses.replace(problem, message=about + problem.message, flags=flags))
+        raise UserError(*problems) from error
 
 
 def _mix(args, train_args, sources: tuple[Source, ...], parts: list[Data]) -> Mixture:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from utils.runtime.errors import Problem, nearest, refusal
 from utils.storage.files import project_path
 
 _FLAG = "train_data_path"
+_CONTROLS = ("Cc", "Zl", "Zp")  # Unicode categories: control characters, separators of lines and of paragraphs
 _YAML = (".yaml", ".yml")
 _KEYS = ("path", "name", "weight", "rows", "repeat", "columns", "system", "template_args")
 
@@ -152,6 +154,8 @@ def _read_yaml(path: str) -> tuple[list[Source], list[Problem]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
         return [], refusal(f"--train_data_path {where} is not YAML: {getattr(error, 'problem', error)}", _FLAG)
+    except RecursionError:
+        return [], refusal(f"--train_data_path {path!r} has lists in lists that are nested too deeply", _FLAG)
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         shape = "a list of sources, each with at least a path: '- path: a.jsonl'"
         return [], refusal(f"--train_data_path {path!r} is not {shape}; see docs/data.md", _FLAG)
@@ -188,6 +192,10 @@ def _read_entry(loader, node, path: str) -> tuple[Source | None, list[Problem]]:
                 values[key], wrong = _checked(key, loader.construct_object(value_node, deep=True))
             except yaml.YAMLError as error:
                 values[key], wrong = None, f"cannot be read: {getattr(error, 'problem', error)}"
+            # from PyYAML's conversions of dates (2024-99-99), of long numbers, of tags (!!bool x) and of nested lists
+            except (ValueError, LookupError, AttributeError, OverflowError, RecursionError):
+                text = repr(value_node.value[:40]) if isinstance(value_node, yaml.ScalarNode) else "a part of it"
+                values[key], wrong = None, f"{text} cannot be read as a value; give a number, or a text in quotes"
             if wrong:
                 refuse(line, f"{key}: {wrong}")
     if "path" not in values:
@@ -202,6 +210,8 @@ def _checked(key: str, value: Any) -> tuple[Any, str]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if key in ("path", "name", "system"):
         right = isinstance(value, str) and bool(value.strip())
+        if right and key != "system" and any(unicodedata.category(letter) in _CONTROLS for letter in value):
+            return None, f"{value!r} has a line feed or another control character; remove it"
         return (value, "") if right else (None, f"{value!r} is not a text")
     if key in ("weight", "repeat"):
         return (float(value), "") if is_number and value > 0 else (None, f"{value!r} is not a number above 0")
