@@ -3722,8 +3722,8 @@ FAULTS = [
     Fault(
         "mixture: a source's template is that of the run",
         "utils/data/load_sources.py",
-        "with_source_settings(template, source), tokenizer",
-        "template, tokenizer",
+        "source_template = with_source_settings(template, source)",
+        "source_template = template",
         "tests/data/test_load_sources.py -k 'columns_and'",
     ),
     Fault(
