@@ -127,6 +127,13 @@ FAULTS = [
         "tests/model/test_gguf.py -k both_16_bit",
     ),
     Fault(
+        "gguf: an edited default of the template is replaced",
+        "utils/config/from_adapter.py",
+        '"template_name" in given or common.template_name != _DEFAULT_TEMPLATE',
+        '"template_name" in given',
+        "tests/config/test_model_path.py -k edited_default",
+    ),
+    Fault(
         "smollm2: any wheel is used",
         "utils/model/named_models.py",
         "if (found := sha256_of(str(wheels[0]))) != model.sha256:",

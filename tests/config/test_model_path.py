@@ -7,7 +7,8 @@ import gguf_files
 import pytest
 from parsing import problems_of
 
-from utils.args import parse_args
+from utils.args import CommonArgs, parse_args
+from utils.config import from_adapter
 from utils.config.model_path import check_model_path
 from utils.model.gguf import save_converted
 from utils.run.record import effective_args
@@ -75,6 +76,15 @@ def test_a_gguf_file_is_converted_and_its_own_template_is_the_default(gguf_file,
     assert args.template_name == "auto"
     assert effective_args(args, train_args)["common"]["model_name_or_path"] == str(gguf_file)
     assert parse_args([*flags, "--template_name", "qwen"])[0].template_name == "qwen"
+
+
+def test_an_edited_default_of_the_template_is_kept(gguf_file, tmp_path, monkeypatch):
+    field = CommonArgs.__dataclass_fields__["template_name"]
+    assert field.default == from_adapter._DEFAULT_TEMPLATE
+    monkeypatch.setattr(field, "default", "yi")
+    flags = ["--model_name_or_path", str(gguf_file), "--output_dir", str(tmp_path / "run")]
+    assert parse_args(flags)[0].template_name == "yi"
+    assert parse_args([*flags, "--template_name", "auto"])[0].template_name == "auto"
 
 
 def test_nothing_is_converted_while_another_flag_is_wrong(gguf_file, tmp_path):

@@ -12,6 +12,9 @@ from utils.storage.files import project_path
 from utils.storage.run_folder import MANIFEST, RECORD_FILE, read_run_note
 from utils.storage.weights import weights_fingerprint
 
+# the default in utils/args.py, which `auto` replaces for a base with a template of its own; an edited one is kept
+_DEFAULT_TEMPLATE = "qwen"
+
 
 def resolve(settings) -> None:
     """Takes base and settings from `--adapter_name_or_path`, and the template from the run it starts from."""
@@ -191,6 +194,7 @@ def _resolve_template(settings) -> None:
             common.template_name = name
             logger.info("template {}: the one that {} was trained in", name, folder)
         return
-    if "template_name" not in given and settings.task.uses_template and has_chat_template(common.model_name_or_path):
+    is_chosen = "template_name" in given or common.template_name != _DEFAULT_TEMPLATE
+    if not is_chosen and settings.task.uses_template and has_chat_template(common.model_name_or_path):
         common.template_name = "auto"
         logger.info("template auto: the chat template of {}", given_model(common.model_name_or_path))
