@@ -24,6 +24,14 @@ def jsonl(path, ends="\n"):
     path.write_bytes(("\ufeff" + ends.join(lines)).encode())
 
 
+def odd_lines(path):
+    """Lines that only Unicode knows as blank, a first line that is only a byte-order mark, and ends of all kinds."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    lines[4:4] = ["\u00a0", " \x1c", "\u2028\t"]
+    text = "\ufeff\n" + "\n".join(lines[:9]) + "\r\r\n" + "\r".join(lines[9:15]) + "\n\r" + "\n".join(lines[15:])
+    path.write_bytes(text.encode())
+
+
 def parquet(path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=5)
 
@@ -47,6 +55,8 @@ KINDS = {
     "rows.jsonl": (jsonl, LINES),
     "lines.json": (jsonl, LINES),
     "windows.jsonl": (lambda path: jsonl(path, "\r\n"), LINES),
+    "old_mac.jsonl": (lambda path: jsonl(path, "\r"), LINES),
+    "odd_lines.jsonl": (odd_lines, LINES),
     "rows.parquet": (parquet, ROW_GROUPS),
     "stream.arrow": (arrow, BATCHES),
     "file.arrow": (arrow_file, BATCHES),

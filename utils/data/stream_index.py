@@ -23,7 +23,7 @@ from utils.runtime.errors import Problem, UserError
 CHUNK_ROWS = 256  # of a file whose rows can be found one by one
 MAX_SEQUENTIAL_BYTES = 32 << 20  # of a file that can only be read from its start, which is one chunk
 _LARGE = 2_000_000_000  # bytes; counting takes seconds
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _PARTS, _PART_BYTES = 64, 4096  # of a file, which its fingerprint covers
 
 LINES, ROW_GROUPS, BATCHES, SEQUENTIAL = "lines", "row groups", "record batches", "sequential"
@@ -75,8 +75,8 @@ class _Lines:
     def __init__(self, file: str, start: int, end: int, line: int):
         with open(file, "rb") as opened:
             opened.seek(start)
-            lines = opened.read(end - start).split(b"\n")
-        self._rows = [(line + i, text) for i, text in enumerate(lines) if text and not text.isspace()]
+            lines = opened.read(end - start).splitlines()  # of bytes: at \n, \r\n and \r alone
+        self._rows = [(line + i, text) for i, text in enumerate(lines) if not _is_blank(text, start + i == 0)]
         self._file, self._encoding = file, "utf-8-sig" if start == 0 else "utf-8"
 
     def __getitem__(self, place: int) -> RawRow:
@@ -170,7 +170,7 @@ def _index(file: str, status: tuple[int, int]) -> FileIndex:
         raise UserError(
             f"{file!r} has {status[0] / 1e6:,.0f} MB and can only be read from its start; --streaming true reads such "
             f"a file up to {MAX_SEQUENTIAL_BYTES >> 20} MB. Save it as Parquet, or uncompressed with a row a line "
-            "(.jsonl)"
+            "(.jsonl) that \\n ends"
         )
     rows, places, lines = numpy.array(list(chunks), dtype=numpy.int64).reshape(-1, 3).T
     return FileIndex(file, how, rows, places, lines, status)
@@ -187,15 +187,31 @@ def _has_rows_in_lines(file: str, size: int) -> bool:
 def _line_chunks(file: str) -> Iterator[tuple[int, int, int]]:
     """Yields (rows, byte offset, first line) of each chunk of a file with a row a line."""
     rows, offset, start, first = 0, 0, 0, 1
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with open(file, "rb") as opened:
+        for number, line in enumerate(_lines_of(opened), 1):
             if rows == CHUNK_ROWS:
                 yield rows, start, first
                 rows, start, first = 0, offset, number
-            rows += not line.isspace()
+            rows += not _is_blank(line, offset == 0)
             offset += len(line)
     if rows:
         yield rows, start, first
+
+
+def _lines_of(opened) -> Iterator[bytes]:
+    """Yields the lines of a binary file with their ends `\\n`, `\\r\\n` and `\\r`, as of a text file."""
+    for line in opened:
+        if b"\r" in line and b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
+            yield from line.splitlines(keepends=True)
+        else:
+            yield line
+
+
+def _is_blank(line: bytes, at_start: bool) -> bool:
+    """Whether a line has only white space, also of Unicode; `at_start`, a byte-order mark is no part of it."""
+    if line.startswith(b"{"):  # nearly all, and decoding takes time
+        return False
+    return not line.decode("utf-8-sig" if at_start else "utf-8", "surrogateescape").strip()
 
 
 def _parquet_chunks(file: str) -> Iterator[tuple[int, int, int]]:
