@@ -3416,6 +3416,28 @@ FAULTS = [
         "return result if",
         "tests/train/test_stream.py -k trains_nothing_in_any_task",
     ),
+    # ------------------------------------------------------------------ rows that stop a run, and the progress bar
+    Fault(
+        "refused rows: those of other files count as the same",
+        "utils/data/bad_rows.py",
+        "groups.setdefault((row.file, row.reason), [])",
+        'groups.setdefault(("", row.reason), [])',
+        "tests/data/test_bad_rows.py",
+    ),
+    Fault(
+        "progress bar: it is written to files",
+        "utils/data/parallel.py",
+        "description is None or few or None",
+        "description is None or few",
+        "tests/data/test_parallel.py -k terminal",
+    ),
+    Fault(
+        "progress bar: --disable_tqdm has no effect on it",
+        "utils/data/encode.py",
+        '"tokenising" if encoder.shows_progress else None',
+        '"tokenising"',
+        "tests/data/test_parallel.py -k terminal",
+    ),
     # ------------------------------------------------------------------ losses by source and the row ledger
     Fault(
         "losses of rows: every token counts for the first sequence",

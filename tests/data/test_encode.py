@@ -50,7 +50,10 @@ def test_after_a_row_that_stops_the_run_the_rest_is_only_looked_through(tmp_path
     encoder = RowEncoder(suffixes=(".jsonl",), read=read, encode=encode, key={})
     file = write_rows(tmp_path / "rows.jsonl", rows)
     parts = list(encode_files([file], encoder, "auto", 1))
-    assert [p for part in parts for p in part.refused] == [f"{file}:6 is bad", f"{file}:{3 * CHUNK_SIZE} is bad"]
+    assert [str(row) for part in parts for row in part.refused] == [
+        f"{file}:6 is bad",
+        f"{file}:{3 * CHUNK_SIZE} is bad",
+    ]
     assert seen == []
 
 
@@ -61,7 +64,7 @@ def test_on_bad_row_error_stops_for_a_row_without_a_trained_token_but_not_for_a_
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * 2)
     encoder = make_encoder(lambda texts: [dropped, *ids_of(texts[1:])])
     (chunk,) = encode_files([file], encoder, "error", 1)
-    assert chunk.refused == ([f"{file}:1 has nothing to train"] if stops else [])
+    assert [str(row) for row in chunk.refused] == ([f"{file}:1 has nothing to train"] if stops else [])
     (chunk,) = encode_files([file], encoder, "auto", 1)
     assert chunk.refused == [] and chunk.dropped == [(1, *dropped)]
 

@@ -1,5 +1,7 @@
 """Chunks are encoded in several processes: in order, a few ahead, and none outlives the run."""
 
+import dataclasses
+import io
 import os
 import signal
 import subprocess
@@ -39,6 +41,20 @@ def test_no_row_is_lost_silently(tmp_path, workers):
     encoder = make_encoder(lambda texts: next(iter([])))
     with pytest.raises(RuntimeError, match="StopIteration"):
         list(encode_files([file], encoder, "auto", workers))
+
+
+@pytest.mark.parametrize(("terminal", "allowed"), [(True, True), (False, True), (True, False)])
+def test_a_progress_bar_is_shown_on_a_terminal_only(tmp_path, monkeypatch, terminal, allowed):
+    """In a file its states would stay, with the next line of the log behind them."""
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("utils.data.parallel._DELAY", 0)
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}] * (5 * CHUNK_SIZE))
+    encoder = dataclasses.replace(make_encoder(ids_of), shows_progress=allowed)
+    assert sum(chunk.rows for chunk in encode_files([file], encoder, "auto", 1)) == 5 * CHUNK_SIZE
+    assert ("tokenising" in shown.getvalue()) == (terminal and allowed)
+    assert shown.getvalue() == "" or shown.getvalue().endswith("\r")  # cleared
 
 
 def test_only_some_chunks_are_read_ahead(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.bad_rows import BadRow, BrokenUnicode, EmptyRow, unreadable
+from utils.data.bad_rows import BadRow, BrokenUnicode, EmptyRow, RefusedRow, unreadable
 from utils.data.cache import tokenizer_key
 from utils.data.columns import with_columns
 from utils.data.curriculum import sorting_column
@@ -38,6 +38,7 @@ class RowEncoder:
         unread: raw row → names of the fields that are not read, for the log.
         renamed: the fields of the files that `--columns` names.
         also_read: fields of training rows that are read after the preparation, as by `--curriculum column:…`.
+        shows_progress: whether a progress bar is shown.
     """
 
     suffixes: tuple[str, ...]
@@ -50,6 +51,7 @@ class RowEncoder:
     unread: Callable[[Any], list[str]] = lambda row: []
     renamed: tuple[str, ...] = ()
     also_read: tuple[str, ...] = ()
+    shows_progress: bool = True
 
 
 def build_row_encoder(
@@ -103,6 +105,7 @@ def build_row_encoder(
         unread=row_type.with_columns(args.column_names).unread,
         renamed=tuple(args.column_names.values()),
         also_read=tuple(filter(None, [sorting_column(args)])),
+        shows_progress=not getattr(train_args, "disable_tqdm", False),
     )
 
 
@@ -119,7 +122,7 @@ class EncodedChunk:
         answers: number of answers in kept rows, and of those that `--train_on` leaves out.
         token_rows: number of kept rows that were token ids in their file.
         weighted: number of kept rows with a weight other than 0 and 1.
-        refused: a description of each row that stops the run.
+        refused: each row that stops the run.
         unread: name of a field that is not read → number of rows with it.
         renamed: which of `RowEncoder.renamed` any row has.
     """
@@ -135,7 +138,7 @@ class EncodedChunk:
     answers: tuple[int, int] = (0, 0)
     token_rows: int = 0
     weighted: int = 0
-    refused: list[str] = field(default_factory=list)
+    refused: list[RefusedRow] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     renamed: set[str] = field(default_factory=set)
 
@@ -152,12 +155,12 @@ def encode_chunk(encoder: RowEncoder, on_bad_row: str, chunk: Chunk) -> EncodedC
             encoded.unread.update(encoder.unread(raw.value))
         except EmptyRow as error:
             if on_bad_row == "error":
-                encoded.refused.append(f"{chunk.file}:{raw.line} {error}")
+                encoded.refused.append(RefusedRow(chunk.file, raw.line, str(error)))
             encoded.dropped.append((raw.line, str(error), error.kind))
         except BadRow as error:
             # the rows after a fatal one cannot be counted, so it stops the run in any case
             if on_bad_row != "drop" or raw.fatal:
-                encoded.refused.append(f"{chunk.file}:{raw.line} {error}")
+                encoded.refused.append(RefusedRow(chunk.file, raw.line, str(error)))
             encoded.dropped.append((raw.line, str(error), error.kind))
         else:
             lines.append(raw.line)
@@ -189,7 +192,7 @@ def _encode(
     for line, row in zip(lines, encoder.encode(values), strict=True):
         if isinstance(row, Dropped):
             if on_bad_row == "error" and row.kind != TOO_LONG:  # rows that are too long are governed by --overlong
-                encoded.refused.append(f"{encoded.file}:{line} {row.reason}")
+                encoded.refused.append(RefusedRow(encoded.file, line, row.reason))
             encoded.dropped.append((line, row.reason, row.kind))
             continue
         kept.append(row)
@@ -229,10 +232,11 @@ def encode_files(files: list[str], encoder: RowEncoder, on_bad_row: str, workers
     Raises:
         UserError: a process was killed.
     """
-    refused: list[str] = []
+    refused: list[RefusedRow] = []
     work = functools.partial(encode_chunk, encoder, on_bad_row)
     # once a row stops the run, the remaining rows are only checked
-    for encoded in map_chunks(work, files, workers, "tokenising", check_only=lambda: bool(refused)):
+    label = "tokenising" if encoder.shows_progress else None
+    for encoded in map_chunks(work, files, workers, label, check_only=lambda: bool(refused)):
         refused.extend(encoded.refused)
         kept, dropped = encoded.batch.num_rows if encoded.batch else 0, len(encoded.dropped)
         if not refused and kept + dropped != encoded.rows:

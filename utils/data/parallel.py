@@ -20,6 +20,7 @@ from utils.data.files import RawRow, count_rows, raw_rows
 from utils.runtime.errors import UserError
 
 CHUNK_SIZE = 1000  # rows
+_DELAY = 1  # seconds after which the progress bar is shown
 BYTES_PER_WORKER = 2 << 20  # of the files; less than that does not repay the start of another process
 
 
@@ -41,16 +42,16 @@ def map_chunks(
     work: Callable[[Chunk], Any],
     files: list[str],
     workers: int | None,
-    description: str,
+    description: str | None,
     check_only: Callable[[], bool] = lambda: False,
 ) -> Iterator[Any]:
-    """Yields `work(chunk)` for every chunk, in the files' order, with a progress bar where it takes long.
+    """Yields `work(chunk)` for every chunk, in the files' order, with a progress bar on a terminal where it takes long.
 
     Args:
         work: chunk → result.
         files: paths of data files.
         workers: processes; None for `default_workers`.
-        description: label of the progress bar.
+        description: label of the progress bar; None for no bar.
         check_only: called for each chunk, sets its `check_only`.
 
     Raises:
@@ -72,7 +73,9 @@ def map_chunks(
     results = _map_in_processes(work, chunks(), workers) if workers > 1 else (work(chunk) for chunk in chunks())
     total = count_rows(files)
     few = total is not None and total < 5 * CHUNK_SIZE
-    with closing(results), tqdm(total=total, unit=" rows", desc=description, disable=few, leave=False) as bar:
+    hidden = description is None or few or None  # None: tqdm shows it on a terminal only, as a file keeps every state
+    bar = tqdm(total=total, unit=" rows", desc=description, disable=hidden, leave=False, delay=_DELAY)
+    with closing(results), bar:
         for result in results:
             bar.update(sizes.popleft())
             yield result

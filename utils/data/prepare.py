@@ -14,6 +14,7 @@ from typing import Any
 
 from loguru import logger
 
+from utils.data.bad_rows import RefusedRow, format_refused
 from utils.data.cache import (
     cache_folder,
     check_unchanged,
@@ -28,7 +29,6 @@ from utils.data.cache import (
 from utils.data.encode import RowEncoder, encode_files
 from utils.data.files import files_left_out, find_files
 from utils.data.packing import count_held_back, split_validation
-from utils.data.places import MAX_PLACES_SHOWN
 from utils.data.report import TOO_LONG, DataReport, refuse_nothing_left
 from utils.data.source_names import name_sources
 from utils.data.stream import RowStream, load_stream
@@ -226,7 +226,7 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
     """Writes the encoded rows to an Arrow file, chunk by chunk.
 
     Raises:
-        UserError: naming the rows that stop the run, the first 20 by file and line.
+        UserError: naming the rows that stop the run by file and line, at most 20 reasons.
     """
     import pyarrow
     from datasets.arrow_writer import ArrowWriter
@@ -255,12 +255,10 @@ def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Pa
     return report
 
 
-def _refuse(refused: list[str], report: DataReport, encoder: RowEncoder, files: list[str]) -> None:
+def _refuse(refused: list[RefusedRow], report: DataReport, encoder: RowEncoder, files: list[str]) -> None:
     if refused:
-        shown = "".join(f"\n     {problem}" for problem in refused[:MAX_PLACES_SHOWN])
-        more = f"\n     … and {len(refused) - MAX_PLACES_SHOWN:,} more" if len(refused) > MAX_PLACES_SHOWN else ""
         message = (
-            f"{len(refused):,} of {report.rows:,} rows cannot be used:{shown}{more}\n"
+            f"{len(refused):,} of {report.rows:,} rows cannot be used:{format_refused(refused)}\n"
             "   Correct them, or pass --on_bad_row drop to train without those that stand alone on a line"
         )
         raise UserError(Problem(message, "ROW_UNREADABLE", ("on_bad_row",)))

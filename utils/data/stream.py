@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 from loguru import logger
 
+from utils.data.bad_rows import RefusedRow, format_refused
 from utils.data.cache import hash_settings, rows_key, without_empty_columns
 from utils.data.encode import EncodedChunk, RowEncoder, encode_chunk
 from utils.data.files import files_left_out, find_files
@@ -134,7 +135,7 @@ class RowStream:
             rows, reports = self.encode([number for number in numbers if number < len(self)])
         except (UserError, OSError) as error:  # reported by the trainer, where all processes stop together
             problems = error.problems if isinstance(error, UserError) else [error]
-            rows, reports = {}, [EncodedChunk("", 0, refused=list(map(str, problems)))]
+            rows, reports = {}, [EncodedChunk("", 0, refused=[RefusedRow("", 0, str(problem)) for problem in problems])]
         found = [rows.get(number, self.empty) for number in numbers]
         return [{**found[0], STREAM_REPORT: reports}, *found[1:]]
 
@@ -272,16 +273,15 @@ def raise_refused(reports: list[EncodedChunk], encoder: RowEncoder, how_to_resum
     refused = [problem for encoded in reports for problem in refused_rows(encoded, encoder)]
     if not refused:
         return
-    shown = "".join(f"\n     {problem}" for problem in refused[:20])
     on = f" To continue with it, {how_to_resume}" if how_to_resume else ""
     message = (
-        f"rows cannot be used (--streaming true reads them during the training):{shown}\n"
+        f"rows cannot be used (--streaming true reads them during the training):{format_refused(refused)}\n"
         f"   Correct them and start anew, or pass --on_bad_row drop (--overlong drop for one that is too long).{on}"
     )
     raise UserError(Problem(message, "ROW_UNREADABLE", ("on_bad_row",)))
 
 
-def refused_rows(encoded: EncodedChunk, encoder: RowEncoder) -> list[str]:
-    """Describes the rows of a chunk that stop the run."""
+def refused_rows(encoded: EncodedChunk, encoder: RowEncoder) -> list[RefusedRow]:
+    """The rows of a chunk that stop the run."""
     too_long = encoder.refuse_long and [item for item in encoded.dropped if item[2] == TOO_LONG]
-    return encoded.refused + [f"{encoded.file}:{line} {reason}" for line, reason, _ in too_long or ()]
+    return encoded.refused + [RefusedRow(encoded.file, line, reason) for line, reason, _ in too_long or ()]
