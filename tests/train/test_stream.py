@@ -13,6 +13,7 @@ import main_train
 from benchmarks.matrix import two_processes
 from utils.data import stream, stream_index
 from utils.data.stream import RowOrder
+from utils.storage.run_folder import RECORD_IN_PROGRESS
 from utils.train.stream import StreamBatches, StreamMixin
 
 TURNS = [row for row in tiny.ROWS * 9 if isinstance(row.get("output"), str)][:22]
@@ -169,7 +170,7 @@ def test_a_bad_row_stops_the_run_and_it_continues_without_it(
     monkeypatch.setattr(stream, "SAMPLE_ROWS", 2)
     data = tmp_path / "bad.jsonl"
     lines = [json.dumps(row) for row in ROWS]
-    lines[9] = '{"instruction": "x", "outp'
+    lines[2], lines[9] = json.dumps({"instruction": "empty", "output": ""}), '{"instruction": "x", "outp'
     data.write_text("\n".join(lines))
     flags = [*STREAM, *IN_ORDER, *SAVES, "--dataloader_num_workers", workers, "--num_train_epochs", "1"]
     paths = ["--model_name_or_path", tiny_models(), "--train_data_path", str(data)]
@@ -177,8 +178,10 @@ def test_a_bad_row_stops_the_run_and_it_continues_without_it(
     shown = refused(main_train.main, *flags, *paths, *run, "--card_samples", "0")
     assert "bad.jsonl:10" in shown and "--on_bad_row drop" in shown and "--resume_from_checkpoint true" in shown
     assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-2"]
+    record = json.loads((tmp_path / "run" / RECORD_IN_PROGRESS).read_text())["data"]["train"]
+    assert (record["rows"], record["kept"], record["trained"]) == (8, 7, 7) and sum(record["dropped"].values()) == 1
     folder = train(*flags, "--on_bad_row", "drop", "--resume_from_checkpoint", "true", data=str(data))
-    assert summary(folder)["rows_dropped"] == 1 and summary(folder)["steps"] == 6
+    assert summary(folder)["rows_dropped"] == 2 and summary(folder)["steps"] == 6
     assert same_weights(folder, train(*flags, "--on_bad_row", "drop", data=str(data), output="at once"))
 
 

@@ -61,6 +61,11 @@ def data_record(data) -> dict:
     return rows
 
 
+def streamed_rows(report) -> dict:
+    """The streamed rows that were read up to the last checkpoint, as in `data_record`."""
+    return _rows_record(report, "fingerprint") | {"trained": report.kept}
+
+
 def _rows_record(report, checksum: str = "sha256") -> dict:
     files = [{"file": file, "bytes": report.bytes_of[file], checksum: report.hashes[file]} for file in report.files]
     names = ("rows", "kept", "dropped", "shortened", "answers", "untrained", "tokens", "trained_tokens")

@@ -15,7 +15,7 @@ from utils.model.adapter import adapter_of
 from utils.model.pissa import pissa_to_lora
 from utils.run.card import CARD, card_text, changed_settings, is_own_card, write_card
 from utils.run.plot import plot_history
-from utils.run.record import data_record, effective_args, run_record
+from utils.run.record import data_record, effective_args, run_record, streamed_rows
 from utils.run.samples import Sample, begin_samples, end_samples
 from utils.run.summary import summarise
 from utils.runtime.distributed import broadcast_object
@@ -141,7 +141,8 @@ def begin_run(trainer, args, train_args, data, tokenizer) -> RunStart:
 def save_history_on_exit(trainer):
     """A context that writes and plots the trainer's history at its end, also if the training fails.
 
-    Of a training that fails or is stopped, the row ledger is written as well.
+    Of a training that fails or is stopped, the row ledger is written as well, and the record has the streamed rows up
+    to the last checkpoint.
     """
     ended = False
     try:
@@ -156,11 +157,19 @@ def save_history_on_exit(trainer):
                     trainer.state.save_to_json(str(part))
                 if not ended and getattr(trainer, "ledger", None) is not None:
                     trainer.ledger.write(folder / LEDGER_FILE)  # up to the last line of the log
+                if not ended and getattr(trainer, "stream", None) is not None:
+                    _update_streamed_rows(folder, trainer.stream.report)
                 plot_history(trainer.state.log_history, folder / "loss.png", trainer.state.max_steps)
             except Exception as error:  # must not hide the error that ended the training
                 logger.warning("the run's history cannot be written or plotted: {}: {}", type(error).__name__, error)
         if not ended:
             release(run_lock_path(trainer.args.output_dir))
+
+
+def _update_streamed_rows(folder: Path, report) -> None:
+    record = json.loads((folder / RECORD_IN_PROGRESS).read_text(encoding="utf-8"))
+    record["data"]["train"] |= streamed_rows(report)
+    write_json(folder / RECORD_IN_PROGRESS, record)
 
 
 def finish_run(trainer, args, train_args, data, tokenizer, start: RunStart) -> dict:

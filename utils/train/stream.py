@@ -153,22 +153,21 @@ class StreamMixin:
         return found
 
     def _save_checkpoint(self, model, trial):
-        self.state.stateful_callbacks[STREAM_REPORT] = {"args": {}, "attributes": to_stored(self._all_seen())}
+        self.state.stateful_callbacks[STREAM_REPORT] = {"args": {}, "attributes": to_stored(self._count_seen())}
         super()._save_checkpoint(model, trial)
 
-    def _all_seen(self) -> DataReport:
-        """The report of all processes."""
+    def _count_seen(self) -> DataReport:
+        """Adds the reports of all processes up, and copies the sums into that of the stream."""
         total = DataReport()
         for report in all_gather_objects([self._seen]):
             total.merge(report)
+        for name in _COUNTED:
+            setattr(self.stream.report, name, getattr(total, name))
         return total
 
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
-        total = self._all_seen()
-        for name in _COUNTED:
-            setattr(self.stream.report, name, getattr(total, name))
-        total.log("train data, as it was streamed")
+        self._count_seen().log("train data, as it was streamed")
         return result
 
 
