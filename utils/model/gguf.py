@@ -118,8 +118,8 @@ def conversion(folder: Path) -> Iterator[Path | None]:
     Raises:
         UserError: a folder or a file cannot be written.
     """
-    # with the machine's name: another machine, which does not have the lock, may be writing to the same disk
-    prefix = f".{folder.name}-{platform.node()[:60]}-"
+    # with machine and user: others, which do not share the lock, may be writing to the same disk
+    prefix = f".{folder.name}-{platform.node()[:60]}-{os.getuid()}-"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
