@@ -3445,6 +3445,41 @@ FAULTS = [
         '"tokenising"',
         "tests/data/test_parallel.py -k terminal",
     ),
+    Fault(
+        "sources: those with equal names have their paths",
+        "utils/data/source_names.py",
+        "ends = [Path(*path.parts[-parts:]) for path in paths]",
+        "ends = paths",
+        "tests/data/test_source_names.py",
+    ),
+    Fault(
+        "sources: validation rows have weights",
+        "utils/config/validate.py",
+        'name == "eval_data_path" and gives_settings(path)',
+        "False",
+        "tests/config/test_mixing.py -k validation",
+    ),
+    Fault(
+        "sources: a path that is given twice is two problems",
+        "utils/data/sources.py",
+        "len({source.path for source in sources if source.name == name}) > 1",
+        "[source.name for source in sources].count(name) > 1",
+        "tests/config/test_mixing.py -k given_twice",
+    ),
+    Fault(
+        "mixture: packed rows are named rows",
+        "utils/data/mixture.py",
+        '"packed row" if line.get("packed") else "row"',
+        '"row"',
+        "tests/data/test_mixture.py -k named_as",
+    ),
+    Fault(
+        "doctor: rows that --val_size holds back count as training rows",
+        "utils/doctor/examine.py",
+        "examined.rows, examined.eval_rows = _count_rows(train), _count_rows(held_back)",
+        "examined.rows, examined.eval_rows = _count_rows(train) + _count_rows(held_back), 0",
+        "tests/script/test_doctor.py -k val_size",
+    ),
     # ------------------------------------------------------------------ losses by source and the row ledger
     Fault(
         "losses of rows: every token counts for the first sequence",

@@ -44,8 +44,8 @@ class CommonArgs:
     )
     eval_data_path: str | None = arg(
         None,
-        "Evaluation data, in the same form as --train_data_path; in a folder with splits, the validation split, "
-        "else the test split.",
+        "Evaluation data: files, folders and globs, as for --train_data_path, without weights and YAML files; in a "
+        "folder with splits, the validation split, else the test split.",
     )
     val_size: float = arg(
         0.0,

@@ -87,3 +87,18 @@ def test_config_notices_that_the_sources_have_changed(files, tmp_path):
     assert config._other_files("train", str(mix)) == []
     mix.write_text(f"- path: {files[0]}\n  repeat: 2\n- path: {files[1]}\n")
     assert len(config._other_files("train", str(mix))) == 1
+
+
+def test_weights_of_validation_rows_are_refused_by_name(parse, files, tmp_path):
+    (tmp_path / "mix.yaml").write_text(f"- path: {files[1]}\n")
+    for path in (f"{files[1]}:1", str(tmp_path / "mix.yaml")):
+        with pytest.raises(UserError) as error:
+            parse("--train_data_path", str(files[0]), "--eval_data_path", path)
+        (problem,) = error.value.problems
+        assert problem.flags[0] == "eval_data_path" and "for --train_data_path only" in str(problem)
+
+
+def test_a_file_that_is_given_twice_is_one_problem(parse, files):
+    with pytest.raises(UserError) as error:
+        parse("--train_data_path", f"{files[0]}:1,{files[0]}:2")
+    assert ["in two sources" in str(problem) for problem in error.value.problems] == [True]

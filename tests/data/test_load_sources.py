@@ -143,3 +143,15 @@ def test_problems_of_one_source_have_its_name(load, tmp_path):
         (problem,) = error.value.problems
         assert "of the source 'second'" in str(problem) and problem.flags[-1] == "train_data_path"
         assert problem.flags[0] == (first or "train_data_path")
+
+
+def test_the_weight_of_an_only_source_has_no_effect(load, tmp_path):
+    from loguru import logger
+
+    lines = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    path = write_rows(tmp_path / "one.jsonl", rows("one", 9))
+    data = load(f"- path: {path}\n  weight: 0.7")
+    logger.remove(sink)
+    assert len(data.order) == 9
+    assert sum("weight of the only source has no effect" in line for line in lines) == 1

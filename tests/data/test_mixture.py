@@ -7,7 +7,7 @@ import numpy
 import pytest
 from datasets import Dataset, interleave_datasets
 
-from utils.data.mixture import Mixture, format_mixture
+from utils.data.mixture import Mixture, format_mixture, format_times
 from utils.data.sources import Source
 from utils.runtime.errors import UserError
 
@@ -179,7 +179,8 @@ def test_what_was_drawn_equals_the_rows_of_the_order():
 def test_the_table_and_the_name():
     found = mixture([20, 30], "weighted", [0.7, 0.3], tokens=[10.0, 20.0])
     assert found.table()[0] == {
-        "source": "s0", "rows": 20, "share_of_rows": 20 / 28, "tokens": 200, "share_of_tokens": 200 / 360, "epochs": 1.0
+        "source": "s0", "rows": 20, "packed": False, "share_of_rows": 20 / 28, "tokens": 200,
+        "share_of_tokens": 200 / 360, "epochs": 1.0,
     }  # fmt: skip
     assert format_mixture(found.table())[1] == "s1: 8 rows (28.6 %), 160 tokens (44.4 %), 0.267 times its rows"
     changed = [mixture([20, 30], "weighted", [0.7, 0.3], unit="tokens"), mixture([20, 30], "weighted", [0.6, 0.3]),
@@ -190,3 +191,15 @@ def test_the_table_and_the_name():
     close = [{"rows": 1234567}, {"rows": 1234568}, {"repeat": 1.0000001}, {"repeat": 1.0000002}, {"repeat": 2.0}]
     names = [mixture([2_000_000], "concat", settings=[setting]).name for setting in close]
     assert len(set(names)) == 5 and "(rows 1234567)" in names[0] and "(repeat 2)" in names[4]
+
+
+@pytest.mark.parametrize(("packed", "line"), [
+    (False, "s0: 1 row (0.0 %), 1 token (0.0 %), 1 times its rows"),
+    (True, "s0: 1 packed row (0.0 %), 1 token (0.0 %), 1 times its packed rows"),
+])  # fmt: skip
+def test_numbers_of_rows_are_named_as_they_are(packed, line):
+    found = mixture([1, 3], "concat", tokens=[1.0, 1.0], packed=packed)
+    assert format_mixture([{**found.table()[0], "share_of_rows": 0.0, "share_of_tokens": 0.0}]) == [line]
+    assert [format_times(value) for value in (0.26667, 2.0, 99.4, 123.4, 3e5)] == [
+        "0.267", "2", "99.4", "123", "300,000",
+    ]  # fmt: skip

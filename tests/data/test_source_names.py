@@ -10,10 +10,15 @@ from utils.data.source_names import name_sources, short_names
 @pytest.mark.parametrize(("entries", "names"), [
     (["data/maths.jsonl", "code.csv", "more/"], ["maths", "code", "more"]),
     (["x/maths.jsonl.gz", "y/facts.JSON.zst"], ["maths", "facts"]),
-    (["x/rows.jsonl", "y/rows.jsonl", "z.jsonl"], ["x/rows.jsonl", "y/rows.jsonl", "z"]),
+    (["x/rows.jsonl", "y/rows.jsonl", "z.jsonl"], ["x/rows", "y/rows", "z"]),
+    (["/d/x/train.jsonl", "/d/y/train.jsonl"], ["x/train", "y/train"]),
+    (["/e/a.csv", "/e/a.jsonl.gz", "/f/b.csv"], ["a.csv", "a.jsonl.gz", "b"]),
+    (["x/a.csv", "y/a.csv", "x/a.jsonl"], ["x/a.csv", "y/a.csv", "x/a.jsonl"]),
+    (["/p/x/train.csv", "/q/x/train.csv"], ["p/x/train", "q/x/train"]),
+    (["a.csv", "a.csv"], ["a.csv", "a.csv"]),
     (["x/*.jsonl"], ["*"]),
 ])  # fmt: skip
-def test_an_entry_is_named_by_its_last_part_or_its_path(entries, names):
+def test_an_entry_is_named_by_its_last_part_or_the_shortest_end_that_differs(entries, names):
     assert short_names(entries) == names
 
 

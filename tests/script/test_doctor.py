@@ -16,6 +16,13 @@ def test_the_printed_report(tmp_path, tiny_models, monkeypatch, capsys):
     assert lines[-1] == "verdict: 0 errors, 2 warnings, 0 notes – it will train; look at the warnings first"
 
 
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_rows_that_val_size_holds_back_count_as_validation_rows(tmp_path, tiny_models, monkeypatch, capsys, packing):
+    case = DoctorCase(tmp_path, tiny_models, monkeypatch)
+    doctor.main(case.flags("--val_size", "10", "--packing", packing, rows=clean_and(output="Yes, it is.")))
+    assert "looked at 31 training rows and 10 validation rows" in capsys.readouterr().out
+
+
 def test_help_and_the_commands_own_flags(capsys, refused):
     with pytest.raises(SystemExit) as stop:
         doctor.main(["--help"])

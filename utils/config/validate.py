@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from utils.data.columns import parse_columns
 from utils.data.files import find_files
-from utils.data.sources import is_mixture
+from utils.data.sources import gives_settings, is_mixture
 from utils.runtime.errors import Problem, nearest, refusal
 
 MAX_EPOCHS = 1_000_000
@@ -52,7 +52,13 @@ def _check_data_files(settings) -> list[Problem]:
     problems = []
     for name in ("train_data_path", "eval_data_path"):
         path = getattr(settings.common, name)
-        if path and not (name == "train_data_path" and is_mixture(settings.common)):  # checked by `mixing`
+        if path and name == "eval_data_path" and gives_settings(path):
+            problems += refusal(
+                f"--eval_data_path {path!r}: weights and YAML files are for --train_data_path only; give files, "
+                "folders and globs, separated by commas",
+                name,
+            )
+        elif path and not (name == "train_data_path" and is_mixture(settings.common)):  # checked by `mixing`
             problems += find_files(path, f"--{name}", settings.task.file_suffixes)[1]
     return problems
 

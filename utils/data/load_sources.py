@@ -108,7 +108,10 @@ def _mix(args, train_args, sources: tuple[Source, ...], parts: list[Data]) -> Mi
     strategy = args.mixing_strategy or (WEIGHTED if sources[0].weight is not None else CONCAT)
     sizes = tuple(len(data.train) for data in parts)
     tokens = tuple(_mean_tokens(data.train, args.task.row_type) for data in parts)
-    return Mixture(sources, sizes, tokens, strategy, args.mixing_unit, args.mixing_stop, order_seed(train_args))
+    if len(sources) == 1 and sources[0].weight is not None:
+        logger.warning("--train_data_path: the weight of the only source has no effect; all of its rows are trained")
+    packed, seed = args.task.packs(train_args), order_seed(train_args)
+    return Mixture(sources, sizes, tokens, strategy, args.mixing_unit, args.mixing_stop, seed, packed)
 
 
 def _mean_tokens(dataset, row_type) -> float:

@@ -8,6 +8,7 @@ import numpy
 
 from utils.data.sources import Source
 from utils.runtime.errors import Problem, UserError
+from utils.runtime.text import format_count
 
 CONCAT, INTERLEAVE, WEIGHTED = "concat", "interleave", "weighted"
 ROWS, TOKENS = "rows", "tokens"
@@ -64,6 +65,7 @@ class Mixture:
         tokens: mean tokens of a row of each, [sources].
         strategy: `concat`, `interleave` or `weighted`; `unit` and `stop` as `--mixing_unit` and `--mixing_stop`.
         seed: of the order.
+        packed: whether the rows are packed ones.
         counts: rows of each in an epoch, [sources].
     """
 
@@ -74,6 +76,7 @@ class Mixture:
     unit: str = ROWS
     stop: str = FIRST
     seed: int = 42
+    packed: bool = False
     counts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
@@ -216,6 +219,7 @@ class Mixture:
             {
                 "source": source.name,
                 "rows": int(counts[number]),
+                "packed": self.packed,
                 "share_of_rows": float(counts[number] / max(counts.sum(), 1)),
                 "tokens": round(tokens[number]),
                 "share_of_tokens": float(tokens[number] / max(tokens.sum(), 1)),
@@ -230,11 +234,20 @@ def format_mixture(table: list[dict]) -> list[str]:
 
     `"maths: 70 rows (70.0 %), 7,000 tokens (82.4 %), 0.7 times its rows"`
     """
-    return [
-        f"{line['source']}: {line['rows']:,} rows ({100 * line['share_of_rows']:.1f} %), {line['tokens']:,} tokens "
-        f"({100 * line['share_of_tokens']:.1f} %), {line['epochs']:.3g} times its rows"
-        for line in table
-    ]
+    lines = []
+    for line in table:
+        rows = "packed row" if line.get("packed") else "row"  # runs of earlier versions do not note it
+        lines.append(
+            f"{line['source']}: {format_count(line['rows'], rows)} ({100 * line['share_of_rows']:.1f} %), "
+            f"{format_count(line['tokens'], 'token')} ({100 * line['share_of_tokens']:.1f} %), "
+            f"{format_times(line['epochs'])} times its {rows}s"
+        )
+    return lines
+
+
+def format_times(value: float) -> str:
+    """Three digits of a number, and all before the point: `0.2667` → `"0.267"`, `300000.0` → `"300,000"`."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _exact(value: float) -> str:

@@ -27,12 +27,23 @@ def name_sources(paths: str, flag: str, suffixes: tuple[str, ...], files: list[s
 
 
 def short_names(entries: list[str]) -> list[str]:
-    """The last part of each path without its suffix, or the path where two would be the same.
+    """The last part of each path without its suffix; where two would be the same, the shortest ends that differ.
 
-    `["x/maths.jsonl.gz", "code.csv"]` → `["maths", "code"]`; `["x/rows.jsonl", "y/rows.jsonl"]` → these paths.
+    `["x/maths.jsonl.gz", "code.csv"]` → `["maths", "code"]`; `["/d/x/rows.jsonl", "/d/y/rows.jsonl"]` → `["x/rows",
+    "y/rows"]`; `["a.csv", "a.jsonl"]` → these names.
     """
-    names = [_stem(Path(entry)) for entry in entries]
-    return [name if names.count(name) == 1 else entry for name, entry in zip(names, entries, strict=True)]
+    paths = [Path(entry) for entry in entries]
+    forms = [[_stem(path) for path in paths], [path.name for path in paths]]
+    for parts in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        ends = [Path(*path.parts[-parts:]) for path in paths]
+        forms += [[(end.parent / _stem(end)).as_posix() for end in ends], [end.as_posix() for end in ends]]
+    forms.append(entries)
+    names = []
+    for number, stem in enumerate(forms[0]):
+        alike = [other for other, name in enumerate(forms[0]) if name == stem]
+        differ = (form for form in forms if len({form[other] for other in alike}) == len(alike))
+        names.append(next(differ, entries)[number])
+    return names
 
 
 def _stem(path: Path) -> str:

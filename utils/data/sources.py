@@ -51,7 +51,12 @@ def is_mixture(args) -> bool:
         args: CommonArgs.
     """
     paths = args.train_data_path
-    return bool(paths) and (args.mixing_strategy is not None or _is_yaml(paths) or has_weights(paths))
+    return bool(paths) and (args.mixing_strategy is not None or gives_settings(paths))
+
+
+def gives_settings(paths: str) -> bool:
+    """Whether a value gives weights, or is a YAML file with settings of sources."""
+    return _is_yaml(paths) or has_weights(paths)
 
 
 def has_weights(paths: str) -> bool:
@@ -68,7 +73,7 @@ def read_sources(paths: str) -> tuple[list[Source], list[Problem]]:
     names = short_names([source.path for source in sources])
     sources = [_named(source, name) for source, name in zip(sources, names, strict=True)]
     for name in dict.fromkeys(source.name for source in sources):
-        if [source.name for source in sources].count(name) > 1:
+        if len({source.path for source in sources if source.name == name}) > 1:  # of one path: see `source_files`
             problems += refusal(f"--train_data_path has two sources with the name {name!r}; give each its own", _FLAG)
     without = [source.name for source in sources if source.weight is None]
     if 0 < len(without) < len(sources):

@@ -209,13 +209,12 @@ def _examine_texts(examined: Examination, args, data, tokenizer, stopped: list[F
         held_back = _try_check(
             examined, "the validation rows", lambda: take_census(args.eval_data_path, "--eval_data_path", *options)
         )
-    examined.rows = len(train.sources) + len(train.problems)
-    examined.eval_rows = len(held_back.sources) + len(held_back.problems) if held_back else 0
     if data is None:
         unread = [found for part in filter(None, (train, held_back)) for found in problem_findings(part, args)]
         examined.findings += unread or stopped
     elif data.eval is not None and data.eval_report is None:
         train, held_back = _split_by_val_size(train, data)
+    examined.rows, examined.eval_rows = _count_rows(train), _count_rows(held_back)
     examined.findings += census_findings(train, held_back)
 
 
@@ -223,6 +222,10 @@ def _training_census(args, special) -> Census:
     """The census of the training rows, each source of a mixture read with its own columns."""
     parts = [alone for _, alone in split_sources(args)] if is_mixture(args) else [args]
     return join([take_census(part.train_data_path, "--train_data_path", part.task, special) for part in parts])
+
+
+def _count_rows(census: Census | None) -> int:
+    return len(census.sources) + len(census.problems) if census else 0
 
 
 def _split_by_val_size(census: Census, data) -> tuple[Census, Census]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.config.config_file import is_own_recipe
+from utils.data.mixture import format_times
 from utils.model.adapter import ADAPTERS
 from utils.run.plot import series, sources_of
 from utils.run.samples import LONGEST, Sample
@@ -243,10 +244,11 @@ def _mixture(record: dict) -> list[str]:
         return []
     rows = [
         (inline_code(line["source"]), f"{line['rows']:,} ({100 * line['share_of_rows']:.1f} %)",
-         f"{line['tokens']:,} ({100 * line['share_of_tokens']:.1f} %)", f"{line['epochs']:.3g}")
+         f"{line['tokens']:,} ({100 * line['share_of_tokens']:.1f} %)", format_times(line["epochs"]))
         for line in table
     ]  # fmt: skip
-    return [markdown_table(["source", "rows drawn", "tokens, by the mean of its rows", "times its rows"], rows)]
+    drawn = "packed rows" if table[0].get("packed") else "rows"
+    return [markdown_table(["source", f"{drawn} drawn", "tokens, by the mean of its rows", f"times its {drawn}"], rows)]
 
 
 def _checksum(file: dict) -> Markdown:
