@@ -48,7 +48,7 @@ USER, ANSWER, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "ass
     ("qwen", [], "empty"),
     ("qwen", [{"role": "robot", "content": "Hi"}], "turn 1 has the role 'robot'"),
     ("qwen", [{"role": "user", "content": None}], "turn 1 (user)"),
-    ("gemma", [SYSTEM, USER, ANSWER], "turn 1 is a system message, which template 'gemma' does not support"),
+    ("gemma", [SYSTEM, USER, ANSWER], "turn 1 is a system message, which template 'gemma' does not support; put"),
     ("gemma", [USER, USER], "turn 2 is user where template 'gemma' needs assistant"),
     ("mistral", [ANSWER], "turn 1 is assistant"),
     ("llama2", [USER, ANSWER, SYSTEM, USER], "only at the start"),

@@ -21,7 +21,7 @@ from utils.infer.generate import prompt_ids
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
 from utils.template.format import formats_with_tools
-from utils.template.messages import UNTRAINED_ANSWER
+from utils.template.messages import UNREAD_FIELD, UNTRAINED_ANSWER, RowNote
 from utils.template.tokenize import special_token_pattern
 
 FAMILIES = {"qwen2.5": "qwen2_5", "qwen3": "qwen3_instruct_2507", "llama3.1": "llama3_1", "deepseek-v3": "deepseekv3",
@@ -226,11 +226,12 @@ DEEPSEEK_CALL = (
 )
 GPT_CALL = ' to=functions.book_table<|channel|>commentary json<|message|>{"people": 4, "place": "LARK"}<|call|>'
 FINAL = "<|channel|>final<|message|>"
+ONE_QUESTION = CASES["one call"][:4]  # mistral has tools before the last question, and trains what follows them
 TRAINED = {
     "qwen2.5": [f"<tool_call>\n{CALLED}}}\n</tool_call><|im_end|>", "A-ONE.<|im_end|>", "A-TWO.<|im_end|>"],
     "qwen3": [f"<tool_call>\n{CALLED}}}\n</tool_call><|im_end|>", "A-ONE.<|im_end|>", "A-TWO.<|im_end|>"],
     "llama3.1": [CALLED.replace("arguments", "parameters") + "}<|eot_id|>", "A-ONE.<|eot_id|>", "A-TWO.<|eot_id|>"],
-    "mistral": [f'[TOOL_CALLS] [{CALLED}, "id": "abcdef123"}}]</s>', "A-ONE.</s>", "A-TWO.</s>"],
+    "mistral": [f'[TOOL_CALLS] [{CALLED}, "id": "abcdef123"}}]</s>', "A-ONE.</s>"],
     "deepseek-v3": [DEEPSEEK_CALL, "A-ONE.<｜end▁of▁sentence｜>", "A-TWO.<｜end▁of▁sentence｜>"],
     "gpt-oss": [GPT_CALL, f"{FINAL}A-ONE.<|end|>", f"{FINAL}A-TWO.<|return|>"],
 }
@@ -240,12 +241,12 @@ TRAINED = {
 def test_calls_and_answers_are_trained_with_their_stop_tokens(name):
     tokenizer = tokenizer_for(name)
     template = get_template(name, tokenizer)
-    messages = CASES["one call"]
+    messages = ONE_QUESTION if name == "mistral" else CASES["one call"]
     # a token may join the space before an answer with its first letters
     found = [text.lstrip(" ") for text in trained_texts(template.encode(messages, tokenizer), tokenizer)]
     assert found == [text.lstrip(" ") for text in TRAINED[name]]
     last = template.encode(messages, tokenizer, train_on="last_turn")
-    assert [text.lstrip(" ") for text in trained_texts(last, tokenizer)] == [TRAINED[name][2]]
+    assert [text.lstrip(" ") for text in trained_texts(last, tokenizer)] == TRAINED[name][-1:]
     marked = [{**messages[0]}, {**messages[1], "train": False}, *messages[2:]]
     found = trained_texts(template.encode(marked, tokenizer), tokenizer)
     assert [text.lstrip(" ") for text in found] == TRAINED[name][1:]
@@ -255,7 +256,7 @@ def test_calls_and_answers_are_trained_with_their_stop_tokens(name):
 def test_a_weight_scales_exactly_its_call(name):
     tokenizer = tokenizer_for(name)
     template = get_template(name, tokenizer)
-    messages = CASES["one call"]
+    messages = ONE_QUESTION
     only = [message if turn == 1 else {**message, "train": False} for turn, message in enumerate(messages)]
     of_call = [label != -100 for label in template.encode(only, tokenizer)["labels"]]
     weighted = template.encode([messages[0], {**messages[1], "train": 0.5}, *messages[2:]], tokenizer)
@@ -266,8 +267,54 @@ def test_a_weight_scales_exactly_its_call(name):
 @pytest.mark.parametrize("name", formats_with_tools)
 def test_train_on_prompt_trains_tools_and_results_too(name):
     tokenizer = tokenizer_for(name)
-    encoded = get_template(name, tokenizer).encode(CASES["one call"], tokenizer, train_on="prompt")
+    encoded = get_template(name, tokenizer).encode(ONE_QUESTION, tokenizer, train_on="prompt")
     assert encoded["labels"] == encoded["input_ids"]
+
+
+def test_what_stands_before_the_tools_of_mistral_is_not_trained():
+    """They precede the last question only; a model that is asked the first one has them in view."""
+    tokenizer = tokenizer_for("mistral")
+    template = get_template("mistral", tokenizer)
+    messages = [*CASES["one call"][:4], user("Q-ONE?"), answer("A-TWO.")]  # the first question once more
+    assert template.render(messages).count("[AVAILABLE_TOOLS]") == 1
+    encoded = template.encode(messages, tokenizer)
+    trained = "".join(trained_texts(encoded, tokenizer))
+    assert trained.lstrip() == "A-TWO.</s>"
+    with pytest.raises(UserError):  # a call that cannot be told from the rest
+        template.encode(messages, tokenizer, train_on="prompt")
+    untrained = [note.reason for note in template.notes(messages) if note.kind == UNTRAINED_ANSWER]
+    assert untrained == ["has an answer before the tools, which the template shows only later in the conversation"] * 2
+    without = [{**message, "tools": []} if turn == 0 else message for turn, message in enumerate(CASES["one call"])]
+    assert len(trained_texts(template.encode(without, tokenizer), tokenizer)) == 3
+
+
+FULL_TOOL = {"type": "function", "function": {
+    "name": "f", "description": "D.", "strict": True, "return": {"type": "string", "description": "R."},
+    "parameters": {"type": "object", "additionalProperties": False, "required": ["n"], "properties": {
+        "n": {"type": "integer", "enum": [1, 2], "minimum": 0, "description": "N."},
+        "o": {"type": "object", "properties": {"day": {"type": "string", "description": "The day."}}}}}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", formats_with_tools)
+def test_what_a_format_does_not_show_of_a_tool_is_noted(name):
+    hidden = {"mistral": ["description (within a tool)"], "gpt-oss": [
+        f"{key} (within a tool)" for key in ("description", "additionalProperties", "enum", "minimum")]}  # fmt: skip
+    notes = get_template(name).notes([asked([FULL_TOOL]), answer("A.")])
+    assert notes == [RowNote(UNREAD_FIELD, text) for text in hidden.get(name, [])]
+    nullable = {"type": "object", "properties": {"p": {"type": "string", "nullable": True}}}  # gpt-oss: "| null"
+    tools = [*TOOLS, {"type": "function", "function": {"name": "f", "parameters": nullable}}]
+    assert get_template(name).notes([asked(tools), answer("A.")]) == []
+
+
+def test_what_a_tokenizers_own_template_does_not_show_of_a_tool_is_noted():
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    notes = get_template("auto", tokenizer).notes([asked(), answer("A.")])
+    assert notes == [RowNote(UNREAD_FIELD, f"description ({place} a tool)") for place in ("of", "within")]
 
 
 @pytest.mark.parametrize("case", [*CASES, *REASONING])
@@ -472,7 +519,10 @@ MANY = answer("", tool_calls=calls(LARK, ROOK))
      'turn 2 has a tool call with the id "call_12345"'),
     ("mistral", [user("Q?"), answer("", tool_calls=calls(LARK)), {"role": "tool", "content": "R"}],
      'turn 3 is the result of a tool with the "tool_call_id" null'),
-    ("mistral", [{**SYSTEM, "tools": TOOLS}, user("Q?"), answer("A.")], "no such role: system"),
+    ("mistral", [{**SYSTEM, "tools": TOOLS}, user("Q?"), answer("A.")],
+     "turn 1 is a system message, for which this format has no place; put its text at the start of the first question"),
+    *((name, [asked([*TOOLS, {"type": "web_search"}]), answer("A.")], 'tool 2 has the type "web_search"')
+      for name in ("mistral", "deepseek-v3", "gpt-oss")),
     ("mistral", [asked(), user("P?"), answer("A.")], "turn 2: user and assistant must take turns"),
 ])  # fmt: skip
 def test_what_a_format_with_tools_refuses(name, messages, said):
@@ -482,6 +532,13 @@ def test_what_a_format_with_tools_refuses(name, messages, said):
     assert f"template {name!r}" in str(error.value)
     with pytest.raises(TemplateError, match=re.escape(said)):
         render_jinja_template([bare(messages)], tools=messages[0].get("tools"), chat_template=template.to_jinja())
+
+
+@pytest.mark.parametrize("name", formats_with_tools)
+def test_a_call_of_another_kind_than_a_function_is_refused(name):
+    messages = [asked(), answer("", tool_calls=[{"id": "abcdef123", "type": "web_search", "query": "Q"}])]
+    with pytest.raises(UserError, match=f"turn 2 has a tool call of the type 'web_search', and template '{name}' has"):
+        get_template(name).check(messages)
 
 
 @pytest.mark.parametrize("messages", [[asked(), answer("A.")], [user("Q?"), {"role": "tool", "content": "R"}]])

@@ -23,7 +23,7 @@ from utils.runtime.errors import UserError
 from utils.storage.files import checksum
 
 # raise it whenever a code change produces other ids or labels, or another report, for the same rows
-_FORMAT_VERSION = 16
+_FORMAT_VERSION = 17
 _REPORT = "report.json"
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")  # that render and encode
 

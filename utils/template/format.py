@@ -153,7 +153,10 @@ class Template:
 
     def _check_system(self, turn: int, messages: list[Message]) -> None:
         if self.system is None and self.system_with_user is None:
-            raise UserError(f"turn {turn} is a system message, which template {self.name!r} does not support")
+            raise UserError(
+                f"turn {turn} is a system message, which template {self.name!r} does not support; put its text at the "
+                "start of the first question, or choose another template"
+            )
         if self.system is None and (turn > 1 or len(messages) < 2 or messages[1]["role"] != "user"):
             raise UserError(
                 f"turn {turn} is a system message, which template {self.name!r} supports only at the start, before a "

@@ -13,6 +13,8 @@ from utils.template.messages import METADATA_FIELDS, REASONING_FIELDS, Message
 
 # tags around reasoning within a content
 _REASONING_TAG = re.compile(r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|<\|channel>|<channel\|>")
+# fields of a tool that shape how the others are written, or are for servers and programs
+_FORM_FIELDS = METADATA_FIELDS | {"required", "strict", "$schema"}
 _MARKERS = range(0xE100, 0xF8FF)  # private-use characters, which no chat format contains
 
 
@@ -88,6 +90,77 @@ def remove_fields(messages: list[Message], hidden: list[tuple[int, str]]) -> lis
             message["extra"] = {key: value for key, value in message.get("extra", {}).items() if key != field}
         kept[turn] = message
     return kept
+
+
+def hidden_tool_fields(messages: list[Message], render: Callable[[list[Message]], str], text: str) -> list[str]:
+    """Finds the fields of tools that a rendering does not show; see `hidden_fields`.
+
+    Args:
+        messages: a conversation whose first message has the tools.
+        render: messages → rendering; raises UserError.
+        text: the rendering of `messages`.
+
+    Returns:
+        their names, such as `minimum (within a tool)`.
+    """
+    paths = [path for path, _ in _leaves(messages[0]["tools"], ()) if _key_of(path) not in _FORM_FIELDS]
+    dumped = json.dumps(messages, ensure_ascii=False)
+    markers = dict(zip(paths, (char for char in map(chr, _MARKERS) if char not in dumped), strict=False))
+    try:
+        marked = render(_with_tools(messages, {path: (lambda value, char=char: f"{value}{char}")
+                                               for path, char in markers.items()}))  # fmt: skip
+    except UserError:
+        marked = ""
+    missing = [path for path in paths if path not in markers or markers[path] not in marked]
+    hidden = _without_effect(missing, _change_tools, messages, render, text)
+    # index of the tool, `function`, name of the field
+    names = [f"{_key_of(path)} ({'of' if len(path) <= 3 else 'within'} a tool)" for path in hidden]
+    return list(dict.fromkeys(names))
+
+
+def tools_start(messages: list[Message], render: Callable[[list[Message]], str]) -> int:
+    """Returns the position in the rendering of the first tool's name; 0 if that is not found."""
+    paths = [path for path, _ in _leaves(messages[0]["tools"], ()) if path[1:] == ("function", "name")]
+    dumped = json.dumps(messages, ensure_ascii=False)
+    mark = next(char for char in map(chr, _MARKERS) if char not in dumped)
+    try:
+        marked = render(_with_tools(messages, {path: lambda name: f"{name}{mark}" for path in paths}))
+    except UserError:
+        return 0
+    return max(marked.find(mark), 0)
+
+
+def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
+    """Yields path and value of every text, number, truth value and null in nested lists and objects."""
+    if not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, (*path, key))
+
+
+def _key_of(path: tuple) -> str:
+    """The name of the field that a path leads to, or to an item of."""
+    return next((key for key in reversed(path) if isinstance(key, str)), "")
+
+
+def _with_tools(messages: list[Message], changes: dict[tuple, Callable]) -> list[Message]:
+    """Returns the messages with some leaves of the tools changed: path → (value → new value)."""
+    tools = copy.deepcopy(messages[0]["tools"])
+    for (*parents, last), change in changes.items():
+        holder = functools.reduce(operator.getitem, parents, tools)
+        holder[last] = change(holder[last])
+    return [{**messages[0], "tools": tools}, *messages[1:]]
+
+
+def _change_tools(messages: list[Message], paths: list[tuple]) -> list[Message]:
+    return _with_tools(messages, dict.fromkeys(paths, _other_value))
+
+
+def _other_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
 def _without_effect(items: list, change: Callable, messages: list[Message], render, text: str) -> list:

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
-from utils.template.hidden_fields import has_reasoning, hidden_fields, remove_fields
+from utils.template.hidden_fields import has_reasoning, hidden_fields, hidden_tool_fields, remove_fields, tools_start
 from utils.template.messages import (
     EMPTY_ANSWER,
     MEDIA_FIELDS,
@@ -25,6 +25,7 @@ from utils.template.messages import (
 )
 from utils.template.spans import SpanNotFound, find_answer_span
 
+_BEFORE_TOOLS = "has an answer before the tools, which the template shows only later in the conversation"
 _FIELD_NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
 _PLAIN_FIELDS = {"role", "content", "train"}
 # a conversation is read twice: when its row is checked, and when its chunk of rows is encoded
@@ -128,8 +129,12 @@ def read_at_once(template, messages: list[Message]) -> Reading:
     text, marks = template.render_with_marks(messages)
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge_hidden(template, messages, hidden)
-    if refused is None and messages[0].get("tools") and _drops_tools(template, messages, text):
-        refused = f"turn 1 has tools, which {template.label} does not show"
+    start = 0
+    if messages[0].get("tools"):
+        if refused is None and _drops_tools(template, messages, text):
+            refused = f"turn 1 has tools, which {template.label} does not show"
+        notes += _unread_in_tools(template, json.dumps(messages[0]["tools"], ensure_ascii=False))
+        start = tools_start(messages, template.render)
     shown = remove_fields(messages, [field for field in hidden if field[0] in lost]) if lost else messages
     shown = shown if shown is messages or template.render(shown) == text else messages
     spans, weights, not_found = [], [], []
@@ -139,8 +144,10 @@ def read_at_once(template, messages: list[Message]) -> Reading:
         reason = EMPTY_ANSWER if is_empty_answer(message) else lost.get(turn)
         if reason is None:
             try:
-                spans.append(_find_span(template, shown, turn, text, marks))
-                weights.append(weight_of(message))
+                span = _find_span(template, shown, turn, text, marks)
+                reason = _BEFORE_TOOLS if span[0] < start else None
+                spans += [] if reason else [span]
+                weights += [] if reason else [weight_of(message)]
             except SpanNotFound as error:
                 reason = f"has an answer that {error}"
                 not_found.append(f"turn {turn + 1} {reason}")
@@ -187,6 +194,17 @@ def _drops_tools(template, messages: list[Message], text: str) -> bool:
         return template.render(bare) == text
     except UserError:
         return False  # the template refuses the conversation without tools, so it reads them
+
+
+@functools.lru_cache(_CACHE_SIZE)
+def _unread_in_tools(template, dumped: str) -> list[RowNote]:
+    """Notes of the fields of tools that the template does not show; the tools as JSON."""
+    messages = [{"role": "user", "content": "Q", "tools": json.loads(dumped)}, {"role": "assistant", "content": "A"}]
+    try:
+        text = template.render(messages)
+    except UserError:  # tools alone, without the other turns
+        return []
+    return [RowNote(UNREAD_FIELD, name) for name in hidden_tool_fields(messages, template.render, text)]
 
 
 def _find_span(template, messages: list[Message], turn: int, text: str, marks) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from utils.runtime.errors import UserError
 from utils.template.auto import AutoTemplate
 from utils.template.format import Template
 from utils.template.jinja import quoted
@@ -71,6 +72,13 @@ class ToolTemplate(Template):
         """As `Template.check`."""
         if not self._needs_jinja(messages):
             return super().check(messages)
+        for turn, message in enumerate(messages, 1):
+            for call in message.get("tool_calls") or []:
+                if not isinstance(call.get("function"), dict):
+                    raise UserError(
+                        f"turn {turn} has a tool call of the type {call.get('type')!r}, and template {self.name!r} has "
+                        "calls of the type 'function' only; remove it, or write it as the call of a function"
+                    )
         return self._form.check(messages)
 
     def encode_batch(
