@@ -734,6 +734,13 @@ FAULTS = [
         "tests/template/test_tool_template.py -k another_kind",
     ),
     Fault(
+        "truncation: long tools and calls take the slow way",
+        "utils/data/truncate.py",
+        'for key, value in message.items() if key != "role")',
+        'for key, value in message.items() if key == "content")',
+        "tests/data/test_truncate.py -k count_for_what_is_far",
+    ),
+    Fault(
         "tools: mistral: an id of any length",
         "utils/template/formats/mistral.jinja",
         "{%- if not call.id or call.id | length != 9 %}",

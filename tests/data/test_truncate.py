@@ -17,6 +17,7 @@ from utils.data.truncate import (
     encode_pairs_within,
     encode_within,
     first_fit,
+    is_far,
     shorter,
 )
 from utils.runtime.errors import UserError
@@ -296,3 +297,14 @@ def test_an_answer_is_never_cut(tokenizer):
 def test_a_first_answer_is_not_cut(tokenizer):
     messages = [{"role": "assistant", "content": "no " * 50}, {"role": "assistant", "content": "yes"}]
     assert "too long" in fit(messages, 40, tokenizer)
+
+
+@pytest.mark.parametrize("more", [
+    {"tools": [{"type": "function", "function": {"name": "f", "description": "d" * 500}}]},
+    {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"text": "a" * 500}}}]},
+    {"reasoning_content": "r" * 500},
+])  # fmt: skip
+def test_tools_calls_and_reasoning_count_for_what_is_far_too_long(more):
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}] * 2
+    assert not is_far(turns, 100)
+    assert is_far([turns[0], {**turns[1], **more}, *turns[2:]], 100)

@@ -119,7 +119,8 @@ def cut_far(messages: list[Message], template: Template, tokenizer, max_len: int
 def is_far(messages: list[Message], max_len: int) -> bool:
     """Whether a conversation may be so long that it is worth one more rendering to truncate it in advance."""
     questions = sum(message["role"] == "user" for message in messages)
-    characters = sum(len(message["content"]) for message in messages)
+    # tools, calls and reasoning as Python writes them, which is about as long as a template does
+    characters = sum(len(str(value)) for message in messages for key, value in message.items() if key != "role")
     return questions > _MANY_QUESTIONS or (questions > 1 and characters > _CHARACTERS_PER_TOKEN * max_len)
 
 
