@@ -23,7 +23,7 @@ def test_clean_data_has_no_findings(case, report):
     assert report(*case.flags())[1]["findings"] == []
     assert report(*case.pairs(CLEAN_PAIRS))[1]["findings"] == []
     code, said = report(*case.flags("--val_size", "0.2"))
-    assert (code, said["verdict"], said["examined"]["rows"]) == (0, "clean", 40)
+    assert (code, said["verdict"], said["examined"]["rows"]) == (0, "clean", 32)  # eight are held back
 
 
 @pytest.mark.parametrize("recipe", ["sft", "pretrain", "dpo"])
