@@ -96,6 +96,9 @@ class WrittenOutLoss:
         )
         return (loss, output) if return_outputs else loss
 
+    def add_pair_losses(self, losses) -> None:
+        """Called with the losses of each batch, [pairs]; `utils.train.row_losses` notes them by row."""
+
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of chosen and rejected, [pairs] each, without gradients."""
         from trl.models.utils import disable_gradient_checkpointing
