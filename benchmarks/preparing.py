@@ -84,7 +84,7 @@ def table(results: dict) -> str:
         lines.append(f"| {name} | at least {goal} | {cells[0]} | {cells[1]} |")
     shown = (
         f"{results['rows']:,} rows of {results['tokens'] / results['rows']:.0f} tokens on average, "
-        f"{results['processes']} processes, {len(results['repeats'])} repeats, on a machine with other work: load "
+        f"{results['processes']} processes, {len(results['repeats'])} repeats, load "
         f"{results['load']:.1f} at the end; `{results['format']}`."
     )
     return "\n".join([*lines, "", shown])

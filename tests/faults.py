@@ -715,8 +715,8 @@ FAULTS = [
     Fault(
         "tools: a field that only shapes others is noted as not shown",
         "utils/template/hidden_fields.py",
-        "hidden = _without_effect(missing, _change_tools, messages, render, text)",
-        "hidden = missing",
+        "hidden = _not_shown(paths, _mark_tools, _change_tools, messages, render, text)",
+        "hidden = _not_shown(paths, _mark_tools, lambda same, paths: same, messages, render, text)",
         "tests/template/test_tool_template.py -k of_a_tool_is_noted",
     ),
     Fault(
@@ -1994,8 +1994,8 @@ FAULTS = [
     Fault(
         "cache: packing is no part of the key",
         "utils/data/encode.py",
-        """versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}""",
-        'versions = {"packing": None, "held_back": validation}',
+        """return pack, {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}""",
+        'return pack, {"packing": None, "held_back": validation}',
         "tests/data/test_prepare.py -k what_changes_rows",
     ),
     Fault(

@@ -75,7 +75,7 @@ def plain(tiny_models, tokenizer):
     return loss.item(), {name: (weight - weight.grad).detach() for name, weight in model.named_parameters()}
 
 
-def check(folder, plain):
+def assert_step_is(folder, plain):
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert log[0]["loss"] == pytest.approx(plain[0], rel=1e-6)
     saved = load_file(folder / "model.safetensors")
@@ -90,7 +90,7 @@ def check(folder, plain):
     ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3"],
 ], ids=["end-to-end", "padded", "packed", "packed-accumulated", "accumulated"])  # fmt: skip
 def test_a_step_is_that_of_the_loss_written_out(train, tmp_path, plain, flags):
-    check(train(*ONE_STEP, *flags, data=write_rows(tmp_path / "rows.jsonl", ROWS)), plain)
+    assert_step_is(train(*ONE_STEP, *flags, data=write_rows(tmp_path / "rows.jsonl", ROWS)), plain)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_two_processes_weigh_as_one(tiny_models, tmp_path, plain, padding_free):
     """Of four and two rows, and with other numbers of tokens in each."""
     data, flags = write_rows(tmp_path / "rows.jsonl", ROWS), ["--padding_free", padding_free]
     flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    check(on_two(tmp_path, tiny_models(), data, "two", *ONE_STEP, *flags)[0], plain)
+    assert_step_is(on_two(tmp_path, tiny_models(), data, "two", *ONE_STEP, *flags)[0], plain)
 
 
 def test_a_frozen_head_weighs_too(train, tmp_path, plain):

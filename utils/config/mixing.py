@@ -2,7 +2,7 @@
 
 from utils.data.columns import parse_columns
 from utils.data.curriculum import COLUMN
-from utils.data.mixture import CONCAT, FIRST, INTERLEAVE, ROWS, WEIGHTED
+from utils.data.mixture import CONCAT, FIRST, INTERLEAVE, ROWS, WEIGHTED, strategy_of
 from utils.data.sources import Source, is_mixture, read_sources, source_files
 from utils.runtime.errors import Problem, nearest, refusal
 
@@ -31,7 +31,7 @@ def _check_strategy(settings, sources: list[Source]) -> list[Problem]:
     """Refuses weights without weighted, and the reverse, and settings that the strategy does not use."""
     common, problems = settings.common, []
     weighted = bool(sources) and sources[0].weight is not None
-    strategy = common.mixing_strategy or (WEIGHTED if weighted else CONCAT)
+    strategy = strategy_of(common, sources)
     given = f"--mixing_strategy {strategy}" if common.mixing_strategy else f"{strategy}, the default here,"
     if strategy == WEIGHTED and not weighted:
         problems += refusal(

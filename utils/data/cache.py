@@ -160,17 +160,18 @@ def load_cached(folder: Path, files: list[str]):
             raise ValueError("a file is missing or truncated")
         report = from_stored(stored, files)
         report.rename_files(files)
-        return without_empty_columns(load_from_disk(str(folder))), report
+        return without_unused_weights(load_from_disk(str(folder))), report
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the prepared rows in {} are damaged ({}); they are prepared again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
-def without_empty_columns(dataset):
-    """Prepared rows without a column that is null in all of them: weights, where no answer has any."""
-    empty = [name for name in dataset.column_names if dataset.data.column(name).null_count == len(dataset) > 0]
-    return dataset.remove_columns(empty) if empty else dataset
+def without_unused_weights(dataset):
+    """Prepared rows without the column of weights, where it is null in all of them."""
+    name = "loss_weights"
+    unused = name in dataset.column_names and dataset.data.column(name).null_count == len(dataset)
+    return dataset.remove_columns(name) if unused else dataset
 
 
 def store(report: DataReport, rows: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from decimal import Decimal
 import numpy
 
 from utils.data.files import read_rows
-from utils.data.lengths import sequence_lengths
+from utils.data.lengths import token_counts
 from utils.data.mixture import FixedOrder, order_seed
 from utils.data.places import decode_source, encode_source, format_sources
 from utils.runtime.errors import Problem, UserError
@@ -34,15 +34,9 @@ def curriculum_order(args, train_args, data) -> FixedOrder:
     if column := sorting_column(args):
         values = _column_values(column, data)
     else:
-        values = _lengths(data.train, args.task.row_type)
+        values = token_counts(data.train, args.task.row_type)
     drawn = numpy.random.default_rng(order_seed(train_args)).permutation(len(values))
     return FixedOrder(drawn[numpy.argsort(values[drawn], kind="stable")], f"--curriculum {args.curriculum}")
-
-
-def _lengths(dataset, row_type) -> numpy.ndarray:
-    """The tokens of each row, [rows]."""
-    batches = dataset.with_format("arrow").iter(10_000)
-    return numpy.concatenate([sum(sequence_lengths(batch, row_type)) for batch in batches])
 
 
 def _column_values(name: str, data) -> numpy.ndarray:

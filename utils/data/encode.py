@@ -76,13 +76,7 @@ def build_row_encoder(
             rows are not read.
         **key: what else the rows depend on.
     """
-    pack, versions = None, {"packing": None, "held_back": None}
-    if strategy is not None and getattr(train_args, "packing", False):
-        validation = (args.val_size, train_args.seed) if args.val_size else None
-        pack = functools.partial(pack_rows, max_len=args.max_len, strategy=strategy)
-        if validation:
-            pack = functools.partial(pack, val_size=args.val_size, seed=train_args.seed)
-        versions = {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}
+    pack, versions = _packing(args, train_args, strategy)
     if args.columns:
         key["columns"] = args.columns
     if all_tokens is not None:
@@ -107,6 +101,17 @@ def build_row_encoder(
         also_read=tuple(filter(None, [sorting_column(args)])),
         shows_progress=not getattr(train_args, "disable_tqdm", False),
     )
+
+
+def _packing(args, train_args, strategy: str | None) -> tuple[Callable | None, dict[str, Any]]:
+    """The `pack` of a RowEncoder, None without packing, and what packed rows depend on."""
+    if strategy is None or not getattr(train_args, "packing", False):
+        return None, {"packing": None, "held_back": None}
+    validation = (args.val_size, train_args.seed) if args.val_size else None
+    pack = functools.partial(pack_rows, max_len=args.max_len, strategy=strategy)
+    if validation:
+        pack = functools.partial(pack, val_size=args.val_size, seed=train_args.seed)
+    return pack, {"packing": f"{strategy}, TRL {importlib.metadata.version('trl')}", "held_back": validation}
 
 
 @dataclass

@@ -4,6 +4,8 @@ import numpy
 
 from utils.data.row_type import RowType
 
+_ROWS = 10_000  # in memory at a time
+
 
 def list_lengths(table, name: str) -> numpy.ndarray:
     """Returns the length of each list in a column, [rows].
@@ -15,6 +17,12 @@ def list_lengths(table, name: str) -> numpy.ndarray:
     import pyarrow.compute
 
     return pyarrow.compute.list_value_length(table.column(name)).to_numpy().astype(numpy.int64)
+
+
+def token_counts(dataset, row_type: RowType) -> numpy.ndarray:
+    """Returns the number of tokens of each row of a `datasets.Dataset`, those of all its sequences, [rows]."""
+    batches = dataset.with_format("arrow").iter(_ROWS)
+    return numpy.concatenate([sum(sequence_lengths(batch, row_type)) for batch in batches])
 
 
 def sequence_lengths(table, row_type: RowType) -> list[numpy.ndarray]:

@@ -10,8 +10,8 @@ import numpy
 from loguru import logger
 
 from utils.data.curriculum import curriculum_order
-from utils.data.lengths import sequence_lengths
-from utils.data.mixture import CONCAT, WEIGHTED, Mixture, format_mixture, order_seed
+from utils.data.lengths import token_counts
+from utils.data.mixture import Mixture, format_mixture, order_seed, strategy_of
 from utils.data.places import encode_source
 from utils.data.prepare import Data
 from utils.data.report import DataReport
@@ -105,22 +105,13 @@ def _naming(source: Source):
 
 
 def _mix(args, train_args, sources: tuple[Source, ...], parts: list[Data]) -> Mixture:
-    strategy = args.mixing_strategy or (WEIGHTED if sources[0].weight is not None else CONCAT)
+    strategy = strategy_of(args, sources)
     sizes = tuple(len(data.train) for data in parts)
-    tokens = tuple(_mean_tokens(data.train, args.task.row_type) for data in parts)
+    tokens = tuple(float(token_counts(data.train, args.task.row_type).mean()) for data in parts)
     if len(sources) == 1 and sources[0].weight is not None:
         logger.warning("--train_data_path: the weight of the only source has no effect; all of its rows are trained")
     packed, seed = args.task.packs(train_args), order_seed(train_args)
     return Mixture(sources, sizes, tokens, strategy, args.mixing_unit, args.mixing_stop, seed, packed)
-
-
-def _mean_tokens(dataset, row_type) -> float:
-    total = sum(
-        int(lengths.sum())
-        for batch in dataset.with_format("arrow").iter(10_000)
-        for lengths in sequence_lengths(batch, row_type)
-    )
-    return total / len(dataset)
 
 
 def _shift_files(dataset, start: int):

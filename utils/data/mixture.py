@@ -1,6 +1,7 @@
 """The order of the rows of an epoch: mixed from several sources, or in a fixed order, a pure function of the epoch."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ def order_seed(train_args) -> int:
     """
     seed = train_args.seed if train_args.data_seed is None else train_args.data_seed
     return seed % 2**64
+
+
+def strategy_of(args, sources: Sequence[Source]) -> str:
+    """The value of `--mixing_strategy`: without it, weighted if the sources have weights, else concat."""
+    return args.mixing_strategy or (WEIGHTED if sources and sources[0].weight is not None else CONCAT)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from utils.data.cache import (
     rows_key,
     save_arrow_file,
     store,
-    without_empty_columns,
+    without_unused_weights,
 )
 from utils.data.encode import RowEncoder, encode_files
 from utils.data.files import files_left_out, find_files
@@ -209,17 +209,17 @@ def _prepare(hashes: dict[str, str], encoder: RowEncoder, on_bad_row: str, folde
         check_unchanged(hashes)
         dataset = Dataset.from_file(str(scratch / "encoded.arrow"))
         if encoder.pack:
-            dataset = encoder.pack(without_empty_columns(dataset))
+            dataset = encoder.pack(without_unused_weights(dataset))
             dataset.save_to_disk(str(scratch / "rows"))
         else:
             save_arrow_file(dataset, scratch / "encoded.arrow", scratch / "rows")
-        report.key = rows_key(without_empty_columns(dataset))
+        report.key = rows_key(without_unused_weights(dataset))
         report.files = list(hashes)
         del dataset
         store(report, scratch / "rows", folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return without_empty_columns(load_from_disk(str(folder))), report
+    return without_unused_weights(load_from_disk(str(folder))), report
 
 
 def _write_rows(files: list[str], encoder: RowEncoder, on_bad_row: str, path: Path, workers: int | None) -> DataReport:

@@ -17,7 +17,7 @@ import numpy
 from loguru import logger
 
 from utils.data.bad_rows import RefusedRow, format_refused
-from utils.data.cache import hash_settings, rows_key, without_empty_columns
+from utils.data.cache import hash_settings, rows_key, without_unused_weights
 from utils.data.encode import EncodedChunk, RowEncoder, encode_chunk
 from utils.data.files import files_left_out, find_files
 from utils.data.mixture import order_seed
@@ -259,7 +259,7 @@ def _sample(stream: RowStream, files: list[str]):
     refuse_nothing_left(report, report.kept, files)
     report.log(f"train data, of which the first {report.rows:,} rows are checked")
     table = pyarrow.Table.from_pylist([rows[number] for number in sorted(rows)], schema=stream.schema)
-    return without_empty_columns(Dataset(table))
+    return without_unused_weights(Dataset(table))
 
 
 def raise_refused(reports: list[EncodedChunk], encoder: RowEncoder, how_to_resume: str = "") -> None:

@@ -1,5 +1,6 @@
 """Rows that are token ids already: checked and trained as they are, without template and tokenizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,12 +105,15 @@ def labelled_by(tokenizer, all_tokens: bool) -> Callable[[TokenRow], TokenRow]:
         tokenizer: the model's.
         all_tokens: whether all tokens of a row without labels are trained; it is refused otherwise.
     """
-    largest = max(tokenizer.get_vocab().values())
+
+    @functools.cache
+    def largest() -> int:
+        return max(tokenizer.get_vocab().values())  # takes a tenth of a second, which rows of text do not need
 
     def check(row: TokenRow) -> TokenRow:
-        outside = next((token for token in row.input_ids if not 0 <= token <= largest), None)
+        outside = next((token for token in row.input_ids if not 0 <= token <= largest()), None)
         if outside is not None:
-            raise BadRow(f"has the id {outside}, and those of the model's tokenizer are 0 to {largest}")
+            raise BadRow(f"has the id {outside}, and those of the model's tokenizer are 0 to {largest()}")
         if row.labels is None and not all_tokens:
             raise BadRow(
                 "has 'input_ids' without 'labels'; add them, with -100 where nothing is trained, or pass --train_on "

@@ -57,11 +57,15 @@ def gguf_folder(path: str | Path) -> Path:
     """
     file = Path(path).expanduser().resolve()
     try:
-        stat = file.stat()
-        sha256 = _sha256(str(file), stat.st_size, stat.st_mtime_ns)
+        return models_folder() / folder_name(file.name.removesuffix(".gguf"), _sha256_of(file))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    return models_folder() / folder_name(file.name.removesuffix(".gguf"), sha256)
+
+
+def _sha256_of(file: Path) -> str:
+    """A GGUF file's SHA-256, computed once in a process as long as the file is not changed."""
+    stat = file.stat()
+    return _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @cache
@@ -193,7 +197,7 @@ def convert_gguf(path: str | Path, given: str, folder: Path, extra: dict[str, Pa
         raise UserError(f"{given} cannot be converted to safetensors: no model was written into {folder}")
     for name, source in (extra or {}).items():
         shutil.copyfile(source, folder / name)
-    note = {"model": given, "file": file.path.name, "sha256": sha256_of(str(file.path)), "dtype": file.dtype}
+    note = {"model": given, "file": file.path.name, "sha256": _sha256_of(file.path), "dtype": file.dtype}
     write_json(folder / NOTE, note | {"weights": file.weights, "files": files_in(folder)})
 
 

@@ -32,12 +32,11 @@ def summary(flag: str, report: DataReport, dataset) -> str:
         dataset: the prepared rows.
     """
     dropped = f", {report.dropped_rows():,} dropped ({report.counts()})" if report.dropped else ", none dropped"
-    share = 100 * report.trained_tokens / max(report.tokens, 1)
     folders = dict.fromkeys(Path(file["filename"]).resolve().parent for file in dataset.cache_files)  # of each source
     lines = [
         f"{flag}: {report.kept:,} of {report.rows:,} rows kept{dropped}",
         f"  truncated: {report.shortened:,}",
-        f"  tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)",
+        f"  {report.token_share()}",
         *(f"  in: {folder}" for folder in folders),
     ]
     return "\n".join(lines)

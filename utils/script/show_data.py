@@ -115,8 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report.untrained_answers() + ":")
         for group in report.groups(UNTRAINED_ANSWER):
             print(f"  {group.file}: {RowLocations(group.lines, group.count)} {group.reason}")
-    share = 100 * report.trained_tokens / max(report.tokens, 1)
-    print(f"tokens: {report.tokens:,}, of them trained {report.trained_tokens:,} ({share:.0f} %)")
+    print(report.token_share())
     if isinstance(data.order, Mixture):
         print("\n".join(["--- an epoch of the mixture", *format_mixture(data.order.table())]))
     lengths = [row_type.length(row) for row in data.train]

@@ -41,8 +41,8 @@ def load_datasets(args, train_args, template, tokenizer) -> Data:
         return encode_within(conversations, template, tokenizer, args.max_len, truncate, **options)
 
     key = {"task": "sft", "template": template.key, **options}
-    key |= {"all_tokens": args.train_on == "prompt"}
-    encoder = build_row_encoder(args, train_args, tokenizer, CONVERSATION, read, encode, strategy="bfd", **key)
+    how = {"strategy": "bfd", "all_tokens": args.train_on == "prompt"}
+    encoder = build_row_encoder(args, train_args, tokenizer, CONVERSATION, read, encode, **how, **key)
     data = load_train_and_eval(args, train_args, encoder)
     if "loss_weights" in getattr(data.train, "column_names", ()):  # of streamed rows it is not known yet
         check_weighted_loss(train_args)

@@ -49,17 +49,8 @@ def hidden_fields(messages: list[Message], render: Callable[[list[Message]], str
         (index of the message, name of the field) of each; reasoning within a content is named `<think>`.
     """
     positions = [position for turn, message in enumerate(messages) for position in _positions(turn, message)]
-    dumped = json.dumps(messages, ensure_ascii=False)
-    unused = (char for char in map(chr, _MARKERS) if char not in dumped)
-    markers = dict(zip(positions, unused, strict=False))
-    try:
-        marked = render(_insert(messages, markers))
-    except UserError:
-        marked = ""
-    missing = [position for position in positions if position not in markers or markers[position] not in marked]
-    hidden = [
-        (position.turn, position.field) for position in _without_effect(missing, _insert_x, messages, render, text)
-    ]
+    found = _not_shown(positions, _insert, _insert_x, messages, render, text)
+    hidden = [(position.turn, position.field) for position in found]
     others = [(turn, name) for turn, message in enumerate(messages) for name, value in _extra_fields(message)
               if not isinstance(value, str)]  # fmt: skip
     hidden += _without_effect(others, _drop_extra_fields, messages, render, text)
@@ -104,15 +95,7 @@ def hidden_tool_fields(messages: list[Message], render: Callable[[list[Message]]
         their names, such as `minimum (within a tool)`.
     """
     paths = [path for path, _ in _leaves(messages[0]["tools"], ()) if _key_of(path) not in _FORM_FIELDS]
-    dumped = json.dumps(messages, ensure_ascii=False)
-    markers = dict(zip(paths, (char for char in map(chr, _MARKERS) if char not in dumped), strict=False))
-    try:
-        marked = render(_with_tools(messages, {path: (lambda value, char=char: f"{value}{char}")
-                                               for path, char in markers.items()}))  # fmt: skip
-    except UserError:
-        marked = ""
-    missing = [path for path in paths if path not in markers or markers[path] not in marked]
-    hidden = _without_effect(missing, _change_tools, messages, render, text)
+    hidden = _not_shown(paths, _mark_tools, _change_tools, messages, render, text)
     # index of the tool, `function`, name of the field
     names = [f"{_key_of(path)} ({'of' if len(path) <= 3 else 'within'} a tool)" for path in hidden]
     return list(dict.fromkeys(names))
@@ -121,10 +104,9 @@ def hidden_tool_fields(messages: list[Message], render: Callable[[list[Message]]
 def tools_start(messages: list[Message], render: Callable[[list[Message]], str]) -> int:
     """Returns the position in the rendering of the first tool's name; 0 if that is not found."""
     paths = [path for path, _ in _leaves(messages[0]["tools"], ()) if path[1:] == ("function", "name")]
-    dumped = json.dumps(messages, ensure_ascii=False)
-    mark = next(char for char in map(chr, _MARKERS) if char not in dumped)
+    mark = next(_unused_characters(messages))
     try:
-        marked = render(_with_tools(messages, {path: lambda name: f"{name}{mark}" for path in paths}))
+        marked = render(_mark_tools(messages, dict.fromkeys(paths, mark)))
     except UserError:
         return 0
     return max(marked.find(mark), 0)
@@ -153,6 +135,10 @@ def _with_tools(messages: list[Message], changes: dict[tuple, Callable]) -> list
     return [{**messages[0], "tools": tools}, *messages[1:]]
 
 
+def _mark_tools(messages: list[Message], markers: dict[tuple, str]) -> list[Message]:
+    return _with_tools(messages, {path: lambda value, char=char: f"{value}{char}" for path, char in markers.items()})
+
+
 def _change_tools(messages: list[Message], paths: list[tuple]) -> list[Message]:
     return _with_tools(messages, dict.fromkeys(paths, _other_value))
 
@@ -161,6 +147,30 @@ def _other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int | float) else f"{value}x"
+
+
+def _unused_characters(messages: list[Message]) -> Iterator[str]:
+    """Yields private-use characters that the messages do not contain."""
+    dumped = json.dumps(messages, ensure_ascii=False)
+    return (char for char in map(chr, _MARKERS) if char not in dumped)
+
+
+def _not_shown(items: list, mark: Callable, change: Callable, messages: list[Message], render, text: str) -> list:
+    """Returns the items that a rendering does not show: their characters are missing, and their change has no effect.
+
+    Args:
+        items: places in the messages.
+        mark: messages, item → character → messages with each character at its item.
+        change: messages, items → messages with other texts there.
+        messages, render, text: as for `hidden_fields`.
+    """
+    markers = dict(zip(items, _unused_characters(messages), strict=False))
+    try:
+        marked = render(mark(messages, markers))
+    except UserError:
+        marked = ""
+    missing = [item for item in items if item not in markers or markers[item] not in marked]
+    return _without_effect(missing, change, messages, render, text)
 
 
 def _without_effect(items: list, change: Callable, messages: list[Message], render, text: str) -> list:
@@ -194,23 +204,14 @@ def _positions(turn: int, message: Message) -> Iterator[TextPosition]:
     for key, value in _extra_fields(message):
         if isinstance(value, str):
             yield TextPosition(turn, ("extra", key), len(value.rstrip()), key)
-    for path, value in _texts(message.get("tool_calls") or [], ("tool_calls",)):
-        if value.strip() and path[-1] not in ("id", "type"):
+    for path, value in _leaves(message.get("tool_calls") or [], ("tool_calls",)):
+        if isinstance(value, str) and value.strip() and path[-1] not in ("id", "type"):
             yield TextPosition(turn, path, len(value.rstrip()), "tool_calls")
 
 
 def _extra_fields(message: Message) -> list[tuple[str, Any]]:
     """The additional fields that may have been meant for the model."""
     return [(key, value) for key, value in message.get("extra", {}).items() if key not in METADATA_FIELDS]
-
-
-def _texts(value: Any, path: tuple) -> Iterator[tuple[tuple, str]]:
-    """Yields path and text of every text in nested lists and objects."""
-    if isinstance(value, str):
-        yield path, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from _texts(item, (*path, key))
 
 
 def _insert(messages: list[Message], markers: dict[TextPosition, str]) -> list[Message]:

@@ -85,20 +85,19 @@ class RowLossesMixin:
         super().observe_tokens(output, inputs, columns)
         self.add_token_losses(output, inputs, plain)
 
-    def add_token_losses(self, output, inputs: dict, plain=None) -> None:
+    def add_token_losses(self, output, inputs: dict, plain) -> None:
         """Sums the losses of a batch's tokens by sequence.
 
         Args:
             output: TRL's FusedCausalLMOutput, whose `log_probs` are weighted.
             inputs: of the model.
-            plain: the log-probabilities without weights, if they differ.
+            plain: the log-probabilities without weights.
         """
         if not self._collects():
             return
         import torch
 
-        log_probs = output.log_probs.detach()
-        plain = log_probs if plain is None else plain.detach()
+        log_probs, plain = output.log_probs.detach(), plain.detach()
         if self.model.training and self.args.loss_type == "dft":  # TRL's loss is -p log p (arXiv 2508.05629)
             log_probs = log_probs * log_probs.exp()
         parts = torch.stack([part.float().flatten() for part in (-log_probs, -plain, output.label_mask)])

@@ -16,23 +16,6 @@ from utils.runtime.distributed import all_gather_objects
 from utils.runtime.log import is_main_process
 from utils.train.nonfinite import without_sources
 
-_COUNTED = (
-    "rows",
-    "kept",
-    "tokens",
-    "trained_tokens",
-    "dropped",
-    "records",
-    "totals",
-    "unread",
-    "token_rows",
-    "weighted",
-    "answers",
-    "untrained",
-    "not_chosen",
-    "shortened",
-)
-
 
 class StreamBatches(BatchSampler):
     """The batches of one process: numbers of rows, the last batch filled up with the number of the empty row.
@@ -161,8 +144,7 @@ class StreamMixin:
         total = DataReport()
         for report in all_gather_objects([self._seen]):
             total.merge(report)
-        for name in _COUNTED:
-            setattr(self.stream.report, name, getattr(total, name))
+        self.stream.report.take_counts(total)
         return total
 
     def train(self, *args, **kwargs):
