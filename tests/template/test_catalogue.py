@@ -115,7 +115,7 @@ def test_one_wrong_character_is_noticed(name):
             continue
         wrong = not value if isinstance(value, bool) else value + "!"
         mutant = replace(template, **{field.name: wrong})
-        # a Jinja text that is not made of these fields is covered by test_tool_template.py
+        # a Jinja text that is not made of these fields is covered by test_jinja_template.py
         for render in (rendering_of, jinja_rendering_of)[: 1 if template.has_tools else 2]:
             assert any(render(mutant, row) != row.get("rendered") for row in rows), field.name
 
@@ -184,7 +184,7 @@ MAKERS = {"byte-level": tiny.byte_level_tokenizer, "SentencePiece": tiny.sentenc
 
 
 @pytest.mark.parametrize("maker", sorted(MAKERS))
-@pytest.mark.parametrize("name", sorted(set(template_dict) - {"gpt-oss"}))  # test_tool_template.py has it
+@pytest.mark.parametrize("name", sorted(set(template_dict) - {"gpt-oss"}))  # test_jinja_template.py has it
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=TURNS, system=st.none() | TEXTS)
 def test_of_any_conversation_exactly_the_answers_and_stops_are_trained(name, maker, turns, system):

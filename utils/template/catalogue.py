@@ -1,96 +1,21 @@
 """The chat templates, one `register_template(...)` call each.
 
 A call holds all that is specific to a format; `utils/template/format.py` renders and encodes all of them. What a format
-writes in conversations with tools is in `utils/template/formats/`.
+writes beside plain turns, such as tool calls and reasoning, is in its Jinja text in `utils/template/formats/`.
 """
 
-import re
-from dataclasses import fields, replace
 from pathlib import Path
 
-from utils.runtime.errors import Problem, UserError, nearest
-from utils.template.auto import AutoTemplate, today
-from utils.template.format import Message, Template, formats_with_tools
+from utils.template.format import Message, Template
+from utils.template.registry import get_template, register_template, template_dict
 from utils.template.tokenize import IGNORE_INDEX, label_spans
-from utils.template.tool_template import ToolTemplate
 
 __all__ = ["IGNORE_INDEX", "Message", "Template", "get_template", "label_spans", "register_template", "template_dict"]
-
-template_dict: dict[str, Template] = {}
-
-
-def register_template(**data) -> Template:
-    """Adds a template to `template_dict`.
-
-    The arguments are the attributes of `Template`, or of `ToolTemplate` for a format with `jinja`.
-    """
-    template = ToolTemplate(**data) if "jinja" in data else Template(**data)
-    if template.name in template_dict:
-        raise ValueError(f"template {template.name!r} is registered twice")
-    template_dict[template.name] = template
-    if template.has_tools:
-        formats_with_tools.append(template.name)
-    return template
-
-
-def get_template(name: str, tokenizer=None, date: str | None = None) -> Template | AutoTemplate:
-    """Looks up a template and fills in the tokenizer's BOS and EOS tokens.
-
-    Args:
-        name: a key of `template_dict`, or `auto` for the tokenizer's own chat template.
-        tokenizer: has the texts for `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
-        date: the day that the template shows, if it shows one; None for today.
-
-    Raises:
-        UserError: the name is unknown, or the stop token is not a single token of the tokenizer.
-    """
-    if name == "auto":
-        return AutoTemplate.of(tokenizer, date)
-    if name not in template_dict:
-        raise UserError(unknown_template(name))
-    bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
-    template = template_dict[name]
-    filled = {
-        field.name: re.sub(r"\{bos\}", lambda _: bos, value).replace("{eos}", eos)
-        for field in fields(template)
-        if isinstance(value := getattr(template, field.name), str)
-    }
-    if isinstance(template, ToolTemplate) and template.shows_date:
-        filled["date"] = date or today()
-    template = replace(template, **filled)
-    if tokenizer is not None:
-        _check_stop_token(template, tokenizer)
-    return template
-
-
-def unknown_template(name: str, flag: str = "template_name") -> Problem:
-    """Describes an unknown name, with the names most like it."""
-    return Problem(
-        f"--{flag} {name!r} is not a template.{nearest(name, template_dict)} "
-        f"Allowed: auto, {', '.join(sorted(template_dict))}",
-        flags=(flag,),
-    )
-
-
-def _check_stop_token(template: Template, tokenizer) -> None:
-    stop = template.stop_token()
-    # after another character: an entry of the vocabulary may have this text and yet never be produced
-    ids = tokenizer(f"a{stop}", add_special_tokens=False)["input_ids"]
-    vocabulary = tokenizer.get_vocab()
-    if not stop or stop not in vocabulary or ids[-1:] != [vocabulary[stop]]:
-        message = (
-            f"template {template.name!r} ends an answer with {stop!r}, which must be one token, and the tokenizer of "
-            f"{tokenizer.name_or_path!r} has no such token. Choose a template made for this model with --template_name "
-            "('auto' uses the tokenizer's own, 'default' ends with its EOS token)"
-        )
-        raise UserError(Problem(message, code="TEMPLATE_TOKEN_SPLIT", flags=("template_name",)))
 
 
 def _jinja(name: str) -> str:
     return (Path(__file__).parent / "formats" / f"{name}.jinja").read_text(encoding="utf-8")
 
-
-# ------------------------------------------------------------------------------ the catalogue
 
 register_template(
     name="default",

@@ -72,7 +72,7 @@ class Template:
     strip: bool = False
     alternate: bool = False
 
-    # not attributes of a format here, but of a `ToolTemplate`
+    # not attributes of a format here, but of a `JinjaTemplate`
     has_tools, jinja_only, system_at_start, shows_date, call_stop = False, False, False, False, ""
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""`ToolTemplate`: a chat format whose conversations with tools are rendered by a Jinja text of this project.
+"""`JinjaTemplate`: a chat format whose conversations with tools are rendered by a Jinja text of this project.
 
 The texts are in `utils/template/formats/`. The answers are marked in them with `{% generation %}`.
 """
@@ -17,7 +17,7 @@ from utils.template.tokenize import Segment
 
 
 @dataclass(frozen=True)
-class ToolTemplate(Template):
+class JinjaTemplate(Template):
     """A chat format with tools.
 
     Attributes:
