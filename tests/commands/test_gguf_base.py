@@ -8,7 +8,7 @@ import gguf_files
 import pytest
 
 import main_train
-from utils.args import parse_args
+from utils.args import parse_args, parse_with_sources
 from utils.infer.load import base_of_run
 from utils.model.gguf import save_converted
 from utils.runtime.errors import UserError
@@ -47,6 +47,13 @@ def test_a_run_records_the_file_and_its_adapter_names_the_converted_folder(train
     (folder,) = models.iterdir()
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
     assert "m.gguf" in (run / "README.md").read_text()
+
+
+def test_the_base_comes_from_its_flag_also_when_it_is_converted_already(trained, tmp_path):
+    run, file, _ = trained
+    rows = ["--train_data_path", str(run.parent / "rows.jsonl"), "--output_dir", str(tmp_path / "run")]
+    sources = parse_with_sources(["--model_name_or_path", str(file), *rows])[2]
+    assert (sources["model_name_or_path"].kind, sources["model_name_or_path"].before) == ("flag", None)
 
 
 def test_the_folder_is_converted_again_when_it_is_gone(trained, tmp_path):

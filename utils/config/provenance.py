@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.config.deepspeed import short_name
 from utils.config.flags import split_flags
+from utils.model.source import given_model
 from utils.runtime.distributed import started_by_deepspeed
 from utils.storage.files import ROOT
 
@@ -135,6 +136,8 @@ class Sources(dict):
         for holder in holders:
             held = holder if isinstance(holder, dict) else vars(holder)
             now |= {name: held[name] for name in now.keys() & held.keys()}
+        if now.get("model_name_or_path"):  # a folder that was converted from what was given is not another value
+            now["model_name_or_path"] = given_model(now["model_name_or_path"])
         as_flags = {name: _as_flag(value) for name, value in now.items()}
         for name in self.keys() & now.keys():
             if not same(self._values[name], now[name]):

@@ -59,11 +59,15 @@ def _reference(trainer, ids: list[int], labels: list[int]):
 
 
 def _log_prob(model, ids: list[int], labels: list[int], weights: list[float] | None = None):
-    """Σ w log p of a row's labelled tokens; w is 1 without weights."""
+    """Σ w log p of a row's labelled tokens, in float64 from the logits on; w is 1 without weights.
+
+    In float32 torch's log_softmax on a CPU loses small terms beside a large one: with the 49,152 tokens of SmolLM2 the
+    loss is off by 3.6e-6, and the gradient of one of its adapters by 3.4e-4 (relative; torch 2.13).
+    """
     import torch
 
     inputs = torch.tensor([ids], device=model.device)
     targets = torch.tensor(labels[1:], device=model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
+    logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].double()
     losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     return -(losses if weights is None else losses * losses.new_tensor(weights[1:])).sum()
