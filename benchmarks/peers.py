@@ -92,17 +92,26 @@ def _stand_in(python: Path) -> None:
     (packages / f"{STAND_IN}.py").write_text("")
 
 
-def write_rows(folder: Path, rows: Iterable[dict]) -> Path:
-    """Writes alpaca rows for each program: as they are, as prompt and completion, and with LLaMA-Factory's index."""
+# as qwen2.5 inserts it
+_SYSTEM = ({"role": "system", "content": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},)
+
+
+def write_rows(folder: Path, rows: Iterable[dict], system: tuple[dict[str, str], ...] = _SYSTEM) -> Path:
+    """Writes rows for each program: as they are, as prompt and completion, and with LLaMA-Factory's index.
+
+    Args:
+        folder: is made.
+        rows: in any form with messages; alpaca rows for LLaMA-Factory.
+        system: what comes before the prompt for TRL.
+    """
     from utils.data.conversations import to_messages
 
     (folder / "trl").mkdir(parents=True, exist_ok=True)
-    system = [{"role": "system", "content": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}]
     with open(folder / "rows.jsonl", "w") as plain, open(folder / "trl" / "train.jsonl", "w") as pairs:
         for row in rows:
             turns = to_messages(row)
             print(json.dumps(row, ensure_ascii=False), file=plain)
-            pair = {"prompt": system + turns[:-1], "completion": turns[-1:]}
+            pair = {"prompt": [*system, *turns[:-1]], "completion": turns[-1:]}
             print(json.dumps(pair, ensure_ascii=False), file=pairs)
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}))
     return folder
