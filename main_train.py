@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> dict:
     from utils.run.save import begin_run, finish_run, open_run_folder, save_history_on_exit
     from utils.run.summary import print_summary
     from utils.tasks import get_task
-    from utils.template import get_template
+    from utils.template import get_run_template
     from utils.train.resume import check_resume
     from utils.train.trainer import prepare_trainer, raise_if_stopped
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ------------------------------------------------------------------ template and tokenizer
     tokenizer = load_run_tokenizer(args)
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
+    template = get_run_template(args, tokenizer) if task.uses_template else None
 
     # ------------------------------------------------------------------ datasets
     data = task.load_datasets(args, train_args, template, tokenizer)

@@ -93,7 +93,7 @@ def table(results: dict) -> str:
 def measure(data: Path, model: str, name: str, rows: int, processes: int, repeats: int) -> dict:
     """Measures all cases in turn; returns what is written to `RESULTS`."""
     from utils.model.tokenizer import load_run_tokenizer
-    from utils.template import get_template
+    from utils.template import get_run_template
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +106,7 @@ def measure(data: Path, model: str, name: str, rows: int, processes: int, repeat
             more = f"--max_len 8192 --dataset_num_proc {processes} --output_dir {folder}/run"
             args, train_args = parse_args([*flags.split(), *more.split()], needs_weights=False)
             tokenizer = load_run_tokenizer(args)
-            return args, train_args, get_template(args.template_name, tokenizer, args.template_date), tokenizer
+            return args, train_args, get_run_template(args, tokenizer), tokenizer
 
         settings = {"registered": setting(name), "auto": setting("auto")}
         *_, template, tokenizer = settings["registered"]

@@ -10,6 +10,7 @@ from utils.data.columns import COLUMNS_HELP, parse_columns
 from utils.model.adapter import ADAPTERS
 from utils.tasks import TASKS, get_task
 from utils.tasks.task import Task
+from utils.template.thinking import MODES
 
 
 @dataclass
@@ -98,6 +99,11 @@ class CommonArgs:
         None,
         "The date, as 2026-01-31, that gpt-oss and some templates of `auto` print. Default: today; when resuming, the "
         "run's date.",
+    )
+    thinking: Literal[MODES] = arg(
+        "auto",
+        "Whether the model thinks before it answers. on, off: sets the switch of the chat template, in the rows, for "
+        "the run's samples, and as the default of the saved template. auto: the template's own default.",
     )
     max_len: int = arg(1024, "The maximum length of a row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The maximum length of the prompt of a preference pair in tokens (dpo).")

@@ -37,7 +37,8 @@ _SAME_SETTING = (
     ("eval_data_path", "val_size"),
 )
 # these count as given even at their default, because the default depends on the flags listed
-_ALWAYS_GIVEN = {"template_name": ("adapter_name_or_path", "model_name_or_path"), "max_prompt_length": ("max_len",)}
+_MODEL = ("adapter_name_or_path", "model_name_or_path")
+_ALWAYS_GIVEN = {"template_name": _MODEL, "thinking": _MODEL, "max_prompt_length": ("max_len",)}
 
 
 @dataclass

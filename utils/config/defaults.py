@@ -4,10 +4,11 @@ import os
 import time
 
 from utils.model.source import made_folder
-from utils.runtime.errors import Problem, refusal
+from utils.runtime.errors import Problem, UserError, refusal
 from utils.storage.files import project_path
 from utils.storage.run_folder import new_folder
 from utils.template import template_dict, unknown_template
+from utils.template.thinking import with_thinking
 
 
 def resolve(settings) -> None:
@@ -57,7 +58,18 @@ def validate(settings) -> list[Problem]:
         )
     if common.template_name not in (*template_dict, "auto"):
         problems.append(unknown_template(common.template_name))
+    elif common.template_name != "auto" and settings.task is not None and settings.task.uses_template:
+        problems += _check_thinking(common)
     return problems
+
+
+def _check_thinking(common) -> list[Problem]:
+    """Checks that a template of this project has the switch of `--thinking`."""
+    try:
+        with_thinking(template_dict[common.template_name], common.thinking)
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _resolve_data(settings) -> None:

@@ -193,6 +193,8 @@ def _resolve_template(settings) -> None:
         elif common.template_name != name:
             common.template_name = name
             logger.info("template {}: the one that {} was trained in", name, folder)
+        if "thinking" not in given and common.template_name == name:
+            common.thinking = trained.get("thinking", common.thinking)
         return
     is_chosen = "template_name" in given or common.template_name != _DEFAULT_TEMPLATE
     if not is_chosen and settings.task.uses_template and has_chat_template(common.model_name_or_path):

@@ -50,6 +50,7 @@ _REASONS = {
     ("trainer_args", "eval_steps"): "--logging_steps {logging_steps}",
     ("trainer_args", "disable_tqdm"): "the log's level",
     ("output_dir", "resume_from_checkpoint"): "the newest complete checkpoint",
+    ("from_adapter", "thinking"): "the run that this one starts from",
     ("output_dir", "template_date"): "the run that is resumed",
 }
 _OTHERWISE = {

@@ -32,7 +32,7 @@ from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import Problem, UserError, first_line, in_one_line
 from utils.runtime.log import is_main_process
 from utils.storage.weights import read_header, weight_files
-from utils.template import Template, get_template
+from utils.template import Template, get_run_template
 from utils.template.tokenize import special_token_pattern
 from utils.train.plan import steps_of
 
@@ -100,7 +100,7 @@ def _examine_template(examined: Examination, args, tokenizer, aside: set[str]):
     if tokenizer is None or not args.task.uses_template or "template_name" in aside:
         return None
     try:
-        return get_template(args.template_name, tokenizer, args.template_date)
+        return get_run_template(args, tokenizer)
     except UserError as error:
         examined.findings += findings_of(error.problems)
         examined.not_examined("the tokens", "the template does not fit the tokenizer")

@@ -15,6 +15,7 @@ from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
 from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template
+from utils.template.thinking import set_thinking
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,11 @@ def _format(args: TrainedArgs, parts: Parts, other):
         return load_format(args, parts)
     tokenizer = load_tokenizer(parts.base, args.trust_remote_code, flag="--model_path")
     if tokenizer.chat_template:
-        pass
+        set_thinking(tokenizer, args.thinking)
     elif other is not None:
         tokenizer.chat_template, tokenizer.eos_token = other.chat_template, other.eos_token
         logger.info("{} has no chat format of its own; that of the trained model is used", parts.base)
     else:
-        apply_chat_format(tokenizer, get_template("default", tokenizer))
+        apply_chat_format(tokenizer, get_template("default", tokenizer, thinking=args.thinking))
         logger.info("{} has no chat format of its own; plain text is used, the template 'default'", parts.base)
     return tokenizer

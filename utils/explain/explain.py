@@ -18,7 +18,7 @@ from utils.model.tokenizer import load_run_tokenizer
 from utils.run.record import effective_args
 from utils.runtime.errors import UserError
 from utils.tasks.no_effect import RunSettings
-from utils.template import get_template
+from utils.template import get_run_template
 from utils.train.plan import Rows, extend, measure, plan
 
 _MAX_STREAMED = 5_000_000  # rows; the plan lists the rows of each update
@@ -93,7 +93,7 @@ def explain(args, train_args, sources: Sources, processes: int) -> Explained:
     """
     task = args.task
     tokenizer = load_run_tokenizer(args)
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
+    template = get_run_template(args, tokenizer) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     counted, evaluated = _count(args, train_args), len(data.eval) if data.eval is not None else 0
     _resolve_padding_free(args, train_args, task, tokenizer, sources)

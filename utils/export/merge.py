@@ -26,6 +26,7 @@ from utils.storage.run_folder import MERGED, RECORD_FILE, files_in, read_run_not
 from utils.storage.weights import weights_fingerprint
 from utils.tasks import TASKS
 from utils.template import get_template
+from utils.template.thinking import set_thinking
 
 
 def load_merged(args: TrainedArgs, parts: Parts, dtype: str | None = None) -> Merged:
@@ -128,12 +129,14 @@ def merge(args: MergeArgs, parts: Parts) -> Path:
     skip_deepspeed_import()  # save_pretrained would import it to ask for ZeRO-3
     folder = Path(args.output_dir).expanduser().resolve()
     tokenizer = load_tokenizer(_tokenizer_folder(parts), args.trust_remote_code, flag="--model_path")
+    if not args.template_name:
+        set_thinking(tokenizer, args.thinking)
     template = _template(args, tokenizer, parts)
     merged = load_merged(args, parts, args.dtype)
     merged.model.generation_config = _generation_config(parts, merged.model)
     fix_generation_config(merged.model)
     if args.template_name:
-        save_chat_format(tokenizer, get_template(args.template_name, tokenizer), merged.model)
+        save_chat_format(tokenizer, get_template(args.template_name, tokenizer, thinking=args.thinking), merged.model)
     with atomic_folder(folder, f"--output_dir {args.output_dir!r}") as part:
         _write_model(args, parts, merged.model, part)
         _write_tokenizer(args, parts, tokenizer, template, merged.model, part)
@@ -181,7 +184,7 @@ def _template(args: MergeArgs, tokenizer, parts: Parts):
         UserError: there is none, and `--modelfile` needs it.
     """
     if args.template_name and args.template_name != "auto":
-        template = get_template(args.template_name, tokenizer)
+        template = get_template(args.template_name, tokenizer, thinking=args.thinking)
     else:
         template = template_in(tokenizer, _trained_template(parts))
     if args.modelfile and not has_go_form(template):

@@ -149,7 +149,7 @@ def settings_of(args: InferArgs, parts: Parts) -> dict:
     if not args.do_sample:
         for name in ("--temperature", "--top_p", "--top_k", "--seed"):
             del flags[name]
-    flags |= {f"--{name}": getattr(args, name) for name in ("system", "dtype", "template_name")}
+    flags |= {f"--{name}": getattr(args, name) for name in ("system", "dtype", "template_name", "thinking")}
     flags |= {"--columns": args.columns} if args.columns else {}
     weights = [f"{path} (weights {weights_fingerprint(path)})" for path in (parts.base, *parts.adapters)]
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from loguru import logger
 
@@ -21,6 +22,7 @@ from utils.storage.run_folder import checkpoints_of, read_manifest, read_run_not
 from utils.storage.weights import check_weight_files, weights_fingerprint
 from utils.template import get_template, template_dict, unknown_template
 from utils.template.auto import chat_templates_of
+from utils.template.thinking import MODES, set_thinking
 
 
 @dataclass
@@ -31,6 +33,11 @@ class TrainedArgs:
     adapter: str | None = arg(None, "More adapters on top of it, separated by commas, in the order they were trained.")
     base_model: str | None = arg(None, "The base of the adapter. Default: the one that the adapter names.")
     template_name: str | None = arg(None, "The chat format of a base model. Default: the one saved with the model.")
+    thinking: Literal[MODES] = arg(
+        "auto",
+        "Whether the model thinks before it answers. on, off: sets the switch of the chat template. auto: as trained, "
+        "or the template's own default.",
+    )
     allow_other_base: bool = arg(False, "Load an adapter on another base than it was trained on.")
     trust_remote_code: bool = arg(False, "Run Python code that comes with the model.")
 
@@ -262,8 +269,9 @@ def load_format(args: TrainedArgs, parts: Parts):
             "or the folder of a run"
         )
     if args.template_name:
-        apply_chat_format(tokenizer, get_template(args.template_name, tokenizer))
+        apply_chat_format(tokenizer, get_template(args.template_name, tokenizer, thinking=args.thinking))
     else:
         chat_templates_of(tokenizer)  # refused where none of several is the default
+        set_thinking(tokenizer, args.thinking)
     tokenizer.padding_side = "left"  # generation continues at the end of the prompt
     return tokenizer

@@ -114,10 +114,10 @@ def _adapter(args, model, log: bool):
     tokenizer = template = None
     if args.train_special_tokens == "on" and args.task.uses_template and row.trains_token_rows:
         from utils.model.tokenizer import load_run_tokenizer
-        from utils.template import get_template
+        from utils.template import get_run_template
 
         tokenizer = load_run_tokenizer(args)
-        template = get_template(args.template_name, tokenizer, args.template_date)
+        template = get_run_template(args, tokenizer)
     return build_adapter(args, model, tokenizer, template, log)
 
 

@@ -92,8 +92,10 @@ def save_chat_format(tokenizer, template: Template, model) -> None:
 
 def apply_chat_format(tokenizer, template: Template) -> None:
     """Sets a tokenizer's chat template and EOS token; with `auto` all of its named templates are kept."""
-    if template.name != "auto" or not isinstance(tokenizer.chat_template, dict):
+    if isinstance(template, Template):
         tokenizer.chat_template = template.to_jinja()
+    else:
+        template.save_in(tokenizer)
     tokenizer.eos_token = template.stop_token()
 
 

@@ -23,7 +23,7 @@ from utils.model.probe_state import leave_dropout_out
 from utils.model.tokenizer import load_run_tokenizer
 from utils.prove.figures import Gradients, logits_of
 from utils.runtime.errors import UserError
-from utils.template import get_template
+from utils.template import get_run_template
 from utils.train.trainer import prepare_trainer
 
 
@@ -48,8 +48,7 @@ class Subject:
         self.dropout, self.flags, self.scratch = dropout, flags, scratch
         self.task = args.task
         self.tokenizer = load_run_tokenizer(args)
-        template = (args.template_name, self.tokenizer, args.template_date)
-        self.template = get_template(*template) if self.task.uses_template else None
+        self.template = get_run_template(args, self.tokenizer) if self.task.uses_template else None
         self.data = self._choose(count)
         self.rows: list[dict] = list(self.data.train)
         self.base_logits: list = []

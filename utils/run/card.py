@@ -210,6 +210,8 @@ def _base(record: dict) -> list[tuple]:
         rows.append(("started from the adapter", _with_weights(record["adapter"])))
     uses_template = get_task(common["task_type"]).uses_template
     template = inline_code(common["template_name"]) if uses_template else "none: plain text"
+    if common.get("thinking", "auto") != "auto":
+        template += f", thinking {common['thinking']}"
     return [*rows, ("chat template", template)]
 
 

@@ -58,12 +58,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from utils.model.tokenizer import load_run_tokenizer
     from utils.runtime.log import route_library_logs
-    from utils.template import get_template
+    from utils.template import get_run_template
 
     route_library_logs()
     given = args.template_date
     tokenizer = load_run_tokenizer(args)
-    template = get_template(args.template_name, tokenizer, args.template_date) if args.task.uses_template else None
+    template = get_run_template(args, tokenizer) if args.task.uses_template else None
     data = args.task.load_datasets(args, train_args, template, tokenizer)
     print(summary("--train_data_path", data.report, data.train))
     if data.held_back:

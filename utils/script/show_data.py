@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from utils.model.tokenizer import load_run_tokenizer
     from utils.runtime.log import route_library_logs
-    from utils.template import get_template
+    from utils.template import get_run_template
 
     route_library_logs()
     tokenizer = load_run_tokenizer(args)
     task, row_type = args.task, args.task.row_type
-    template = get_template(args.template_name, tokenizer, args.template_date) if task.uses_template else None
+    template = get_run_template(args, tokenizer) if task.uses_template else None
     data = task.load_datasets(args, train_args, template, tokenizer)
     order = range(len(data.train)) if data.order is None else data.order.indices(0)  # of the first epoch
     for row in data.train.select(order[: shown.rows]):

@@ -72,7 +72,9 @@ TASK = Task(
     imitates=True,
     settings_without_effect=(
         SMOOTHING,
-        NoEffect(("template_name", "train_special_tokens"), lambda s: True, "plain text has no chat format"),
+        NoEffect(
+            ("template_name", "thinking", "train_special_tokens"), lambda s: True, "plain text has no chat format"
+        ),
         NoEffect(("train_on",), lambda s: True, "every token of a text is trained"),
         NoEffect(("overlong",), lambda s: s.packing, "packed text continues in the next row, so none is too long"),
     ),

@@ -104,7 +104,7 @@ class AutoTemplate:
 
     def with_arguments(self, arguments: tuple[tuple[str, str], ...]) -> "AutoTemplate":
         """Returns the template with further arguments."""
-        own = {"arguments": arguments, "form": None}
+        own = {"arguments": tuple((dict(self.arguments) | dict(arguments)).items()), "form": None}
         template, tool_use = replace(self, **own), self.tool_use and replace(self.tool_use, **own)
         form = template._derive_form(dict(self.tokens).get("bos_token", ""))
         return replace(template, form=form, tool_use=tool_use)
@@ -289,8 +289,35 @@ class AutoTemplate:
         return self.special.findall(text[start:end])[-1]
 
     def to_jinja(self) -> str:
-        """The template, unchanged."""
-        return self.chat_template
+        """The template, unchanged but for the defaults of its arguments."""
+        return with_defaults(self.chat_template, self.arguments)
+
+    def save_in(self, tokenizer) -> None:
+        """Sets the chat template of a tokenizer, which keeps all of its named ones."""
+        own = tokenizer.chat_template
+        if self.name == "auto" and isinstance(own, dict):
+            known = {name: tuple(item for item in self.arguments if item[0] in text) for name, text in own.items()}
+            tokenizer.chat_template = {name: with_defaults(text, known[name]) for name, text in own.items()}
+        else:
+            tokenizer.chat_template = self.to_jinja()
+
+
+_DEFAULT = re.compile(r"\{%- set (\w+) = \1 if \1 is defined else [^%]* %\}\n")
+
+
+def with_defaults(chat_template: str, arguments: tuple[tuple[str, str], ...]) -> str:
+    """Returns a Jinja template with defaults of its arguments, which a caller may still give other values.
+
+    Args:
+        chat_template: the Jinja text; defaults that were set before are replaced.
+        arguments: name → value as JSON.
+    """
+    names, kept = dict(arguments), ""
+    while match := _DEFAULT.match(chat_template):
+        chat_template = chat_template[match.end() :]
+        kept += "" if match[1] in names else match[0]
+    lines = (f"{{%- set {name} = {name} if {name} is defined else {value} %}}\n" for name, value in arguments)
+    return "".join(lines) + kept + chat_template
 
 
 def chat_templates_of(tokenizer) -> tuple[str, str | None]:

@@ -5,11 +5,11 @@ The texts are in `utils/template/formats/`. The answers are marked in them with 
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from utils.runtime.errors import UserError
-from utils.template.auto import AutoTemplate
+from utils.template.auto import AutoTemplate, with_defaults
 from utils.template.format import Template
 from utils.template.jinja import quoted
 from utils.template.messages import Message, RowNote
@@ -27,6 +27,7 @@ class JinjaTemplate(Template):
         jinja_only: whether those are rendered by `jinja` as well, since the other attributes cannot describe them.
         call_stop: the token that ends a turn with a tool call, if that is another one than `stop`.
         date: the day that the format shows, `2026-01-31`, if it shows one; empty for today.
+        arguments: name → value as JSON of arguments of `jinja`, with which it renders all conversations.
     """
 
     jinja: str = ""
@@ -34,18 +35,24 @@ class JinjaTemplate(Template):
     jinja_only: bool = False
     call_stop: str = ""
     date: str = ""
+    arguments: tuple[tuple[str, str], ...] = ()
 
     has_tools = True
+
+    def with_arguments(self, arguments: tuple[tuple[str, str], ...]) -> "JinjaTemplate":
+        """Returns the format with further arguments of its Jinja text."""
+        return replace(self, arguments=tuple((dict(self.arguments) | dict(arguments)).items()))
 
     @cached_property
     def _form(self) -> AutoTemplate:
         """The Jinja text with the interface of `Template`."""
         special = re.compile(re.escape(self.stop))
-        return AutoTemplate(self.to_jinja(), (), special, self.date, self.name, exact_marks=True)
+        form = AutoTemplate(self._jinja(), (), special, self.date, self.name, exact_marks=True)
+        return replace(form, arguments=self.arguments)
 
     def _needs_jinja(self, messages: list[Message]) -> bool:
         """Whether a conversation has tools, or something else that the other attributes do not describe."""
-        if self.jinja_only or (messages and messages[0].get("tools")):
+        if self.jinja_only or self.arguments or (messages and messages[0].get("tools")):
             return bool(messages)
         for number, message in enumerate(messages):
             role = message.get("role")
@@ -118,7 +125,10 @@ class JinjaTemplate(Template):
         return repr(self)
 
     def to_jinja(self) -> str:
-        """The Jinja text, which is saved as `tokenizer.chat_template`."""
+        """The Jinja text with the defaults of its arguments, which is saved as `tokenizer.chat_template`."""
+        return with_defaults(self._jinja(), self.arguments)
+
+    def _jinja(self) -> str:
         if "default_system" not in self.jinja:
             return self.jinja
         default = "none" if self.default_system is None else quoted(self.default_system)

@@ -7,6 +7,7 @@ from utils.runtime.errors import Problem, UserError, nearest
 from utils.template.auto import AutoTemplate, today
 from utils.template.format import Template, formats_with_tools
 from utils.template.jinja_template import JinjaTemplate
+from utils.template.thinking import with_thinking
 
 template_dict: dict[str, Template] = {}
 
@@ -25,19 +26,23 @@ def register_template(**data) -> Template:
     return template
 
 
-def get_template(name: str, tokenizer=None, date: str | None = None) -> Template | AutoTemplate:
+def get_template(
+    name: str, tokenizer=None, date: str | None = None, thinking: str = "auto"
+) -> Template | AutoTemplate:
     """Looks up a template and fills in the tokenizer's BOS and EOS tokens.
 
     Args:
         name: a key of `template_dict`, or `auto` for the tokenizer's own chat template.
         tokenizer: has the texts for `{bos}` and `{eos}`; without one they are `<s>` and `</s>`.
         date: the day that the template shows, if it shows one; None for today.
+        thinking: `--thinking`.
 
     Raises:
-        UserError: the name is unknown, or the stop token is not a single token of the tokenizer.
+        UserError: the name is unknown, the stop token is not a single token of the tokenizer, or the template has no
+            switch for thinking.
     """
     if name == "auto":
-        return AutoTemplate.of(tokenizer, date)
+        return with_thinking(AutoTemplate.of(tokenizer, date), thinking)
     if name not in template_dict:
         raise UserError(unknown_template(name))
     bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
@@ -49,10 +54,15 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     }
     if isinstance(template, JinjaTemplate) and template.shows_date:
         filled["date"] = date or today()
-    template = replace(template, **filled)
+    template = with_thinking(replace(template, **filled), thinking)
     if tokenizer is not None:
         _check_stop_token(template, tokenizer)
     return template
+
+
+def get_run_template(args, tokenizer) -> Template | AutoTemplate:
+    """Looks up the template of a run; `args` is CommonArgs."""
+    return get_template(args.template_name, tokenizer, args.template_date, args.thinking)
 
 
 def unknown_template(name: str, flag: str = "template_name") -> Problem:

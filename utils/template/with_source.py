@@ -80,6 +80,8 @@ def _with_arguments(template, source) -> AutoTemplate:
         names = ", ".join(map(repr, source.template_args))
         raise _refused(source, f"template_args gives {names}, and template {template.name!r} takes no arguments")
     arguments = tuple((name, json.dumps(value)) for name, value in source.template_args.items())
+    if both := [name for name in source.template_args if name in dict(template.arguments)]:
+        raise _refused(source, f"template_args gives {both[0]!r}, which --thinking sets for all rows")
     taken = {name for form in filter(None, (template, template.tool_use)) for name in form.variables()}
     taken -= {"messages", "tools", "add_generation_prompt", *dict(template.tokens)}
     if unknown := [name for name in source.template_args if name not in taken]:
