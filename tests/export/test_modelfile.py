@@ -151,7 +151,7 @@ def test_gpt_oss_has_no_go_form():
     tokenizer.chat_template = template.to_jinja()
     parts = SimpleNamespace(last=lambda: "")
     for name in ("gpt-oss", "auto", None):
-        args = SimpleNamespace(template_name=name, modelfile=True, model_path="run")
+        args = SimpleNamespace(template_name=name, thinking="auto", modelfile=True, model_path="run")
         with pytest.raises(UserError, match="cannot be written in Go's syntax"):
             merge._template(args, tokenizer, parts)
         args.modelfile = False

@@ -26,9 +26,7 @@ def register_template(**data) -> Template:
     return template
 
 
-def get_template(
-    name: str, tokenizer=None, date: str | None = None, thinking: str = "auto"
-) -> Template | AutoTemplate:
+def get_template(name: str, tokenizer=None, date: str | None = None, thinking: str = "auto") -> Template | AutoTemplate:
     """Looks up a template and fills in the tokenizer's BOS and EOS tokens.
 
     Args:
