@@ -2420,6 +2420,20 @@ FAULTS = [
         "tests/data/test_prepare.py -k pretraining_text",
     ),
     Fault(
+        "generate: a model that does not see the padding answers a padded batch",
+        "utils/infer/batching.py",
+        "padded = _differs(model, [short, long], alone, precise)",
+        "padded = None",
+        "tests/infer/test_batching.py -k 'alone and bart'",
+    ),
+    Fault(
+        "generate: a model that mixes the rows of a batch answers several of one length",
+        "utils/infer/batching.py",
+        "found = Batching.EQUAL if equal is None else Batching.SINGLE",
+        "found = Batching.EQUAL",
+        "tests/infer/test_batching.py -k rwkv",
+    ),
+    Fault(
         "generate: a base's own settings count",
         "utils/infer/generate.py",
         "with torch.inference_mode(), own_generation(model):",

@@ -204,6 +204,13 @@ def test_out_of_memory_names_batch_size(tokenizer, monkeypatch):
         all_answers(model, tokenizer, ids_of([40, 3]), 4, max_new_tokens=5)
 
 
+def test_a_model_that_transformers_cannot_generate_with_is_refused(tokenizer, monkeypatch):
+    model = make("qwen2")
+    monkeypatch.setattr(model, "generate", lambda **options: model.config.no_such_field)
+    with pytest.raises(UserError, match="cannot generate with Qwen2ForCausalLM: AttributeError"):
+        all_answers(model, tokenizer, ids_of([40, 3]), 4, max_new_tokens=5)
+
+
 def test_refused_settings():
     wrong = GenerateArgs(max_new_tokens=0, temperature=float("nan"), top_p=0.0, top_k=-1, num_beams=0, seed=-1)
     assert [problem.split()[0] for problem in check_generate(wrong)] == [

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from utils.config.flags import arg
+from utils.infer.batching import Batching, batching_of
 from utils.model.generation_config import own_generation
-from utils.patches.rope import depends_on_length
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 from utils.template.tokenize import (
     Segment,
     encode_segments,
@@ -137,8 +137,10 @@ def answer_all(
 
 
 def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts that can be answered together: all of a batch have the same limit on the answer's length."""
-    alike = depends_on_length(model.config.get_text_config())
+    """Indices of prompts that the model can answer together, with the same limit on the answer's length."""
+    batching = batching_of(model, prompts) if min(batch_size, len(prompts)) > 1 else Batching.ANY
+    batch_size = 1 if batching is Batching.SINGLE else batch_size
+    alike = batching is Batching.EQUAL
     batch: list[int] = []
     kind = None
     for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place])):
@@ -169,7 +171,7 @@ def generate_ids(
         for each prompt the ids of its answer: with its stop token if there is one, then padding.
 
     Raises:
-        UserError: the batch does not fit the device's memory.
+        UserError: the batch does not fit the device's memory, or the model's code cannot generate.
     """
     import torch
 
@@ -186,6 +188,10 @@ def generate_ids(
             f"{len(prompts):,} prompts of up to {width:,} tokens do not fit the GPU's memory together with their "
             "answers; give a smaller --batch_size, or a smaller --max_new_tokens"
         ) from error
+    except (OSError, UserError):  # of a streamer that cannot print
+        raise
+    except Exception as error:  # each model's code raises its own
+        raise UserError(f"transformers cannot generate with {type(model).__name__}: {first_line(error)}") from error
     return output[:, width:].tolist()
 
 
