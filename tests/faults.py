@@ -2420,6 +2420,20 @@ FAULTS = [
         "tests/data/test_prepare.py -k pretraining_text",
     ),
     Fault(
+        "merge: two adapters are merged into one weight that their layers share",
+        "utils/model/merge_layers.py",
+        "    _refuse_shared_layers(peft, path)\n",
+        "",
+        "tests/export/test_merge.py -k share_a_weight",
+    ),
+    Fault(
+        "layout: gpt-oss is trained on rows laid end to end",
+        "utils/model/layout.py",
+        "padding_free = packs or (concatenates and not found.end_to_end and not slower)",
+        "padding_free = packs or concatenates",
+        "tests/benchmarks/test_families.py -k 'full and gpt_oss'",
+    ),
+    Fault(
         "generate: a model that does not see the padding answers a padded batch",
         "utils/infer/batching.py",
         "padded = _differs(model, [short, long], alone, precise)",

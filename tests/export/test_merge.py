@@ -14,9 +14,13 @@ from merging import check_merge, listing, load, logits, merged
 from modes import MODES, base_with_untrained
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.architectures_models import SWITCHES
 from utils.export import merge as merging
+from utils.model.merge_layers import merge_onto
+from utils.model.small import small_model
+from utils.runtime.errors import UserError
 from utils.script import merge_lora
 from utils.storage.weights import weights_fingerprint
 
@@ -132,6 +136,16 @@ def test_a_chain_on_a_bf16_base_is_rounded_once_at_the_end(tmp_path):
             exact = exact + 2.0 * b @ a
         wrong = saved[f"{layer}.weight"] != exact.bfloat16()
         assert wrong.float().mean() < 1e-3  # a sum in another order may fall on the other side of a half
+
+
+def test_adapters_of_layers_that_share_a_weight_are_refused(tmp_path):
+    """Zamba's blocks are one, and PEFT gives each its own adapter."""
+    model = small_model(CONFIG_MAPPING["zamba"](**SWITCHES["zamba"]))
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    base = small_model(CONFIG_MAPPING["zamba"](**SWITCHES["zamba"]))
+    with pytest.raises(UserError, match="q_proj and .*q_proj share one weight of the base"):
+        merge_onto(base, str(tmp_path / "adapter"), "--model_path", None)
 
 
 def test_weights_too_large_for_fp16_are_refused(refused, lora_copy, tmp_path):

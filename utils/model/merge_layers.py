@@ -129,6 +129,7 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
     Raises:
         UserError: this kind of adapter cannot be merged, or the weights are not finite.
     """
+    _refuse_shared_layers(peft, path)
     tied = separate_head(peft)
     by_weight = _types_by_weight(peft, types)
     try:
@@ -148,6 +149,23 @@ def merge_adapter(peft, path: str, types: dict | None, rounding: Rounding | None
     if tied:
         _retie_head(model)
     return model
+
+
+def _refuse_shared_layers(peft, path: str) -> None:
+    """Refuses linear layers that share one weight, as the blocks of Zamba do, where each has its own adapter."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, names = peft.get_base_model().get_output_embeddings(), {}  # separate_head unties the head
+    for name, module in peft.get_base_model().named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if isinstance(base, torch.nn.Linear) and module is not head:
+            first = names.setdefault(id(base.weight), name)
+            if first != name:
+                raise UserError(
+                    f"adapter {path!r} cannot be merged: {first} and {name} share one weight of the base, and each has "
+                    "an adapter of its own, which one weight cannot hold; use it with PEFT, as infer does"
+                )
 
 
 def _merge_and_unload(peft, types: dict, rounding: Rounding | None, wide: bool):
