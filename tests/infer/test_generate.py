@@ -53,6 +53,18 @@ def argmax_loop(model, prompt, count, stops=()):
     return ids[0, len(prompt) :].tolist()
 
 
+def test_the_answers_that_are_cut_off_are_named(tokenizer):
+    model, prompts = make("qwen2"), ids_of([5, 9, 30, 62, 20])  # the fourth has room for 2 tokens
+    free = [argmax_loop(model, prompt, min(8, 64 - len(prompt))) for prompt in prompts]
+    model.generation_config.eos_token_id = stops = [free[0][7], free[2][1]]  # one ends with the last token it may have
+    expected = [place for place, answer in enumerate(free) if not set(stops) & set(answer)]
+    assert expected and {0, 2}.isdisjoint(expected)
+    for batch_size in (1, 5):
+        cut = []
+        list(answer_all(model, tokenizer, prompts, GenerateArgs(max_new_tokens=8), batch_size, cut=cut))
+        assert sorted(cut) == expected
+
+
 def all_answers(model, tokenizer, prompts, batch_size, seeds=None, **flags):
     found = list(answer_all(model, tokenizer, prompts, GenerateArgs(**flags), batch_size, seeds))
     assert sorted(place for place, _ in found) == list(range(len(prompts)))

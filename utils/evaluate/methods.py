@@ -11,7 +11,7 @@ from utils.data.files import find_files, read_rows
 from utils.evaluate.metrics import Figure, score_file, score_row
 from utils.evaluate.models import EvalModel
 from utils.evaluate.multiple_choice import Choices, Scored, encode_choices, log_likelihoods, read_choices
-from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids
+from utils.infer.generate import GenerateArgs, answer_all, context_of, prompt_ids, report_cut
 from utils.infer.prompts import Prompt, read_prompts, to_prompt
 from utils.runtime.errors import Problem, UserError, raise_if_any
 
@@ -38,9 +38,11 @@ class Generation:
     ) -> Iterator[tuple[int, str]]:
         """Yields (number of the row, its answer), batch by batch."""
         numbers = list(encoded)
-        prompts = list(encoded.values())
-        for place, text in answer_all(model, eval_model.tokenizer, prompts, self.args, batch_size, seeds=numbers):
+        prompts, cut = list(encoded.values()), []
+        found = answer_all(model, eval_model.tokenizer, prompts, self.args, batch_size, seeds=numbers, cut=cut)
+        for place, text in found:
             yield numbers[place], text
+        report_cut(eval_model.name, cut, len(prompts), self.args)
 
     def score(self, row: Prompt, answer: str) -> dict[str, float]:
         """The scores of a row."""

@@ -11,7 +11,7 @@ from utils.config.flags import arg
 from utils.data.columns import COLUMNS_HELP, parse_columns
 from utils.data.files import find_files
 from utils.infer.answer_file import AnswerFile, check_output, partial_of
-from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids
+from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids, report_cut
 from utils.infer.load import Parts, TrainedArgs, allows_special, load_for_inference, load_format
 from utils.infer.prompts import Prompt, read_prompts
 from utils.model.base_config import load_config
@@ -91,9 +91,12 @@ def answer_rows(args: InferArgs, parts: Parts) -> None:
         left = [number for number in ids if number not in file.done]
         if left:  # none if the command was killed after the last answer
             model, _ = load_for_inference(args, parts, args.dtype, tokenizer)
-            found = answer_all(model, tokenizer, [ids[number] for number in left], args, args.batch_size, seeds=left)
+            cut: list[int] = []
+            asked = [ids[number] for number in left]
+            found = answer_all(model, tokenizer, asked, args, args.batch_size, seeds=left, cut=cut)
             for place, answer in tqdm(found, total=len(ids), initial=len(file.done), unit="row", desc="answering"):
                 file.write(left[place], row_of(prompts[left[place]], answer))
+            report_cut(args.output, cut, len(left), args)
         file.finish()
     except KeyboardInterrupt:
         logger.info(

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from utils.infer.generate import GenerateArgs, generate_ids, prompt_ids, room_for, text_of
+from utils.infer.generate import GenerateArgs, generate_ids, is_cut, prompt_ids, room_for, text_of
 from utils.runtime.errors import UserError, nearest
 
 COMMANDS = {
@@ -71,8 +71,7 @@ class Chat:
 
     def _report_truncation(self, new: list[int], room: int) -> None:
         """Says so if an answer of at most `room` tokens ended without a stop token."""
-        stops = self.model.generation_config.eos_token_id
-        if len(new) < room or new[-1] in (stops if isinstance(stops, list) else [stops]):
+        if not is_cut(self.model, new, room):
             return
         if room < self.args.max_new_tokens:
             print_notice("cut off: the model's context is full; /reset starts a new conversation")

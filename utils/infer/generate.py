@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loguru import logger
+
 from utils.config.flags import arg
 from utils.infer.batching import Batching, batching_of
 from utils.model.generation_config import own_generation
@@ -107,8 +109,9 @@ def prompt_ids(
 
 
 def answer_all(
-    model, tokenizer, prompts: list[list[int]], args: GenerateArgs, batch_size: int, seeds: list[int] | None = None
-) -> Iterator[tuple[int, str]]:
+    model, tokenizer, prompts: list[list[int]], args: GenerateArgs, batch_size: int, seeds: list[int] | None = None,
+    cut: list[int] | None = None,
+) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Answers many prompts, in batches of similar length, the longest first, padded on the left.
 
     In float32 an answer does not depend on the other prompts of its batch, also with `do_sample`: each prompt has its
@@ -122,6 +125,7 @@ def answer_all(
         args: how tokens are chosen.
         batch_size: the largest number of prompts answered at once.
         seeds: a number for each prompt, to seed its random numbers. Default: its index in `prompts`.
+        cut: gets the indices of the answers that end without a stop token.
 
     Yields:
         (index in `prompts`, answer without special tokens), batch by batch.
@@ -133,7 +137,24 @@ def answer_all(
         batch = [prompts[place] for place in places]
         numbers = [place if seeds is None else seeds[place] for place in places]
         for place, ids in zip(places, generate_ids(model, tokenizer, batch, args, numbers), strict=True):
+            if cut is not None and is_cut(model, ids, room_for(model, prompts[place], args)):
+                cut.append(place)
             yield place, text_of(tokenizer, ids)
+
+
+def is_cut(model, ids: list[int], room: int) -> bool:
+    """Whether an answer of at most `room` tokens has no stop token."""
+    stops = model.generation_config.eos_token_id
+    return len(ids) >= room and not set(stops if isinstance(stops, list) else [stops]) & set(ids)
+
+
+def report_cut(name: str, cut: list[int], count: int, args: GenerateArgs) -> None:
+    """Warns of answers that were cut off, out of `count`."""
+    if cut:
+        logger.warning(
+            "{}: {:,} of {:,} answers were cut off by --max_new_tokens {:,} or by the model's context",
+            name, len(cut), count, args.max_new_tokens,
+        )  # fmt: skip
 
 
 def _batches(model, prompts: list[list[int]], args: GenerateArgs, batch_size: int) -> Iterator[list[int]]:
