@@ -375,6 +375,20 @@ FAULTS = [
         "tests/infer/test_generate.py -k cut_off",
     ),
     Fault(
+        "real model: rows that are trained are held back as well",
+        "benchmarks/real_model.py",
+        "sorted(found[training:], key",
+        "sorted(found[:held_back], key",
+        "tests/benchmarks/test_real_model.py -k none_is_trained_and_held_back",
+    ),
+    Fault(
+        "real model: what follows the stop token counts in the loss",
+        "benchmarks/real_score.py",
+        'text[len(prompt) :].rstrip("\\n")',
+        "text[len(prompt) :]",
+        "tests/benchmarks/test_real_model.py -k covers_the_last_answer",
+    ),
+    Fault(
         "prove: the plain loss is float32's, which is off with a large vocabulary",
         "utils/tasks/plain_loss.py",
         "logits[0, :-1].double()",

@@ -40,6 +40,7 @@ NOT_RUN = {
     'pip install "transformers[serving]': "the development requirements have what it installs",
     "python -m pytest tests/": "the tests themselves",
     "python -m benchmarks.gpu_throughput --table": "tests/benchmarks/test_gpu_throughput.py compares its table",
+    "python -m benchmarks.real_model --rows": "tests/benchmarks/test_real_model.py runs it on a toy",
     "deepspeed --hostfile hosts main_train.py": "needs ssh between machines",
     "python main_train.py --model_name_or_path smollm2": "test_smollm2.py trains it, where its package can be had",
     "python -m utils.script.infer --model_path smollm2": "test_smollm2.py has it answer this question",
@@ -181,8 +182,8 @@ def test_every_page_is_linked_from_the_front_page():
 
 
 # ---------------------------------------------------------------------- what the pages name
-# flags of vllm, of benchmarks/compare.py, and of every command
-OTHER_FLAGS = {"--max-lora-rank", "--generation-config", "--data", "--help"}
+# flags of vllm, of benchmarks/compare.py and real_model.py, and of every command
+OTHER_FLAGS = {"--max-lora-rank", "--generation-config", "--data", "--training", "--held_back", "--help"}
 
 
 def flags_of(module) -> set[str]:
