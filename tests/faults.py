@@ -375,6 +375,13 @@ FAULTS = [
         "tests/infer/test_generate.py -k cut_off",
     ),
     Fault(
+        "summary: the first evaluation is printed where it is the only one",
+        "utils/run/summary.py",
+        'if summary["first_eval_step"] != summary["eval_step"]:',
+        "if True:",
+        "tests/run/test_summary.py -k single_evaluation",
+    ),
+    Fault(
         "real model: rows that are trained are held back as well",
         "benchmarks/real_model.py",
         "sorted(found[training:], key",

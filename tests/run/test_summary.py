@@ -24,6 +24,12 @@ def test_the_evaluation_is_that_of_the_saved_weights(load_best, step, loss):
     saved = "that step" if load_best else "the last step"
     assert f"evaluation loss  {loss:.4f}" in text and f"best step        2 by eval_loss, saved is {saved}" in text
     assert ("--load_best_model_at_end" in text) is not load_best
+    assert f"{loss:.4f} (2.0000 at step 1)\n" in text
+
+
+def test_a_single_evaluation_is_printed_once():
+    text = evaluation_lines(evaluation_summary(trainer(False, HISTORY[:1])))
+    assert text.startswith("  evaluation loss  2.0000\n")
 
 
 def test_a_metric_that_grows_has_its_best_at_the_maximum():

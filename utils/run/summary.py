@@ -107,9 +107,9 @@ def evaluation_summary(trainer) -> dict:
     """The evaluation of the weights a run saves, and its best step.
 
     Returns:
-        `eval_step` and `eval_…` of the saved weights, which are those of the last step unless the best is kept;
-        `eval_accuracy` is that of preference pairs; `best_step`, and `best_figure` by which it was chosen;
-        `best_kept`: whether its weights are saved. Each is None if there is none.
+        `first_eval_step` and `first_eval_loss`; `eval_step` and `eval_…` of the saved weights, which are those of the
+        last step unless the best is kept; `eval_accuracy` is that of preference pairs; `best_step`, and `best_figure`
+        by which it was chosen; `best_kept`: whether its weights are saved. Each is None if there is none.
     """
     args, state = trainer.args, trainer.state
     entries = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
@@ -120,8 +120,11 @@ def evaluation_summary(trainer) -> dict:
     if args.load_best_model_at_end and state.best_model_checkpoint:
         best, kept = state.best_global_step, True
     step = best if kept else max(entries, default=None)
+    first = min(entries, default=None)
     entry = entries.get(step, {})
     return {
+        "first_eval_step": first,
+        "first_eval_loss": entries[first]["eval_loss"] if entries else None,
         "eval_step": step,
         "eval_loss": entry.get("eval_loss"),
         "eval_perplexity": entry.get("eval_perplexity"),
@@ -138,6 +141,9 @@ def evaluation_lines(summary: dict) -> str:
     if summary["eval_loss"] is None:
         return "  evaluation loss  not measured\n"
     text = f"  evaluation loss  {summary['eval_loss']:.4f}"
+    if summary["first_eval_step"] != summary["eval_step"]:
+        # losses of single steps are of other rows each, so they do not show whether a model has learned
+        text += f" ({summary['first_eval_loss']:.4f} at step {summary['first_eval_step']:,})"
     if summary["eval_perplexity"] is not None:
         share = 100 * summary["eval_token_accuracy"]
         text += f", perplexity {summary['eval_perplexity']:.4g}, {share:.1f} % of the tokens right"
