@@ -375,6 +375,13 @@ FAULTS = [
         "tests/infer/test_generate.py -k cut_off",
     ),
     Fault(
+        "doctor: the tiny model's many passes pass for any model",
+        "utils/doctor/settings.py",
+        "if size.weights < _NOT_TINY:",
+        "if True:",
+        "tests/doctor/test_settings.py -k many_passes",
+    ),
+    Fault(
         "summary: the first evaluation is printed where it is the only one",
         "utils/run/summary.py",
         'if summary["first_eval_step"] != summary["eval_step"]:',

@@ -46,6 +46,11 @@ def _fp16_with_bf16_model(case):
     return quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
 
 
+def _many_passes(case):
+    case.monkeypatch.setattr("utils.doctor.settings._NOT_TINY", 1000)  # a model of 50M weights takes long to make
+    return case.flags()
+
+
 def _little_memory(case):
     estimate = SimpleNamespace(total=10**15, host=0)
     case.monkeypatch.setattr(resources, "try_estimate", lambda *_: estimate)
@@ -116,6 +121,7 @@ DEFECTS = {
     "DEEPSPEED_SHADOWS": _deepspeed_with_optimizer,
     "FP16_MODEL_IS_BF16": _fp16_with_bf16_model,
     "LEARNING_RATE_UNUSUAL": lambda p: p.flags("--learning_rate", "0.5"),
+    "PASSES_MANY": _many_passes,
     "WARMUP_TOO_LONG": lambda p: p.flags("--warmup_steps", "0.9"),
     "LAST_BATCH_SHORT": lambda p: p.flags("--gradient_accumulation_steps", "2"),
     "LAYOUT_WRONG": lambda p: p.flags("--packing", "true", model=_ignores_positions(p)),

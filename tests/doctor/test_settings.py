@@ -29,9 +29,29 @@ def test_usual_learning_rates(case, monkeypatch, weights, mode, rate, unusual):
     size = meta.ModelSize(weights, weights, None, False)
     monkeypatch.setattr("utils.doctor.settings.model_size_or_none", lambda _: size)
     monkeypatch.setattr(resources, "model_size_or_none", lambda _: size)
-    args, train_args = parse_args(case.flags("--train_mode", mode, "--learning_rate", rate))
+    flags = case.flags("--train_mode", mode, "--learning_rate", rate, "--num_train_epochs", "3")
+    args, train_args = parse_args(flags)
     found = quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
     assert ["LEARNING_RATE_UNUSUAL"] * unusual == [finding.code for finding in found]
+
+
+@pytest.mark.parametrize(
+    ("weights", "flags", "many"),
+    [
+        (4_000_000, [], False),
+        (135_000_000, [], True),  # the default suits the embedded model
+        (135_000_000, ["--num_train_epochs", "3"], False),
+        (135_000_000, ["--max_steps", "100"], False),
+    ],
+)
+def test_many_passes_with_a_model_that_is_not_tiny(case, monkeypatch, weights, flags, many):
+    size = meta.ModelSize(weights, weights, None, False)
+    monkeypatch.setattr("utils.doctor.settings.model_size_or_none", lambda _: size)
+    monkeypatch.setattr(resources, "model_size_or_none", lambda _: size)
+    args, train_args = parse_args(case.flags(*flags))
+    found = quick_findings(args, train_args, None, None, tiny.byte_level_tokenizer())
+    assert ["PASSES_MANY"] * many == [finding.code for finding in found]
+    assert not many or "--num_train_epochs 20, and the base has 135,000,000 weights" in found[0].message
 
 
 @pytest.mark.parametrize(("lengths", "over"), [([3, 10], 0), ([3, 11], 1), ([11, 25], 2)])

@@ -42,6 +42,11 @@ CODES = {
         WARNING, True, "The learning rate is far from the usual range", "学习率远离常用范围",
         "Use a --learning_rate within the range", "把 --learning_rate 设在该范围内",
     ),
+    "PASSES_MANY": Code(
+        WARNING, True, "Many passes over the rows, with a model that needs few", "对不需要多轮训练的模型训练了很多轮",
+        "Use --num_train_epochs 1 to 3; the recipe's default suits the embedded tiny model",
+        "使用 --num_train_epochs 1 到 3；配方里的默认值是为内置的小模型设的",
+    ),
     "WARMUP_TOO_LONG": Code(
         WARNING, True, "The warm-up takes half of the training or more", "预热占了训练的一半或更多",
         "Lower --warmup_steps (below 1 it is a share of all steps), or train longer",

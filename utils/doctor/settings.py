@@ -12,6 +12,8 @@ from utils.train.plan import passes_per_epoch, steps_of
 
 _SMALL = 300_000_000  # weights; smaller models take larger rates
 _SMALL_MODELS_RATE = 2e-2
+_NOT_TINY = 50_000_000  # weights; models with as many or more know language already
+_MANY_PASSES = 10
 _FEW_STEPS = 20  # an epoch of fewer steps feels its last one
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # sections by which DeepSpeed logs on its own
 
@@ -26,7 +28,7 @@ def settings_findings(args, train_args, config, data, seen, processes: int) -> l
         seen: those whose lengths are looked at.
         processes: how many train together.
     """
-    findings = _learning_rate(args, train_args) + deepspeed_keys(train_args)
+    findings = _learning_rate(args, train_args) + _passes(args, train_args) + deepspeed_keys(train_args)
     if config is not None:
         findings += _arithmetic(args, config)
     if data is not None:
@@ -52,6 +54,16 @@ def _learning_rate(args, train_args) -> list[Finding]:
     what = "adapters" if adapter.is_adapter else "all weights"
     message = f"--learning_rate {train_args.learning_rate:g} for {task.family} of {what}; usual is {low:g} to {high:g}"
     return [Finding("LEARNING_RATE_UNUSUAL", message)]
+
+
+def _passes(args, train_args) -> list[Finding]:
+    size = model_size_or_none(args)
+    if train_args.max_steps > 0 or train_args.num_train_epochs < _MANY_PASSES or size is None:
+        return []
+    if size.weights < _NOT_TINY:
+        return []
+    message = f"--num_train_epochs {train_args.num_train_epochs:g}, and the base has {size.weights:,} weights"
+    return [Finding("PASSES_MANY", message)]
 
 
 def _warm_up(train_args, steps: int) -> list[Finding]:
