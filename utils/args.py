@@ -105,6 +105,12 @@ class CommonArgs:
         "Whether the model thinks before it answers. on, off: sets the switch of the chat template, in the rows, for "
         "the run's samples, and as the default of the saved template. auto: the template's own default.",
     )
+    rope_scaling: str | None = arg(
+        None,
+        'Extends the context of a model with rotary embeddings: \'{"rope_type": "yarn", "factor": 4}\', as '
+        "transformers' rope_parameters, or short, yarn:4. Types: linear, dynamic, yarn, llama3, longrope. It is saved "
+        "in a full model's config.json, and with an adapter's settings.",
+    )
     max_len: int = arg(1024, "The maximum length of a row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The maximum length of the prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(

@@ -6,6 +6,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.model.adapter import ADAPTERS, adapter_of, names_where, row_of_type
+from utils.model.rope import scaling_of_adapters
 from utils.model.source import find_base, given_model, has_chat_template, is_source
 from utils.runtime.errors import Problem, refusal
 from utils.storage.files import project_path
@@ -29,7 +30,19 @@ def resolve(settings) -> None:
             for name, key in adapter_of(common).settings.items():
                 if name not in given:
                     setattr(common, name, config[key])
+        _resolve_rope_scaling(common, given)
     _resolve_template(settings)
+
+
+def _resolve_rope_scaling(common, given: frozenset[str]) -> None:
+    """Takes the scaling that the adapter was trained with, which its base's config.json lacks."""
+    trained = scaling_of_adapters([common.adapter_name_or_path])
+    if trained and "rope_scaling" not in given:
+        common.rope_scaling = trained
+    elif common.rope_scaling != trained:
+        logger.warning(
+            "--rope_scaling {} differs from {}, which the adapter was trained with", common.rope_scaling, trained
+        )
 
 
 def validate(settings) -> list[Problem]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.model.base_config import load_config
 from utils.model.named_models import MODELS, listed
 from utils.model.quantised import check_base, resolve_base
+from utils.model.rope import check_scaling, parse_rope_scaling
 from utils.model.source import check_source, is_source
 from utils.runtime.errors import Problem, UserError, nearest_path, refusal
 from utils.storage.weights import check_weight_files
@@ -26,7 +27,20 @@ def validate(settings) -> list[Problem]:
         common.trust_remote_code,
         needs_weights=settings.needs_weights,
     )
-    return problems + check_base(common)
+    return problems + check_base(common) + _check_rope_scaling(common, is_readable=not problems)
+
+
+def _check_rope_scaling(common, is_readable: bool) -> list[Problem]:
+    """Checks `--rope_scaling`, on the model too where its config.json is on this machine."""
+    if common.rope_scaling is None:
+        return []
+    try:
+        parse_rope_scaling(common.rope_scaling)
+        if is_readable and (Path(common.model_name_or_path) / "config.json").is_file():
+            check_scaling(common.model_name_or_path, common.rope_scaling, common.trust_remote_code)
+    except UserError as error:
+        return refusal(str(error.problems[0]), "rope_scaling")
+    return []
 
 
 def check_model_path(

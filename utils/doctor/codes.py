@@ -88,7 +88,8 @@ CODES = {
     ),
     "MAX_LEN_OVER_POSITIONS": Code(
         WARNING, True, "Rows are longer than the model's maximum number of positions", "有的行比模型的位置数还长",
-        "Lower --max_len to the model's max_position_embeddings", "把 --max_len 降到模型的 max_position_embeddings",
+        "Lower --max_len to the model's max_position_embeddings, or extend its context with --rope_scaling",
+        "把 --max_len 降到模型的 max_position_embeddings，或用 --rope_scaling 扩展上下文",
     ),
     # ------------------------------------------------------------------ template and tokens
     "TEMPLATE_TOKEN_SPLIT": Code(

@@ -23,10 +23,10 @@ from utils.doctor.settings import settings_findings
 from utils.doctor.template import template_findings
 from utils.doctor.tokens import eval_in_train_findings, token_findings
 from utils.model.adapter import adapter_of
-from utils.model.base_config import load_config
 from utils.model.layout import expected_layout
 from utils.model.meta import whole_models, without_weights
 from utils.model.quantised import quantisation_of
+from utils.model.rope import load_scaled_config
 from utils.model.tokenizer import load_run_tokenizer
 from utils.runtime.distributed import broadcast_object, world_size
 from utils.runtime.errors import Problem, UserError, first_line, in_one_line
@@ -354,6 +354,6 @@ def prepared_rows_findings(args, data, template, tokenizer) -> list[Finding]:
 def try_load_config(args):
     """Loads the model's configuration; None if that fails, which loading the model reports better."""
     try:
-        return load_config(args.model_name_or_path, args.trust_remote_code)
+        return load_scaled_config(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
     except UserError:
         return None

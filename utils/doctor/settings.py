@@ -7,6 +7,7 @@ from utils.doctor.findings import Finding
 from utils.doctor.tokens import row_lengths
 from utils.model.adapter import adapter_of
 from utils.model.meta import model_size_or_none
+from utils.model.rope import positions_of
 from utils.runtime.text import format_count
 from utils.train.plan import passes_per_epoch, steps_of
 
@@ -113,18 +114,12 @@ def _positions(args, config, data) -> list[Finding]:
     message = f"{over:,} rows are longer than the model's {there:,} positions, the longest {rows.max():,} tokens"
     size = model_size_or_none(args)
     ends = size is not None and size.position_table
-    message += "; its table of positions ends there" if ends else "; it was not trained on those beyond"
+    message += (
+        "; its table of positions ends there"
+        if ends
+        else ("; it was not trained on those beyond. --rope_scaling extends the context")
+    )
     return [Finding("MAX_LEN_OVER_POSITIONS", message, severity=ERROR if ends else WARNING)]
-
-
-def positions_of(config) -> int | None:
-    """Returns how many positions a model has, with RoPE scaling; None if it has no limit."""
-    config = config.get_text_config()
-    there = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if isinstance(there, int) and isinstance(rope.get("factor"), int | float):
-        there = max(there, int(rope["factor"] * rope.get("original_max_position_embeddings", there)))
-    return there if isinstance(there, int) else None
 
 
 # ------------------------------------------------------------------ DeepSpeed

@@ -8,7 +8,7 @@ from loguru import logger
 
 from utils.config.model_path import check_model_path
 from utils.infer.load import Parts, TrainedArgs, base_of_run, check_trained, load_format, load_trained
-from utils.model.base_config import load_config
+from utils.model.rope import scaled_by_adapters
 from utils.model.source import made_folder
 from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.runtime.errors import Problem, refusal
@@ -112,7 +112,7 @@ def load_eval_models(args: TrainedArgs, models: dict[str, Parts]) -> list[EvalMo
     for name, parts in reversed(models.items()):  # the trained model first, as the base may need its format
         own = replace(args, base_model=None, model_path=parts.base, adapter=None) if name == "base" else args
         tokenizer = _format(own, parts, found[0].tokenizer if found else None)
-        config = load_config(parts.base, args.trust_remote_code, "--model_path")
+        config = scaled_by_adapters(parts, args.trust_remote_code)
         found.insert(0, EvalModel(name, own, parts, tokenizer, config))
     return found
 

@@ -17,6 +17,7 @@ from utils.model.base_config import refuse_unloadable
 from utils.model.load import fix_generation_config
 from utils.model.merge_check import compare, logits_in_float32, refuse_difference
 from utils.model.merge_layers import Merged, Rounding, merge_onto, types_of
+from utils.model.rope import scaling_of_adapters, scaling_options
 from utils.model.source import given_model
 from utils.model.tokenizer import load_tokenizer, save_chat_format
 from utils.patches.lazy_imports import import_peft, skip_deepspeed_import
@@ -69,6 +70,7 @@ def _load_base(args: TrainedArgs, parts: Parts) -> tuple[Any, str]:
     main = main_type(parts.base)
     options = {"dtype": main or "auto", "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     flag = "--base_model" if args.base_model else "--model_path"
+    options |= scaling_options(parts.base, scaling_of_adapters(parts.adapters), args.trust_remote_code, flag)
     remedy = "keep the adapter, which infer and evaluate load as it is"
     refuse_unloadable(parts.base, flag, args.trust_remote_code, remedy)
     try:

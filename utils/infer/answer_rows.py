@@ -14,7 +14,7 @@ from utils.infer.answer_file import AnswerFile, check_output, partial_of
 from utils.infer.generate import GenerateArgs, answer_all, check_generate, prompt_ids, report_cut
 from utils.infer.load import Parts, TrainedArgs, allows_special, load_for_inference, load_format
 from utils.infer.prompts import Prompt, read_prompts
-from utils.model.base_config import load_config
+from utils.model.rope import scaled_by_adapters
 from utils.runtime.errors import Problem, UserError
 from utils.storage.files import is_one_of, sha256_of
 from utils.storage.weights import weights_fingerprint
@@ -121,7 +121,7 @@ def _encode_prompts(
 ) -> dict[int, list[int]]:
     """The token ids of each prompt by its number; of one that cannot be answered, `problems` gets the reason."""
     # the configuration is enough: bad rows are reported before the weights are loaded
-    config_only = SimpleNamespace(config=load_config(parts.base, args.trust_remote_code, "--model_path"))
+    config_only = SimpleNamespace(config=scaled_by_adapters(parts, args.trust_remote_code))
     special, found = allows_special(parts), {}
     for number, prompt in enumerate(prompts):
         try:

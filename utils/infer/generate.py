@@ -10,6 +10,7 @@ from loguru import logger
 from utils.config.flags import arg
 from utils.infer.batching import Batching, batching_of
 from utils.model.generation_config import own_generation
+from utils.model.rope import positions_of
 from utils.runtime.errors import UserError, first_line
 from utils.template.tokenize import (
     Segment,
@@ -58,7 +59,7 @@ def check_generate(args: GenerateArgs) -> list[str]:
 
 def context_of(config) -> int | None:
     """The context length in the model's configuration, in tokens; None if it has none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(config)
 
 
 def room_for(model, prompt: list[int], args: GenerateArgs) -> int:

@@ -12,6 +12,7 @@ from utils.config.model_path import check_model_path
 from utils.model.adapter_files import attach_adapter
 from utils.model.experts import leave_router_logits_out
 from utils.model.merge_layers import merge_onto, types_of
+from utils.model.rope import scaling_of_adapters, scaling_options
 from utils.model.source import check_source, find_base, is_source, made_folder, make_folder
 from utils.model.tokenizer import apply_chat_format, load_tokenizer, stop_at_eos
 from utils.patches.layers import keep_quantised_weights
@@ -202,10 +203,11 @@ def load_trained(args: TrainedArgs, parts: Parts, dtype="auto"):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    flag = "--base_model" if args.base_model else "--model_path"
+    options |= scaling_options(parts.base, scaling_of_adapters(parts.adapters), args.trust_remote_code, flag)
     try:
         model = AutoModelForCausalLM.from_pretrained(parts.base, **options)
     except Exception as error:  # the hub, the file system and the model code each raise their own
-        flag = "--base_model" if args.base_model else "--model_path"
         raise UserError(load_failure("base model" if parts.adapters else "model", flag, parts.base, error)) from error
     use_row_rope(model)  # rows of different lengths are computed in one batch
     leave_router_logits_out(model)

@@ -9,10 +9,10 @@ from utils.memory.fake import Batch
 from utils.memory.layout import Layout, layout_of
 from utils.memory.states import States, model_states
 from utils.model.adapter import ADAPTERS, FULL, adapter_of
-from utils.model.base_config import load_config
 from utils.model.layout import expected_layout
 from utils.model.meta import meta_model
 from utils.model.options import compute_dtype, uses_checkpointing
+from utils.model.rope import load_scaled_config
 from utils.runtime.errors import UserError, first_line
 
 
@@ -123,7 +123,7 @@ class Planner:
     def __init__(self, args, train_args, processes: int, batch: Batch | None = None):
         self.args, self.train_args, self.processes = args, train_args, processes
         self.batch = batch or batch_of(args, train_args)
-        self.config = load_config(args.model_name_or_path, args.trust_remote_code)
+        self.config = load_scaled_config(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
         self._models: dict = {}
         self._steps: dict = {}
         self.weights = sum(weight.numel() for weight in self._model(self._args_of(FULL), False).parameters())

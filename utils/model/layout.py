@@ -6,9 +6,9 @@ from typing import NamedTuple
 from loguru import logger
 
 from utils.data.collate import build_collator
-from utils.model.base_config import load_config
 from utils.model.meta import whole_models
 from utils.model.probe import Probe, example_rows, probe
+from utils.model.rope import load_scaled_config
 from utils.model.small import small_model
 from utils.patches.attention import use_row_attention
 from utils.patches.rope import use_row_rope
@@ -132,7 +132,7 @@ def expected_layout(args, train_args, task, tokenizer) -> Layout:
     options = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation in ("sdpa", "eager"):
         options["attn_implementation"] = args.attn_implementation
-    config = load_config(args.model_name_or_path, args.trust_remote_code)
+    config = load_scaled_config(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
     with whole_models(train_args):
         model = small_model(config, auto_class=task.auto_class, **options)
         if model is None:

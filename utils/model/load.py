@@ -8,6 +8,7 @@ from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
 from utils.model.options import compute_dtype, quantisation_options, resolve_checkpointing
 from utils.model.quantised import check_base, forget_unpacking, is_stored_in_bytes, loading_options, resolve_base
+from utils.model.rope import scaling_options
 from utils.patches.attention import use_row_attention
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.rope import use_row_rope
@@ -40,7 +41,8 @@ def load_model(args, train_args):
         refuse_unloadable(
             args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
         )
-    model = _from_pretrained(args, _options(args, train_args) | quantised)
+    scaling = scaling_options(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
+    model = _from_pretrained(args, _options(args, train_args) | quantised | scaling)
     fix_generation_config(model)
     if quantised:
         forget_unpacking(model)

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from utils.model.base_config import load_config
+from utils.model.rope import load_scaled_config
 from utils.prove.figures import GRADIENT_TOLERANCE, LOSS_TOLERANCE, DoesNotApply, Measure, ProofFailed, relative, worst
 from utils.prove.subject import Subject
 from utils.runtime.errors import ERROR_FILE, read_problems
@@ -203,7 +203,7 @@ def _require_disk_space(subject: Subject) -> None:
 
 def _config_of(subject: Subject):
     path, code = subject.args.model_name_or_path, subject.args.trust_remote_code
-    return load_config(path, code).get_text_config()
+    return load_scaled_config(path, subject.args.rope_scaling, code).get_text_config()
 
 
 def _model_dropout(config) -> str | None:

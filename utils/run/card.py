@@ -212,7 +212,21 @@ def _base(record: dict) -> list[tuple]:
     template = inline_code(common["template_name"]) if uses_template else "none: plain text"
     if common.get("thinking", "auto") != "auto":
         template += f", thinking {common['thinking']}"
-    return [*rows, ("chat template", template)]
+    rows.append(("chat template", template))
+    if common.get("rope_scaling"):
+        rows.append(("rope scaling", _rope_scaling(common)))
+    return rows
+
+
+def _rope_scaling(common: dict) -> Markdown:
+    """The scaling, and for an adapter how other programs load it: its base's config.json does not have it."""
+    text = inline_code(common["rope_scaling"])
+    if not ADAPTERS[common["train_mode"]].is_adapter:
+        return Markdown(f"{text}, saved in config.json")
+    return Markdown(
+        f"{text}. The base has none: `infer`, `evaluate` and `merge_lora` of this project apply it, `merge_lora` saves "
+        "it; in another program set `config.rope_parameters` (with the base's rope_theta) before the base loads"
+    )
 
 
 def _with_weights(model: dict) -> Markdown:
