@@ -1,11 +1,11 @@
-"""Every ZeRO configuration with every kind of training, on two processes, against the same run on one.
+"""Every ZeRO configuration, and FSDP2, with every kind of training, on two processes, against the same run on one.
 
     python -m benchmarks.matrix                       # all; writes matrix.json and the table in PAGES
     python -m benchmarks.matrix --only zero3 qlora    # the combinations that have all of these
 
-Each run is the real command under DeepSpeed's launcher, on the CPU. It passes when its losses equal those of plain
-`python` on the same rows per step (float32, relative 1e-4), and when plain transformers and PEFT load what it saved:
-not the start values, and the weights of the one-process run.
+Each run is the real command under DeepSpeed's launcher, or torchrun for FSDP2, on the CPU. It passes when its losses
+equal those of plain `python` on the same rows per step (float32, relative 1e-4), and when plain transformers and PEFT
+load what it saved: not the start values, and the weights of the one-process run.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from benchmarks.tables import write_table
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny_model"
 ZEROS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+FSDP2 = "fsdp2"
+SHARDINGS = (*ZEROS, FSDP2)
+FSDP_FLAGS = ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}']
 MODES = {
     "full": ["--train_mode", "full", "--learning_rate", "1e-4"],
     "lora": [],
@@ -52,7 +55,7 @@ def flags_of(mode: str, task: str, folder: Path, processes: int) -> list[str]:
 
 
 def two_processes(words: list[str], **options) -> subprocess.CompletedProcess:
-    """Runs `deepspeed --include localhost:0,1 <words>` on the CPU."""
+    """Runs `deepspeed --include localhost:0,1 <words>` on the CPU, or `torchrun` with the flags of FSDP2."""
     from utils.runtime.distributed import remove_shared_memory
 
     port = free_port()
@@ -61,6 +64,15 @@ def two_processes(words: list[str], **options) -> subprocess.CompletedProcess:
     # children of the launcher must find the same Python
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [*launcher, "--include", "localhost:0,1", *words]
+    if "--fsdp" in words:
+        command = [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--master_port",
+            port,
+            "--nproc_per_node",
+            "2",
+            *words,
+        ]
     try:
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
     finally:
@@ -136,7 +148,8 @@ def problems_of(folder: Path, alone: Path) -> list[str]:
 def check(zero: str, mode: str, task: str, folder: Path, alone: Path) -> dict:
     """Runs one combination; returns its line of the results."""
     started = time.perf_counter()
-    done = two_processes(["main_train.py", "--deepspeed", zero, *flags_of(mode, task, folder, 2)])
+    sharding = FSDP_FLAGS if zero == FSDP2 else ["--deepspeed", zero]
+    done = two_processes(["main_train.py", *sharding, *flags_of(mode, task, folder, 2)])
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if re.match(r"(\[rank0\]: )?(\w+Error|error):", line)]
         problems = [f"exit code {done.returncode}: {(errors or [done.stderr[-300:]])[-1]}"]
@@ -155,7 +168,7 @@ def table(results: dict, corner: str = "two processes") -> str:
     for run in results["runs"]:
         found.setdefault((run["zero"], run["mode"]), {})[run["task"]] = not run["problems"]
     lines = [f"| {corner} | {' | '.join(MODES)} |", "|---" * (len(MODES) + 1) + "|"]
-    for zero in ZEROS:
+    for zero in SHARDINGS:
         cells = []
         for mode in MODES:
             tasks = found.get((zero, mode), {})
@@ -175,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="words that a combination must have, e.g. zero3 sft")
     args = parser.parse_args()
-    wanted = [c for c in product(ZEROS, MODES, RECIPES) if set(args.only) <= set(c)]
+    wanted = [c for c in product(SHARDINGS, MODES, RECIPES) if set(args.only) <= set(c)]
     names = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
     results: dict = {"versions": {name: importlib.metadata.version(name) for name in names}, "runs": []}
     with tempfile.TemporaryDirectory() as scratch:

@@ -4071,6 +4071,13 @@ FAULTS = [
         "tests/config/test_mixing.py -k 'config'",
     ),
     Fault(
+        "resume: FSDP by a flag counts as one process's optimizer",
+        "utils/train/resume.py",
+        "train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp()",
+        "train_args.deepspeed_plugin is not None or uses_fsdp()",
+        "tests/train/test_resume.py -k 'fsdp_by_a_flag'",
+    ),
+    Fault(
         "rope: the scaling is set after the weights are loaded",
         "utils/model/load.py",
         "_options(args, train_args) | quantised | scaling)",

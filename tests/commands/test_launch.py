@@ -15,7 +15,18 @@ import tiny
 from conftest import ROOT, write_rows
 from pages import commands
 
-from benchmarks.matrix import COVERING, PAGES, check, free_port, one_process, table, two_processes
+from benchmarks.matrix import (
+    COVERING,
+    FSDP_FLAGS,
+    PAGES,
+    check,
+    flags_of,
+    free_port,
+    one_process,
+    problems_of,
+    table,
+    two_processes,
+)
 from utils.config.deepspeed import CONFIGS, NAMES
 
 PAGE = "docs/launching.md"
@@ -296,9 +307,21 @@ def test_the_matrix_where_it_covers_every_two_values(zero, mode, task, alone, tm
     assert check(zero, mode, task, tmp_path / "run", alone(mode, task))["problems"] == []
 
 
+def test_fsdp2_saves_resumes_and_is_loaded_by_plain_transformers(alone, tmp_path):
+    run, once = tmp_path / "run", alone("full", "sft")
+    flags = ["main_train.py", *FSDP_FLAGS, *flags_of("full", "sft", run, 2), "--save_strategy", "steps"]
+    assert (done := two_processes([*flags, "--save_steps", "2"])).returncode == 0, done.stderr[-3000:]
+    assert problems_of(run, once) == []
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "model.safetensors").unlink()
+    resumed = [*flags, "--save_steps", "2", "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    assert (done := two_processes([*resumed, "--overwrite_output_dir", "true"])).returncode == 0, done.stderr[-3000:]
+    assert problems_of(run, once) == []
+
+
 def test_the_pages_table_is_what_was_measured():
     results = json.loads((ROOT / "benchmarks" / "matrix.json").read_text(encoding="utf-8"))
-    assert len(results["runs"]) == 48
+    assert len(results["runs"]) == 56
     for name, corner in PAGES.items():
         assert table(results, corner) in (ROOT / name).read_text(encoding="utf-8")
 

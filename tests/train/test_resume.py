@@ -51,6 +51,17 @@ def group_of(monkeypatch):
     return seen
 
 
+def test_fsdp_by_a_flag_keeps_the_optimizers_options_as_fsdp_by_accelerate_does():
+    from types import SimpleNamespace
+
+    from utils.train.resume import _why_not
+
+    one = {"deepspeed_plugin": None, "lr_scheduler_type": SimpleNamespace(value="linear"),
+           "optim": SimpleNamespace(value="adamw_torch")}  # fmt: skip
+    assert _why_not("learning_rate", {}, SimpleNamespace(fsdp=None, **one)) is None
+    assert "FSDP" in _why_not("learning_rate", {}, SimpleNamespace(fsdp=True, **one))
+
+
 def test_every_setting_of_every_recipe_has_a_rule():
     """A field that TRL adds is to be decided on: `live` is only for what a recipe adds by itself."""
     rules = [FREE, LIVE, ORDER, FIXED, SIZES, UPDATED]

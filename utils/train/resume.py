@@ -167,7 +167,7 @@ def _why_not(name: str, then: dict[str, str], train_args) -> str | None:
     stateful = {then.get("lr_scheduler_type"), train_args.lr_scheduler_type.value} & STEP_BY_STEP
     if stateful and name in ("learning_rate", *SCHEDULE):
         return f"the schedule {stateful.pop()} depends on its earlier steps"
-    if train_args.deepspeed_plugin is not None or uses_fsdp():
+    if train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp():
         return "DeepSpeed and FSDP set it back to the checkpoint's"
     if train_args.optim.value not in PLAIN_OPTIMIZERS:
         return f"the optimizer {train_args.optim.value} sets it back to the checkpoint's"
