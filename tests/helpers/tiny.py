@@ -80,7 +80,8 @@ def tokenizer_for(template, make):
     tokenizer = copy.deepcopy(make())
     tokens = {template.bos, template.stop, template.closing, template.end} - {"", "{bos}", "{eos}"}
     forms = [template.system or "", template.user, template.assistant]
-    tokens |= {token for form in forms for token in re.findall(r"<\|[^|]+\|>|<start_of_turn>|<用户>|<AI>", form)}
+    tags = r"|\[/?[A-Z_]+\]" if template.name.startswith("mistral-v") else ""  # tokens since the tokenizer v3
+    tokens |= {token for form in forms for token in re.findall(r"<\|[^|]+\|>|<start_of_turn>|<用户>|<AI>" + tags, form)}
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(tokens)})
     return tokenizer
 

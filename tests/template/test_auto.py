@@ -50,7 +50,11 @@ def said(template, messages, tokenizer, **options):
     return tokenizer.decode([label for label in labels if label != -100])
 
 
-@pytest.mark.parametrize("name", sorted(set(template_dict) - {"minicpm"}))
+# Phi-4-mini ends a conversation with two tokens; test_official_formats.py has those with an empty block of thoughts
+OTHERS = {"minicpm", "phi-4-mini", "glm-4.5", "nemotron-3", "nemotron-3-ultra", "qwen3-hybrid", "qwen3.5", "qwen3.6"}
+
+
+@pytest.mark.parametrize("name", sorted(set(template_dict) - OTHERS))
 @pytest.mark.parametrize("marks", [True, False])
 def test_auto_finds_what_the_registered_template_trains(name, marks):
     """Each registered format, taken for a stranger's: the same ids, the same labels, with marks and without."""

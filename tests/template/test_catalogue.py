@@ -13,19 +13,34 @@ import trl
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
+from utils.template.auto import fixed_date
 
 FAMILIES = {
     "qwen1_5": "qwen", "qwen2": "qwen2", "qwen2_5": "qwen2.5", "qwen3_instruct_2507": "qwen3", "yi": "yi",
     "gemma": "gemma", "phi3": "phi-3", "deepseek": "deepseek", "mistral_v0_2": "mistral", "minicpm": "minicpm",
     "llama2": "llama2", "llama3": "llama3", "llama3_1": "llama3.1", "deepseekv3": "deepseek-v3", "gptoss": "gpt-oss",
+    "llama3_2": "llama3.2", "gemma3": "gemma-3", "gemma4_v5": "gemma-4", "qwen3": "qwen3-hybrid",
+    "qwen3_5_think": "qwen3.5", "qwen3_5_nothink": "qwen3.5-small", "qwen3_6": "qwen3.6",
+    "deepseek_r1_distill": "deepseek-r1", "glm4moe": "glm-4.5", "lfm2_v2": "lfm2", "lfm2_2_5_v2": "lfm2.5",
+    "nemotron_3_nano": "nemotron-3", "nemotron_3_ultra": "nemotron-3-ultra", "cohere2": "cohere2",
+    "chatml": "chatml", "smollm2": "smollm2", "smollm3": "smollm3", "internlm2": "internlm2", "phi4": "phi-4",
+    "phi4_mini": "phi-4-mini", "mistral_v3": "mistral-v3", "mistral_v3_tekken": "mistral-v3-tekken",
+    "mistral_v7_tekken": "mistral-v7-tekken",
 }  # fmt: skip
 # family of which TRL has the official template → the BOS token
-IN_TRL = {"llama3_1": "<|begin_of_text|>", "deepseekv3": "<｜begin▁of▁sentence｜>", "gptoss": ""}
+IN_TRL = {
+    "llama3_1": "<|begin_of_text|>", "llama3_2": "<|begin_of_text|>", "deepseekv3": "<｜begin▁of▁sentence｜>",
+    "gptoss": "", "gemma3": "<bos>", "gemma4_v5": "<bos>", "qwen3": "", "qwen3_5_think": "", "qwen3_5_nothink": "",
+    "qwen3_6": "", "deepseek_r1_distill": "<｜begin▁of▁sentence｜>", "glm4moe": "", "lfm2_v2": "<|startoftext|>",
+    "lfm2_2_5_v2": "<|startoftext|>", "nemotron_3_nano": "", "nemotron_3_ultra": "", "cohere2": "<BOS_TOKEN>",
+}  # fmt: skip
+DATE = "2024-07-26"  # of what shows one
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
@@ -43,18 +58,24 @@ def official_template(family):
 
 def official_rendering(family, messages, prompt=False, tools=None):
     options = {"add_generation_prompt": prompt, "bos_token": IN_TRL.get(family), "tools": tools}
-    return render_jinja_template([messages], chat_template=official_template(family), **options)[0][0]
+    with fixed_date(DATE):
+        return render_jinja_template([messages], chat_template=official_template(family), **options)[0][0]
 
 
 def rendered_now(family):
     """Rows as those of the fixtures, of the conversations of Llama-3."""
     for row in reference("chat_renderings.jsonl"):
         if row["family"] == "llama3":
-            text = official_rendering(family, row["messages"], row["add_generation_prompt"])
+            try:
+                text = official_rendering(family, row["messages"], row["add_generation_prompt"])
+            except TemplateError:  # it refuses the conversation
+                text = None
             yield {**row, "family": family, "rendered": text}
 
 
-RENDERINGS = reference("chat_renderings.jsonl") + [row for family in IN_TRL for row in rendered_now(family)]
+# more_renderings.jsonl: by the official templates that TRL has no copy of
+RENDERINGS = reference("chat_renderings.jsonl") + reference("more_renderings.jsonl")
+RENDERINGS += [row for family in IN_TRL for row in rendered_now(family)]
 BY_CASE = {(row["family"], row["case"], row["part"]): row for row in RENDERINGS}
 
 
@@ -78,10 +99,10 @@ def rendering_of(template, row):
 
 
 def jinja_rendering_of(template, row):
+    options = {"chat_template": template.to_jinja(), "add_generation_prompt": row["add_generation_prompt"]}
     try:
-        return render_jinja_template(
-            [row["messages"]], chat_template=template.to_jinja(), add_generation_prompt=row["add_generation_prompt"]
-        )[0][0]
+        with fixed_date(DATE):
+            return render_jinja_template([row["messages"]], **options)[0][0]
     except Exception:
         return None
 
@@ -97,7 +118,7 @@ def test_every_template_except_default_has_official_renderings():
 @pytest.mark.parametrize("row", RENDERINGS, ids=name_of)
 def test_renders_as_the_official_template(row):
     """Character for character; where the official template refuses, so do we."""
-    template = get_template(FAMILIES[row["family"]])
+    template = get_template(FAMILIES[row["family"]], date=DATE)
     assert rendering_of(template, row) == row.get("rendered")
     assert jinja_rendering_of(template, row) == row.get("rendered")
 
@@ -106,17 +127,18 @@ def test_renders_as_the_official_template(row):
 def test_one_wrong_character_is_noticed(name):
     """Each text of each template, changed by one character, differs from some official rendering."""
     rows = [row for row in RENDERINGS if FAMILIES[row["family"]] == name]
-    template = get_template(name)
+    template = get_template(name, date=DATE)
     for field in fields(template):
         value = getattr(template, field.name)
         # these fields do not show in the renderings; other tests cover them
         others = ("name", "source", "models", "closing", "alternate", "jinja", "date", "call_stop", "system_at_start")
+        others += ("settings", "exact_marks", "jinja_system", "keep_system")
         if field.name in others or value in (None, "", (), False) or template.jinja_only:
             continue
         wrong = not value if isinstance(value, bool) else value + "!"
         mutant = replace(template, **{field.name: wrong})
         # a Jinja text that is not made of these fields is covered by test_jinja_template.py
-        for render in (rendering_of, jinja_rendering_of)[: 1 if template.has_tools else 2]:
+        for render in (rendering_of, jinja_rendering_of)[: 1 if "jinja" in vars(template) else 2]:
             assert any(render(mutant, row) != row.get("rendered") for row in rows), field.name
 
 
@@ -184,11 +206,14 @@ MAKERS = {"byte-level": tiny.byte_level_tokenizer, "SentencePiece": tiny.sentenc
 
 
 @pytest.mark.parametrize("maker", sorted(MAKERS))
-@pytest.mark.parametrize("name", sorted(set(template_dict) - {"gpt-oss"}))  # test_jinja_template.py has it
+# test_official_formats.py has the others
+@pytest.mark.parametrize("name", sorted(name for name, each in template_dict.items() if not each.jinja_only))
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=TURNS, system=st.none() | TEXTS)
 def test_of_any_conversation_exactly_the_answers_and_stops_are_trained(name, maker, turns, system):
     """Trained is what the answers say and one stop token each; content never becomes a special token."""
+    if maker == "SentencePiece" and name.endswith("tekken"):
+        return  # a byte-level tokenizer
     tokenizer = tiny.tokenizer_for(template_dict[name], MAKERS[maker])
     template = get_template(name, tokenizer)
     messages = [

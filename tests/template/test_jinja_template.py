@@ -11,7 +11,7 @@ from conftest import ROOT, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from test_catalogue import official_rendering
+from test_catalogue import DATE, official_rendering
 from test_official import RESULT, TOOLS, answer, calls, trained_texts, user
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedConfig
@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from utils.infer.generate import prompt_ids
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
+from utils.template.auto import fixed_date
 from utils.template.format import formats_with_tools
 from utils.template.messages import UNREAD_FIELD, UNTRAINED_ANSWER, RowNote
 from utils.template.tokenize import special_token_pattern
@@ -152,7 +153,7 @@ def mistral_rows():
 
 
 def test_the_formats_with_tools():
-    assert sorted(formats_with_tools) == sorted([*FAMILIES, "mistral"])
+    assert {*FAMILIES, "mistral", "glm-4.5", "lfm2", "nemotron-3", "qwen3-hybrid"} <= set(formats_with_tools)
     assert {name for name, template in template_dict.items() if template.has_tools} == set(formats_with_tools)
 
 
@@ -160,7 +161,7 @@ def test_the_formats_with_tools():
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_renders_as_the_official_template(name, case, prompt):
-    template, messages = get_template(name), CASES[case]
+    template, messages = get_template(name, date=DATE), CASES[case]
     if case in REFUSED.get(name, ()):
         with pytest.raises(UserError):
             template.check(messages)
@@ -185,7 +186,7 @@ def test_renders_as_mistrals_official_template(case, prompt, rendered):
 @pytest.mark.parametrize("case", REASONING)
 def test_reasoning_is_shown_where_the_official_template_shows_it(case):
     messages = REASONING[case]
-    template = get_template("gpt-oss")
+    template = get_template("gpt-oss", date=DATE)
     for prompt in (False, True):
         assert template.render(messages, prompt) == official("gpt-oss", messages, prompt)
     untrained = [note for note in template.notes(messages) if note.kind == UNTRAINED_ANSWER]
@@ -327,12 +328,12 @@ def test_trained_is_what_auto_finds_in_the_official_template(name, case):
     if case in REASONING and name != "gpt-oss":
         return
     tokenizer = tokenizer_for(name)
-    template = get_template(name, tokenizer)
+    template = get_template(name, tokenizer, DATE)
     encoded = template.encode(messages, tokenizer)
     assert encoded["input_ids"] == tokenizer(official(name, messages), add_special_tokens=False)["input_ids"]
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = re.sub(r"\{%- (end)?generation %\}", "", template.to_jinja())
-    auto = get_template("auto", plain)
+    auto = get_template("auto", plain, DATE)
     assert not auto.has_generation_marks()
     assert auto.encode(messages, plain) == encoded
     assert auto.notes(messages) == template.notes(messages)
@@ -352,12 +353,14 @@ def test_the_saved_chat_template_has_the_ids_and_the_mask_of_training(name, case
     options = {"tools": messages[0].get("tools"), "return_dict": True, "return_assistant_tokens_mask": True}
     saved = tokenizer.apply_chat_template(bare(messages), **options)
     encoded = template.encode(messages, tokenizer)
+    if template.closing and messages[-1]["role"] == "assistant":  # training adds a token
+        encoded = {name: values[:-1] for name, values in encoded.items()}
     assert saved["input_ids"] == encoded["input_ids"]
     if not [note for note in template.notes(messages) if note.kind == UNTRAINED_ANSWER]:
         assert saved["assistant_masks"] == [int(label != -100) for label in encoded["labels"]]
 
 
-@pytest.mark.parametrize("name", sorted(set(formats_with_tools) - {"gpt-oss"}))
+@pytest.mark.parametrize("name", [name for name in formats_with_tools if not template_dict[name].jinja_only])
 def test_a_conversation_without_tools_is_the_same_by_both_ways(name):
     template = get_template(name)
     for messages in ([user(" Q? "), answer("\nA. ")], [user("Q?"), answer("A."), user("P?")]):
@@ -372,13 +375,15 @@ def test_rows_with_and_without_tools_keep_their_order_in_a_batch():
     assert template.encode_batch(rows, tokenizer) == [template.encode(row, tokenizer) for row in rows]
 
 
-@pytest.mark.parametrize("name", formats_with_tools)
+@pytest.mark.parametrize("name", sorted(set(formats_with_tools) - {"qwen3.5-small"}))  # which does not reason unasked
 def test_a_generation_prompt_is_what_stands_before_a_trained_call(name):
     """`infer` and `evaluate` ask with the saved chat template; the answer begins at the first label of training."""
     tokenizer = tokenizer_for(name)
     template = get_template(name, tokenizer)
     tokenizer.chat_template = template.to_jinja()
     messages = CASES["call last"]
+    if "T-ONE." in template.render(reasoned := REASONING["reasoning and the last call"]):
+        messages = reasoned  # without reasoning, an empty block follows the prompt
     ids = prompt_ids(SimpleNamespace(config=PreTrainedConfig()), tokenizer, bare(messages[:1]), messages[0]["tools"])
     encoded = template.encode(messages, tokenizer)
     start = next(place for place, label in enumerate(encoded["labels"]) if label != -100)
@@ -423,7 +428,7 @@ def test_no_text_of_the_data_becomes_a_token_of_the_format(name):
     for text in tokens:
         ids = template.encode(conversation(text), tokenizer)["input_ids"]
         assert [token for token in ids if token in added] == plain, text
-        assert tokenizer.decode(ids) == template.render(conversation(text))
+        assert tokenizer.decode(ids) == template.render(conversation(text)) + template.closing
     allowed = template.encode(conversation(text), tokenizer, allow_special=True)["input_ids"]
     assert len([token for token in allowed if token in added]) > len(plain)
 
@@ -497,7 +502,7 @@ SCHEMAS = st.recursive(
 def test_any_tool_is_written_as_the_official_gpt_oss_template_does(parameters):
     tool = {"type": "function", "function": {"name": "f", "description": "D.", "parameters": parameters}}
     messages = [asked([tool]), answer("A.")]
-    assert get_template("gpt-oss").render(messages) == official("gpt-oss", messages)
+    assert get_template("gpt-oss", date=DATE).render(messages) == official("gpt-oss", messages)
 
 
 # ------------------------------------------------------------------------------ what is refused, and how
@@ -551,29 +556,62 @@ def test_a_format_without_tools_names_those_with_tools(messages):
 # ------------------------------------------------------------------------------ every text of the Jinja files counts
 
 
-@pytest.mark.parametrize("name", formats_with_tools)
-def test_one_wrong_text_is_noticed(name):
+OPTIONS = [
+    {},
+    {"enable_thinking": False},
+    {"enable_thinking": True},
+    {"low_effort": True},
+    {"medium_effort": True},
+    {"closing": "<|user|>"},
+]
+MORE_CASES = [
+    [user("Q?"), answer("A.")], [SYSTEM, user("Q?"), answer("A.")],
+    [user("Q?"), answer("A."), user("P?"), answer("B.")],
+    [user("Q?"), answer("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])],
+    [user("Q?"), answer("<think>\nT.\n</think>\n\nA.")],
+    [{**SYSTEM, "content": "S. /no_think"}, user("Q?"), answer("A.")],
+    [{**SYSTEM, "content": "S. /system_override"}, user("Q?"), answer("A.")],
+    [user("Q?"), answer("<|channel>thought\nT.<channel|>A.")], [SYSTEM, {**SYSTEM, "content": "S2."}, user("Q?")],
+    [user("Q?"), answer("", tool_calls=[call({"p": "it's \\ \n\r", "q": [1], "r": True})])],
+    [asked(), answer("", tool_calls=calls(LARK)), RESULT, {**SYSTEM, "content": "S2."}],
+    [user("<tool_response>x</tool_response>"), user("Q?"), answer("A.")],
+    [user("Q?"), answer("<think>\nT."), user("P?"), answer("", tool_calls=calls(LARK))],
+    [asked([{**SECOND_TOOL, "function": {**SECOND_TOOL["function"], "strict": True, "limits": [1], "x": "y"}}])],
+    [asked([{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "strict": False}}}])],
+    [user("Q?"), answer("<think>T.", tool_calls=calls(LARK)), RESULT, user("P?")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("jinja", sorted({each.jinja for each in template_dict.values() if "jinja" in vars(each)}),
+                         ids=lambda jinja: jinja[4:34].split(":")[0])  # fmt: skip
+def test_one_wrong_text_is_noticed(jinja):
     """Each text that a Jinja file prints, changed by one character, differs in the rendering of some case."""
-    template = get_template(name)
-    cases = [*CASES.values(), *REASONING.values(), [user("Q?"), answer("A.")], [SYSTEM, user("Q?"), answer("A.")]]
-    cases.append([user("Q?"), answer("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])])
+    cases = [*MORE_CASES, *CASES.values(), *REASONING.values()]
+    settings = [
+        each.to_jinja().removesuffix(jinja) for each in template_dict.values() if vars(each).get("jinja") == jinja
+    ]
 
-    def renderings(jinja):
-        for messages in cases:
-            for prompt in (False, True):
-                try:
-                    yield render_jinja_template([bare(messages)], tools=messages[0].get("tools"), chat_template=jinja,
-                                                add_generation_prompt=prompt)[0][0]  # fmt: skip
-                except TemplateError:
-                    yield None
+    def renderings(text):
+        for head in settings:
+            for messages in cases:
+                for options in ({}, {"add_generation_prompt": True}, *OPTIONS[1:]):
+                    options = {"add_generation_prompt": bool(options), **options}
+                    try:
+                        with fixed_date(DATE):
+                            yield render_jinja_template(
+                                [bare(messages)], tools=messages[0].get("tools"), chat_template=head + text, **options
+                            )[0][0]
+                    except Exception:
+                        yield None
 
-    jinja = template.to_jinja()
     right = list(renderings(jinja))
-    printed = [match for block in re.finditer(r"\{\{-(.*?) \}\}\n", jinja, re.DOTALL)
-               if "raise_exception" not in block[1]
-               for match in re.finditer(r"'(?:\\.|[^'\\])+'", jinja[block.start(): block.end()])
-               for match in [(block.start() + match.start(), match[0])]]  # fmt: skip
-    assert len(printed) > 10
+    printed = [
+        (block.start() + match.start(), match[0])
+        for block in re.finditer(r"\{\{-(.*?) \}\}\n", jinja, re.DOTALL)
+        if "raise_exception" not in block[1]
+        for match in re.finditer(r"(?<![\[(])'(?:\\.|[^'\\])+'", jinja[block.start() : block.end()])
+    ]
+    assert len(printed) > 3
     unnoticed = []
     for start, text in printed:
         wrong = f"{jinja[:start]}{text[:-1]}!'{jinja[start + len(text) :]}"

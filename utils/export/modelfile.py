@@ -41,7 +41,7 @@ NAME = "Modelfile"
 
 def has_go_form(template: Template | None) -> bool:
     """Whether a chat format can be written as a Modelfile's TEMPLATE."""
-    return template is not None and not template.jinja_only
+    return template is not None and not template.jinja_only and not template.jinja_system
 
 
 def template_in(tokenizer, likely: str | None = None) -> Template | None:
@@ -109,6 +109,8 @@ def modelfile(template: Template, tokenizer, stop_ids: int | list[int] | None) -
     """
     added = leading_bos(template, tokenizer)
     lines = [f"# {template.name}: {template.source}"]
+    if template.shows_date:
+        lines.append(f"# TEMPLATE shows the day on which it was written, {template.date}")
     if template.has_tools:
         lines.append(
             "# TEMPLATE has no tools, so that Ollama refuses requests with tools; chat_template.jinja has them"

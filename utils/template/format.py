@@ -51,7 +51,9 @@ class Template:
         end: text after a complete conversation; never trained.
         closing: for formats that end no answer: the stop token that training adds to the last one.
         strip: whether whitespace around a content is removed.
+        keep_system: whether `strip` spares a system message that is put into the first user's turn.
         alternate: whether user and assistant must take turns, a user first.
+        system_at_start: whether a system message is supported at the start only.
     """
 
     name: str
@@ -70,10 +72,12 @@ class Template:
     end: str = ""
     closing: str = ""
     strip: bool = False
+    keep_system: bool = False
     alternate: bool = False
+    system_at_start: bool = False
 
     # not attributes of a format here, but of a `JinjaTemplate`
-    has_tools, jinja_only, system_at_start, shows_date, call_stop = False, False, False, False, ""
+    has_tools, jinja_only, jinja_system, shows_date, call_stop = False, False, False, False, ""
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Renders a conversation as text.
@@ -109,8 +113,11 @@ class Template:
             elif system is not None:
                 before, rest = self.system_with_user.split("{system}")
                 middle, after = rest.split("{content}")
-                joined = before + system + middle + content + after
-                yield from _fill(self.user, self._stripped(joined))
+                if self.keep_system:
+                    joined = before + system + middle + self._stripped(content) + after
+                else:
+                    joined = self._stripped(before + system + middle + content + after)
+                yield from _fill(self.user, joined)
                 system = None
             else:
                 yield from _fill(self.system if message["role"] == "system" else self.user, self._stripped(content))
@@ -157,6 +164,8 @@ class Template:
                 f"turn {turn} is a system message, which template {self.name!r} does not support; put its text at the "
                 "start of the first question, or choose another template"
             )
+        if self.system_at_start and turn > 1:
+            raise UserError(f"turn {turn} is a system message, which template {self.name!r} supports only at the start")
         if self.system is None and (turn > 1 or len(messages) < 2 or messages[1]["role"] != "user"):
             raise UserError(
                 f"turn {turn} is a system message, which template {self.name!r} supports only at the start, before a "
@@ -222,7 +231,7 @@ class Template:
 
     def text(self) -> str:
         """All text that the format itself writes in conversations without tools, joined."""
-        others = ("name", "source", "models", "jinja", "call_stop", "date")
+        others = ("name", "source", "models", "jinja", "settings", "call_stop", "date")
         parts = [getattr(self, field.name) for field in fields(self) if field.name not in others]
         return "\n".join(part for part in parts if isinstance(part, str))
 

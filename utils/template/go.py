@@ -77,8 +77,12 @@ def _user(template, form: str, folds: bool) -> str:
         return turn
     before, rest = template.system_with_user.split("{system}")
     middle, after = rest.split("{content}")
-    whole = f"(print {quoted(before)} $system {quoted(middle)} .Content {quoted(after)})"
-    joined = _wrapped(template, form, whole)
+    if template.keep_system:
+        opening, closing = form.split("{content}")
+        head = f"{{{{ print {quoted(before)} $system {quoted(middle)} }}}}"
+        joined = literal(opening) + head + _content(template, ".Content") + literal(after + closing)
+    else:
+        joined = _wrapped(template, form, f"(print {quoted(before)} $system {quoted(middle)} .Content {quoted(after)})")
     return "{{ if $waits }}" + joined + "{{ $waits = false }}{{ else }}" + turn + "{{ end }}"
 
 

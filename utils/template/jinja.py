@@ -29,9 +29,12 @@ def to_jinja(template) -> str:
     parts.append("{% elif message['role'] == 'user' %}")
     if template.system_with_user is not None:
         before, middle, after = _split(template.system_with_user)
-        whole = " ~ ".join([quoted(before), "messages[0]['content']", quoted(middle), "message['content']"])
-        whole = _content(template, f"({whole} ~ {quoted(after)})")
-        parts.append("{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}" + _wrapped(template.user, whole))
+        head = f"{quoted(before)} ~ messages[0]['content'] ~ {quoted(middle)}"
+        if template.keep_system:
+            joined = f"{head} ~ ({content}) ~ {quoted(after)}"
+        else:
+            joined = _content(template, f"({head} ~ message['content'] ~ {quoted(after)})")
+        parts.append("{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}" + _wrapped(template.user, joined))
         parts.append("{% else %}" + _wrapped(template.user, content) + "{% endif %}")
     else:
         parts.append(_wrapped(template.user, content))
@@ -50,6 +53,9 @@ def _checks(template) -> str:
         text += "{% if message['role'] == 'system' and (not loop.first or messages | length < 2 "
         text += "or messages[1]['role'] != 'user') %}"
         text += _refuse(f"{template.name}: a system message only at the start, before a user") + "{% endif %}"
+    if template.system_at_start:
+        text += "{% if message['role'] == 'system' and not loop.first %}"
+        text += _refuse(f"{template.name}: a system message only at the start") + "{% endif %}"
     text += "{% endfor %}"
     if template.alternate:
         text += "{% for message in messages | rejectattr('role', 'equalto', 'system') %}"

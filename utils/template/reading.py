@@ -25,7 +25,7 @@ from utils.template.messages import (
 )
 from utils.template.spans import SpanNotFound, find_answer_span
 
-_BEFORE_TOOLS = "has an answer before the tools, which the template shows only later in the conversation"
+_LATER = "has an answer before the {}, which the template shows only later in the conversation"
 _FIELD_NAMES = {"content": "a content", "tool_calls": "a tool call", "<think>": "a thought in its content"}
 _PLAIN_FIELDS = {"role", "content", "train"}
 # a conversation is read twice: when its row is checked, and when its chunk of rows is encoded
@@ -129,12 +129,12 @@ def read_at_once(template, messages: list[Message]) -> Reading:
     text, marks = template.render_with_marks(messages)
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge_hidden(template, messages, hidden)
-    start = 0
+    starts = {"system message": _system_start(template, messages, text)}
     if messages[0].get("tools"):
         if refused is None and _drops_tools(template, messages, text):
             refused = f"turn 1 has tools, which {template.label} does not show"
         notes += _unread_in_tools(template, json.dumps(messages[0]["tools"], ensure_ascii=False))
-        start = tools_start(messages, template.render)
+        starts["tools"] = tools_start(messages, template.render)
     shown = remove_fields(messages, [field for field in hidden if field[0] in lost]) if lost else messages
     shown = shown if shown is messages or template.render(shown) == text else messages
     spans, weights, not_found = [], [], []
@@ -145,7 +145,7 @@ def read_at_once(template, messages: list[Message]) -> Reading:
         if reason is None:
             try:
                 span = _find_span(template, shown, turn, text, marks)
-                reason = _BEFORE_TOOLS if span[0] < start else None
+                reason = next((_LATER.format(what) for what, start in starts.items() if span[0] < start), None)
                 spans += [] if reason else [span]
                 weights += [] if reason else [weight_of(message)]
             except SpanNotFound as error:
@@ -186,6 +186,23 @@ def _is_shown_last(template, messages: list[Message], field: str) -> bool:
     except UserError:
         return False
     return (len(messages) - 1, field) not in hidden_fields(messages, template.render, text)
+
+
+def _system_start(template, messages: list[Message], text: str) -> int:
+    """Returns where a rendering has the system message that a conversation of several answers begins with, else 0.
+
+    Mistral's templates put it into the last question.
+    """
+    if messages[0]["role"] != "system" or count_answers(messages) < 2:
+        return 0
+    first = next(message["content"].strip() for message in messages if message["role"] == "assistant")
+    if (start := text.find(messages[0]["content"].strip())) < 0 or first and start < text.find(first):
+        return 0
+    marked = [{**messages[0], "content": messages[0]["content"] + _NEXT_QUESTION}, *messages[1:]]
+    try:
+        return max(template.render(marked).find(_NEXT_QUESTION) - len(messages[0]["content"]), 0)
+    except UserError:
+        return 0
 
 
 def _drops_tools(template, messages: list[Message], text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from datetime import datetime
 
 from utils.runtime.errors import Problem, UserError, nearest
 from utils.template.auto import AutoTemplate, today
@@ -45,13 +46,17 @@ def get_template(name: str, tokenizer=None, date: str | None = None, thinking: s
         raise UserError(unknown_template(name))
     bos, eos = ("<s>", "</s>") if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
     template = template_dict[name]
+    date = (date or today()) if template.shows_date else ""
+    day = datetime.fromisoformat(date) if date else None
     filled = {
-        field.name: re.sub(r"\{bos\}", lambda _: bos, value).replace("{eos}", eos)
+        field.name: re.sub(r"\{date:([^}]+)\}", lambda form: day.strftime(form[1]), value)
+        .replace("{bos}", bos)
+        .replace("{eos}", eos)
         for field in fields(template)
         if isinstance(value := getattr(template, field.name), str)
     }
-    if isinstance(template, JinjaTemplate) and template.shows_date:
-        filled["date"] = date or today()
+    if date:
+        filled["date"] = date
     template = with_thinking(replace(template, **filled), thinking)
     if tokenizer is not None:
         _check_stop_token(template, tokenizer)

@@ -68,7 +68,11 @@ def encode_segments(
     texts, spans, weights, escapes = [], [], [], []
     for segments in conversations:
         segments, escape_char = _escape_segments(segments, patterns)
-        escapes.append(escape_char or (escape_chars and escape_chars[len(texts)]))
+        if escape_chars and (escape_char := escape_chars[len(texts)]):
+            # as Python writes it within a list, which LFM2.5's template prints
+            written = ascii(escape_char)[1:-1]
+            segments = [segment._replace(text=segment.text.replace(written, escape_char)) for segment in segments]
+        escapes.append(escape_char)
         for parts, part in zip((texts, spans, weights), _join(segments), strict=True):
             parts.append(part)
     encoded = encode_texts(texts, tokenizer)
@@ -230,7 +234,7 @@ def pick_escape_char(text: str) -> str:
         UserError: it contains all of them.
     """
     for character in map(chr, chain(*_ESCAPE_CHARS)):
-        if character not in text:
+        if character not in text and ascii(character)[1:-1] not in text:
             return character
     raise UserError("a conversation contains every private-use character of Unicode; remove some of them from it")
 
