@@ -104,9 +104,8 @@ def test_all_named_templates_get_the_default_and_rows_with_tools_as_well():
     tokenizer.chat_template = {"default": plain, "tool_use": plain + " ", "rag": "no switch"}
     template = get_template("auto", tokenizer, thinking="off")
     template.save_in(tokenizer)
-    assert {name for name, text in tokenizer.chat_template.items() if "is defined else false" in text.split("\n")[0]} == {
-        "default", "tool_use",
-    }  # fmt: skip
+    heads = {name: text.split("\n")[0] for name, text in tokenizer.chat_template.items()}
+    assert {name for name, head in heads.items() if "is defined else false" in head} == {"default", "tool_use"}
     row = [user("Q-ONE?", tools=[])]
     assert template.render(row, True).endswith("<think>\n\n</think>\n\n ")
     tokenizer.chat_template = {"default": plain, "tool_use": get_template("yi").to_jinja()}
