@@ -123,7 +123,7 @@ def page(results: dict, untried: str) -> str:
         *counts_table(lines), "",
         "What works is equal to plain transformers and PEFT:", "",
         "- The loss of the first step, in the run's layout and padded, is that of rows one by one to "
-        f"{LOSS_TOLERANCE:g}, and in full training its gradients are the same to {GRADIENT_TOLERANCE:g} of their norm.",
+        f"{LOSS_TOLERANCE:g}, and its gradients are the same to {GRADIENT_TOLERANCE:g} of their norm.",
         "- What is saved is loaded by plain transformers, or by PEFT on the base. Its logits are those of the trained "
         f"model in memory to {LOGITS_TOLERANCE:g} of the largest, and its loss is the run's evaluation loss.",
         "- The trained model in memory, the reloaded one, and `infer` with both prompts in one batch give the same "

@@ -36,7 +36,7 @@ def plain_attention():
         AttentionInterface.register("sdpa", replaced)
 
 
-def load(base: Path, run: Path | None = None):
+def load(base: Path, run: Path | None = None, trainable: bool = False):
     """The model as plain transformers and PEFT load it, in float32, in evaluation mode."""
     import torch
     from peft import PeftModel
@@ -44,7 +44,7 @@ def load(base: Path, run: Path | None = None):
 
     adapter = run is not None and (run / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(base if adapter or run is None else run, dtype=torch.float32)
-    return (PeftModel.from_pretrained(model, run) if adapter else model).eval()
+    return (PeftModel.from_pretrained(model, run, is_trainable=trainable) if adapter else model).eval()
 
 
 def row_loss(model, row: dict):
@@ -69,9 +69,9 @@ def plain_loss(model, rows: list[dict]) -> float:
         return sum(float(row_loss(model, row)) for row in rows) / labelled(rows)
 
 
-def plain_gradients(base: Path, rows: list[dict]) -> dict:
+def plain_gradients(model, rows: list[dict]) -> dict:
     """The gradient of `plain_loss` in training mode, by the weight's name."""
-    model = load(base).train()
+    model.train()
     for row in rows:
         (row_loss(model, row) / labelled(rows)).backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -146,14 +146,15 @@ class Watched:
     """What a run holds in memory: the gradients of its first step, and its trained model.
 
     Attributes:
+        start: the folder that a new adapter is saved in before the first step.
         gradients: by the weight's name; of the layout that the run chose.
         padded_loss: of the base, as evaluation computes it on padded rows.
         logits: of each row, from the trained model.
         answers: `greedy` of the trained model; the error of a model that transformers cannot generate with.
     """
 
-    def __init__(self, rows: list[dict]):
-        self.rows, self.gradients = rows, {}
+    def __init__(self, rows: list[dict], start: Path):
+        self.rows, self.start, self.gradients = rows, start, {}
 
     @contextlib.contextmanager
     def watching(self):
@@ -163,6 +164,8 @@ class Watched:
         begin, finish = save.begin_run, save.finish_run
 
         def begin_run(trainer, *given):
+            if hasattr(trainer.model, "peft_config"):
+                trainer.model.save_pretrained(self.start)
             self.padded_loss = padded_loss(trainer)
             trainer.add_callback(self._noting_gradients())
             return begin(trainer, *given)
@@ -224,7 +227,7 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
         "--load_best_model_at_end", "false", "--max_grad_norm", "0", *MODES[mode],
     ]  # fmt: skip
     try:
-        with Watched(rows).watching() as watched:
+        with Watched(rows, folder / "start").watching() as watched:
             main_train.main(flags)
     except UserError as error:
         return {"refused": reason(error, base, run)}
@@ -239,8 +242,8 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
     with plain_attention():
         plain, reloaded = load(base), load(base, run)
         found |= {"plain_loss": plain_loss(plain, rows), "plain_eval_loss": plain_loss(reloaded, rows)}
-        if mode == "full":
-            found["gradient"] = gradient_difference(watched.gradients, plain_gradients(base, rows))
+        start = load(base, watched.start if mode == "lora" else None, trainable=True)
+        found["gradient"] = gradient_difference(watched.gradients, plain_gradients(start, rows))
         logits = logits_of(reloaded, rows)
         found["moved"] = logits_difference(logits_of(plain, rows), logits)
         found["reloaded"] = logits_difference(watched.logits, logits)
