@@ -231,6 +231,11 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
             main_train.main(flags)
     except UserError as error:
         return {"refused": reason(error, base, run)}
+    return compare(mode, watched, base, run, rows)
+
+
+def compare(mode: str, watched: Watched, base: Path, run: Path, rows: list[dict]) -> dict:
+    """Compares a finished run with plain transformers and PEFT, which load its base and what it has saved."""
     history = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     settings = json.loads((run / "train_args.json").read_text(encoding="utf-8"))["trainer"]
     found = {
@@ -248,7 +253,7 @@ def train(mode: str, base: Path, folder: Path, rows: list[dict]) -> dict:
         found["moved"] = logits_difference(logits_of(plain, rows), logits)
         found["reloaded"] = logits_difference(watched.logits, logits)
         if mode == "lora":
-            found["merged"] = merged(base, run, folder / "merged", rows, logits)
+            found["merged"] = merged(base, run, run.with_name("merged"), rows, logits)
         found["generates"] = compare_answers(watched.answers, reloaded, run, rows)
     found["problems"] = problems_of(found)
     return found
