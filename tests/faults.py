@@ -4106,6 +4106,20 @@ FAULTS = [
         "tests/config/test_mixing.py -k 'config'",
     ),
     Fault(
+        "fsdp: sharded weights are allowed, of which the run saves none",
+        "utils/config/validate.py",
+        'config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT"',
+        "False",
+        "tests/config/test_validate.py -k 'fsdp_config'",
+    ),
+    Fault(
+        "parallelism: ranks that share a row are not refused",
+        "utils/config/validate.py",
+        '        if size != "1"\n',
+        "        if False\n",
+        "tests/config/test_validate.py -k 'sequence_parallelism'",
+    ),
+    Fault(
         "resume: FSDP by a flag counts as one process's optimizer",
         "utils/train/resume.py",
         "train_args.deepspeed_plugin is not None or train_args.fsdp or uses_fsdp()",

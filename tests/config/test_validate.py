@@ -50,3 +50,27 @@ def test_several_trackers(parse, monkeypatch):
     assert parse("--report_to", "wandb", "tensorboard", "--seed", "7")[1].report_to == ["wandb", "tensorboard"]
     for word, wanted in (("none", []), ("tensorboard", ["tensorboard"])):
         assert parse("--report_to", word)[1].report_to == wanted
+
+
+def test_accelerates_sequence_parallelism_is_refused_and_data_parallelism_is_not(parse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    parse()
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    found = " ".join(problems_of(parse, "--lora_rank", "0"))
+    assert "parallelism_config_sp_size 2: sequence parallelism is not supported" in found
+    assert "tensor parallelism" in found and "--lora_rank 0" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ('{"state_dict_type": "SHARDED_STATE_DICT"}', "give FULL_STATE_DICT"),
+        ('{"version": 7}', "version 7"),
+        ('{"reshard_after_forwrd": true}', "Did you mean 'reshard_after_forward'"),
+    ],
+)
+def test_an_fsdp_config_that_transformers_would_ignore_is_refused(parse, config, named):
+    parse("--fsdp", "full_shard", "--fsdp_config", '{"version": 2, "reshard_after_forward": false}')
+    assert named in " ".join(problems_of(parse, "--fsdp", "full_shard", "--fsdp_config", config))

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import os
 import re
 from importlib.util import find_spec
 
@@ -11,6 +12,13 @@ from utils.data.sources import gives_settings, is_mixture
 from utils.runtime.errors import Problem, nearest, refusal
 
 MAX_EPOCHS = 1_000_000
+# what transformers' TrainingArguments reads of --fsdp_config
+_FSDP_KEYS = {
+    "version", "auto_wrap_policy", "min_num_params", "transformer_layer_cls_to_wrap", "reshard_after_forward",
+    "cpu_offload", "cpu_ram_efficient_loading", "state_dict_type", "activation_checkpointing", "forward_prefetch",
+    "backward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers", "xla", "xla_fsdp_v2",
+    "xla_fsdp_settings", "xla_fsdp_grad_ckpt",
+}  # fmt: skip
 # field of the trainer's → the least value allowed
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -33,10 +41,11 @@ def validate(settings) -> list[Problem]:
     common, train_args = settings.common, settings.train_args
     problems = _check_numbers(common) + _check_data_files(settings) + _check_columns(settings)
     problems += _check_attention(common) + _check_row_ledger(settings) + _check_train_on(common)
+    problems += _check_parallelism()
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)
-    problems += _check_reports(train_args) + _check_optimizer(train_args)
+    problems += _check_reports(train_args) + _check_optimizer(train_args) + _check_fsdp(train_args)
     if getattr(train_args, "packing", False) and not getattr(train_args, "padding_free", False):
         problems += refusal(
             "--packing true needs --padding_free true: only positions keep the rows within a row apart",
@@ -110,6 +119,40 @@ def _check_attention(common) -> list[Problem]:
             "attn_implementation",
         )
     return []
+
+
+def _check_parallelism() -> list[Problem]:
+    """Refuses ranks that share a row, which accelerate's launcher sets: here every process has rows of its own."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return []
+    kinds = {"sp": "sequence", "cp": "context", "tp": "tensor"}
+    sizes = {kind: os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1") for kind in kinds}
+    return [
+        Problem(
+            f"accelerate's parallelism_config_{kind}_size {size}: {kinds[kind]} parallelism is not supported; leave it "
+            "out, and shard the weights with FSDP2 or ZeRO-3"
+        )
+        for kind, size in sizes.items()
+        if size != "1"
+    ]
+
+
+def _check_fsdp(train_args) -> list[Problem]:
+    """Refuses what transformers 5.23 ignores: unknown keys, and versions other than 1, which it reads as 1."""
+    config = train_args.fsdp_config if train_args.fsdp and isinstance(train_args.fsdp_config, dict) else {}
+    problems = [
+        Problem(f"--fsdp_config has an unknown key {key!r}.{nearest(key, _FSDP_KEYS)}", flags=("fsdp_config",))
+        for key in sorted(config.keys() - _FSDP_KEYS)
+    ]
+    if (version := str(config.get("version", 2))) not in ("1", "2"):
+        problems += refusal(f"--fsdp_config has version {version}; give 2, or leave it out", "fsdp_config")
+    if config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":  # transformers would save no weights
+        problems += refusal(
+            f"--fsdp_config has state_dict_type {config['state_dict_type']}, of which the run's folder would get no "
+            "weights; give FULL_STATE_DICT, or leave it out",
+            "fsdp_config",
+        )
+    return problems
 
 
 def _check_optimizer(train_args) -> list[Problem]:

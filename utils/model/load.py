@@ -12,7 +12,7 @@ from utils.model.rope import scaling_options
 from utils.patches.attention import use_row_attention
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.rope import use_row_rope
-from utils.runtime.distributed import uses_fsdp, zero_stage
+from utils.runtime.distributed import uses_fsdp, world_size, zero_stage
 from utils.runtime.errors import UserError, load_failure, raise_if_any
 
 
@@ -33,6 +33,8 @@ def load_model(args, train_args):
     Raises:
         UserError: the weights cannot be loaded, or are not safetensors.
     """
+    if train_args.fsdp and world_size() == 1:
+        raise UserError("--fsdp shards over several processes, and there is one; start it with torchrun")
     _resolve_quantised_base(args, train_args)
     adapter = adapter_of(args)
     quantised = loading_options(args, compute_dtype(args))
