@@ -4106,6 +4106,13 @@ FAULTS = [
         "tests/config/test_mixing.py -k 'config'",
     ),
     Fault(
+        "prove: an adapter is merged without its run's rope scaling",
+        "utils/prove/model_checks.py",
+        "    if subject.args.rope_scaling:",
+        "    if False:",
+        "tests/prove/test_model_checks.py -k 'every_kind_of_adapter'",
+    ),
+    Fault(
         "fsdp: sharded weights are allowed, of which the run saves none",
         "utils/config/validate.py",
         'config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT"',

@@ -18,7 +18,8 @@ def test_full_training_has_no_adapter_proofs_and_learns_to_stop(proved):
     assert proofs["stops"]["measures"][0]["found"] == 4
 
 
-@pytest.mark.parametrize("how", [["--train_mode", "qlora"], ["--init_lora_weights", "pissa"], ["--use_dora", "true"]])
+@pytest.mark.parametrize("how", [["--train_mode", "qlora"], ["--init_lora_weights", "pissa"], ["--use_dora", "true"],
+                                 ["--rope_scaling", "yarn:4"]])  # fmt: skip
 def test_every_kind_of_adapter_is_merged(proved, how):
     proofs, code = proved(*how, only=["adapter_off", "merged", "accumulation"])
     pissa = "pissa" in how

@@ -6,6 +6,7 @@ from utils.model.adapter import adapter_of, names_where
 from utils.model.adapter_files import attach_adapter
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
+from utils.model.meta import whole_models
 from utils.model.options import compute_dtype, quantisation_options, resolve_checkpointing
 from utils.model.quantised import check_base, forget_unpacking, is_stored_in_bytes, loading_options, resolve_base
 from utils.model.rope import scaling_options
@@ -43,7 +44,8 @@ def load_model(args, train_args):
         refuse_unloadable(
             args.model_name_or_path, "--model_name_or_path", args.trust_remote_code, "use --train_mode lora"
         )
-    scaling = scaling_options(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
+    with whole_models(train_args):
+        scaling = scaling_options(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
     model = _from_pretrained(args, _options(args, train_args) | quantised | scaling)
     fix_generation_config(model)
     if quantised:

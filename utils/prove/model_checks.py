@@ -20,6 +20,8 @@ from utils.model.merge_check import MergeDiffers
 from utils.prove.figures import Count, DoesNotApply, Measure, ProofFailed, logits_of, same_logits
 from utils.prove.subject import Subject, trained
 from utils.run.save import save_weights
+from utils.storage.files import write_json
+from utils.storage.run_folder import RECORD_FILE
 from utils.storage.weights import weights_size
 from utils.template.tokenize import IGNORE_INDEX
 
@@ -63,6 +65,8 @@ def merged(subject: Subject) -> list[Measure]:
     # a 4-bit base is another model than the one an adapter is merged into
     expected = None if quantised else logits_of(trainer.model, subject.sequences())
     save_weights(trainer, subject.args, folder)
+    if subject.args.rope_scaling:  # which a run's folder has in its record
+        write_json(folder / RECORD_FILE, {"common": {"rope_scaling": subject.args.rope_scaling}})
     args = TrainedArgs(model_path=str(folder), trust_remote_code=subject.args.trust_remote_code)
     parts = Parts(base, (str(folder),))
     with _moved_to_cpu(trainer.model, quantised):
