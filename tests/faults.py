@@ -1737,17 +1737,38 @@ FAULTS = [
     # ------------------------------------------------------------------ optimizer, numbers that are none
     Fault(
         "loraplus: B learns as fast as A",
-        "utils/train/trainer.py",
-        "loraplus_lr_ratio=self.loraplus_lr_ratio,",
+        "utils/train/optimizers.py",
+        "loraplus_lr_ratio=ratio,",
         "loraplus_lr_ratio=1.0,",
         "tests/train/test_trainer.py -k loraplus",
     ),
     Fault(
         "loraplus: no weight decay",
-        "utils/train/trainer.py",
-        "loraplus_weight_decay=self.args.weight_decay,",
+        "utils/train/optimizers.py",
+        "loraplus_weight_decay=decay,",
         "loraplus_weight_decay=0.0,",
         "tests/train/test_trainer.py -k loraplus",
+    ),
+    Fault(
+        "muon: an untied head is trained as a matrix of the layers",
+        "utils/train/optimizers.py",
+        "for module in (model.get_input_embeddings(), model.get_output_embeddings())",
+        "for module in (model.get_input_embeddings(),)",
+        "tests/train/test_optimizers.py -k torchs_muon",
+    ),
+    Fault(
+        "muon: a loaded state is not that which steps",
+        "utils/train/optimizers.py",
+        "        super().load_state_dict(state_dict)\n        self._share()",
+        "        super().load_state_dict(state_dict)",
+        "tests/train/test_optimizers.py -k goes_on_from",
+    ),
+    Fault(
+        "layerwise rates: one layer off",
+        "utils/train/optimizers.py",
+        "found[name] = count - int(",
+        "found[name] = count + 1 - int(",
+        "tests/train/test_optimizers.py -k next_ones_rate",
     ),
     Fault(
         "nan: steps left out count as in a row for good",
@@ -1929,8 +1950,8 @@ FAULTS = [
     Fault(
         "resume: another LoRA+ ratio",
         "utils/train/resume.py",
-        'must["loraplus_lr_ratio"] = args.loraplus_lr_ratio',
-        'must["loraplus_lr_ratio"] = None',
+        'for name in ("loraplus_lr_ratio", "layerwise_lr_decay")',
+        'for name in ("layerwise_lr_decay",)',
         "tests/commands/test_survive.py -k 'a_checkpoint_of_other_settings and loraplus'",
     ),
     Fault(

@@ -191,6 +191,16 @@ class CommonArgs:
     loraplus_lr_ratio: float | None = arg(
         None, "LoRA+: the learning rate of B divided by that of A; 16 in the paper (arXiv 2402.12354)."
     )
+    layerwise_lr_decay: float | None = arg(
+        None,
+        "A learning rate for each layer: from the head down to the embeddings, each has the next one's times this "
+        "number, such as 0.9 (arXiv 1801.06146).",
+    )
+    use_muon: bool = arg(
+        False,
+        "Train the weight matrices of the layers with Muon, whose updates have the size of AdamW's (arXiv 2502.16982); "
+        "embeddings, head, norms and biases with AdamW. Full training in one piece: no adapter, DeepSpeed or FSDP.",
+    )
     train_special_tokens: Literal["auto", "on", "off"] = arg(
         "auto",
         "Whether LoRA also trains the embeddings of the template's special tokens. "

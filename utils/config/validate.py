@@ -1,4 +1,4 @@
-"""Checks of the arguments that change nothing: numbers, data files, attention, optimizer, reports."""
+"""Checks of the arguments that change nothing: numbers, data files, attention, reports."""
 
 import datetime
 import math
@@ -45,7 +45,7 @@ def validate(settings) -> list[Problem]:
     if train_args is None:  # `trainer_args` could not build them and has reported why
         return problems
     problems += _check_trainer_numbers(train_args) + _check_liger(train_args)
-    problems += _check_reports(train_args) + _check_optimizer(train_args) + _check_fsdp(train_args)
+    problems += _check_reports(train_args) + _check_fsdp(train_args)
     if getattr(train_args, "packing", False) and not getattr(train_args, "padding_free", False):
         problems += refusal(
             "--packing true needs --padding_free true: only positions keep the rows within a row apart",
@@ -155,32 +155,6 @@ def _check_fsdp(train_args) -> list[Problem]:
     return problems
 
 
-def _check_optimizer(train_args) -> list[Problem]:
-    """Builds optimizer and schedule for a single weight; the trainer would do so only after the model is loaded."""
-    import torch
-    from transformers import Trainer, get_scheduler
-
-    problems = []
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(train_args)
-    except ImportError as error:
-        problems += refusal(f"--optim {train_args.optim.value} cannot be used: {error}", "optim")
-    except ValueError:
-        pass  # some optimizers need the model
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    options = train_args.lr_scheduler_kwargs or None
-    try:
-        get_scheduler(train_args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
-    except (ValueError, TypeError, AttributeError) as error:
-        problems += refusal(
-            f"--lr_scheduler_type {train_args.lr_scheduler_type.value} cannot be used with --lr_scheduler_kwargs "
-            f"{options}: {error}",
-            "lr_scheduler_type",
-            "lr_scheduler_kwargs",
-        )
-    return problems
-
-
 def _check_trainer_numbers(train_args) -> list[Problem]:
     problems = [
         Problem(f"--{name} {getattr(train_args, name)} is not allowed; give at least {minimum:.0g}", flags=(name,))
@@ -261,6 +235,11 @@ def _check_numbers(common) -> list[Problem]:
             "a share below 1 or a number of rows",
         ),
         ("loraplus_lr_ratio", common.loraplus_lr_ratio is None or common.loraplus_lr_ratio > 0, "a number above 0"),
+        (
+            "layerwise_lr_decay",
+            common.layerwise_lr_decay is None or 0 < common.layerwise_lr_decay <= 1,
+            "a number above 0 and at most 1",
+        ),
     ]
     problems = [
         Problem(f"--{name} {getattr(common, name)} is not allowed; give {allowed}", flags=(name,))

@@ -109,9 +109,23 @@ def optimizer_groups(args, train_args, model) -> list[list]:
         optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=args.loraplus_lr_ratio)
         return [group["params"] for group in optimizer.param_groups if group["params"]]
     decayed = set(Trainer.get_decay_parameter_names(None, model))
+    if args.use_muon or args.layerwise_lr_decay:
+        from utils.train.optimizers import parameter_groups
+
+        groups = parameter_groups(model, 1.0, 1.0, decayed, args.layerwise_lr_decay, args.use_muon)
+        return [group["params"] for group in groups]
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     groups = [[weight for name, weight in trained if (name in decayed) is decays] for decays in (True, False)]
     return [group for group in groups if group]
+
+
+def muon_states(args, train_args, model) -> int:
+    """Bytes of the states of `MuonWithAdamW`: a momentum for each number of a matrix, AdamW's states for the others."""
+    from utils.train.optimizers import parameter_groups, split_groups
+
+    split = split_groups(parameter_groups(model, 1.0, 1.0, set(), None, muon=True))
+    matrices, others = ([weight for group in groups for weight in group["params"]] for groups in split)
+    return sum(weight.numel() * weight.element_size() for weight in matrices) + optimizer_states(train_args, others)
 
 
 def optimizer_states(train_args, tensors: list) -> int:

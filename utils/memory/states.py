@@ -7,7 +7,16 @@ compares them with real runs on two processes.
 import math
 from dataclasses import dataclass, field
 
-from utils.memory.layout import Layout, each_size, optim_name, optimizer_groups, optimizer_states, sizes_of, weights_of
+from utils.memory.layout import (
+    Layout,
+    each_size,
+    muon_states,
+    optim_name,
+    optimizer_groups,
+    optimizer_states,
+    sizes_of,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ def model_states(args, train_args, model, layout: Layout, compute_size: int) -> 
     weights = weights_of(model, layout, compute_size)
     groups = optimizer_groups(args, train_args, model)
     if not layout.laid_out:
-        return _plain(train_args, weights, groups, layout)
+        trained = [weight for group in groups for weight in group]
+        states = muon_states(args, train_args, model) if args.use_muon else optimizer_states(train_args, trained)
+        return _plain(train_args, weights, trained, states, layout)
     hidden = model.config.get_text_config().hidden_size
     make = {0: _zero0, 1: _zero12, 2: _zero12, 3: _zero3}[layout.stage]
     return make(train_args, weights, groups, layout, compute_size, hidden)
@@ -63,10 +74,8 @@ def _meta(numel: int):
     return torch.empty(numel, dtype=torch.float32, device="meta")
 
 
-def _plain(train_args, weights, groups, layout) -> States:
-    trained = [weight for group in groups for weight in group]
+def _plain(train_args, weights, trained: list, moments: int, layout) -> States:
     gradients = sum(weight.numel() * weight.element_size() for weight in trained)
-    moments = optimizer_states(train_args, trained)
     return States(
         parameters=sum(weight.bytes for weight in weights),
         gradients=gradients,

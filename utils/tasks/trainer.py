@@ -133,9 +133,10 @@ def _construct(trainer_class: type, train_args, model, data: Data, **options):
 
 
 def _set_checkpoint_options(trainer, args, train_args, data: Data) -> None:
-    """Sets what `FaultTolerantTrainerMixin` reads: NaN handling, LoRA+, and what each checkpoint stores."""
+    """Sets what `FaultTolerantTrainerMixin` reads: NaN handling, the optimizer, and what each checkpoint stores."""
     trainer.on_nan = args.on_nan
-    trainer.loraplus_lr_ratio = args.loraplus_lr_ratio
+    for name in ("loraplus_lr_ratio", "layerwise_lr_decay", "use_muon"):
+        setattr(trainer, name, getattr(args, name))
     # the mix-in deletes old checkpoints: transformers 5.23 would delete complete ones at the end of the training too
     trainer.save_limit, trainer.args.save_total_limit = train_args.save_total_limit, None
     trainer.settings = run_settings(args, train_args, data)

@@ -46,7 +46,8 @@ def run_settings(args, train_args, data) -> dict:
     must["the base model"] = model_fingerprint(args.model_name_or_path)
     must["the adapter to start from"] = args.adapter_name_or_path and model_fingerprint(args.adapter_name_or_path)
     must["optim"] = _plain(train_args.optim)
-    must["loraplus_lr_ratio"] = args.loraplus_lr_ratio
+    must |= {name: common[name] for name in ("loraplus_lr_ratio", "layerwise_lr_decay")}
+    must["use_muon"] = args.use_muon or None
     must["the seed that held rows back"] = train_args.seed if args.val_size else None
     stage = zero_stage(train_args)
     zero = train_args.deepspeed_plugin is not None

@@ -11,27 +11,21 @@ from utils.train.resume import ResumeMixin
 
 
 class FaultTolerantTrainerMixin(CompleteCheckpointMixin, NonFiniteStepMixin, ResumeMixin):
-    """A mix-in for transformers' Trainer: complete checkpoints, exact resuming, NaN handling, and LoRA+.
+    """A mix-in for transformers' Trainer: complete checkpoints, exact resuming, NaN handling, more optimizers.
 
     Attributes:
-        loraplus_lr_ratio: the learning rate of LoRA's B divided by that of A (LoRA+, arXiv 2402.12354).
+        loraplus_lr_ratio, layerwise_lr_decay, use_muon: of CommonArgs, see `utils/train/optimizers.py`.
     """
 
     loraplus_lr_ratio: float | None = None
+    layerwise_lr_decay: float | None = None
+    use_muon: bool = False
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None and self.loraplus_lr_ratio is not None:
-            from peft.optimizers import create_loraplus_optimizer
+        if self.optimizer is None:
+            from utils.train.optimizers import create_optimizer  # imports torch
 
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = create_loraplus_optimizer(
-                model,
-                optimizer_class,
-                loraplus_lr_ratio=self.loraplus_lr_ratio,
-                loraplus_weight_decay=self.args.weight_decay,
-                **options,
-            )
+            self.optimizer = create_optimizer(self, self.model if model is None else model)
         return super().create_optimizer(model)
 
     def _run_epoch(self, *args, **kwargs):
