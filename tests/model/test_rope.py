@@ -178,9 +178,14 @@ def test_a_checkpoint_alone_still_has_its_scaling(trained, tmp_path):
     assert scaling_of_adapters([]) is None
 
 
-def test_the_doctor_names_the_flag_where_rows_are_too_long():
-    from utils.doctor.settings import positions_of as doctors
-
-    assert doctors is positions_of
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=8, rope_parameters=None))
-    assert positions_of(config) == 8
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (None, 8), ({"rope_type": "default"}, 8), ({"rope_type": "linear", "factor": 2.0}, 16),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4}, 8),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}}, 8),  # Gemma-3's limit has the factor in it
+    ],
+)  # fmt: skip
+def test_the_context_that_doctor_and_infer_go_by(rope, context):
+    config = SimpleNamespace(max_position_embeddings=8, rope_parameters=rope)
+    assert positions_of(SimpleNamespace(get_text_config=lambda: config)) == context
