@@ -1734,6 +1734,35 @@ FAULTS = [
         "value / len(text)",
         "tests/script/test_evaluate.py -k choices_of_a_run",
     ),
+    # ------------------------------------------------------------------ new tokens, patterns of layers
+    Fault(
+        "new tokens: the head's rows stay random",
+        "utils/model/new_tokens.py",
+        "(model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]",
+        "(model.get_input_embeddings(),) if layer is not None]",
+        "tests/model/test_new_tokens.py -k start_at_the_mean",
+    ),
+    Fault(
+        "new tokens: an adapter does not train them",
+        "utils/model/adapter.py",
+        "tokens = [token for token in tokens if token not in added] + added",
+        "pass",
+        "tests/model/test_new_tokens.py -k 'saves_and_merges and lora'",
+    ),
+    Fault(
+        "new tokens: a continued adapter does not know them",
+        "utils/config/from_adapter.py",
+        'common.add_tokens = read_run_note(common.adapter_name_or_path, "common").get("add_tokens")',
+        "pass",
+        "tests/model/test_new_tokens.py -k 'saves_and_merges and lora'",
+    ),
+    Fault(
+        "targets: a regular expression matches the end of a name",
+        "utils/model/adapter_targets.py",
+        "if re.fullmatch(pattern, layer)]",
+        "if re.search(pattern, layer)]",
+        "tests/model/test_adapter_targets.py -k 'pattern_that_fits or patterns_choose'",
+    ),
     # ------------------------------------------------------------------ optimizer, numbers that are none
     Fault(
         "loraplus: B learns as fast as A",

@@ -111,6 +111,12 @@ class CommonArgs:
         "transformers' rope_parameters, or short, yarn:4. Types: linear, dynamic, yarn, llama3, longrope. It is saved "
         "in a full model's config.json, and with an adapter's settings.",
     )
+    add_tokens: str | None = arg(
+        None,
+        "New tokens, such as '<call>,<end>': separated by commas, in a file with one in a line and a description after "
+        "a tab, or as a JSON object of descriptions. A new token starts at the mean of all tokens, or of those of its "
+        "description. Adapters train these tokens as well.",
+    )
     max_len: int = arg(1024, "The maximum length of a row in tokens; see --overlong.")
     max_prompt_length: int = arg(512, "The maximum length of the prompt of a preference pair in tokens (dpo).")
     on_bad_row: Literal["auto", "error", "drop"] = arg(
@@ -180,9 +186,9 @@ class CommonArgs:
     lora_dropout: float = arg(0.0, "Dropout on the adapters' input.")
     lora_target_modules: str | None = arg(
         None,
-        "The modules that get an adapter, names separated by commas. "
-        "Default: every linear layer of the language model that PEFT can adapt, except the head and the routers of a "
-        "mixture of experts.",
+        "The modules that get an adapter: names separated by commas, or a regular expression of full names as in PEFT. "
+        "Default, or all-linear: every linear layer of the language model that PEFT can adapt, except the head and the "
+        "routers of a mixture of experts.",
     )
     use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     init_lora_weights: Literal["default", "pissa"] = arg(

@@ -112,7 +112,7 @@ def flags(**given):
     settings = {
         "train_mode": "lora", "adapter_name_or_path": None, "train_special_tokens": "off", "lora_rank": 4,
         "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None, "use_dora": False, "use_rslora": False,
-        "init_lora_weights": "default", "precision": "fp32",
+        "init_lora_weights": "default", "precision": "fp32", "add_tokens": None,
     }  # fmt: skip
     return SimpleNamespace(task=get_task("sft"), **settings | given)
 
@@ -274,3 +274,32 @@ def test_two_processes_train_the_text_of_a_multimodal_base(mode, tmp_path, rows_
         assert seen and all(torch.equal(before[key], after[key]) for key in seen)
         (moved,) = (key for key in after if key.endswith("layers.0.mlp.up_proj.weight"))
         assert not torch.equal(before[moved], after[moved])
+
+
+@pytest.mark.parametrize(("chosen", "wanted"), [
+    ("all-linear", None),
+    (r".*\.1\.self_attn\.(q|v)_proj", {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}),
+    (r"model\.layers\.\d+\.mlp\.down_proj", {f"model.layers.{number}.mlp.down_proj" for number in range(2)}),
+])  # fmt: skip
+def test_patterns_choose_the_layers_that_pefts_own_do(chosen, wanted):
+    """`all-linear` and a regular expression of full names, as in PEFT's `target_modules`."""
+    base = AutoModelForCausalLM.from_config(tiny.config_for("llama", 64))
+    found = find_targets(base, chosen)
+    model = get_peft_model(copy.deepcopy(base), build_adapter(flags(lora_target_modules=chosen), base, None, None))
+    ours = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+            for name, _ in model.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
+    config = LoraConfig(target_modules=chosen, task_type="CAUSAL_LM")
+    peft = get_peft_model(copy.deepcopy(base), config)
+    theirs = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+              for name, _ in peft.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
+    assert ours == theirs == set(found.layers)
+    assert wanted is None or ours == wanted
+
+
+@pytest.mark.parametrize(("chosen", "said"), [
+    ("(", "a regular expression must match|is no regular expression"), (".*nothing", "and it matches none"),
+    ("lm_.*", "it matches lm_head, which cannot|and it matches none"),
+])  # fmt: skip
+def test_a_pattern_that_fits_nothing_is_refused(chosen, said):
+    with pytest.raises(UserError, match=said):
+        find_targets(AutoModelForCausalLM.from_config(tiny.config_for("llama", 64)), chosen)

@@ -64,12 +64,14 @@ def test_a_small_model_is_of_the_task_s_class(tokenizer, monkeypatch):
         built.append(options.pop("auto_class"))  # and none is built, so that nothing is probed
 
     task = dataclasses.replace(get_task("sft"), auto_class="AutoModelForTokenClassification")
-    args = Args(trust_remote_code=False, attn_implementation="auto", deepspeed_plugin=None, fsdp=None)
+    args = Args(
+        trust_remote_code=False, attn_implementation="auto", deepspeed_plugin=None, fsdp=None, rope_scaling=None
+    )
     monkeypatch.setattr(utils.model.probe, "small_model", note)
     monkeypatch.setattr(utils.model.probe, "is_whole", lambda model: False)
     assert utils.model.layout.probe_for_task(args, args, task, small("qwen2"), tokenizer).small
     monkeypatch.setattr(utils.model.layout, "small_model", note)
-    monkeypatch.setattr(utils.model.layout, "load_config", lambda *_: None)
+    monkeypatch.setattr(utils.model.layout, "load_scaled_config", lambda *_: None)
     assert utils.model.layout.expected_layout(args, args, task, tokenizer).padding_free
     assert built == ["AutoModelForTokenClassification"] * 2
 

@@ -58,6 +58,7 @@ def test_a_tokenizer_of_another_model_is_refused(saved):
 
 def test_auto_takes_the_chat_templates_saved_with_the_adapter(saved, tmp_path):
     args = SimpleNamespace(model_name_or_path=saved(chat_template="of the base"), trust_remote_code=False,
+                           add_tokens=None,
                            adapter_name_or_path=str(tmp_path / "adapter"), template_name="auto",
                            template_date=None)  # fmt: skip
     (tmp_path / "adapter").mkdir()
@@ -77,7 +78,8 @@ def test_auto_takes_the_chat_templates_saved_with_the_adapter(saved, tmp_path):
 ])  # fmt: skip
 def test_a_format_that_shows_the_date_gets_one_for_the_whole_run(saved, monkeypatch, name, given, wanted):
     monkeypatch.setattr("utils.model.tokenizer.today", lambda: "2026-01-31")
-    args = SimpleNamespace(model_name_or_path=saved(), trust_remote_code=False, adapter_name_or_path=None,
+    args = SimpleNamespace(model_name_or_path=saved(), trust_remote_code=False,
+                           add_tokens=None, adapter_name_or_path=None,
                            template_name=name, template_date=given)  # fmt: skip
     load_run_tokenizer(args)
     assert args.template_date == wanted

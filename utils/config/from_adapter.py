@@ -31,6 +31,8 @@ def resolve(settings) -> None:
                 if name not in given:
                     setattr(common, name, config[key])
         _resolve_rope_scaling(common, given)
+        if "add_tokens" not in given:  # which the base lacks
+            common.add_tokens = read_run_note(common.adapter_name_or_path, "common").get("add_tokens")
     _resolve_template(settings)
 
 
@@ -59,7 +61,7 @@ def validate(settings) -> list[Problem]:
 
 def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
     """Flags that contradict the adapter, or that apply only to a new one."""
-    names = ["init_lora_weights", "lora_target_modules", "train_special_tokens"]
+    names = ["init_lora_weights", "lora_target_modules", "train_special_tokens", "add_tokens"]
     problems = [
         Problem(
             f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out",

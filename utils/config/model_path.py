@@ -1,11 +1,14 @@
 """Checks that a path is a model: a folder that transformers saved, a GGUF file, a short name, or a name on a hub."""
 
+import json
 import os
 import re
 from pathlib import Path
 
+from utils.model.adapter import adapter_of, names_where
 from utils.model.base_config import load_config
 from utils.model.named_models import MODELS, listed
+from utils.model.new_tokens import read_new_tokens
 from utils.model.quantised import check_base, resolve_base
 from utils.model.rope import check_scaling, parse_rope_scaling
 from utils.model.source import check_source, is_source
@@ -14,8 +17,9 @@ from utils.storage.weights import check_weight_files
 
 
 def resolve(settings) -> None:
-    """Sets `--train_mode qlora` for a base that is saved in 4 bits."""
+    """Sets `--train_mode qlora` for a base that is saved in 4 bits, and reads the file of `--add_tokens`."""
     resolve_base(settings.common)
+    resolve_new_tokens(settings.common)
 
 
 def validate(settings) -> list[Problem]:
@@ -27,7 +31,32 @@ def validate(settings) -> list[Problem]:
         common.trust_remote_code,
         needs_weights=settings.needs_weights,
     )
+    problems += _check_new_tokens(settings)
     return problems + check_base(common) + _check_rope_scaling(common, is_readable=not problems)
+
+
+def resolve_new_tokens(common) -> None:
+    """Writes `--add_tokens` as a JSON object, so that the run's record has what a file holds."""
+    if common.add_tokens:
+        tokens, problems = read_new_tokens(common.add_tokens)
+        common.add_tokens = common.add_tokens if problems else json.dumps(tokens, ensure_ascii=False)
+
+
+def _check_new_tokens(settings) -> list[Problem]:
+    """Checks `--add_tokens` against the other settings."""
+    common = settings.common
+    if not common.add_tokens:
+        return []
+    tokens, problems = read_new_tokens(common.add_tokens)
+    row = adapter_of(common)
+    if row.is_adapter and not row.trains_token_rows:
+        problems += refusal(
+            f"--add_tokens adds tokens whose embeddings must be trained, and --train_mode {common.train_mode} cannot "
+            f"train them; use --train_mode {names_where(lambda row: row.trains_token_rows)}, or full",
+            "add_tokens",
+            "train_mode",
+        )
+    return problems
 
 
 def _check_rope_scaling(common, is_readable: bool) -> list[Problem]:

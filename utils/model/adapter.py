@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from loguru import logger
 
 from utils.model.adapter_targets import find_targets, log_untouched
+from utils.model.new_tokens import new_tokens
 from utils.model.parts import freeze_towers
 from utils.model.special_tokens import refuse_token_rows, special_tokens_to_train, token_rows
 from utils.runtime.errors import Problem, refusal
@@ -100,6 +101,8 @@ class Adapter:
 
     def check_zero3(self, args) -> list[Problem]:
         """Checks the settings that read whole weight matrices, which ZeRO-3 splits; returns the problems."""
+        if args.add_tokens:
+            return refusal("--add_tokens adds rows to the embedding, which ZeRO-3 splits; use zero2", "add_tokens")
         if not self.is_adapter:
             return [] if not args.adapter_name_or_path else refusal(
                 f"--train_mode {args.train_mode} merges --adapter_name_or_path into whole weights, which ZeRO-3 "
@@ -215,6 +218,9 @@ def build_adapter(args, model, tokenizer, template, log: bool = True):
     tokens: list[int] = []
     if template and row.trains_token_rows:
         tokens = special_tokens_to_train(args.train_special_tokens, model, tokenizer, template)
+    if args.add_tokens:
+        added = tokenizer.convert_tokens_to_ids(list(new_tokens(args)))
+        tokens = [token for token in tokens if token not in added] + added
     if tokens:
         names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
         refuse_token_rows(model, names)

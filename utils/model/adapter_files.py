@@ -111,6 +111,9 @@ def fit_vocabulary(model, path: str, flag: str) -> None:
     wanted = {count for counts in rows.values() for count in counts.values()}
     # ZeRO-3 leaves each process a part, and the whole's shape beside it
     has = {getattr(layer.weight, "ds_shape", layer.weight.shape)[0] for layer in layers.values()}
+    added = [token for token in trained_tokens(path) if token >= min(has)]
+    if not wanted and added == list(range(min(has), min(has) + len(added))):
+        wanted, rows = ({max(added) + 1} if added else set()), {name: {"weight": 0} for name in layers}
     if not wanted or wanted == has:
         return
     held = [name for name, counts in rows.items() if "weight" in counts]

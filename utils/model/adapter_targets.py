@@ -17,6 +17,8 @@ from utils.model.parts import (
 )
 from utils.runtime.errors import UserError
 
+ALL_LINEAR = "all-linear"  # PEFT's name for the default
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -40,7 +42,8 @@ def find_targets(model, chosen: str | None) -> Targets:
 
     Args:
         model: the base; its weights may be on the meta device.
-        chosen: `--lora_target_modules`, names separated by commas, or None for every linear layer that can have one.
+        chosen: `--lora_target_modules`: names separated by commas; a regular expression of full names, as PEFT has it;
+            None or `all-linear` for every linear layer that can have an adapter.
 
     Raises:
         UserError: a chosen name is not of a layer that can be adapted, or none can be.
@@ -48,20 +51,21 @@ def find_targets(model, chosen: str | None) -> Targets:
     linear = linear_layers(model)
     why = _unfit(model, linear)
     wanted = [name.strip() for name in (chosen or "").split(",") if name.strip()]
-    if chosen is None:
+    if chosen in (None, ALL_LINEAR):
         routers = routers_of(model)
         why = {name: "a router of experts" for name in linear if name in routers} | why
         why |= unreached(model, [name for name in linear if name not in why])
         layers = [name for name in linear if name not in why]
     else:
-        layers = _chosen(chosen, wanted, linear, why, model)
+        wanted = [] if _is_pattern(chosen) else wanted
+        layers = _chosen(chosen, wanted, linear, why)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no layer that PEFT can adapt ({_reasons(why, model) or 'none is linear'}); "
             "use --train_mode full"
         )
     modules = dict(model.named_modules())
-    targets = wanted or sorted({_ending(name) for name in layers})
+    targets = [name for name in wanted if name != ALL_LINEAR] or sorted({_ending(name) for name in layers})
     conv1d = {is_conv1d(modules[name]) for name in layers}
     return Targets(
         layers=frozenset(layers),
@@ -74,7 +78,7 @@ def find_targets(model, chosen: str | None) -> Targets:
 
 def log_untouched(targets: Targets, model, chosen: str | None) -> None:
     """Logs which layers get no adapter and why, and each large part of the weights that no adapter reaches."""
-    if chosen is None:
+    if chosen in (None, ALL_LINEAR):
         for reason, names in targets.left.items():
             logger.info("no adapter on {} ({})", ", ".join(names), reason)
     for name, share in frozen_tensors(model):
@@ -145,8 +149,32 @@ def _lost_by_peft(model, names: list[str]) -> set[str]:
     return {name for key, name in keys.items() if key not in found}
 
 
-def _chosen(chosen: str, wanted: list[str], linear: dict, why: dict, model) -> list[str]:
+def _is_pattern(chosen: str) -> bool:
+    """Whether a value is a regular expression rather than names."""
+    return re.search(r"[\\^$*+?{}\[\]|()]", chosen) is not None
+
+
+def _matching(pattern: str, linear: dict, why: dict) -> list[str]:
+    """The layers whose full names a regular expression matches."""
+    try:
+        found = [layer for layer in linear if re.fullmatch(pattern, layer)]
+    except re.error as error:
+        raise UserError(
+            f"--lora_target_modules {pattern!r} is no regular expression: {error}; correct it, or give names"
+        ) from error
+    if layers := [layer for layer in found if layer not in why]:
+        return layers
+    reason = f"it matches {found[0]}, which cannot have an adapter: {why[found[0]]}" if found else "it matches none"
+    raise UserError(
+        f"--lora_target_modules {pattern!r}: a regular expression must match the full name of a linear layer, such as "
+        f"{next(iter(linear))!r}, and {reason}"
+    )
+
+
+def _chosen(chosen: str, wanted: list[str], linear: dict, why: dict) -> list[str]:
     """The layers that `--lora_target_modules` names."""
+    if _is_pattern(chosen):
+        return _matching(chosen, linear, why)
     matched = {name: [layer for layer in linear if _matches(layer, [name])] for name in wanted}
     endings = sorted({_ending(layer) for layer in linear if layer not in why})
     unknown = [name for name, layers in matched.items() if not layers]

@@ -7,9 +7,11 @@ from utils.model.adapter_files import attach_adapter
 from utils.model.base_config import refuse_unloadable
 from utils.model.merge_layers import merge_onto
 from utils.model.meta import whole_models
+from utils.model.new_tokens import extend_model, extend_tokenizer, new_tokens
 from utils.model.options import compute_dtype, quantisation_options, resolve_checkpointing
 from utils.model.quantised import check_base, forget_unpacking, is_stored_in_bytes, loading_options, resolve_base
 from utils.model.rope import scaling_options
+from utils.model.tokenizer import load_tokenizer
 from utils.patches.attention import use_row_attention
 from utils.patches.layers import keep_quantised_weights
 from utils.patches.rope import use_row_rope
@@ -47,6 +49,8 @@ def load_model(args, train_args):
     with whole_models(train_args):
         scaling = scaling_options(args.model_name_or_path, args.rope_scaling, args.trust_remote_code)
     model = _from_pretrained(args, _options(args, train_args) | quantised | scaling)
+    if args.add_tokens:
+        _add_tokens(model, args)
     fix_generation_config(model)
     if quantised:
         forget_unpacking(model)
@@ -57,6 +61,12 @@ def load_model(args, train_args):
         resolve_attention(model, args.precision, train_args.device)
     _resolve_checkpointing(model, train_args)
     return with_trained_adapter(model, args) if args.adapter_name_or_path else model
+
+
+def _add_tokens(model, args) -> None:
+    tokenizer, tokens = load_tokenizer(args.model_name_or_path, args.trust_remote_code), new_tokens(args)
+    extend_tokenizer(tokenizer, tokens)
+    extend_model(model, tokenizer, tokens)
 
 
 def _options(args, train_args) -> dict:

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 from utils.model.adapter import adapter_of, build_adapter, new_config, saved_config
 from utils.model.base_config import load_config
+from utils.model.new_tokens import new_tokens, resize_embeddings
 from utils.model.options import compute_dtype, quantisation_options
 from utils.model.quantised import quantisation_of
 from utils.runtime.errors import UserError, load_failure
@@ -101,6 +102,11 @@ def meta_base(args, train_args, config=None):
     options["dtype"] = dtype if kind.is_adapter else torch.float32
     config = config or load_config(args.model_name_or_path, args.trust_remote_code)
     model = without_weights(args.model_name_or_path, args.trust_remote_code, config, args.task.auto_class, **options)
+    if args.add_tokens:
+        from utils.model.tokenizer import load_run_tokenizer
+
+        tokenizer = load_run_tokenizer(args)
+        resize_embeddings(model, tokenizer.convert_tokens_to_ids(list(new_tokens(args))))
     if kind.quantised:
         _quantise(model, _how_quantised(args, train_args, dtype))
     return model
@@ -112,12 +118,13 @@ def _adapter(args, model, log: bool):
     if args.adapter_name_or_path and row.is_adapter:
         return saved_config(args.adapter_name_or_path)
     tokenizer = template = None
-    if args.train_special_tokens == "on" and args.task.uses_template and row.trains_token_rows:
+    trains_special = args.train_special_tokens == "on" and args.task.uses_template
+    if row.trains_token_rows and (trains_special or args.add_tokens):
         from utils.model.tokenizer import load_run_tokenizer
         from utils.template import get_run_template
 
         tokenizer = load_run_tokenizer(args)
-        template = get_run_template(args, tokenizer)
+        template = get_run_template(args, tokenizer) if trains_special else None
     return build_adapter(args, model, tokenizer, template, log)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from loguru import logger
 
 from utils.model.base_config import load_config
+from utils.model.new_tokens import extend_tokenizer, new_tokens
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, load_failure
 from utils.template import Template, template_dict
@@ -56,6 +57,8 @@ def load_run_tokenizer(args):
         args: CommonArgs. `template_date` is set to today if the run's format prints a date and none is given.
     """
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    if args.add_tokens:
+        extend_tokenizer(tokenizer, new_tokens(args))
     saved = Path(args.adapter_name_or_path or "") / "chat_template.jinja"
     if args.template_name == "auto" and args.adapter_name_or_path and saved.is_file():
         named = {file.stem: file.read_text(encoding="utf-8") for file in saved.parent.glob(f"{_NAMED}/*.jinja")}

@@ -1,5 +1,6 @@
 """The mix-in that extends TRL's trainers, and the set-up of a built trainer before it trains."""
 
+import functools
 from pathlib import Path
 
 from utils.model.tokenizer import save_chat_format
@@ -58,6 +59,9 @@ def prepare_trainer(trainer, args, template, tokenizer) -> None:
     model = trainer.model
     if hasattr(model, "create_or_update_model_card"):  # PEFT 0.21 saves an empty card template with adapters
         model.create_or_update_model_card = lambda *args, **kwargs: None
+    if args.add_tokens and hasattr(model, "peft_config"):
+        # the trained rows are all that is new in a resized embedding, which PEFT 0.21 would save twice
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     if template is not None:
         save_chat_format(tokenizer, template, model)
     if args.init_lora_weights == "pissa" and is_main_process():
