@@ -298,6 +298,7 @@ def test_patterns_choose_the_layers_that_pefts_own_do(chosen, wanted):
 
 @pytest.mark.parametrize(("chosen", "said"), [
     ("(", "a regular expression must match|is no regular expression"), (".*nothing", "and it matches none"),
+    ("(q_proj)", "and it matches none"),
     ("lm_.*", "it matches lm_head, which cannot|and it matches none"),
 ])  # fmt: skip
 def test_a_pattern_that_fits_nothing_is_refused(chosen, said):
