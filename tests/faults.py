@@ -1757,6 +1757,13 @@ FAULTS = [
         "tests/model/test_new_tokens.py -k 'saves_and_merges and lora'",
     ),
     Fault(
+        "trainable layers: the first instead of the last",
+        "utils/model/trainable.py",
+        "range(count)[-args.trainable_layers :]",
+        "range(count)[: args.trainable_layers]",
+        "tests/model/test_trainable.py -k only_the_chosen",
+    ),
+    Fault(
         "targets: a regular expression matches the end of a name",
         "utils/model/adapter_targets.py",
         "if re.fullmatch(pattern, layer)]",

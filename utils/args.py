@@ -60,6 +60,14 @@ class CommonArgs:
         "lora",
         "full: train every weight. lora: train low-rank adapters. qlora: adapters on a base quantised to 4 bits (NF4).",
     )
+    trainable_layers: int | None = arg(
+        None, "With --train_mode full: train the last so many layers only; below 0: the first. Default: all weights."
+    )
+    trainable_modules: str | None = arg(
+        None,
+        "With --train_mode full: train the weights only in whose names this regular expression is found, such as "
+        "'norm|lm_head'; with --trainable_layers, these as well.",
+    )
     columns: str | None = arg(None, COLUMNS_HELP)
     streaming: bool = arg(
         False,

@@ -9,6 +9,7 @@ from utils.model.adapter_targets import find_targets, log_untouched
 from utils.model.new_tokens import new_tokens
 from utils.model.parts import freeze_towers
 from utils.model.special_tokens import refuse_token_rows, special_tokens_to_train, token_rows
+from utils.model.trainable import check_trainable, freeze_others
 from utils.runtime.errors import Problem, refusal
 
 # flag → its value where it is left out; of the flags that only some adapters take, these are refused by the others
@@ -79,6 +80,7 @@ class Adapter:
         problems = [problem for name in given for problem in self._refuse(args, name)]
         if self.is_adapter and not self.trains_token_rows and args.train_special_tokens == "on":
             problems += self._refuse(args, "train_special_tokens")
+        problems += check_trainable(args, self.is_adapter)
         if args.init_lora_weights == "pissa" and args.use_dora:
             problems += refusal(
                 "--init_lora_weights pissa and --use_dora true both change how an adapter starts; give one",
@@ -208,6 +210,7 @@ def build_adapter(args, model, tokenizer, template, log: bool = True):
     row = adapter_of(args)
     if not row.is_adapter:
         freeze_towers(model, log)
+        freeze_others(model, args, log)
         return None
     if args.adapter_name_or_path:
         from peft import PeftModel

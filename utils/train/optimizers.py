@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from utils.model.trainable import layer_stacks
 from utils.runtime.errors import Problem, UserError
 
 
@@ -123,11 +124,7 @@ def _distances(model, names: Iterable[str]) -> dict[str, int]:
         UserError: the model's layers are not found.
     """
     count = model.config.get_text_config().num_hidden_layers
-    stacks = [
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    ]
+    stacks = layer_stacks(model)
     embeddings = [
         f"{name}."
         for name, module in model.named_modules()

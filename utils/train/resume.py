@@ -28,7 +28,7 @@ from utils.train.resume_rules import (
 _SAME = (
     "task_type", "train_mode", "template_name", "template_date", "max_len", "max_prompt_length", "train_on", "use_dora",
     "lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "init_lora_weights", "train_special_tokens",
-    "val_size", "thinking", "rope_scaling", "add_tokens",
+    "val_size", "thinking", "rope_scaling", "add_tokens", "trainable_layers", "trainable_modules",
 )  # fmt: skip
 _TOKENS = "num_tokens"  # its key in the stateful_callbacks of trainer_state.json
 
