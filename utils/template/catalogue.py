@@ -42,7 +42,7 @@ _CHATML = {
 register_template(
     name="chatml",
     source="ChatML (OpenAI, March 2023) as most fine-tunes write it: no default system message",
-    models=("fine-tunes in ChatML, such as Hermes and Dolphin",),
+    models=("ChatML fine-tunes such as Hermes and Dolphin",),
     **_CHATML,
 )
 
