@@ -198,6 +198,14 @@ class CommonArgs:
         "Default, or all-linear: every linear layer of the language model that PEFT can adapt, except the head and the "
         "routers of a mixture of experts.",
     )
+    lora_experts: bool = arg(
+        False,
+        "Also put adapters on the experts of a mixture of experts, which transformers keeps in one tensor a layer.",
+    )
+    train_router: bool = arg(
+        False,
+        "Also train the routers of a mixture of experts: all of their weights, saved beside the adapter.",
+    )
     use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     init_lora_weights: Literal["default", "pissa"] = arg(
         "default", "How adapters are initialised. pissa: from the base's principal singular vectors (arXiv 2404.02948)."

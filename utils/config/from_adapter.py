@@ -30,6 +30,8 @@ def resolve(settings) -> None:
             for name, key in adapter_of(common).settings.items():
                 if name not in given:
                     setattr(common, name, config[key])
+            if "lora_experts" not in given and adapter_of(common).takes("lora_experts"):
+                common.lora_experts = bool(config.get("target_parameters"))
         _resolve_rope_scaling(common, given)
         if "add_tokens" not in given:  # which the base lacks
             common.add_tokens = read_run_note(common.adapter_name_or_path, "common").get("add_tokens")
@@ -61,7 +63,8 @@ def validate(settings) -> list[Problem]:
 
 def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
     """Flags that contradict the adapter, or that apply only to a new one."""
-    names = ["init_lora_weights", "lora_target_modules", "train_special_tokens", "add_tokens"]
+    names = ["init_lora_weights", "lora_target_modules", "lora_experts", "train_router", "train_special_tokens"]
+    names.append("add_tokens")
     problems = [
         Problem(
             f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out",

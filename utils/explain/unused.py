@@ -16,7 +16,7 @@ TABLE = [
     # ------------------------------------------------------------------ what is trained
     NoEffect(("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "loraplus_lr_ratio"),
          lambda c: not adapter_of(c.args).is_adapter, f"--train_mode {FULL} trains every weight, without an adapter"),
-    NoEffect(("lora_target_modules", "init_lora_weights", "train_special_tokens"),
+    NoEffect(("lora_target_modules", "init_lora_weights", "lora_experts", "train_router", "train_special_tokens"),
          lambda c: not adapter_of(c.args).is_adapter or c.adapter_name_or_path,
          "it is for a new adapter, and this run has none, or continues one"),
     # ------------------------------------------------------------------ rows

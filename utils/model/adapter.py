@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from loguru import logger
 
 from utils.model.adapter_targets import find_targets, log_untouched
+from utils.model.expert_targets import log_experts, peft_options
 from utils.model.new_tokens import new_tokens
 from utils.model.parts import freeze_towers
 from utils.model.special_tokens import refuse_token_rows, special_tokens_to_train, token_rows
 from utils.model.trainable import check_trainable, freeze_others
 from utils.runtime.errors import Problem, refusal
+from utils.runtime.text import format_setting
 
 # flag → its value where it is left out; of the flags that only some adapters take, these are refused by the others
 _NEUTRAL = {
@@ -19,7 +21,11 @@ _NEUTRAL = {
     "init_lora_weights": "default",
     "loraplus_lr_ratio": None,
     "lora_target_modules": None,
+    "lora_experts": False,
+    "train_router": False,
 }
+# what PEFT has not for experts, whose change it adds to their weights → the value that is allowed
+_WITH_EXPERTS = {"lora_dropout": 0.0, "use_dora": False, "init_lora_weights": "default"}
 ADAPTER_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", *_NEUTRAL, "train_special_tokens")
 
 
@@ -87,7 +93,21 @@ class Adapter:
                 "init_lora_weights",
                 "use_dora",
             )
-        return problems
+        return problems + (self._check_experts(args) if args.lora_experts and self.takes("lora_experts") else [])
+
+    def _check_experts(self, args) -> list[Problem]:
+        """Checks the flags that PEFT has not for experts, whose change it adds to their weights."""
+        return [
+            problem
+            for name, neutral in _WITH_EXPERTS.items()
+            if self.takes(name) and getattr(args, name) != neutral
+            for problem in refusal(
+                f"--lora_experts true: PEFT has no --{name} {getattr(args, name)} for experts, whose change it adds to "
+                f"their weights; use --{name} {format_setting(neutral)}, or leave --lora_experts out",
+                "lora_experts",
+                name,
+            )
+        ]
 
     def _refuse(self, args, flag: str) -> list[Problem]:
         mode, value = args.train_mode, getattr(args, flag)
@@ -113,6 +133,11 @@ class Adapter:
                 "adapter_name_or_path",
             )  # fmt: skip
         problems = []
+        if args.lora_experts:
+            problems += refusal(
+                "--lora_experts true adds to the whole tensor of a layer's experts, which ZeRO-3 splits; use zero2",
+                "lora_experts",
+            )
         if args.init_lora_weights == "pissa":
             problems += refusal(
                 "--init_lora_weights pissa factorises whole weight matrices, which ZeRO-3 splits; use zero2",
@@ -152,8 +177,17 @@ LORA = Adapter(
         "use_dora": "use_dora",
         "use_rslora": "use_rslora",
     },
-    options=frozenset({"init_lora_weights", "loraplus_lr_ratio", "lora_target_modules", "train_special_tokens"}),
-    extras=frozenset({"fan_in_fan_out", "trainable_token_indices"}),
+    options=frozenset(
+        {
+            "init_lora_weights",
+            "loraplus_lr_ratio",
+            "lora_target_modules",
+            "lora_experts",
+            "train_router",
+            "train_special_tokens",
+        }
+    ),
+    extras=frozenset({"fan_in_fan_out", "trainable_token_indices", "target_parameters", "modules_to_save"}),
     on_4_bit_base="qlora",
     with_dora="dora",
 )
@@ -229,8 +263,10 @@ def build_adapter(args, model, tokenizer, template, log: bool = True):
         refuse_token_rows(model, names)
     targets = find_targets(model, args.lora_target_modules)
     if log:
-        log_untouched(targets, model, args.lora_target_modules)
+        log_untouched(targets, model, args.lora_target_modules, args.lora_experts)
     config = new_config(args, model, targets, tokens)
+    if log:
+        log_experts(args, model)
     if tokens and log:
         logger.info("the embeddings of {} are trained as well", names)
     return config
@@ -250,7 +286,7 @@ def new_config(args, model, targets=None, tokens: list[int] | None = None):
     """
     row = adapter_of(args)
     targets = targets or find_targets(model, args.lora_target_modules)
-    extras = {
+    extras = peft_options(args, model) | {
         "fan_in_fan_out": targets.fan_in_fan_out,
         "trainable_token_indices": token_rows(model, tokens) if tokens else None,
     }

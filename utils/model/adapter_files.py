@@ -76,6 +76,8 @@ def attach_adapter(model, path: str, flag: str, trainable: bool = False):
             peft = PeftModel.from_pretrained(model, place, is_trainable=trainable)
             if peft.active_peft_config.is_prompt_learning:
                 return peft
+            if trainable:
+                _widen_saved_modules(peft)
             found = peft.load_adapter(place, "default", is_trainable=trainable)  # once more, for what it reports
     except UserError:
         raise
@@ -91,6 +93,16 @@ def attach_adapter(model, path: str, flag: str, trainable: bool = False):
                 f"such as {sorted(names)[0]!r}; give the base it was trained on"
             )
     return peft
+
+
+def _widen_saved_modules(peft) -> None:
+    """Casts PEFT's copies of modules to float32, as PEFT does with adapters, so that loading rounds no weight."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in peft.modules():
+        for weight in module.modules_to_save.parameters() if isinstance(module, ModulesToSaveWrapper) else ():
+            if weight.is_floating_point() and not hasattr(weight, "ds_numel"):  # which ZeRO-3 splits
+                weight.data = weight.data.float()
 
 
 def fit_vocabulary(model, path: str, flag: str) -> None:

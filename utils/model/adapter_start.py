@@ -1,5 +1,6 @@
 """Checks and restores an adapter's start: logits equal to the base's, trainable weights in full precision."""
 
+from utils.model.expert_targets import freeze_constants
 from utils.model.probe_state import as_for_probing, is_whole
 from utils.patches.layers import leave_casts_to_autocast, show_head_bias
 from utils.runtime.errors import UserError
@@ -61,6 +62,8 @@ def prepare_trainable_weights(model, keep_dtype: bool, start: dict | None) -> No
         start: the weights of a loaded adapter, from `adapter_weights`; None for a new one.
     """
     show_head_bias(model)
+    if hasattr(model, "peft_config"):
+        freeze_constants(model)
     leave_casts_to_autocast()
     if not keep_dtype:
         # TRL 1.16 casts the adapters of a quantised base to bf16, and PEFT 0.21 gives trained token rows the base's

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
+from utils.model.expert_targets import expert_parameters
 from utils.model.parts import (
     frozen_tensors,
     is_conv1d,
@@ -76,18 +77,26 @@ def find_targets(model, chosen: str | None) -> Targets:
     )
 
 
-def log_untouched(targets: Targets, model, chosen: str | None) -> None:
-    """Logs which layers get no adapter and why, and each large part of the weights that no adapter reaches."""
+def log_untouched(targets: Targets, model, chosen: str | None, lora_experts: bool = False) -> None:
+    """Logs which layers get no adapter and why, and each large part of the weights that no adapter reaches.
+
+    Args:
+        targets, model, chosen: of `find_targets`.
+        lora_experts: whether the experts have adapters.
+    """
     if chosen in (None, ALL_LINEAR):
         for reason, names in targets.left.items():
             logger.info("no adapter on {} ({})", ", ".join(names), reason)
+    experts = {numberless(name.rpartition(".")[0]) for name in expert_parameters(model)}
     for name, share in frozen_tensors(model):
-        logger.warning(
-            "{} holds {:.0f} % of the model's weights in tensors of its own rather than in linear layers; no adapter "
-            "goes there, so they stay as they are",
-            name,
-            100 * share,
-        )
+        if not (lora_experts and name in experts):
+            logger.warning(
+                "{} holds {:.0f} % of the model's weights in tensors of its own rather than in linear layers; no "
+                "adapter goes there, so they stay as they are{}",
+                name,
+                100 * share,
+                "; --lora_experts true trains them" if name in experts else "",
+            )
 
 
 # ------------------------------------------------------------------ what PEFT can adapt

@@ -85,7 +85,7 @@ def _compute(trainer, **options) -> tuple[float | None, str | None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with torch.no_grad(), trainer.accelerator.autocast():
             options |= {"labels": ids} if options else {}
             output = model(input_ids=ids, use_cache=False, output_router_logits=True, **options)
         loss = float(output.aux_loss)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 from utils.model.adapter import adapter_of, build_adapter, new_config, saved_config
 from utils.model.base_config import load_config
+from utils.model.expert_targets import freeze_constants
 from utils.model.new_tokens import new_tokens, resize_embeddings
 from utils.model.options import compute_dtype, quantisation_options
 from utils.model.quantised import quantisation_of
@@ -83,6 +84,7 @@ def meta_model(args, train_args, laid_out: bool, config=None, log: bool = False)
     if adapter is not None:
         with torch.device("meta"), _shapes_of_quantised_weights():
             model = get_peft_model(model, adapter)
+        freeze_constants(model)
     for parameter in model.parameters():
         if laid_out and args.precision != "fp32" and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -221,6 +223,7 @@ def _count(args) -> ModelSize:
         adapter = saved_config(args.adapter_name_or_path) if args.adapter_name_or_path else new_config(args, model)
         with torch.device("meta"):
             model = get_peft_model(model, adapter)
+        freeze_constants(model)
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return ModelSize(weights, trained, config, table)
 

@@ -8,7 +8,7 @@ from loguru import logger
 # what a router is called among the children of a module that holds experts; its output chooses among them, and a
 # low-rank change there sends tokens elsewhere and unsettles training
 _ROUTER = re.compile(r"(^|_)(gate|router|gating|wg)$")
-_EXPERT = re.compile(r"experts?($|[A-Z_])|Experts?$")
+EXPERT = re.compile(r"experts?($|[A-Z_])|Experts?$")
 _PROBE_TOKENS = 32
 MUCH = 0.1  # weights without an adapter are named from this share of the model's
 
@@ -117,7 +117,7 @@ def routers_of(model) -> set[str]:
     found = set()
     for name, module in model.named_modules():
         children = dict(module.named_children())
-        if not any(_EXPERT.search(child) or _EXPERT.search(type(part).__name__) for child, part in children.items()):
+        if not any(EXPERT.search(child) or EXPERT.search(type(part).__name__) for child, part in children.items()):
             continue
         for child, part in children.items():
             one_each = isinstance(part, torch.nn.Linear) and part.out_features in counts
@@ -173,7 +173,7 @@ def _alike(name: str) -> str:
     """A layer's name without the number of its expert: a short text does not come to every one."""
     parts = name.split(".")
     return ".".join(
-        "N" if part.isdigit() and place and _EXPERT.search(parts[place - 1]) else part
+        "N" if part.isdigit() and place and EXPERT.search(parts[place - 1]) else part
         for place, part in enumerate(parts)
     )
 

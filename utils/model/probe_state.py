@@ -43,6 +43,8 @@ def as_for_probing(model) -> Iterator[bool]:
         if precise:
             for weight in weights:
                 weight.data = weight.data.float()
+        else:
+            _round_saved_modules(model)
         rates = leave_dropout_out(model)
         model.train()
         yield precise
@@ -52,6 +54,15 @@ def as_for_probing(model) -> Iterator[bool]:
         for module, name, rate in rates:
             setattr(module, name, rate)
         model.train(was_training)
+
+
+def _round_saved_modules(model) -> None:
+    """Casts PEFT's copies of modules, trained in float32, to the originals' dtype: only autocast mixes the two."""
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)  # of peft.utils.other.ModulesToSaveWrapper
+        for copy in copies.values() if hasattr(copies, "values") else ():
+            for weight, original in zip(copy.parameters(), module.original_module.parameters(), strict=True):
+                weight.data = weight.data.to(original.dtype)
 
 
 def leave_dropout_out(model) -> list[tuple]:

@@ -38,8 +38,8 @@ _MAIN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "seed",
 )  # fmt: skip
-_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
-            "init_lora_weights", "loraplus_lr_ratio", "train_special_tokens")  # fmt: skip
+_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_experts", "train_router",
+            "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio", "train_special_tokens")  # fmt: skip
 
 
 def changed_settings(args, train_args) -> dict[str, tuple]:

@@ -48,6 +48,7 @@ def run_settings(args, train_args, data) -> dict:
     must["optim"] = _plain(train_args.optim)
     must |= {name: common[name] for name in ("loraplus_lr_ratio", "layerwise_lr_decay")}
     must["use_muon"] = args.use_muon or None
+    must["lora_experts"], must["train_router"] = args.lora_experts or None, args.train_router or None
     must["the seed that held rows back"] = train_args.seed if args.val_size else None
     stage = zero_stage(train_args)
     zero = train_args.deepspeed_plugin is not None
