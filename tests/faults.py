@@ -1757,6 +1757,20 @@ FAULTS = [
         "tests/model/test_new_tokens.py -k 'saves_and_merges and lora'",
     ),
     Fault(
+        "experts: no adapter goes there",
+        "utils/model/expert_targets.py",
+        'options["target_parameters"] = _endings(chosen, every, ".")',
+        "pass",
+        "tests/model/test_expert_targets.py -k every_routed",
+    ),
+    Fault(
+        "experts: dropout, which PEFT has not for them, is taken",
+        "utils/model/adapter.py",
+        '_WITH_EXPERTS = {"lora_dropout": 0.0, ',
+        "_WITH_EXPERTS = {",
+        "tests/model/test_expert_targets.py -k lacks",
+    ),
+    Fault(
         "trainable layers: the first instead of the last",
         "utils/model/trainable.py",
         "range(count)[-args.trainable_layers :]",

@@ -116,7 +116,7 @@ def test_ids_are_those_of_sft_up_to_the_stop_token(name):
     template = get_template(name, tokenizer)
     rows = [[USER, GOOD, USER], [USER]]
     pairs = [{"prompt": prompt, "chosen": [GOOD], "rejected": [BAD]} for prompt in rows]
-    for pair, row in zip(pairs, encode_pairs_within(pairs, template, tokenizer, 1024, 512), strict=True):
+    for pair, row in zip(pairs, encode_pairs_within(pairs, template, tokenizer, 8192, 4096), strict=True):
         for side in ("chosen", "rejected"):
             sft = template.encode(pair["prompt"] + pair[side], tokenizer, train_on="last_turn")
             ids = row["prompt_ids"] + row[f"{side}_ids"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from utils.data.bad_rows import BadRow
 from utils.evaluate.methods import MultipleChoice
 from utils.evaluate.models import EvalModel
 from utils.evaluate.multiple_choice import encode_choices, log_likelihoods
+from utils.runtime.errors import UserError
 from utils.template import template_dict
 
 
@@ -85,8 +87,19 @@ def test_in_each_format_only_the_choice_follows_the_prompt(name):
     row = choices_of({"question": "好 or Paris?", "choices": ["Paris", "好", "a</s>b", "<|im_end|>"], "answer": 0})[0]
     prompt = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
     prompt += "<|channel|>final<|message|>" if name == "gpt-oss" else ""  # the header of an answer
+    if name in (
+        "deepseek-r1",
+        "nemotron-3",
+        "nemotron-3-ultra",
+    ):  # whose prompt opens a thought that a plain answer is rendered without
+        with pytest.raises(UserError, match="does not render the choice"):
+            encode_choices(row, tokenizer)
+        return
     for one, text in zip(encode_choices(row, tokenizer), row.texts, strict=True):
-        assert tokenizer.decode(one.ids[: one.first]) == prompt
+        seen = tokenizer.decode(one.ids[: one.first])
+        assert seen.startswith(prompt)
+        # of formats with thinking: the empty thought before an answer without one
+        assert seen == prompt or re.fullmatch(r"\n?(<think>)?\s*</think>\s*", seen.removeprefix(prompt))
         assert tokenizer.decode(one.ids[one.first :]).lstrip(" ") == text
         assert not set(one.ids[one.first :]) & set(tokenizer.all_special_ids)
 

@@ -113,6 +113,7 @@ def flags(**given):
         "train_mode": "lora", "adapter_name_or_path": None, "train_special_tokens": "off", "lora_rank": 4,
         "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None, "use_dora": False, "use_rslora": False,
         "init_lora_weights": "default", "precision": "fp32", "add_tokens": None,
+        "lora_experts": False, "train_router": False,
     }  # fmt: skip
     return SimpleNamespace(task=get_task("sft"), **settings | given)
 

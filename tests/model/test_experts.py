@@ -23,7 +23,8 @@ def trainer_of(model, coefficient=0.0, enabled=True):
     """A trainer whose loss is the model's own, so that TRL's fused one is not compared."""
     return SimpleNamespace(
         model=model, aux_loss_enabled=enabled, own_forward=True, is_deepspeed_enabled=False, is_fsdp_enabled=False,
-        args=SimpleNamespace(router_aux_loss_coef=coefficient), compute_loss_context_manager=contextlib.nullcontext,
+        args=SimpleNamespace(router_aux_loss_coef=coefficient),
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
     )  # fmt: skip
 
 

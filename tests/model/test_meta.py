@@ -17,7 +17,7 @@ def test_trained_weights_are_counted_as_in_peft(dora, modules, tiny_models):
     args = SimpleNamespace(
         train_mode="lora", lora_rank=3, use_dora=dora, adapter_name_or_path=None, trust_remote_code=False,
         model_name_or_path=tiny_models("llama"), lora_target_modules=modules, lora_alpha=6, lora_dropout=0.0,
-        add_tokens=None, use_rslora=False, task=get_task("sft"),
+        add_tokens=None, lora_experts=False, train_router=False, use_rslora=False, task=get_task("sft"),
     )  # fmt: skip
     targets = modules.split(",") if modules else "all-linear"
     config = LoraConfig(task_type="CAUSAL_LM", r=3, use_dora=dora, target_modules=targets)

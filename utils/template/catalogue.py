@@ -40,13 +40,6 @@ _CHATML = {
 }
 
 register_template(
-    name="chatml",
-    source="ChatML (OpenAI, March 2023) as most fine-tunes write it: no default system message",
-    models=("ChatML fine-tunes such as Hermes and Dolphin",),
-    **_CHATML,
-)
-
-register_template(
     name="qwen",
     source="Qwen/Qwen1.5-7B-Chat, tokenizer_config.json, February 2024",
     models=("Qwen1.5",),
@@ -140,6 +133,13 @@ register_template(
     name="yi",
     source="01-ai/Yi-6B-Chat, tokenizer_config.json, November 2023",
     models=("Yi", "Yi-1.5"),
+    **_CHATML,
+)
+
+register_template(
+    name="chatml",
+    source="ChatML (OpenAI, March 2023) as most fine-tunes write it: no default system message",
+    models=("ChatML fine-tunes such as Hermes and Dolphin",),
     **_CHATML,
 )
 
