@@ -743,7 +743,7 @@ FAULTS = [
     Fault(
         "template: mistral-v3: an answer that the system message follows is trained",
         "utils/template/reading.py",
-        'starts = {"system message": _system_start(template, messages, text)}',
+        'starts = {"system message": system_start(messages, template.render, text)} if several else {}',
         "starts = {}",
         "tests/template/test_official_formats.py -k later_question",
     ),
@@ -1805,6 +1805,21 @@ FAULTS = [
         "for module in (model.get_input_embeddings(), model.get_output_embeddings())",
         "for module in (model.get_input_embeddings(),)",
         "tests/train/test_optimizers.py -k torchs_muon",
+    ),
+    Fault(
+        "optimizer: its options are made once more for nothing",
+        "utils/train/optimizers.py",
+        "    if trainer.loraplus_lr_ratio is None and trainer.layerwise",
+        "    trainer.get_optimizer_cls_and_kwargs(trainer.args, model)\n"
+        "    if trainer.loraplus_lr_ratio is None and trainer.layerwise",
+        "tests/train/test_optimizers.py -k options_of_an_optimizer",
+    ),
+    Fault(
+        "muon: nothing left for AdamW is not refused",
+        "utils/train/optimizers.py",
+        "if trainer.use_muon and not (matrices and others):",
+        "if False:",
+        "tests/train/test_optimizers.py -k nothing_for_one",
     ),
     Fault(
         "muon: a loaded state is not that which steps",

@@ -79,7 +79,7 @@ NAMES = {
     "transformers.Trainer.get_decay_parameter_names": "self model",
     "transformers.Trainer.create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags "
     "dataset dataset_args",
-    # utils/model/load.py, generation_config.py, meta.py; utils/template/auto.py
+    # utils/model/load.py, generation_config.py, meta.py; utils/template/dates.py
     "transformers.PreTrainedModel._can_set_attn_implementation": "",
     "transformers.PreTrainedModel._supports_flash_attn": None,
     "transformers.PreTrainedModel._compatible_flash_implementations": None,
@@ -386,7 +386,7 @@ def test_a_deepspeed_state_is_read_as_by_deepspeed(without_patches):
 def test_a_template_s_date_is_the_one_given():
     from transformers.utils import chat_template_utils
 
-    from utils.template.auto import fixed_date
+    from utils.template.dates import fixed_date
 
     theirs = chat_template_utils.datetime
     with fixed_date("2024-02-29"):

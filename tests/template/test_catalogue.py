@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
-from utils.template.auto import fixed_date
+from utils.template.dates import fixed_date
 
 FAMILIES = {
     "qwen1_5": "qwen", "qwen2": "qwen2", "qwen2_5": "qwen2.5", "qwen3_instruct_2507": "qwen3", "yi": "yi",

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from utils.infer.generate import prompt_ids
 from utils.runtime.errors import UserError
 from utils.template import get_template, template_dict
-from utils.template.auto import fixed_date
+from utils.template.dates import fixed_date
 from utils.template.format import formats_with_tools
 from utils.template.messages import UNREAD_FIELD, UNTRAINED_ANSWER, RowNote
 from utils.template.tokenize import special_token_pattern

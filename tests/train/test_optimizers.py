@@ -161,3 +161,26 @@ def test_a_run_with_updates_of_low_rank(train, name, package):
     folder = train("--train_mode", "full", "--optim", name, "--optim_target_modules", "all-linear", "--max_steps", "2",
                    "--optim_args", "rank=4, update_proj_gap=1, scale=1")  # fmt: skip
     assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("trained", "said"), [
+    (r"down_proj", "no other weight is trained"), ("norm", "no weight matrix of a layer is trained"),
+])  # fmt: skip
+def test_muon_with_nothing_for_one_of_the_two_is_refused(train, trained, said):
+    with pytest.raises(UserError, match=said):
+        train("--train_mode", "full", "--use_muon", "true", "--trainable_modules", trained, "--max_steps", "1")
+
+
+def test_the_options_of_an_optimizer_are_made_once(train, monkeypatch):
+    """Making those of GaLore by layer hooks an optimizer to each weight, which needs to be there once."""
+    from transformers import Trainer
+
+    calls, own = [], Trainer.get_optimizer_cls_and_kwargs
+
+    def noted(args, model=None):
+        calls.append(model is not None)
+        return own(args, model)
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(noted))
+    train("--max_steps", "1")
+    assert calls.count(True) == 1

@@ -63,8 +63,10 @@ def validate(settings) -> list[Problem]:
 
 def _contradictions(common, given: frozenset[str], flag: str, config: dict) -> list[Problem]:
     """Flags that contradict the adapter, or that apply only to a new one."""
-    names = ["init_lora_weights", "lora_target_modules", "lora_experts", "train_router", "train_special_tokens"]
-    names.append("add_tokens")
+    names = (
+        "init_lora_weights", "lora_target_modules", "lora_experts", "train_router", "train_special_tokens",
+        "add_tokens",
+    )  # fmt: skip
     problems = [
         Problem(
             f"--{name} is for a new adapter, and {flag} brings its own; leave the flag out",

@@ -46,15 +46,18 @@ def _check_optim(train_args) -> list[Problem]:
     return problems
 
 
+def _refuse_adapter(common, what: str, otherwise: str, flag: str) -> list[Problem]:
+    """Refuses `--train_mode` with an adapter for what works on whole weight matrices."""
+    if not adapter_of(common).is_adapter:
+        return []
+    message = f"{what}, and --train_mode {common.train_mode} trains an adapter; use --train_mode full, or {otherwise}"
+    return refusal(message, flag, "train_mode")
+
+
 def _check_low_rank(common, train_args) -> list[Problem]:
-    name, problems = train_args.optim.value, []
-    if adapter_of(common).is_adapter:
-        problems += refusal(
-            f"--optim {name} projects the gradients of whole weight matrices, and --train_mode {common.train_mode} "
-            "trains an adapter; use --train_mode full, or --optim adamw_torch",
-            "optim",
-            "train_mode",
-        )
+    name = train_args.optim.value
+    what = f"--optim {name} projects the gradients of whole weight matrices"
+    problems = _refuse_adapter(common, what, "--optim adamw_torch", "optim")
     if not train_args.optim_target_modules:
         problems += refusal(
             f"--optim {name} needs --optim_target_modules, the layers whose gradients are projected; give all-linear, "
@@ -74,14 +77,8 @@ def _check_low_rank(common, train_args) -> list[Problem]:
 
 
 def _check_muon(common, train_args) -> list[Problem]:
-    optim, problems = train_args.optim.value, []
-    if adapter_of(common).is_adapter:
-        problems += refusal(
-            f"--use_muon true orthogonalises the updates of whole weight matrices, and --train_mode "
-            f"{common.train_mode} trains an adapter; use --train_mode full, or leave the flag out",
-            "use_muon",
-            "train_mode",
-        )
+    optim, what = train_args.optim.value, "--use_muon true orthogonalises the updates of whole weight matrices"
+    problems = _refuse_adapter(common, what, "leave the flag out", "use_muon")
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         problems += refusal(
             f"--use_muon true trains all that is no weight matrix with AdamW, and --optim {optim} is given; leave one "

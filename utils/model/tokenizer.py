@@ -9,7 +9,7 @@ from utils.model.new_tokens import extend_tokenizer, new_tokens
 from utils.runtime.distributed import broadcast_object
 from utils.runtime.errors import UserError, load_failure
 from utils.template import Template, template_dict
-from utils.template.auto import shows_date, today
+from utils.template.dates import shows_date, today
 
 _NAMED = "additional_chat_templates"  # transformers' folder for templates other than the default one
 # a reserved token is better than EOS, which also ends answers

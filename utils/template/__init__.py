@@ -1,7 +1,8 @@
 """Chat formats as data: how a conversation is rendered, which of its tokens are trained.
 
 A new format is one `register_template(...)` call in `catalogue`. In reading order: catalogue, registry, format,
-messages, tokenize, auto, reading, derived, spans, hidden_fields, jinja, go, jinja_template, thinking, with_source.
+messages, tokenize, auto, dates, reading, derived, spans, hidden_fields, jinja, go, jinja_template, thinking,
+with_source.
 """
 
 from utils.template import catalogue  # noqa: F401  registers the formats

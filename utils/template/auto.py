@@ -1,15 +1,13 @@
 """`--template_name auto`: the tokenizer's own Jinja chat template, with the interface of `Template`."""
 
-import contextlib
 import functools
 import json
 import os
 import re
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from unittest.mock import patch
 
 from utils.runtime.errors import UserError
+from utils.template.dates import fixed_date, shows_date, today
 from utils.template.derived import from_renderings
 from utils.template.format import Template
 from utils.template.messages import Message, RowNote, original_fields, select_answers, weight_of, without_marks
@@ -352,40 +350,6 @@ def _with_text_arguments(call):
 def _dump(messages: list[Message]) -> str:
     """Serialises messages with all their characters unescaped."""
     return json.dumps(messages, ensure_ascii=False)
-
-
-# ------------------------------------------------------------------------------ the date in a rendering
-
-
-def today() -> str:
-    """The day by this machine's clock: `2026-01-31`."""
-    return datetime.now().date().isoformat()
-
-
-def shows_date(tokenizer) -> bool:
-    """Whether a chat template of the tokenizer shows the day on which it is rendered."""
-    own = tokenizer.chat_template
-    return any("strftime_now" in text for text in (own.values() if isinstance(own, dict) else [own or ""]))
-
-
-class _FixedClock:
-    """Replaces `datetime.datetime`, of which chat templates only use `now()`."""
-
-    def __init__(self, day: str):
-        self._day = day
-
-    def now(self) -> datetime:
-        return datetime.fromisoformat(self._day)
-
-
-def fixed_date(day: str):
-    """Returns a context in which chat templates show `day`, so that rows are the same tomorrow; no change if empty.
-
-    The `strftime_now` of a template calls `datetime.now()` of transformers' module, and no argument replaces it.
-    """
-    from transformers.utils import chat_template_utils
-
-    return patch.object(chat_template_utils, "datetime", _FixedClock(day)) if day else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------ the template as a `Template`

@@ -112,6 +112,28 @@ def tools_start(messages: list[Message], render: Callable[[list[Message]], str])
     return max(marked.find(mark), 0)
 
 
+def system_start(messages: list[Message], render: Callable[[list[Message]], str], text: str) -> int:
+    """Returns the position in a rendering of the system message at the start of a conversation; 0 if it is not found.
+
+    Mistral's templates put it into the last question.
+
+    Args:
+        messages: one conversation.
+        render: messages → rendering; raises UserError.
+        text: the rendering of `messages`.
+    """
+    content = messages[0]["content"]
+    first = next((message["content"].strip() for message in messages if message["role"] == "assistant"), "")
+    if messages[0]["role"] != "system" or (start := text.find(content.strip())) < 0 or start < text.find(first):
+        return 0  # before the first answer, as in nearly all templates
+    mark = next(_unused_characters(messages))
+    try:
+        marked = render([{**messages[0], "content": content + mark}, *messages[1:]])
+    except UserError:
+        return 0
+    return max(marked.find(mark) - len(content), 0)
+
+
 def _leaves(value: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
     """Yields path and value of every text, number, truth value and null in nested lists and objects."""
     if not isinstance(value, dict | list):

@@ -8,7 +8,14 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from utils.runtime.errors import UserError
-from utils.template.hidden_fields import has_reasoning, hidden_fields, hidden_tool_fields, remove_fields, tools_start
+from utils.template.hidden_fields import (
+    has_reasoning,
+    hidden_fields,
+    hidden_tool_fields,
+    remove_fields,
+    system_start,
+    tools_start,
+)
 from utils.template.messages import (
     EMPTY_ANSWER,
     MEDIA_FIELDS,
@@ -129,7 +136,8 @@ def read_at_once(template, messages: list[Message]) -> Reading:
     text, marks = template.render_with_marks(messages)
     hidden = hidden_fields(messages, template.render, text)
     refused, lost, notes = _judge_hidden(template, messages, hidden)
-    starts = {"system message": _system_start(template, messages, text)}
+    several = count_answers(messages) > 1
+    starts = {"system message": system_start(messages, template.render, text)} if several else {}
     if messages[0].get("tools"):
         if refused is None and _drops_tools(template, messages, text):
             refused = f"turn 1 has tools, which {template.label} does not show"
@@ -186,23 +194,6 @@ def _is_shown_last(template, messages: list[Message], field: str) -> bool:
     except UserError:
         return False
     return (len(messages) - 1, field) not in hidden_fields(messages, template.render, text)
-
-
-def _system_start(template, messages: list[Message], text: str) -> int:
-    """Returns where a rendering has the system message that a conversation of several answers begins with, else 0.
-
-    Mistral's templates put it into the last question.
-    """
-    if messages[0]["role"] != "system" or count_answers(messages) < 2:
-        return 0
-    first = next(message["content"].strip() for message in messages if message["role"] == "assistant")
-    if (start := text.find(messages[0]["content"].strip())) < 0 or first and start < text.find(first):
-        return 0
-    marked = [{**messages[0], "content": messages[0]["content"] + _NEXT_QUESTION}, *messages[1:]]
-    try:
-        return max(template.render(marked).find(_NEXT_QUESTION) - len(messages[0]["content"]), 0)
-    except UserError:
-        return 0
 
 
 def _drops_tools(template, messages: list[Message], text: str) -> bool:

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 from datetime import datetime
 
 from utils.runtime.errors import Problem, UserError, nearest
-from utils.template.auto import AutoTemplate, today
+from utils.template.auto import AutoTemplate
+from utils.template.dates import today
 from utils.template.format import Template, formats_with_tools
 from utils.template.jinja_template import JinjaTemplate
 from utils.template.thinking import with_thinking

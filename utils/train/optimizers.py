@@ -53,19 +53,24 @@ def create_optimizer(trainer, model):
         trainer: a transformers Trainer with `FaultTolerantTrainerMixin`.
         model: the model whose weights are trained.
     """
+    if trainer.loraplus_lr_ratio is None and trainer.layerwise_lr_decay is None and not trainer.use_muon:
+        return None  # first, since making the options of GaLore by layer hooks an optimizer to each weight
     kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     if trainer.loraplus_lr_ratio is not None:
         from peft.optimizers import create_loraplus_optimizer
 
         ratio, decay = trainer.loraplus_lr_ratio, trainer.args.weight_decay
         return create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **options)
-    if not trainer.use_muon and trainer.layerwise_lr_decay is None:
-        return None
     decayed = set(trainer.get_decay_parameter_names(model))
     groups = parameter_groups(
         model, options.pop("lr"), trainer.args.weight_decay, decayed, trainer.layerwise_lr_decay, trainer.use_muon
     )
     matrices, others = split_groups(groups)
+    if trainer.use_muon and not (matrices and others):
+        what = "weight matrix of a layer" if not matrices else "other weight"
+        message = f"--use_muon true trains matrices with Muon and the rest with AdamW, and no {what} is trained"
+        remedy = "leave the flag out" if not matrices else "let --trainable_modules match norm as well, or leave it out"
+        raise UserError(Problem(f"{message}; {remedy}", flags=("use_muon", "trainable_modules")))
     return MuonWithAdamW(matrices, others, **options) if trainer.use_muon else kind(others, **options)
 
 
